@@ -1,0 +1,86 @@
+#![forbid(unsafe_code)]
+//! Who is alive and what they serve: the roster, in memory or in etcd.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+/// Whether an instance takes new requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Reading weights.
+    Loading,
+    /// Takes requests.
+    Ready,
+    /// Finishes what it has, takes nothing new.
+    Draining,
+}
+
+/// How busy an instance is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Load {
+    /// Sequences in the running batch.
+    pub running: usize,
+    /// Sequences waiting for a place.
+    pub waiting: usize,
+    /// KV blocks that no running sequence holds (cached prefixes count as free).
+    pub blocks_free: usize,
+}
+
+/// One worker group as the roster shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Instance {
+    /// Unique for the life of the process.
+    pub id: String,
+    /// Name that clients ask for.
+    pub model: String,
+    /// gRPC address, e.g. `http://127.0.0.1:7001`.
+    pub address: String,
+    pub state: State,
+    /// Tokens of prompt and answer together that one sequence may have.
+    pub context_max: usize,
+    /// Token ids at or above this do not exist.
+    pub vocab_size: usize,
+    /// Tensor-parallel ranks.
+    pub ranks: usize,
+    /// KV pool, in blocks of 16 tokens.
+    pub blocks_total: usize,
+    pub load: Load,
+}
+
+/// Every known instance, in order of id. Always the whole set, never a difference.
+pub type Roster = Arc<Vec<Instance>>;
+
+/// Why membership could not be set up or kept.
+#[derive(Debug, thiserror::Error)]
+pub enum MembershipError {
+    /// The registry did not answer; the remedy is in the message.
+    #[error(
+        "etcd at {endpoints} is unreachable: {reason}; check --etcd and that the cluster has a leader"
+    )]
+    Unreachable { endpoints: String, reason: String },
+    /// The registry answered with a refusal.
+    #[error("etcd refused: {0}")]
+    Refused(String),
+}
+
+/// Keeps an instance in the roster until dropped (or `leave` is awaited, which says so at once).
+#[async_trait::async_trait]
+pub trait Registration: Send + Sync {
+    /// Removes the instance from the roster and waits until the registry knows.
+    async fn leave(self: Box<Self>);
+}
+
+/// The registry. Implementations: in memory (one process), etcd.
+#[async_trait::async_trait]
+pub trait Membership: Send + Sync + 'static {
+    /// Puts the instance in the roster, follows its changes, and keeps it there through faults of the registry.
+    async fn announce(
+        &self,
+        instance: watch::Receiver<Instance>,
+    ) -> Result<Box<dyn Registration>, MembershipError>;
+    /// The roster as last known; serving goes on with it while the registry is away.
+    fn roster(&self) -> watch::Receiver<Roster>;
+}

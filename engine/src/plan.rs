@@ -1,0 +1,124 @@
+//! The contract between what decides (the scheduler) and what runs (the ranks of a group).
+//!
+//! A plan says everything that a rank needs for one step; ranks decide nothing. Plans are numbered
+//! without gaps, so that a rank that missed one knows.
+
+use serde::{Deserialize, Serialize};
+
+/// Tokens in one KV block.
+pub const BLOCK_TOKENS: usize = 16;
+
+/// Names one sequence for as long as it lives in one engine; never reused.
+pub type SequenceId = u64;
+
+/// How the next token of a sequence is chosen. Validated by whoever built it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SamplingParams {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Nucleus mass in (0, 1]; 1 is off.
+    pub top_p: f32,
+    /// The likeliest tokens kept; 0 is off.
+    pub top_k: u32,
+    /// Tokens below `min_p` times the likeliest one's probability are dropped; 0 is off.
+    pub min_p: f32,
+    /// Divides positive and multiplies negative logits of tokens seen in prompt or answer; 1 is off.
+    pub repetition_penalty: f32,
+    /// Subtracted once from the logit of every token seen in the answer.
+    pub presence_penalty: f32,
+    /// Subtracted from the logit of a token once for each time it was seen in the answer.
+    pub frequency_penalty: f32,
+    /// With the position, the only source of randomness.
+    pub seed: u64,
+    /// Added to logits before anything else, by token id.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// `Some(k)`: report the chosen token's logprob and the `k` likeliest.
+    pub logprobs: Option<u32>,
+}
+
+/// What a sequence brings along when a runner first meets it, or meets it again after preemption.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Admission {
+    pub params: SamplingParams,
+    /// The prompt and every token generated so far, in order: what penalties look at.
+    pub tokens: Vec<u32>,
+    /// How many of `tokens` are the prompt. Dynamic NTK depends on it.
+    pub prompt_len: usize,
+}
+
+/// Which results of a chunk are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Want {
+    /// A prefill chunk that is not the last: only the KV cache.
+    Nothing,
+    /// The next token, sampled from the last row.
+    Sample,
+    /// The logprob of each following prompt token, one for each row but the sequence's last known
+    /// token; with `sample`, the last row is sampled as well.
+    Score { sample: bool },
+    /// The raw logits of every row.
+    Logits,
+}
+
+/// Consecutive tokens of one sequence that run in one step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Chunk {
+    pub sequence: SequenceId,
+    /// Position of the first of `tokens`; everything before it is in the cache.
+    pub start: usize,
+    pub tokens: Vec<u32>,
+    /// With `Want::Score`: the token after the last of `tokens`, where it is known.
+    pub next: Option<u32>,
+    /// Every block of the sequence in order, enough for `start + tokens.len()` tokens.
+    pub blocks: Vec<u32>,
+    pub want: Want,
+    /// Set on the first chunk after the sequence was admitted or re-admitted.
+    pub admission: Option<Box<Admission>>,
+}
+
+/// One step of the whole group.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StepPlan {
+    /// 0, 1, 2 … without gaps.
+    pub number: u64,
+    pub chunks: Vec<Chunk>,
+    /// Sequences that ended since the last plan: forget what is kept for them.
+    pub released: Vec<SequenceId>,
+}
+
+/// One token and how likely the model found it (natural logarithms of the unmodified distribution).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenLogprob {
+    pub token: u32,
+    /// `None` when no logprobs were asked for.
+    pub logprob: Option<f32>,
+    /// The likeliest tokens, best first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// What one step produced. Only rank 0's is looked at.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StepOutput {
+    pub number: u64,
+    /// One for each chunk that asked for a sample, in the plan's order.
+    pub sampled: Vec<(SequenceId, TokenLogprob)>,
+    /// For `Want::Score`: the chunk's following tokens, in the plan's order.
+    pub scored: Vec<(SequenceId, Vec<TokenLogprob>)>,
+    /// For `Want::Logits`: [rows, vocabulary] row-major.
+    pub logits: Vec<(SequenceId, Vec<f32>)>,
+}
+
+/// Why a group can run no further plan. Every sequence in it is lost to this group.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("the group failed: {0}")]
+pub struct ExecutorError(pub String);
+
+/// Runs plans somewhere. One plan may be in flight.
+pub trait Executor: Send {
+    /// Starts a plan; does not wait for it.
+    fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError>;
+    /// Waits, up to the executor's own deadline, for the plan submitted last.
+    fn collect(&mut self) -> Result<StepOutput, ExecutorError>;
+    /// Tells waiting ranks that the leader lives; called at least once a second while nothing runs.
+    fn idle(&mut self) -> Result<(), ExecutorError>;
+}

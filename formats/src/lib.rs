@@ -1,0 +1,2 @@
+#![forbid(unsafe_code)]
+//! Containers of model files on disk: safetensors and GGUF, read without trusting them.

@@ -1,0 +1,54 @@
+//! Exchange between the ranks of one group.
+//!
+//! Sums are taken in rank order on every rank, so that all ranks hold the same bits.
+
+use crate::{Backend, KernelError, Tensor};
+use std::time::Duration;
+
+/// Why an exchange failed. The group is unusable afterwards.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CollectiveError {
+    #[error("rank {rank} did not take part in {op} within {seconds} s")]
+    Deadline { op: &'static str, rank: usize, seconds: u64 },
+    #[error("rank {rank} left the group")]
+    Gone { rank: usize },
+    #[error("ranks disagree: {0}")]
+    Mismatch(String),
+    #[error("device: {0}")]
+    Device(String),
+}
+
+impl From<KernelError> for CollectiveError {
+    fn from(error: KernelError) -> Self {
+        Self::Device(error.to_string())
+    }
+}
+
+/// Bytes and host floats between ranks. Every wait has a deadline. Implementations: threads, TCP.
+pub trait HostCollective: Send + 'static {
+    fn rank(&self) -> usize;
+    fn world_size(&self) -> usize;
+    /// Rank 0's bytes reach every rank. `deadline` bounds how long the others wait for it.
+    fn broadcast(&mut self, bytes: &mut Vec<u8>, deadline: Duration)
+    -> Result<(), CollectiveError>;
+    /// Every rank's floats, concatenated in rank order; shares may differ in length.
+    fn all_gather(&mut self, mine: &[f32], all: &mut Vec<f32>) -> Result<(), CollectiveError>;
+    /// Element-wise sum over the ranks, added in rank order.
+    fn all_reduce_sum(&mut self, values: &mut [f32]) -> Result<(), CollectiveError>;
+}
+
+/// Device tensors between ranks.
+pub trait Collective<B: Backend>: Send + 'static {
+    fn rank(&self) -> usize;
+    fn world_size(&self) -> usize;
+    /// x = the sum of every rank's x.
+    fn all_reduce_sum(&mut self, device: &B, x: &mut Tensor<B>) -> Result<(), CollectiveError>;
+    /// out [rows, Σ cols] = every rank's x [rows, cols_r] side by side, in rank order; `cols[r]` is rank r's width.
+    fn all_gather_cols(
+        &mut self,
+        device: &B,
+        out: &mut Tensor<B>,
+        x: &Tensor<B>,
+        cols: &[usize],
+    ) -> Result<(), CollectiveError>;
+}

@@ -1,0 +1,206 @@
+//! What one device can do, and how devices exchange tensors.
+//!
+//! Every tensor is a row-major matrix `[rows, cols]`, the step's tokens flattened across sequences.
+//! Ops write to their first argument, allocate nothing and check shapes in one place (`shape`).
+//! Shape letters: `T` tokens, `S` sequences, `H` hidden, `D` head_dim, `I` intermediate, `V` vocabulary.
+
+pub mod collective;
+pub mod cpu;
+pub mod plain;
+pub mod shape;
+pub mod weight;
+
+pub use shape::ShapeError;
+pub use weight::{Format, WeightPart};
+
+/// Tokens in one KV block.
+pub const BLOCK_TOKENS: usize = 16;
+
+/// Why an op, an allocation or an upload was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// Shapes that do not fit each other: a fault in the caller.
+    #[error(transparent)]
+    Shape(#[from] ShapeError),
+    /// The device cannot hold what was asked for.
+    #[error("cannot allocate {bytes} bytes for {what}")]
+    Memory { what: &'static str, bytes: usize },
+    /// The backend has no kernel for this weight, e.g. columns that split a quantisation block.
+    #[error("unsupported weight: {0}")]
+    Weight(String),
+    /// The device itself failed.
+    #[error("device: {0}")]
+    Device(String),
+}
+
+/// Attention heads on this rank. `q` is a multiple of `kv`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    pub q: usize,
+    pub kv: usize,
+    pub dim: usize,
+}
+
+impl Heads {
+    /// Columns of a packed row: every query head, then every key head, then every value head.
+    pub fn qkv_cols(&self) -> usize {
+        (self.q + 2 * self.kv) * self.dim
+    }
+}
+
+/// A matrix on the device, allocated once for `rows_max`; a step sets `rows`.
+pub struct Tensor<B: Backend> {
+    pub data: B::Floats,
+    pub rows: usize,
+    pub cols: usize,
+    pub rows_max: usize,
+}
+
+impl<B: Backend> Tensor<B> {
+    /// Zeroed; `rows` starts at `rows_max`.
+    pub fn zeros(device: &B, rows_max: usize, cols: usize) -> Result<Self, KernelError> {
+        let data = device.floats(rows_max * cols)?;
+        Ok(Self { data, rows: rows_max, cols, rows_max })
+    }
+
+    /// `values` row-major; `rows` follows from their number.
+    pub fn from_host(device: &B, cols: usize, values: &[f32]) -> Result<Self, KernelError> {
+        let mut tensor = Self::zeros(device, values.len() / cols.max(1), cols)?;
+        device.write_floats(&mut tensor.data, values)?;
+        Ok(tensor)
+    }
+}
+
+/// One step as the device sees it. Allocated once; each step overwrites the contents.
+pub struct Batch<B: Backend> {
+    /// T.
+    pub tokens: usize,
+    /// S.
+    pub sequences: usize,
+    /// Rows whose logits are wanted, R.
+    pub logit_rows_len: usize,
+    /// [T] token ids.
+    pub ids: B::Ints,
+    /// [T] position of each token in its sequence.
+    pub positions: B::Ints,
+    /// [T] row of the cos/sin table for each token (a position, plus an offset for dynamic NTK).
+    pub rope_rows: B::Ints,
+    /// [T] where each token's K and V go: block · 16 + offset in the block.
+    pub slots: B::Ints,
+    /// [S + 1] first row of each sequence, then T.
+    pub row_starts: B::Ints,
+    /// [S] cached tokens of each sequence once this step's are stored: the last row's position + 1.
+    pub context_lens: B::Ints,
+    /// [S, block_table_cols] block ids; entries past a sequence's own are never read.
+    pub block_tables: B::Ints,
+    pub block_table_cols: usize,
+    /// [R] rows whose logits are wanted.
+    pub logit_rows: B::Ints,
+    /// [T] factor on the query of each token (logn attention); `None` is 1 everywhere.
+    pub q_scale: Option<B::Floats>,
+}
+
+/// What one device can do. A row's result never depends on the batch's other rows, on how a prompt was
+/// cut into chunks, nor on the number of threads: every sum runs in one fixed order.
+pub trait Backend: Send + Sync + Sized + 'static {
+    /// A device buffer of activations (f32 on the CPU, bf16 on CUDA).
+    type Floats: Send + Sync;
+    /// A device buffer of 32-bit integers.
+    type Ints: Send + Sync;
+    /// A weight matrix [N, K] in whatever layout and precision the device multiplies best.
+    type Weight: Send + Sync;
+    /// The K and V blocks of one layer.
+    type Kv: Send;
+
+    /// Zeroed.
+    fn floats(&self, len: usize) -> Result<Self::Floats, KernelError>;
+    /// Zeroed.
+    fn ints(&self, len: usize) -> Result<Self::Ints, KernelError>;
+    /// Writes the first `values.len()` elements.
+    fn write_floats(&self, to: &mut Self::Floats, values: &[f32]) -> Result<(), KernelError>;
+    /// Writes the first `values.len()` elements.
+    fn write_ints(&self, to: &mut Self::Ints, values: &[i32]) -> Result<(), KernelError>;
+    /// Reads the first `to.len()` elements.
+    fn read_floats(&self, to: &mut [f32], from: &Self::Floats) -> Result<(), KernelError>;
+    /// Repacks `parts`, stacked by rows: part 0's outputs come first. All share K.
+    fn weight(&self, parts: &[WeightPart<'_>]) -> Result<Self::Weight, KernelError>;
+    /// Room for `blocks` blocks of 16 tokens of K and V. Zeroed.
+    fn kv(&self, blocks: usize, heads: Heads) -> Result<Self::Kv, KernelError>;
+    /// Bytes that `kv` takes for one block of one layer.
+    fn kv_block_bytes(&self, heads: Heads) -> usize;
+
+    /// out [T, H] = row `ids[t] - first_id` of `table` [V_local, H]; zeros where that is outside the table.
+    fn embed(
+        &self,
+        out: &mut Tensor<Self>,
+        table: &Self::Weight,
+        first_id: usize,
+        batch: &Batch<Self>,
+    ) -> Result<(), KernelError>;
+    /// out [T, H] = x / sqrt(mean(x²) + eps) · weight [1, H].
+    fn rms_norm(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        weight: &Tensor<Self>,
+        eps: f32,
+    ) -> Result<(), KernelError>;
+    /// out [T, N] = x [T, K] · weight [N, K]ᵀ + bias [1, N]. The only op that sees weight formats.
+    fn linear(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        weight: &Self::Weight,
+        bias: Option<&Tensor<Self>>,
+    ) -> Result<(), KernelError>;
+    /// Root-mean-square norm of each query head with `q` [1, D] and each key head with `k` [1, D], in place.
+    fn qk_norm(
+        &self,
+        qkv: &mut Tensor<Self>,
+        q: &Tensor<Self>,
+        k: &Tensor<Self>,
+        eps: f32,
+        heads: Heads,
+    ) -> Result<(), KernelError>;
+    /// Rotates query and key heads in place (rotate-half), then scales queries by `batch.q_scale`.
+    /// cos_sin [P, D]: D/2 cosines, then D/2 sines.
+    fn rope(
+        &self,
+        qkv: &mut Tensor<Self>,
+        cos_sin: &Tensor<Self>,
+        batch: &Batch<Self>,
+        heads: Heads,
+    ) -> Result<(), KernelError>;
+    /// Copies the key and value heads of qkv [T, (q + 2 kv) D] to `batch.slots`.
+    fn store_kv(
+        &self,
+        kv: &mut Self::Kv,
+        qkv: &Tensor<Self>,
+        batch: &Batch<Self>,
+        heads: Heads,
+    ) -> Result<(), KernelError>;
+    /// out [T, q D] = softmax(q kᵀ / sqrt(D)) v over the sequence's cached keys at positions ≤ the row's own,
+    /// and > position − `window` where there is one. This step's K and V are already stored.
+    fn attention(
+        &self,
+        out: &mut Tensor<Self>,
+        qkv: &Tensor<Self>,
+        kv: &Self::Kv,
+        batch: &Batch<Self>,
+        heads: Heads,
+        window: Option<usize>,
+    ) -> Result<(), KernelError>;
+    /// out [T, I] = silu(gate) · up, where x [T, 2 I] is gate, then up.
+    fn silu_mul(&self, out: &mut Tensor<Self>, x: &Tensor<Self>) -> Result<(), KernelError>;
+    /// x [T, H] += delta [T, H].
+    fn add(&self, x: &mut Tensor<Self>, delta: &Tensor<Self>) -> Result<(), KernelError>;
+    /// out [len, H] = rows `batch.logit_rows[first..first + len]` of x.
+    fn gather_rows(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        batch: &Batch<Self>,
+        first: usize,
+        len: usize,
+    ) -> Result<(), KernelError>;
+}

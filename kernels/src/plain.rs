@@ -1,0 +1,1 @@
+//! The plain, obviously correct ops: the oracle that tests compare every backend with.

@@ -1,0 +1,2 @@
+#![forbid(unsafe_code)]
+//! The Qwen family: checkpoints in, next-token logits out.
