@@ -100,12 +100,15 @@ pub struct TokenLogprob {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StepOutput {
     pub number: u64,
-    /// One for each chunk that asked for a sample, in the plan's order.
+    /// One for each chunk that asked for a sample and got one, in the plan's order.
     pub sampled: Vec<(SequenceId, TokenLogprob)>,
     /// For `Want::Score`: the chunk's following tokens, in the plan's order.
     pub scored: Vec<(SequenceId, Vec<TokenLogprob>)>,
     /// For `Want::Logits`: [rows, vocabulary] row-major.
     pub logits: Vec<(SequenceId, Vec<f32>)>,
+    /// Sequences that cannot go on, and why, e.g. logits that are no numbers. They have no other
+    /// entry in this output; the group itself is sound.
+    pub failed: Vec<(SequenceId, String)>,
 }
 
 /// Why a group can run no further plan. Every sequence in it is lost to this group.
