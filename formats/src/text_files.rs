@@ -1,0 +1,70 @@
+//! What a tokenizer needs of a model's files.
+
+use std::{collections::BTreeMap, fs::File, io::Read, path::Path};
+
+use crate::{
+    FormatError, Layout, gguf,
+    locate::{list, locate},
+};
+
+/// Larger files of these kinds are refused.
+pub const TEXT_FILE_BYTES_MAX: u64 = 64 << 20;
+
+const NAMES: [&str; 8] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "config.json",
+];
+
+/// Of a Hugging Face folder, the files that say how it speaks, as far as they are there, with every
+/// `*.tiktoken`; of a GGUF file one entry `metadata.gguf`, the file up to the end of its metadata,
+/// for [`gguf::parse_metadata`].
+///
+/// # Errors
+/// No model at `path`, files above [`TEXT_FILE_BYTES_MAX`], and what the system refuses.
+pub fn text_files(path: &Path) -> Result<BTreeMap<String, Vec<u8>>, FormatError> {
+    let mut files = BTreeMap::new();
+    match locate(path)? {
+        Layout::Safetensors { folder, .. } => {
+            let named = NAMES.iter().map(|name| folder.join(name)).filter(|path| path.is_file());
+            for path in named.chain(list(&folder, "tiktoken")?) {
+                let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                files.insert(name, read_bounded(&path, TEXT_FILE_BYTES_MAX)?);
+            }
+        }
+        Layout::Gguf { files: parts } => {
+            let path = &parts[0];
+            let file = File::open(path).map_err(|e| FormatError::io(path, e))?;
+            let len = file.metadata().map_err(|e| FormatError::io(path, e))?.len();
+            let end = gguf::metadata_end(&file, len).map_err(|e| e.at(path))?;
+            files.insert("metadata.gguf".into(), read_prefix(path, end)?);
+        }
+    }
+    Ok(files)
+}
+
+/// A whole file, if it has at most `bytes_max`.
+pub(crate) fn read_bounded(path: &Path, bytes_max: u64) -> Result<Vec<u8>, FormatError> {
+    let len = std::fs::metadata(path).map_err(|e| FormatError::io(path, e))?.len();
+    if len > bytes_max {
+        let text = format!("{len} bytes, more than the {bytes_max} that such a file may have");
+        return Err(FormatError::Malformed(text).at(path));
+    }
+    read_prefix(path, len)
+}
+
+fn read_prefix(path: &Path, len: u64) -> Result<Vec<u8>, FormatError> {
+    if len > TEXT_FILE_BYTES_MAX {
+        let text = format!("{len} bytes of metadata, more than {TEXT_FILE_BYTES_MAX}");
+        return Err(FormatError::Malformed(text).at(path));
+    }
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(|e| FormatError::io(path, e))?;
+    file.take(len).read_to_end(&mut bytes).map_err(|e| FormatError::io(path, e))?;
+    Ok(bytes)
+}
