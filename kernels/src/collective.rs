@@ -5,6 +5,12 @@
 use crate::{Backend, KernelError, Tensor};
 use std::time::Duration;
 
+mod staged;
+mod threads;
+
+pub use staged::Staged;
+pub use threads::Threads;
+
 /// Why an exchange failed. The group is unusable afterwards.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CollectiveError {
@@ -51,4 +57,23 @@ pub trait Collective<B: Backend>: Send + 'static {
         x: &Tensor<B>,
         cols: &[usize],
     ) -> Result<(), CollectiveError>;
+}
+
+/// values = or += the share of `rank`, which must be as long.
+fn take_share(
+    values: &mut [f32],
+    share: &[f32],
+    rank: usize,
+    replace: bool,
+) -> Result<(), CollectiveError> {
+    if share.len() != values.len() {
+        let detail = format!("{} floats to sum, {} on rank {rank}", values.len(), share.len());
+        return Err(CollectiveError::Mismatch(detail));
+    }
+    if replace {
+        values.copy_from_slice(share);
+    } else {
+        values.iter_mut().zip(share).for_each(|(value, share)| *value += share);
+    }
+    Ok(())
 }

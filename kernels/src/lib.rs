@@ -6,6 +6,7 @@
 
 pub mod collective;
 pub mod cpu;
+mod host;
 pub mod plain;
 pub mod shape;
 pub mod weight;
@@ -122,6 +123,10 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn write_ints(&self, to: &mut Self::Ints, values: &[i32]) -> Result<(), KernelError>;
     /// Reads the first `to.len()` elements.
     fn read_floats(&self, to: &mut [f32], from: &Self::Floats) -> Result<(), KernelError>;
+    /// The elements themselves where they are f32 in host memory: spares an exchange two copies.
+    fn host_floats<'a>(&self, _floats: &'a mut Self::Floats) -> Option<&'a mut [f32]> {
+        None
+    }
     /// Repacks `parts`, stacked by rows: part 0's outputs come first. All share K.
     fn weight(&self, parts: &[WeightPart<'_>]) -> Result<Self::Weight, KernelError>;
     /// Room for `blocks` blocks of 16 tokens of K and V. Zeroed.

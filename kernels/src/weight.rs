@@ -1,5 +1,6 @@
 //! Weight matrices as checkpoints store them.
 
+use crate::KernelError;
 use std::{borrow::Cow, ops::Range};
 
 /// How numbers are stored. The block formats are GGUF's (ggml), byte for byte.
@@ -62,4 +63,51 @@ pub struct WeightPart<'a> {
     pub cols: Range<usize>,
     /// `rows` stored rows without gaps.
     pub data: Cow<'a, [u8]>,
+}
+
+impl WeightPart<'_> {
+    /// N and K of the stack of `parts`, once every part is known to be whole: blocks complete, columns
+    /// inside the stored row at places where its format may be cut, data as long as it says.
+    ///
+    /// # Errors
+    /// `KernelError::Weight` names the first part that is not.
+    pub fn check(parts: &[WeightPart<'_>]) -> Result<(usize, usize), KernelError> {
+        let cols = parts.first().map_or(0, |part| part.cols.len());
+        if cols == 0 {
+            return Err(KernelError::Weight("no columns".into()));
+        }
+        for part in parts {
+            part.check_one(cols).map_err(KernelError::Weight)?;
+        }
+        Ok((parts.iter().map(|part| part.rows).sum(), cols))
+    }
+
+    fn check_one(&self, cols: usize) -> Result<(), String> {
+        let Self { format, rows, stored_cols, cols: range, data } = self;
+        let split = format.split_elements();
+        if !stored_cols.is_multiple_of(format.block_elements()) {
+            return Err(format!("rows of {stored_cols} elements are no whole {format:?} blocks"));
+        }
+        if range.start > range.end || range.end > *stored_cols || range.len() != cols {
+            return Err(format!("columns {range:?} of {stored_cols}, wanted {cols} columns"));
+        }
+        if !range.start.is_multiple_of(split) || !range.end.is_multiple_of(split) {
+            return Err(format!("columns {range:?} cut {format:?} off multiples of {split}"));
+        }
+        let bytes = self.row_bytes().checked_mul(*rows);
+        if bytes != Some(data.len()) {
+            return Err(format!("{rows} rows of {stored_cols} {format:?} in {} bytes", data.len()));
+        }
+        Ok(())
+    }
+
+    /// Bytes of one stored row.
+    pub fn row_bytes(&self) -> usize {
+        self.stored_cols / self.format.block_elements() * self.format.block_bytes()
+    }
+
+    /// The bytes of stored row `n`, every stored column of it.
+    pub fn stored_row(&self, n: usize) -> &[u8] {
+        &self.data[n * self.row_bytes()..][..self.row_bytes()]
+    }
 }

@@ -1,0 +1,143 @@
+//! How backends in host memory read a batch: slices of the right length, contents checked.
+//!
+//! Every index that an op follows (slots, block ids, rows) is checked here before the op runs, so
+//! that a wrong plan is an error and never a read outside a buffer.
+
+use crate::{BLOCK_TOKENS, Backend, Batch, KernelError, ShapeError, shape::ensure};
+use std::ops::Range;
+
+/// The first `len` elements of a buffer.
+pub(crate) fn first<'a, T>(
+    op: &'static str,
+    name: &str,
+    values: &'a [T],
+    len: usize,
+) -> Result<&'a [T], ShapeError> {
+    ensure(op, len <= values.len(), || {
+        format!("{name} needs {len} elements, its buffer has {}", values.len())
+    })?;
+    Ok(&values[..len])
+}
+
+/// A zeroed vector, or an error where the allocator refuses it.
+pub(crate) fn zeroed<T: Clone + Default>(
+    what: &'static str,
+    len: usize,
+) -> Result<Vec<T>, KernelError> {
+    let bytes = len.saturating_mul(size_of::<T>());
+    // The probe is given back at once: `vec!` then takes fresh zero pages without touching them,
+    // which resizing the probe would not.
+    Vec::<T>::new().try_reserve_exact(len).map_err(|_| KernelError::Memory { what, bytes })?;
+    Ok(vec![T::default(); len])
+}
+
+/// Copies `values` to the start of `to`.
+pub(crate) fn write<T: Copy>(to: &mut [T], values: &[T]) -> Result<(), ShapeError> {
+    let room = to.len();
+    let to = to.get_mut(..values.len()).ok_or_else(|| ShapeError {
+        op: "write",
+        detail: format!("{} values into a buffer of {room}", values.len()),
+    })?;
+    to.copy_from_slice(values);
+    Ok(())
+}
+
+/// Copies the start of `from` to `to`.
+pub(crate) fn read<T: Copy>(to: &mut [T], from: &[T]) -> Result<(), ShapeError> {
+    to.copy_from_slice(first("read", "source", from, to.len())?);
+    Ok(())
+}
+
+/// Non-negative integers below `end`.
+fn below(op: &'static str, name: &str, values: &[i32], end: usize) -> Result<(), ShapeError> {
+    match values.iter().find(|&&v| usize::try_from(v).map_or(true, |v| v >= end)) {
+        Some(bad) => ensure(op, false, || format!("{name} {bad} is outside 0..{end}")),
+        None => Ok(()),
+    }
+}
+
+/// [T] token ids.
+pub(crate) fn ids<B: Backend<Ints = Vec<i32>>>(batch: &Batch<B>) -> Result<&[i32], ShapeError> {
+    first("embed", "ids", &batch.ids, batch.tokens)
+}
+
+/// [T] rows of a cos/sin table with `table_rows`, and the factor on each query.
+pub(crate) fn rope_rows<B: Backend<Ints = Vec<i32>, Floats: AsRef<[f32]>>>(
+    batch: &Batch<B>,
+    table_rows: usize,
+) -> Result<(&[i32], Option<&[f32]>), ShapeError> {
+    let rows = first("rope", "rope_rows", &batch.rope_rows, batch.tokens)?;
+    below("rope", "table row", rows, table_rows)?;
+    let scale = batch.q_scale.as_ref();
+    let scale = scale.map(|s| first("rope", "q_scale", s.as_ref(), batch.tokens)).transpose()?;
+    Ok((rows, scale))
+}
+
+/// [T] slots of a cache with `blocks` blocks.
+pub(crate) fn slots<B: Backend<Ints = Vec<i32>>>(
+    batch: &Batch<B>,
+    blocks: usize,
+) -> Result<&[i32], ShapeError> {
+    let slots = first("store_kv", "slots", &batch.slots, batch.tokens)?;
+    below("store_kv", "slot", slots, blocks * BLOCK_TOKENS)?;
+    Ok(slots)
+}
+
+/// [len] rows of a tensor with `rows` rows whose logits are wanted.
+pub(crate) fn logit_rows<B: Backend<Ints = Vec<i32>>>(
+    batch: &Batch<B>,
+    range: Range<usize>,
+    rows: usize,
+) -> Result<&[i32], ShapeError> {
+    let wanted = first("gather_rows", "logit_rows", &batch.logit_rows, range.end)?;
+    let wanted = &wanted[range];
+    below("gather_rows", "logit row", wanted, rows)?;
+    Ok(wanted)
+}
+
+/// One sequence's part of a batch.
+#[derive(Clone, Debug)]
+pub(crate) struct Sequence<'a> {
+    /// Rows of the batch.
+    pub rows: Range<usize>,
+    /// Position of the first of `rows`.
+    pub start: usize,
+    /// Block ids, exactly those that hold the context.
+    pub blocks: &'a [i32],
+}
+
+/// The batch's sequences, every index within a cache of `blocks` blocks.
+pub(crate) fn sequences<B: Backend<Ints = Vec<i32>>>(
+    batch: &Batch<B>,
+    blocks: usize,
+) -> Result<Vec<Sequence<'_>>, ShapeError> {
+    const OP: &str = "attention";
+    let (tokens, count, cols) = (batch.tokens, batch.sequences, batch.block_table_cols);
+    let starts = first(OP, "row_starts", &batch.row_starts, count + 1)?;
+    below(OP, "row start", starts, tokens + 1)?;
+    let ends = starts[0] == 0 && starts[count] as usize == tokens;
+    ensure(OP, ends && starts.is_sorted(), || {
+        format!("row_starts {starts:?} do not rise from 0 to {tokens}")
+    })?;
+    let lens = first(OP, "context_lens", &batch.context_lens, count)?;
+    below(OP, "context length", lens, cols * BLOCK_TOKENS + 1)?;
+    let tables = first(OP, "block_tables", &batch.block_tables, count * cols)?;
+    let positions = first(OP, "positions", &batch.positions, tokens)?;
+    let mut found = Vec::with_capacity(count);
+    for s in 0..count {
+        let rows = starts[s] as usize..starts[s + 1] as usize;
+        let context = lens[s] as usize;
+        ensure(OP, rows.len() <= context, || {
+            format!("sequence {s} has {} rows and a context of {context}", rows.len())
+        })?;
+        let start = context - rows.len();
+        let in_order = positions[rows.clone()].iter().zip(start..).all(|(&p, q)| p == q as i32);
+        ensure(OP, in_order, || {
+            format!("positions of sequence {s} do not run from {start} to {context}")
+        })?;
+        let table = &tables[s * cols..][..context.div_ceil(BLOCK_TOKENS)];
+        below(OP, "block", table, blocks)?;
+        found.push(Sequence { rows, start, blocks: table });
+    }
+    Ok(found)
+}
