@@ -1,0 +1,241 @@
+//! The KV block pool: who holds which block, and which full blocks can be shared.
+//!
+//! A full block whose KV is computed may be published. The index then finds it by the prefix it
+//! extends and its own tokens; the prefix is named by identity, not by a hash, so that no collision
+//! can ever serve somebody else's cache. Published blocks that nobody holds stay findable until the
+//! pool needs them, least recently used first. Every entry belongs to a block: the pool bounds the
+//! index. One pool serves one model; a caller whose KV depends on more than the tokens before it
+//! neither looks up nor publishes.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::plan::BLOCK_TOKENS;
+
+/// Names a published prefix: everything from the start of the sequence to the end of one block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Prefix(u64);
+
+impl Prefix {
+    /// The empty prefix.
+    pub const ROOT: Self = Self(0);
+}
+
+/// The tokens of one full block.
+pub type BlockTokens = [u32; BLOCK_TOKENS];
+
+/// What a published block holds: the prefix it completes, the one it extends, and its tokens.
+#[derive(Clone, Copy)]
+struct Published {
+    prefix: Prefix,
+    key: (Prefix, BlockTokens),
+}
+
+#[derive(Clone, Default)]
+struct Block {
+    holders: u32,
+    published: Option<Published>,
+    /// Key in `cached` while nobody holds the block.
+    released_at: u64,
+}
+
+/// Blocks by id, `0..total`.
+pub struct BlockPool {
+    blocks: Vec<Block>,
+    /// Neither held nor published.
+    unused: Vec<u32>,
+    /// Published, held by nobody; the least recently used first.
+    cached: BTreeMap<u64, u32>,
+    index: HashMap<(Prefix, BlockTokens), u32>,
+    clock: u64,
+    prefixes: u64,
+}
+
+impl BlockPool {
+    /// All `total` blocks are free.
+    pub fn new(total: u32) -> Self {
+        Self {
+            blocks: vec![Block::default(); total as usize],
+            unused: (0..total).rev().collect(),
+            cached: BTreeMap::new(),
+            index: HashMap::new(),
+            clock: 0,
+            prefixes: 0,
+        }
+    }
+
+    pub fn total(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Blocks that nobody holds; cached prefixes count.
+    pub fn free(&self) -> usize {
+        self.unused.len() + self.cached.len()
+    }
+
+    /// Blocks that nobody holds but whose contents can still be found.
+    pub fn cached(&self) -> usize {
+        self.cached.len()
+    }
+
+    /// A block for one holder. Evicts the least recently used cached prefix when nothing else is free.
+    pub fn allocate(&mut self) -> Option<u32> {
+        let id = match self.unused.pop() {
+            Some(id) => id,
+            None => {
+                let (_, id) = self.cached.pop_first()?;
+                self.unpublish(id);
+                id
+            }
+        };
+        self.blocks[id as usize].holders = 1;
+        Some(id)
+    }
+
+    /// The block that extends `parent` by `tokens`, where published. Does not hold it.
+    pub fn find(&self, parent: Prefix, tokens: &BlockTokens) -> Option<(u32, Prefix)> {
+        let id = *self.index.get(&(parent, *tokens))?;
+        self.blocks[id as usize].published.map(|published| (id, published.prefix))
+    }
+
+    /// Whether somebody holds the block.
+    pub fn is_held(&self, id: u32) -> bool {
+        self.blocks[id as usize].holders > 0
+    }
+
+    /// One more holder of a found or allocated block.
+    pub fn retain(&mut self, id: u32) {
+        let block = &mut self.blocks[id as usize];
+        if block.holders == 0 {
+            self.cached.remove(&block.released_at);
+        }
+        block.holders += 1;
+    }
+
+    /// One holder less. The last one leaves the block cached if it is published.
+    ///
+    /// Release a sequence's blocks from the last to the first: a prefix must outlive what extends it.
+    pub fn release(&mut self, id: u32) {
+        let block = &mut self.blocks[id as usize];
+        debug_assert!(block.holders > 0, "block {id} released by nobody");
+        block.holders = block.holders.saturating_sub(1);
+        if block.holders > 0 {
+            return;
+        }
+        if block.published.is_none() {
+            self.unused.push(id);
+            return;
+        }
+        self.clock += 1;
+        block.released_at = self.clock;
+        self.cached.insert(self.clock, id);
+    }
+
+    /// Makes a held, full and computed block findable as `parent` extended by `tokens`.
+    ///
+    /// Where an equal block is published already, the caller's hold moves to that one. Returns the
+    /// block to use from now on and the prefix that it completes.
+    pub fn publish(&mut self, id: u32, parent: Prefix, tokens: &BlockTokens) -> (u32, Prefix) {
+        if let Some((twin, prefix)) = self.find(parent, tokens) {
+            if twin != id {
+                self.retain(twin);
+                self.release(id);
+            }
+            return (twin, prefix);
+        }
+        self.prefixes += 1;
+        let prefix = Prefix(self.prefixes);
+        let key = (parent, *tokens);
+        self.blocks[id as usize].published = Some(Published { prefix, key });
+        self.index.insert(key, id);
+        (id, prefix)
+    }
+
+    fn unpublish(&mut self, id: u32) {
+        if let Some(published) = self.blocks[id as usize].published.take() {
+            self.index.remove(&published.key);
+        }
+    }
+
+    /// Checks the books against each other and against how often each block should be held.
+    #[cfg(test)]
+    pub fn audit(&self, held: &HashMap<u32, u32>) {
+        let mut free = 0;
+        for (id, block) in self.blocks.iter().enumerate() {
+            let id = id as u32;
+            let expected = held.get(&id).copied().unwrap_or(0);
+            assert_eq!(block.holders, expected, "holders of block {id}");
+            let unused = self.unused.iter().filter(|&&other| other == id).count();
+            let cached = self.cached.values().filter(|&&other| other == id).count();
+            assert_eq!(unused + cached, usize::from(expected == 0), "places of block {id}");
+            assert!(cached == 0 || block.published.is_some(), "block {id} cached without contents");
+            free += usize::from(expected == 0);
+        }
+        assert_eq!(self.free(), free);
+        assert!(self.index.len() <= self.blocks.len());
+        for (key, &id) in &self.index {
+            let published = self.blocks[id as usize].published.expect("indexed, so published");
+            assert_eq!(&published.key, key);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: BlockTokens = [1; BLOCK_TOKENS];
+    const B: BlockTokens = [2; BLOCK_TOKENS];
+
+    #[test]
+    fn a_published_block_is_found_after_its_last_holder_left() {
+        let mut pool = BlockPool::new(4);
+        let first = pool.allocate().unwrap();
+        let (first, prefix) = pool.publish(first, Prefix::ROOT, &A);
+        let second = pool.allocate().unwrap();
+        let (second, deeper) = pool.publish(second, prefix, &A);
+        pool.release(second);
+        pool.release(first);
+        assert_eq!((pool.free(), pool.cached()), (4, 2));
+        assert_eq!(pool.find(Prefix::ROOT, &A), Some((first, prefix)));
+        assert_eq!(pool.find(prefix, &A), Some((second, deeper)));
+        assert_eq!(pool.find(deeper, &A), None);
+        assert_eq!(pool.find(Prefix::ROOT, &B), None);
+        pool.audit(&HashMap::new());
+    }
+
+    #[test]
+    fn the_least_recently_used_cached_block_goes_first() {
+        let mut pool = BlockPool::new(2);
+        for tokens in [&A, &B] {
+            let id = pool.allocate().unwrap();
+            pool.publish(id, Prefix::ROOT, tokens);
+            pool.release(id);
+        }
+        let (used, _) = pool.find(Prefix::ROOT, &A).unwrap();
+        pool.retain(used);
+        pool.release(used);
+        assert!(pool.allocate().is_some());
+        assert!(pool.find(Prefix::ROOT, &A).is_some());
+        assert_eq!(pool.find(Prefix::ROOT, &B), None);
+    }
+
+    #[test]
+    fn an_equal_block_is_shared_instead_of_published_twice() {
+        let mut pool = BlockPool::new(3);
+        let mine = pool.allocate().unwrap();
+        let yours = pool.allocate().unwrap();
+        let (mine, prefix) = pool.publish(mine, Prefix::ROOT, &A);
+        assert_eq!(pool.publish(yours, Prefix::ROOT, &A), (mine, prefix));
+        assert_eq!(pool.free(), 2);
+        pool.audit(&HashMap::from([(mine, 2)]));
+    }
+
+    #[test]
+    fn held_blocks_are_never_given_away() {
+        let mut pool = BlockPool::new(2);
+        let held = pool.allocate().unwrap();
+        pool.publish(held, Prefix::ROOT, &A);
+        assert!(pool.allocate().is_some());
+        assert_eq!(pool.allocate(), None);
+    }
+}
