@@ -16,7 +16,9 @@ pub enum EngineError {
     #[error("queue is full ({0} requests waiting); retry later")]
     Overloaded(usize),
     /// Can never run here.
-    #[error("prompt of {prompt} + {new} tokens exceeds the context of {context}; shorten the prompt")]
+    #[error(
+        "prompt of {prompt} + {new} tokens exceeds the context of {context}; shorten the prompt"
+    )]
     TooLong { prompt: usize, new: usize, context: usize },
     /// Can never run anywhere.
     #[error("{0}")]

@@ -393,3 +393,6 @@ impl Results {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;
