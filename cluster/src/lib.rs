@@ -1,6 +1,14 @@
 #![forbid(unsafe_code)]
 //! Who is alive and what they serve: the roster, in memory or in etcd.
 
+mod etcd;
+mod memory;
+pub mod shutdown;
+pub mod telemetry;
+
+pub use etcd::{Etcd, EtcdOptions};
+pub use memory::InMemory;
+
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -64,6 +72,9 @@ pub enum MembershipError {
     /// The registry answered with a refusal.
     #[error("etcd refused: {0}")]
     Refused(String),
+    /// A name, an address or an instance that cannot be used as given.
+    #[error("{0}")]
+    Invalid(String),
 }
 
 /// Keeps an instance in the roster until dropped (or `leave` is awaited, which says so at once).

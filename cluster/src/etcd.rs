@@ -1,0 +1,193 @@
+//! The roster in etcd: instances are keys under a lease, read by list-then-watch.
+//!
+//! etcd is trusted to say who is alive, not to be there: the roster last known stays in use while
+//! etcd is away, and a registration is renewed for as long as its owner lives. Each task speaks to
+//! one member at a time and moves on at the first doubt, because a member that is stopped or cut
+//! off keeps its connections open. Every call has a deadline. TLS to etcd is refused, not ignored.
+
+mod keeper;
+mod session;
+mod view;
+mod watcher;
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{sync::watch, task::JoinHandle};
+
+use crate::{Instance, Membership, MembershipError, Registration, Roster};
+use session::{Fault, Session};
+use view::View;
+
+/// Bytes of one instance's value, at most.
+const VALUE_BYTES_MAX: usize = 16 * 1024;
+/// Instances of one cluster, at most.
+const INSTANCES_MAX: usize = 10_000;
+
+/// Where the registry is and how patient to be with it.
+#[derive(Clone, Debug)]
+pub struct EtcdOptions {
+    /// Member addresses, e.g. `http://127.0.0.1:2379`.
+    pub endpoints: Vec<String>,
+    /// Clusters of different names share an etcd without seeing each other.
+    pub cluster: String,
+    /// User and password, where etcd asks for them.
+    pub user: Option<(String, String)>,
+    /// A dead process is out of the roster after this.
+    pub lease: Duration,
+    /// For each call, and for connecting.
+    pub call_deadline: Duration,
+    /// How long instances that vanished together after trouble with etcd are still believed in.
+    pub grace: Duration,
+}
+
+impl EtcdOptions {
+    /// The usual patience: leases of 10 s, calls of 2 s, 30 s of grace.
+    pub fn new(endpoints: Vec<String>, cluster: impl Into<String>) -> Self {
+        Self {
+            endpoints,
+            cluster: cluster.into(),
+            user: None,
+            lease: Duration::from_secs(10),
+            call_deadline: Duration::from_secs(2),
+            grace: Duration::from_secs(30),
+        }
+    }
+
+    fn check(&self) -> Result<(), MembershipError> {
+        let invalid = |message: String| Err(MembershipError::Invalid(message));
+        if self.endpoints.is_empty() {
+            return invalid("no etcd address given; use --etcd http://HOST:2379".into());
+        }
+        for endpoint in &self.endpoints {
+            let rest = endpoint.strip_prefix("http://").unwrap_or(endpoint);
+            if endpoint.starts_with("https://") {
+                return invalid(format!("etcd address {endpoint}: https is not supported yet"));
+            }
+            if rest.is_empty() || rest.contains(['/', ' ', ',']) {
+                let wanted = "use http://HOST:PORT, several with commas between";
+                return invalid(format!("etcd address {endpoint:?} is no address; {wanted}"));
+            }
+        }
+        if self.lease < Duration::from_secs(1) {
+            return invalid(format!("a lease of {:?} is too short; at least 1 s", self.lease));
+        }
+        check_name("cluster name", &self.cluster)
+    }
+
+    fn prefix(&self) -> String {
+        format!("/lockstep/{}/instances/", self.cluster)
+    }
+}
+
+/// Names become parts of keys, so they may not contain separators.
+fn check_name(what: &str, name: &str) -> Result<(), MembershipError> {
+    let fine = |c: char| c.is_ascii_alphanumeric() || "._-:".contains(c);
+    if name.is_empty() || name.len() > 128 || !name.chars().all(fine) {
+        return Err(MembershipError::Invalid(format!(
+            "{what} {name:?} is not usable: 1 to 128 letters, digits, dots, colons, dashes"
+        )));
+    }
+    Ok(())
+}
+
+/// Membership over an etcd cluster.
+pub struct Etcd {
+    options: Arc<EtcdOptions>,
+    roster: watch::Receiver<Roster>,
+    watcher: JoinHandle<()>,
+}
+
+impl Etcd {
+    /// Reads the roster once, then follows it for as long as the value lives.
+    ///
+    /// # Errors
+    /// `Invalid` for options that cannot work, `Refused` where etcd says no, `Unreachable` where
+    /// no member answers in time.
+    pub async fn connect(options: EtcdOptions) -> Result<Self, MembershipError> {
+        options.check()?;
+        let options = Arc::new(options);
+        let mut faults = Vec::new();
+        for at in 0..options.endpoints.len() {
+            match Self::first_list(&options, at).await {
+                Ok(view) => {
+                    let (sender, roster) = watch::channel(view.roster());
+                    let watcher = watcher::spawn(options.clone(), view, at, sender);
+                    return Ok(Self { options, roster, watcher });
+                }
+                Err(Fault::Refused(reason)) => return Err(MembershipError::Refused(reason)),
+                Err(fault) => faults.push(format!("{}: {fault}", options.endpoints[at])),
+            }
+        }
+        Err(unreachable(&options, faults.join("; ")))
+    }
+
+    async fn first_list(options: &Arc<EtcdOptions>, at: usize) -> Result<View, Fault> {
+        let mut session = Session::open(options, at).await?;
+        let mut view = View::new(options.prefix(), options.grace);
+        view.replace(session.list().await?, std::time::Instant::now());
+        Ok(view)
+    }
+}
+
+fn unreachable(options: &EtcdOptions, reason: String) -> MembershipError {
+    MembershipError::Unreachable { endpoints: options.endpoints.join(","), reason }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        self.watcher.abort();
+    }
+}
+
+#[async_trait::async_trait]
+impl Membership for Etcd {
+    async fn announce(
+        &self,
+        instance: watch::Receiver<Instance>,
+    ) -> Result<Box<dyn Registration>, MembershipError> {
+        check_name("instance id", &instance.borrow().id)?;
+        encode(&instance.borrow())?;
+        let registration = keeper::start(self.options.clone(), instance).await?;
+        Ok(Box::new(registration))
+    }
+
+    fn roster(&self) -> watch::Receiver<Roster> {
+        self.roster.clone()
+    }
+}
+
+fn encode(instance: &Instance) -> Result<Vec<u8>, MembershipError> {
+    let invalid = |reason: String| {
+        MembershipError::Invalid(format!("instance {} cannot be announced: {reason}", instance.id))
+    };
+    let value = serde_json::to_vec(instance).map_err(|error| invalid(error.to_string()))?;
+    if value.len() > VALUE_BYTES_MAX {
+        return Err(invalid(format!("{} bytes, at most {VALUE_BYTES_MAX}", value.len())));
+    }
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_that_cannot_work_are_refused_with_the_remedy() {
+        let with = |endpoint: &str, cluster: &str| {
+            EtcdOptions::new(vec![endpoint.to_owned()], cluster).check()
+        };
+        assert!(with("http://127.0.0.1:2379", "main").is_ok());
+        assert!(with("127.0.0.1:2379", "main").is_ok());
+        for (endpoint, cluster, word) in [
+            ("https://a:2379", "main", "https"),
+            ("http://", "main", "http://HOST:PORT"),
+            ("http://a:1,http://b:2", "main", "commas"),
+            ("http://a:1", "a/b", "cluster name"),
+            ("http://a:1", "", "cluster name"),
+        ] {
+            let error = with(endpoint, cluster).unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        }
+        assert!(EtcdOptions::new(vec![], "main").check().is_err());
+    }
+}

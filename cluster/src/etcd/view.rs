@@ -1,0 +1,142 @@
+//! What a watcher knows: the instances by key, and which of the missing ones it still believes in.
+//!
+//! Synchronous; the clock is handed in, so that tests decide what time it is.
+
+use std::{
+    collections::BTreeMap,
+    mem,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use etcd_client::{Event, EventType, GetResponse, KeyValue};
+
+use super::VALUE_BYTES_MAX;
+use crate::{Instance, Roster};
+
+pub(super) struct View {
+    prefix: String,
+    grace: Duration,
+    /// `None`: a value that could not be read, kept so that it is told once.
+    entries: BTreeMap<Vec<u8>, (i64, Option<Instance>)>,
+    /// Revision that `entries` stands for; older events are history.
+    revision: i64,
+    /// Until then a mass disappearance is put down to etcd.
+    doubt_until: Option<Instant>,
+    held: BTreeMap<Vec<u8>, Instance>,
+}
+
+impl View {
+    pub(super) fn new(prefix: String, grace: Duration) -> Self {
+        let (entries, held) = (BTreeMap::new(), BTreeMap::new());
+        Self { prefix, grace, entries, revision: 0, doubt_until: None, held }
+    }
+
+    /// The next revision to watch.
+    pub(super) fn next_revision(&self) -> i64 {
+        self.revision + 1
+    }
+
+    /// etcd failed: believe less in what vanishes for a while.
+    pub(super) fn doubt(&mut self, now: Instant) {
+        self.doubt_until = Some(now + self.grace);
+    }
+
+    /// Takes a whole list in place of what was known.
+    pub(super) fn replace(&mut self, mut list: GetResponse, now: Instant) {
+        let revision = list.header().map_or(0, |header| header.revision());
+        let mut before = mem::take(&mut self.entries);
+        for kv in list.take_kvs() {
+            // An unchanged value needs no second reading, nor a second warning.
+            match before.remove(kv.key()) {
+                Some(known) if known.0 == kv.mod_revision() => {
+                    self.held.remove(kv.key());
+                    self.entries.insert(kv.key().to_vec(), known);
+                }
+                _ => self.insert(&kv),
+            }
+        }
+        self.revision = revision;
+        self.vanished(before, now);
+    }
+
+    /// Takes one change. Changes that the last list already held are history.
+    pub(super) fn apply(&mut self, event: &Event, now: Instant) {
+        let Some(kv) = event.kv() else { return };
+        if kv.mod_revision() <= self.revision {
+            return;
+        }
+        match event.event_type() {
+            EventType::Put => self.insert(kv),
+            EventType::Delete => {
+                if let Some(entry) = self.entries.remove(kv.key()) {
+                    self.vanished(BTreeMap::from([(kv.key().to_vec(), entry)]), now);
+                }
+            }
+        }
+    }
+
+    fn insert(&mut self, kv: &KeyValue) {
+        let instance = match read(&self.prefix, kv) {
+            Ok(instance) => {
+                self.held.remove(kv.key());
+                Some(instance)
+            }
+            Err(reason) => {
+                let key = String::from_utf8_lossy(kv.key());
+                tracing::warn!(%key, reason, "instance skipped");
+                None
+            }
+        };
+        self.entries.insert(kv.key().to_vec(), (kv.mod_revision(), instance));
+    }
+
+    /// One instance may die at any time; that many die together soon after trouble with etcd is
+    /// far more likely the trouble.
+    fn vanished(&mut self, gone: BTreeMap<Vec<u8>, (i64, Option<Instance>)>, now: Instant) {
+        let doubted = self.doubt_until.is_some_and(|until| now < until);
+        if !doubted {
+            return;
+        }
+        let gone = gone.into_iter().filter_map(|(key, (_, instance))| Some((key, instance?)));
+        self.held.extend(gone);
+        let left = self.entries.values().filter(|(_, instance)| instance.is_some()).count();
+        if self.held.len() <= left {
+            self.held.clear();
+        } else if !self.held.is_empty() {
+            let (held, seconds) = (self.held.len(), self.grace.as_secs());
+            tracing::warn!(held, left, seconds, "instances vanished after trouble with etcd, kept");
+        }
+    }
+
+    /// Forgets what was held once the doubt is over; says when to ask again.
+    pub(super) fn settle(&mut self, now: Instant) -> Option<Instant> {
+        let until = self.doubt_until?;
+        if now < until {
+            return Some(until);
+        }
+        self.doubt_until = None;
+        self.held.clear();
+        None
+    }
+
+    /// The whole set, in order of id.
+    pub(super) fn roster(&self) -> Roster {
+        let known = self.entries.values().filter_map(|(_, instance)| instance.as_ref());
+        let mut all: Vec<_> = known.chain(self.held.values()).cloned().collect();
+        all.sort_by(|a, b| a.id.cmp(&b.id));
+        Arc::new(all)
+    }
+}
+
+fn read(prefix: &str, kv: &KeyValue) -> Result<Instance, String> {
+    if kv.value().len() > VALUE_BYTES_MAX {
+        return Err(format!("{} bytes, at most {VALUE_BYTES_MAX}", kv.value().len()));
+    }
+    let instance: Instance =
+        serde_json::from_slice(kv.value()).map_err(|error| error.to_string())?;
+    match kv.key().strip_prefix(prefix.as_bytes()) {
+        Some(id) if id == instance.id.as_bytes() => Ok(instance),
+        _ => Err(format!("it says that it is {:?}", instance.id)),
+    }
+}

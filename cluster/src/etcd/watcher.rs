@@ -1,0 +1,127 @@
+//! Keeps the roster: lists, watches from there, and lists again at any doubt.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use etcd_client::WatchStream;
+use tokio::{
+    sync::watch,
+    task::JoinHandle,
+    time::{sleep, sleep_until},
+};
+
+use super::{
+    EtcdOptions,
+    session::{Fault, Session},
+    view::View,
+};
+use crate::Roster;
+
+/// With nothing to hear for this long the list is read again: it proves that the member still
+/// speaks for a majority, and mends whatever a watch may have missed.
+const SILENCE: Duration = Duration::from_secs(5);
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+const PAUSE_MAX: Duration = Duration::from_secs(2);
+
+/// Follows the roster for ever, beginning with member `at`.
+pub(super) fn spawn(
+    options: Arc<EtcdOptions>,
+    view: View,
+    at: usize,
+    roster: watch::Sender<Roster>,
+) -> JoinHandle<()> {
+    tokio::spawn(Watcher { options, view, roster, away: false }.run(at))
+}
+
+struct Watcher {
+    options: Arc<EtcdOptions>,
+    view: View,
+    roster: watch::Sender<Roster>,
+    /// Whether the last attempt failed: told once when it begins and once when it ends.
+    away: bool,
+}
+
+impl Watcher {
+    async fn run(mut self, mut at: usize) {
+        let mut pause = PAUSE_MIN;
+        loop {
+            let began = Instant::now();
+            let Err(fault) = self.follow(at).await;
+            if !self.away {
+                let endpoint = &self.options.endpoints[at % self.options.endpoints.len()];
+                tracing::warn!(endpoint, %fault, "roster: trying the next etcd member");
+            }
+            self.away = true;
+            self.view.doubt(Instant::now());
+            at += 1;
+            // Only a whole round of failures is worth a pause.
+            pause = if began.elapsed() > SILENCE { PAUSE_MIN } else { (pause * 2).min(PAUSE_MAX) };
+            sleep(pause).await;
+            self.publish();
+        }
+    }
+
+    /// Returns only with what went wrong.
+    async fn follow(&mut self, at: usize) -> Result<std::convert::Infallible, Fault> {
+        let mut session = Session::open(&self.options, at).await?;
+        loop {
+            let list = session.list().await?;
+            if std::mem::take(&mut self.away) {
+                tracing::info!(instances = list.kvs().len(), "roster: etcd answers again");
+            }
+            self.view.replace(list, Instant::now());
+            self.publish();
+            let mut changes = session.watch(self.view.next_revision()).await?;
+            while self.listen(&mut session, &mut changes).await? {}
+        }
+    }
+
+    /// One step of listening. False: the watch has to begin anew from a list.
+    async fn listen(
+        &mut self,
+        session: &mut Session,
+        changes: &mut WatchStream,
+    ) -> Result<bool, Fault> {
+        let now = Instant::now();
+        let wake = self.view.settle(now).map_or(now + SILENCE, |at| at.min(now + SILENCE));
+        tokio::select! {
+            change = changes.message() => {
+                let Some(change) = change? else {
+                    return Err(Fault::Broken("the watch ended".into()));
+                };
+                if change.canceled() {
+                    let compacted = change.compact_revision();
+                    tracing::info!(compacted, reason = change.cancel_reason(), "roster: listing anew");
+                    // A refusal that is no compaction would come again at once.
+                    return if compacted > 0 {
+                        Ok(false)
+                    } else {
+                        Err(Fault::Broken(change.cancel_reason().to_owned()))
+                    };
+                }
+                let now = Instant::now();
+                change.events().iter().for_each(|event| self.view.apply(event, now));
+            }
+            () = sleep_until(wake.into()) => {
+                let list = session.list().await?;
+                self.view.replace(list, Instant::now());
+            }
+        }
+        self.publish();
+        Ok(true)
+    }
+
+    fn publish(&mut self) {
+        self.view.settle(Instant::now());
+        let next = self.view.roster();
+        self.roster.send_if_modified(|current| {
+            let changed = **current != *next;
+            if changed {
+                *current = next;
+            }
+            changed
+        });
+    }
+}
