@@ -1,0 +1,21 @@
+//! Checkpoints of the Llama architecture (`LlamaForCausalLM`), such as SmolLM2.
+//!
+//! Quirks: Qwen2 without biases. GGUF files of this architecture store the rows of Q and K in the
+//! order that an interleaved rotation wants; they are put back while they are read.
+
+use serde_json::json;
+
+use crate::{
+    ModelError,
+    config::{DecoderConfig, Fields},
+    qwen2,
+};
+
+/// Settings of `config.json`.
+pub(crate) fn config(fields: &Fields) -> Result<DecoderConfig, ModelError> {
+    for key in ["attention_bias", "mlp_bias", "rope_interleaved"] {
+        fields.require(key, &json!(false))?;
+    }
+    let like = qwen2::config(fields)?;
+    Ok(DecoderConfig { family: "llama", qkv_bias: false, ..like })
+}

@@ -1,0 +1,307 @@
+//! A checkpoint on disk, in the decoder's own words.
+//!
+//! Opening checks everything that can be checked without reading weights: that the files are whole,
+//! that every tensor of the architecture is there in the right shape and a format that the kernels
+//! multiply, and that there are no others. Afterwards each method reads one rank's slice of one
+//! thing, and no other bytes; nothing is cached.
+
+mod expected;
+mod names;
+mod slice;
+
+use std::path::{Path, PathBuf};
+
+use formats::{FormatError, Layout, Tensors};
+use kernels::WeightPart;
+
+use crate::{DecoderConfig, ModelError, Shard, config::RopeScaling, shard::SplitUnits};
+pub(crate) use names::{GGUF_EMBED, Qkv, TensorNames};
+use slice::Cut;
+
+/// Configurations beyond this are no configurations.
+const CONFIG_BYTES_MAX: u64 = 16 << 20;
+
+/// Weights and configuration of one model. Ranks may share one: reading takes `&self`.
+pub struct Checkpoint {
+    config: DecoderConfig,
+    name: String,
+    names: TensorNames,
+    tensors: Tensors,
+    units: SplitUnits,
+}
+
+impl Checkpoint {
+    /// Opens a Hugging Face folder, a GGUF file, or a folder with one GGUF file.
+    ///
+    /// # Errors
+    /// `Io` and `Checkpoint` where files are missing, damaged or contradict the configuration,
+    /// with names, found and expected shapes; `Unsupported` names what is not done here.
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        let layout = formats::locate(path)?;
+        let (tensors, metadata) = Tensors::open(&layout)?;
+        let (config, names) = match (&layout, metadata) {
+            (Layout::Safetensors { folder, .. }, _) => {
+                let config = DecoderConfig::from_json(&read_config(&folder.join("config.json"))?)?;
+                let names = TensorNames::hugging_face(config.family);
+                (config, names)
+            }
+            (Layout::Gguf { .. }, metadata) => {
+                let metadata = metadata.unwrap_or_default();
+                let mut config = DecoderConfig::from_gguf(&metadata, &tensors)?;
+                let names = TensorNames::gguf(config.family);
+                apply_rope_divisors(&mut config, &tensors)?;
+                (config, names)
+            }
+        };
+        expected::check(&tensors, &config, &names)?;
+        let name = model_name(&layout, path);
+        let mut checkpoint = Self { config, name, names, tensors, units: SplitUnits::default() };
+        checkpoint.units = checkpoint.split_units();
+        Ok(checkpoint)
+    }
+
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// The folder's or file's name, without extension.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Bytes of all tensors in the files.
+    pub fn total_bytes(&self) -> u64 {
+        self.tensors.total_bytes()
+    }
+
+    /// What `rank` of `world_size` holds.
+    ///
+    /// # Errors
+    /// `Ranks` where the model cannot be split so far, with the largest number that works.
+    pub fn shard(&self, rank: usize, world_size: usize) -> Result<Shard, ModelError> {
+        Shard::new(&self.config, self.units, rank, world_size)
+    }
+
+    /// Bytes that the rank's weights take as stored in the files; a tied table counts once.
+    ///
+    /// # Errors
+    /// A shard of another model.
+    pub fn weight_bytes(&self, shard: &Shard) -> Result<u64, ModelError> {
+        let mut cuts = vec![self.table(self.names.embed, shard)];
+        if !self.config.tied {
+            cuts.push(self.table(self.names.lm_head, shard));
+        }
+        for layer in 0..self.config.layers {
+            cuts.extend(self.qkv_cuts(layer, shard));
+            cuts.push(self.attn_out_cut(layer, shard));
+            cuts.extend(self.gate_up_cuts(layer, shard));
+            cuts.push(self.down_cut(layer, shard));
+        }
+        cuts.iter().map(|(name, cut)| slice::part_bytes(&self.tensors, name, cut)).sum()
+    }
+
+    /// [V_local, H]: the embedding rows of `shard.vocab`.
+    ///
+    /// # Errors
+    /// This and the following methods fail where the files cannot be read, or where `layer` or
+    /// `shard` are another model's.
+    pub fn embed(&self, shard: &Shard) -> Result<Vec<WeightPart<'static>>, ModelError> {
+        self.read(&[self.table(self.names.embed, shard)])
+    }
+
+    /// [V_local, H]: the output rows of `shard.vocab`; the embedding rows where tied.
+    pub fn lm_head(&self, shard: &Shard) -> Result<Vec<WeightPart<'static>>, ModelError> {
+        let name = if self.config.tied { self.names.embed } else { self.names.lm_head };
+        self.read(&[self.table(name, shard)])
+    }
+
+    /// [H].
+    pub fn final_norm(&self) -> Result<Vec<f32>, ModelError> {
+        slice::vector(&self.tensors, self.names.final_norm, 0..self.config.hidden, None)
+    }
+
+    /// [H]: the norm before attention.
+    pub fn input_norm(&self, layer: usize) -> Result<Vec<f32>, ModelError> {
+        self.layer_vector(layer, self.names.input_norm, self.config.hidden)
+    }
+
+    /// [H]: the norm before the feed-forward half.
+    pub fn post_norm(&self, layer: usize) -> Result<Vec<f32>, ModelError> {
+        self.layer_vector(layer, self.names.post_norm, self.config.hidden)
+    }
+
+    /// [(q + 2 kv) D, H]: the rank's query rows, then key rows, then value rows.
+    pub fn qkv(&self, layer: usize, shard: &Shard) -> Result<Vec<WeightPart<'static>>, ModelError> {
+        self.read(&self.qkv_cuts(layer, shard))
+    }
+
+    /// [(q + 2 kv) D] in the order of [`Self::qkv`]; `None` where the model has none.
+    pub fn qkv_bias(&self, layer: usize, shard: &Shard) -> Result<Option<Vec<f32>>, ModelError> {
+        if !self.config.qkv_bias {
+            return Ok(None);
+        }
+        let mut bias = Vec::new();
+        for (stem, cut) in self.projections(layer, shard) {
+            let (rows, heads_of) = match cut {
+                Cut::Heads { rows, head_dim } => (rows, Some(head_dim)),
+                Cut::Rows(range) | Cut::Cols(range) => (range, None),
+            };
+            let name = format!("{stem}.bias");
+            bias.extend(slice::vector(&self.tensors, &name, rows, heads_of)?);
+        }
+        Ok(Some(bias))
+    }
+
+    /// [D]: the norm of each query head; `None` where the model has none.
+    pub fn q_norm(&self, layer: usize) -> Result<Option<Vec<f32>>, ModelError> {
+        let norm = || self.layer_vector(layer, self.names.q_norm, self.config.head_dim);
+        self.config.qk_norm.then(norm).transpose()
+    }
+
+    /// [D]: the norm of each key head; `None` where the model has none.
+    pub fn k_norm(&self, layer: usize) -> Result<Option<Vec<f32>>, ModelError> {
+        let norm = || self.layer_vector(layer, self.names.k_norm, self.config.head_dim);
+        self.config.qk_norm.then(norm).transpose()
+    }
+
+    /// [H, q D]: the columns of the rank's query heads.
+    pub fn attn_out(
+        &self,
+        layer: usize,
+        shard: &Shard,
+    ) -> Result<Vec<WeightPart<'static>>, ModelError> {
+        self.read(&[self.attn_out_cut(layer, shard)])
+    }
+
+    /// [2 I_local, H]: the gate rows of `shard.ffn`, then the up rows.
+    pub fn gate_up(
+        &self,
+        layer: usize,
+        shard: &Shard,
+    ) -> Result<Vec<WeightPart<'static>>, ModelError> {
+        self.read(&self.gate_up_cuts(layer, shard))
+    }
+
+    /// [H, I_local]: the columns of `shard.ffn`.
+    pub fn down(
+        &self,
+        layer: usize,
+        shard: &Shard,
+    ) -> Result<Vec<WeightPart<'static>>, ModelError> {
+        self.read(&[self.down_cut(layer, shard)])
+    }
+
+    fn read(&self, cuts: &[(String, Cut)]) -> Result<Vec<WeightPart<'static>>, ModelError> {
+        cuts.iter().map(|(name, cut)| slice::part(&self.tensors, name, cut)).collect()
+    }
+
+    fn layer_vector(&self, layer: usize, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
+        slice::vector(&self.tensors, &self.names.of_layer(layer, name), 0..len, None)
+    }
+
+    fn table(&self, name: &str, shard: &Shard) -> (String, Cut) {
+        (name.to_owned(), Cut::Rows(shard.vocab.clone()))
+    }
+
+    /// Stems and rows of Q, K and V.
+    fn projections(&self, layer: usize, shard: &Shard) -> [(String, Cut); 3] {
+        let dim = self.config.head_dim;
+        let rows = |heads: &std::ops::Range<usize>, first: usize| {
+            (first + heads.start) * dim..(first + heads.end) * dim
+        };
+        let (stems, firsts) = match self.names.qkv {
+            Qkv::Separate(stems) => (stems, [0; 3]),
+            Qkv::Packed(stem) => {
+                let keys = self.config.q_heads;
+                ([stem; 3], [0, keys, keys + self.config.kv_heads])
+            }
+        };
+        let heads = [&shard.q_heads, &shard.kv_heads, &shard.kv_heads];
+        std::array::from_fn(|i| {
+            let rows = rows(heads[i], firsts[i]);
+            let cut = match self.names.interleaved_rope && i < 2 {
+                true => Cut::Heads { rows, head_dim: dim },
+                false => Cut::Rows(rows),
+            };
+            (self.names.of_layer(layer, stems[i]), cut)
+        })
+    }
+
+    fn qkv_cuts(&self, layer: usize, shard: &Shard) -> [(String, Cut); 3] {
+        self.projections(layer, shard).map(|(stem, cut)| (format!("{stem}.weight"), cut))
+    }
+
+    fn attn_out_cut(&self, layer: usize, shard: &Shard) -> (String, Cut) {
+        let dim = self.config.head_dim;
+        let cols = shard.q_heads.start * dim..shard.q_heads.end * dim;
+        (self.names.of_layer(layer, self.names.attn_out), Cut::Cols(cols))
+    }
+
+    fn gate_up_cuts(&self, layer: usize, shard: &Shard) -> [(String, Cut); 2] {
+        [self.names.gate, self.names.up]
+            .map(|name| (self.names.of_layer(layer, name), Cut::Rows(shard.ffn.clone())))
+    }
+
+    fn down_cut(&self, layer: usize, shard: &Shard) -> (String, Cut) {
+        (self.names.of_layer(layer, self.names.down), Cut::Cols(shard.ffn.clone()))
+    }
+
+    /// Where columns may be cut, by the coarsest format of any layer.
+    fn split_units(&self) -> SplitUnits {
+        let coarsest = |name: &str| {
+            (0..self.config.layers)
+                .filter_map(|layer| self.tensors.get(&self.names.of_layer(layer, name)))
+                .filter_map(|info| expected::format(info.dtype))
+                .map(|format| format.split_elements())
+                .max()
+                .unwrap_or(1)
+        };
+        SplitUnits { attention: coarsest(self.names.attn_out), ffn: coarsest(self.names.down) }
+    }
+}
+
+fn read_config(path: &Path) -> Result<Vec<u8>, ModelError> {
+    let io = |source| ModelError::Io { path: path.display().to_string(), source };
+    let len = std::fs::metadata(path).map_err(io)?.len();
+    if len > CONFIG_BYTES_MAX {
+        return Err(ModelError::Checkpoint(format!("{} has {len} bytes", path.display())));
+    }
+    std::fs::read(path).map_err(io)
+}
+
+/// Llama 3.1 and later: the outcome of their scaling rule is a tensor of the file.
+fn apply_rope_divisors(config: &mut DecoderConfig, tensors: &Tensors) -> Result<(), ModelError> {
+    const NAME: &str = "rope_freqs.weight";
+    let Some(info) = tensors.get(NAME) else { return Ok(()) };
+    if config.rope.scaling != RopeScaling::None || info.shape != [config.head_dim as u64 / 2] {
+        return Err(ModelError::Checkpoint(format!(
+            "{NAME} of shape {:?} with heads of {} and {:?}",
+            info.shape, config.head_dim, config.rope.scaling
+        )));
+    }
+    let divisors = slice::vector(tensors, NAME, 0..config.head_dim / 2, None)?;
+    config.rope.scaling = RopeScaling::Divisors(divisors);
+    config.rope.validate(config.head_dim)
+}
+
+fn model_name(layout: &Layout, path: &Path) -> String {
+    let named: PathBuf = match layout {
+        Layout::Safetensors { folder, .. } => {
+            // `.` and `..` have no name of their own.
+            folder.canonicalize().unwrap_or_else(|_| folder.clone())
+        }
+        Layout::Gguf { files } => files[0].with_extension(""),
+    };
+    let name = named.file_name().unwrap_or(path.as_os_str());
+    name.to_string_lossy().into_owned()
+}
+
+impl From<FormatError> for ModelError {
+    fn from(error: FormatError) -> Self {
+        match error {
+            FormatError::Io { path, source } => Self::Io { path, source },
+            FormatError::Unsupported(what) => Self::Unsupported(what),
+            other => Self::Checkpoint(other.to_string()),
+        }
+    }
+}
