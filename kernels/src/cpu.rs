@@ -1,6 +1,7 @@
 //! The CPU backend.
 
 pub mod isa;
+pub mod linear;
 pub mod pool;
 
 pub use isa::Isa;
