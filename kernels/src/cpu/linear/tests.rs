@@ -306,7 +306,8 @@ fn empty_shapes_are_no_work() {
     let weight = CpuWeight::pack(&[part], Precision::Fast).unwrap();
     let mut out = [f32::NAN; 15];
     let product = Product { x: &[], rows: 3, weight: &weight, bias: None };
-    linear(&Pool::new(2).unwrap(), Isa::detect(), &mut LinearScratch::default(), &mut out, product).unwrap();
+    linear(&Pool::new(2).unwrap(), Isa::detect(), &mut LinearScratch::default(), &mut out, product)
+        .unwrap();
     assert_eq!(out, [0.0; 15]);
 }
 
