@@ -2,15 +2,21 @@
 //! The Qwen family: checkpoints in, next-token logits out.
 
 mod config;
+mod decoder;
 mod error;
 mod llama;
 mod qwen1;
 mod qwen2;
 mod qwen3;
+mod rope;
+mod runner;
+mod sampler;
+pub mod score;
 mod shard;
 mod weights;
 
 pub use config::{DecoderConfig, Rope, RopeScaling};
 pub use error::ModelError;
+pub use runner::{Runner, RunnerOptions, activation_bytes, kv_block_bytes, prefix_reuse_max};
 pub use shard::Shard;
 pub use weights::Checkpoint;

@@ -1,0 +1,93 @@
+//! Uploads one rank's part of a checkpoint, one matrix in memory at a time.
+
+use super::{Decoder, Layer};
+use crate::{Checkpoint, ModelError, Shard, rope::RopeTables};
+use kernels::{Backend, Tensor, WeightPart};
+
+/// Counts the bytes of weights on their way to the device.
+struct Upload<'a, B> {
+    device: &'a B,
+    done: u64,
+    total: u64,
+    progress: &'a mut dyn FnMut(u64, u64),
+}
+
+impl<B: Backend> Upload<'_, B> {
+    fn weight(&mut self, parts: Vec<WeightPart<'static>>) -> Result<B::Weight, ModelError> {
+        let weight = self.device.weight(&parts)?;
+        self.done += parts.iter().map(|part| part.data.len() as u64).sum::<u64>();
+        (self.progress)(self.done.min(self.total), self.total);
+        Ok(weight)
+    }
+
+    /// [1, len]
+    fn vector(&self, values: &[f32]) -> Result<Tensor<B>, ModelError> {
+        Ok(Tensor::from_host(self.device, values.len(), values)?)
+    }
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Reads what `shard` says and nothing else. `progress` hears of bytes done and in all.
+    ///
+    /// # Errors
+    /// What the checkpoint or the device refuses.
+    pub fn load(
+        device: &B,
+        checkpoint: &Checkpoint,
+        shard: &Shard,
+        rope: &RopeTables,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, ModelError> {
+        let config = checkpoint.config();
+        let total = checkpoint.weight_bytes(shard)?;
+        let mut upload = Upload { device, done: 0, total, progress };
+        let vocab_shares = (0..shard.world_size)
+            .map(|rank| Ok(checkpoint.shard(rank, shard.world_size)?.vocab.len()))
+            .collect::<Result<_, ModelError>>()?;
+        let embedding = upload.weight(checkpoint.embed(shard)?)?;
+        let layers = (0..config.layers)
+            .map(|index| Layer::load(&mut upload, checkpoint, shard, index))
+            .collect::<Result<_, _>>()?;
+        let lm_head = match config.tied {
+            true => None,
+            false => Some(upload.weight(checkpoint.lm_head(shard)?)?),
+        };
+        Ok(Self {
+            embedding,
+            first_id: shard.vocab.start,
+            layers,
+            final_norm: upload.vector(&checkpoint.final_norm()?)?,
+            lm_head,
+            cos_sin: Tensor::from_host(device, config.head_dim, &rope.cos_sin(config))?,
+            heads: shard.heads(),
+            norm_eps: config.norm_eps,
+            vocab_shares,
+        })
+    }
+}
+
+impl<B: Backend> Layer<B> {
+    fn load(
+        upload: &mut Upload<'_, B>,
+        checkpoint: &Checkpoint,
+        shard: &Shard,
+        index: usize,
+    ) -> Result<Self, ModelError> {
+        let bias = checkpoint.qkv_bias(index, shard)?;
+        let qk_norm = match (checkpoint.q_norm(index)?, checkpoint.k_norm(index)?) {
+            (Some(q), Some(k)) => Some((upload.vector(&q)?, upload.vector(&k)?)),
+            _ => None,
+        };
+        Ok(Self {
+            input_norm: upload.vector(&checkpoint.input_norm(index)?)?,
+            qkv: upload.weight(checkpoint.qkv(index, shard)?)?,
+            qkv_bias: bias.map(|bias| upload.vector(&bias)).transpose()?,
+            qk_norm,
+            attention_out: upload.weight(checkpoint.attn_out(index, shard)?)?,
+            post_norm: upload.vector(&checkpoint.post_norm(index)?)?,
+            gate_up: upload.weight(checkpoint.gate_up(index, shard)?)?,
+            down: upload.weight(checkpoint.down(index, shard)?)?,
+            window: checkpoint.config().window[index],
+        })
+    }
+}

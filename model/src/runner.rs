@@ -1,0 +1,235 @@
+//! Runs plans on one rank: a plan becomes a batch, a forward pass, and on rank 0 tokens.
+//!
+//! A rank decides nothing. Every rank of a group gets the same plans and refuses the same ones, and
+//! only rank 0 samples. All device memory is allocated when the model is loaded.
+
+mod batch;
+mod check;
+mod results;
+
+use crate::{
+    Checkpoint, DecoderConfig, ModelError, Shard,
+    decoder::{Context, Decoder, Scratch, ScratchShape},
+    rope::RopeTables,
+    sampler::{Sampler, Seen},
+};
+use batch::BatchBuilder;
+use check::Limits;
+use engine::plan::{Admission, BLOCK_TOKENS, SamplingParams, SequenceId, StepOutput, StepPlan};
+use kernels::{Backend, collective::Collective};
+use results::Results;
+use std::collections::HashMap;
+
+// Plans count blocks in the tokens that the kernels put into one.
+const _: () = assert!(BLOCK_TOKENS == kernels::BLOCK_TOKENS);
+
+/// Sizes that are fixed when a model is loaded, the same on every rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RunnerOptions {
+    /// KV blocks in the pool.
+    pub blocks: usize,
+    /// Tokens in one step.
+    pub step_tokens_max: usize,
+    /// Sequences in one step.
+    pub sequences_max: usize,
+    /// Tokens of one sequence, prompt and answer together.
+    pub context_max: usize,
+}
+
+/// What is remembered of a sequence between its chunks.
+pub(crate) struct Sequence {
+    /// The row of position 0 in the rope tables.
+    rope_first_row: usize,
+    /// Tokens in the KV cache.
+    cached: usize,
+    params: SamplingParams,
+    /// Rank 0 only.
+    seen: Seen,
+}
+
+impl Sequence {
+    fn new(admission: &Admission, tables: &RopeTables, samples: bool) -> Self {
+        Self {
+            rope_first_row: tables.first_row(admission.prompt_len),
+            cached: 0,
+            params: admission.params.clone(),
+            seen: if samples { Seen::new(admission) } else { Seen::default() },
+        }
+    }
+}
+
+/// One rank of a group with its part of a model.
+pub struct Runner<B: Backend, C: Collective<B>> {
+    device: B,
+    group: C,
+    decoder: Decoder<B>,
+    /// One for each layer.
+    kv: Vec<B::Kv>,
+    scratch: Scratch<B>,
+    batch: BatchBuilder<B>,
+    limits: Limits,
+    tables: RopeTables,
+    sequences: HashMap<SequenceId, Sequence>,
+    next_number: u64,
+    logit_rows_max: usize,
+    /// Rank 0 only.
+    sampler: Option<Sampler>,
+}
+
+/// Bytes of KV cache that one block takes on a rank with `shard`, all layers together.
+pub fn kv_block_bytes<B: Backend>(device: &B, config: &DecoderConfig, shard: &Shard) -> usize {
+    config.layers * device.kv_block_bytes(shard.heads())
+}
+
+/// Bytes that a rank with `shard` allocates beside weights and KV cache, at f32 activations.
+pub fn activation_bytes(config: &DecoderConfig, shard: &Shard, options: &RunnerOptions) -> usize {
+    let tables = RopeTables::new(&config.rope, options.context_max);
+    let shape = scratch_shape(config, shard, options);
+    (shape.elements() + tables.rows() * config.head_dim) * size_of::<f32>()
+}
+
+/// The longest prompt whose cached keys may serve another prompt; `None` is any.
+///
+/// With dynamic NTK the rotation of keys depends on the prompt's length once that passes the trained
+/// length, so longer prompts neither use nor feed a prefix cache.
+pub fn prefix_reuse_max(config: &DecoderConfig) -> Option<usize> {
+    config.rope.dynamic_ntk
+}
+
+fn scratch_shape(config: &DecoderConfig, shard: &Shard, options: &RunnerOptions) -> ScratchShape {
+    ScratchShape {
+        tokens_max: options.step_tokens_max,
+        hidden: config.hidden,
+        heads: shard.heads(),
+        intermediate: shard.ffn.len(),
+        vocab: config.vocab,
+        local_vocab: shard.vocab.len(),
+    }
+}
+
+impl<B: Backend, C: Collective<B>> Runner<B, C> {
+    /// Loads this rank's part of `checkpoint`; `progress` hears of bytes done and in all.
+    ///
+    /// # Errors
+    /// `Options` for sizes that cannot be indexed, and what the checkpoint or the device refuses.
+    pub fn load(
+        device: B,
+        group: C,
+        checkpoint: &Checkpoint,
+        options: RunnerOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, ModelError> {
+        let config = checkpoint.config();
+        let tables = RopeTables::new(&config.rope, options.context_max);
+        check_options(&options, &tables)?;
+        let shard = checkpoint.shard(group.rank(), group.world_size())?;
+        let decoder = Decoder::load(&device, checkpoint, &shard, &tables, progress)?;
+        let kv = (0..config.layers).map(|_| device.kv(options.blocks, shard.heads()));
+        let kv = kv.collect::<Result<_, _>>()?;
+        let shape = scratch_shape(config, &shard, &options);
+        let samples = group.rank() == 0;
+        Ok(Self {
+            batch: BatchBuilder::new(&device, &options, config.logn)?,
+            logit_rows_max: shape.logit_rows_max(),
+            sampler: samples.then(|| Sampler::new(config.vocab, config.sampled_vocab)),
+            limits: Limits {
+                options,
+                vocab: config.vocab,
+                prefix_reuse_max: prefix_reuse_max(config),
+            },
+            scratch: Scratch::new(&device, &shape)?,
+            device,
+            group,
+            decoder,
+            kv,
+            tables,
+            sequences: HashMap::new(),
+            next_number: 0,
+        })
+    }
+
+    /// As the free function, for this model.
+    pub fn prefix_reuse_max(&self) -> Option<usize> {
+        self.limits.prefix_reuse_max
+    }
+
+    /// The exchange with the other ranks, for what is no tensor.
+    pub fn group(&mut self) -> &mut C {
+        &mut self.group
+    }
+
+    /// Runs the next plan. Every rank must be given the same one. The output means something on
+    /// rank 0 only.
+    ///
+    /// # Errors
+    /// `Plan` for a plan that cannot be right, before anything is run; otherwise what failed of the
+    /// device or the group, after which this rank is of no further use.
+    pub fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, ModelError> {
+        self.limits.check(plan, self.next_number, &self.sequences)?;
+        self.next_number += 1;
+        self.update_sequences(plan);
+        if plan.chunks.is_empty() {
+            return Ok(StepOutput { number: plan.number, ..StepOutput::default() });
+        }
+        self.batch.fill(&self.device, plan, &self.sequences)?;
+        let mut cx = Context {
+            device: &self.device,
+            group: &mut self.group,
+            kv: &mut self.kv,
+            scratch: &mut self.scratch,
+        };
+        self.decoder.forward(&mut cx, &self.batch.batch)?;
+        self.read_logits(plan)
+    }
+
+    fn update_sequences(&mut self, plan: &StepPlan) {
+        for id in &plan.released {
+            self.sequences.remove(id);
+        }
+        for chunk in &plan.chunks {
+            if let Some(admission) = &chunk.admission {
+                let sequence = Sequence::new(admission, &self.tables, self.sampler.is_some());
+                self.sequences.insert(chunk.sequence, sequence);
+            }
+            if let Some(sequence) = self.sequences.get_mut(&chunk.sequence) {
+                sequence.cached = chunk.start + chunk.tokens.len();
+            }
+        }
+    }
+
+    /// Computes the wanted logits, some rows at a time, and turns them into results.
+    fn read_logits(&mut self, plan: &StepPlan) -> Result<StepOutput, ModelError> {
+        let Self { device, decoder, batch, scratch, limits, .. } = self;
+        let mut cx = Context { device, group: &mut self.group, kv: &mut self.kv, scratch };
+        let mut results =
+            self.sampler.as_mut().map(|sampler| Results::new(plan, sampler, &mut self.sequences));
+        for (group, rows) in batch.wanted.chunks(self.logit_rows_max).enumerate() {
+            let first = group * self.logit_rows_max;
+            decoder.logits(&mut cx, &batch.batch, first, rows.len())?;
+            let Some(results) = &mut results else { continue };
+            let logits = cx.scratch.read_logits(cx.device)?;
+            for (&row, logits) in rows.iter().zip(logits.chunks_exact(limits.vocab)) {
+                results.push(row, logits);
+            }
+        }
+        let nothing = || StepOutput { number: plan.number, ..StepOutput::default() };
+        Ok(results.map_or_else(nothing, Results::finish))
+    }
+}
+
+/// Indices on the device are 32-bit.
+fn check_options(options: &RunnerOptions, tables: &RopeTables) -> Result<(), ModelError> {
+    let RunnerOptions { blocks, step_tokens_max, sequences_max, context_max } = *options;
+    let sizes = [
+        ("KV blocks", blocks, blocks.saturating_mul(BLOCK_TOKENS)),
+        ("tokens in a step", step_tokens_max, step_tokens_max),
+        ("sequences in a step", sequences_max, sequences_max),
+        ("tokens of context", context_max, tables.rows()),
+    ];
+    match sizes.iter().find(|(_, size, index)| *size == 0 || *index > i32::MAX as usize) {
+        Some((what, size, _)) => Err(ModelError::Options(format!(
+            "{size} {what} cannot be indexed; choose another size"
+        ))),
+        None => Ok(()),
+    }
+}

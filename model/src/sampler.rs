@@ -1,0 +1,154 @@
+//! Chooses the next token from one row of logits, on the host.
+//!
+//! In this order: logit bias, penalties, temperature, top-k, top-p, min-p, draw. A draw depends on
+//! the request's seed and on the position of the new token alone, so a sequence continues the same
+//! way after preemption, on another worker, and whatever runs beside it. Logprobs are those of the
+//! unmodified logits. A row with a number that is not finite is refused: a token drawn from it
+//! would only look like an answer.
+//!
+//! Nothing here allocates in proportion to the vocabulary but the buffers made in `new`.
+
+mod candidates;
+mod logits;
+mod penalties;
+mod philox;
+
+pub use penalties::Seen;
+
+use candidates::Candidates;
+use engine::plan::{SamplingParams, TokenLogprob};
+
+/// Why a sequence cannot go on. Only that sequence is lost.
+#[derive(Debug, PartialEq, thiserror::Error)]
+pub enum SampleError {
+    #[error("the model's logits are not finite at position {position}")]
+    NotFinite { position: usize },
+    #[error("the logits with bias and penalties are not finite at position {position}")]
+    Adjusted { position: usize },
+    #[error("logit_bias names token {token}, the vocabulary ends at {vocab}")]
+    Bias { token: u32, vocab: usize },
+    #[error("sampling parameter {name} cannot be {value}")]
+    Parameter { name: &'static str, value: f32 },
+    #[error("token {token} has no logit, the vocabulary ends at {vocab}")]
+    Token { token: u32, vocab: usize },
+}
+
+/// Buffers for one row at a time.
+pub struct Sampler {
+    /// Ids from here on are padding of the embedding matrix: never chosen.
+    drawable: usize,
+    /// The row after bias and penalties.
+    adjusted: Vec<f32>,
+    candidates: Candidates,
+}
+
+impl Sampler {
+    /// For rows of `vocab` logits of which the first `drawable` stand for tokens.
+    pub fn new(vocab: usize, drawable: usize) -> Self {
+        Self {
+            drawable: drawable.min(vocab),
+            adjusted: vec![0.0; vocab],
+            candidates: Candidates::default(),
+        }
+    }
+
+    /// The token at `position` of its sequence, given `logits` [V] of the position before.
+    pub fn sample(
+        &mut self,
+        logits: &[f32],
+        params: &SamplingParams,
+        seen: &Seen,
+        position: usize,
+    ) -> Result<TokenLogprob, SampleError> {
+        check(params)?;
+        let peak = logits::finite_peak(logits).ok_or(SampleError::NotFinite { position })?;
+        let token = self.choose(logits, peak, params, seen, position)?;
+        match params.logprobs {
+            None => Ok(TokenLogprob { token, logprob: None, top: Vec::new() }),
+            Some(top) => Ok(self.report(logits, peak, token, top as usize)),
+        }
+    }
+
+    /// How likely `token` was at `position`, and the `top` likeliest tokens there.
+    pub fn score(
+        &mut self,
+        logits: &[f32],
+        token: u32,
+        top: usize,
+        position: usize,
+    ) -> Result<TokenLogprob, SampleError> {
+        if token as usize >= logits.len() {
+            return Err(SampleError::Token { token, vocab: logits.len() });
+        }
+        let peak = logits::finite_peak(logits).ok_or(SampleError::NotFinite { position })?;
+        Ok(self.report(logits, peak, token, top))
+    }
+
+    fn choose(
+        &mut self,
+        logits: &[f32],
+        peak: f32,
+        params: &SamplingParams,
+        seen: &Seen,
+        position: usize,
+    ) -> Result<u32, SampleError> {
+        let adjust = !params.logit_bias.is_empty() || !seen.is_empty();
+        let whole = self.drawable == logits.len();
+        let (row, peak) = if adjust {
+            let row = &mut self.adjusted[..logits.len()];
+            row.copy_from_slice(logits);
+            penalties::apply(row, params, seen)?;
+            let row = &row[..self.drawable];
+            (row, logits::finite_peak(row).ok_or(SampleError::Adjusted { position })?)
+        } else if whole {
+            (logits, peak)
+        } else {
+            let row = &logits[..self.drawable];
+            (row, logits::finite_peak(row).ok_or(SampleError::NotFinite { position })?)
+        };
+        if params.temperature == 0.0 {
+            return Ok(logits::first_at(row, peak));
+        }
+        let uniform = philox::uniform(params.seed, position as u64);
+        Ok(self.candidates.draw(row, peak, params, uniform))
+    }
+
+    fn report(&mut self, logits: &[f32], peak: f32, token: u32, top: usize) -> TokenLogprob {
+        let normalizer = logits::log_normalizer(logits, peak);
+        let logprob = |logit: f32| (f64::from(logit) - normalizer) as f32;
+        let likeliest = self.candidates.likeliest(logits, peak, top);
+        TokenLogprob {
+            token,
+            logprob: Some(logprob(logits[token as usize])),
+            top: likeliest.iter().map(|c| (c.id, logprob(c.logit))).collect(),
+        }
+    }
+}
+
+/// Parameters arrive validated; one that did not must not reach the arithmetic.
+fn check(params: &SamplingParams) -> Result<(), SampleError> {
+    let finite = |x: f32| x.is_finite();
+    let rules: [(&'static str, f32, bool); 6] = [
+        (
+            "temperature",
+            params.temperature,
+            finite(params.temperature) && params.temperature >= 0.0,
+        ),
+        ("top_p", params.top_p, params.top_p > 0.0 && params.top_p <= 1.0),
+        ("min_p", params.min_p, (0.0..=1.0).contains(&params.min_p)),
+        (
+            "repetition_penalty",
+            params.repetition_penalty,
+            finite(params.repetition_penalty) && params.repetition_penalty > 0.0,
+        ),
+        ("presence_penalty", params.presence_penalty, finite(params.presence_penalty)),
+        ("frequency_penalty", params.frequency_penalty, finite(params.frequency_penalty)),
+    ];
+    match rules.iter().find(|rule| !rule.2) {
+        Some(&(name, value, _)) => Err(SampleError::Parameter { name, value }),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;
