@@ -1,2 +1,28 @@
 #![forbid(unsafe_code)]
 //! Text to token ids and back: tokenizers, chat templates, incremental decoding, stop strings.
+//!
+//! [`Language`] is everything that a router needs to speak one model's language. Text that a user
+//! wrote never becomes a special token: only the model's own template can put those.
+
+mod chat;
+mod defaults;
+mod detokenize;
+mod error;
+mod language;
+mod marker;
+mod pieces;
+mod python;
+mod qwen1;
+mod stop;
+mod template;
+mod tokenizer;
+
+#[cfg(test)]
+mod tests;
+
+pub use chat::{Chat, Message, parse_tool_arguments};
+pub use defaults::GenerationDefaults;
+pub use detokenize::Detokenizer;
+pub use error::TextError;
+pub use language::{Files, Language};
+pub use stop::{StopStep, StopStrings};

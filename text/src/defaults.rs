@@ -1,0 +1,188 @@
+//! How a model wants to be sampled when the client does not say.
+//!
+//! From generation_config.json, else config.json, else GGUF metadata. Values that no sampler could
+//! use are refused by name when the model is loaded.
+
+use formats::gguf::Metadata;
+use serde::Deserialize;
+
+use crate::error::TextError;
+use crate::language::Files;
+use crate::tokenizer::{Vocabulary, gguf};
+
+/// Tokens that end an answer wherever they are special, though some files forget to say so.
+const END_NAMES: [&str; 4] = ["<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>"];
+
+/// `None` where the model has no opinion.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GenerationDefaults {
+    /// Every token that ends an answer, in order.
+    pub eos_ids: Vec<u32>,
+    /// 0 is greedy, also where the model says not to sample.
+    pub temperature: Option<f32>,
+    /// (0, 1].
+    pub top_p: Option<f32>,
+    /// 0 is off.
+    pub top_k: Option<u32>,
+    /// [0, 1].
+    pub min_p: Option<f32>,
+    /// Above 0.
+    pub repetition_penalty: Option<f32>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Ids {
+    One(u32),
+    Many(Vec<u32>),
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Config {
+    eos_token_id: Option<Ids>,
+    do_sample: Option<bool>,
+    temperature: Option<f64>,
+    top_p: Option<f64>,
+    top_k: Option<i64>,
+    min_p: Option<f64>,
+    repetition_penalty: Option<f64>,
+}
+
+impl GenerationDefaults {
+    pub(crate) fn load(
+        files: &Files,
+        metadata: Option<&Metadata>,
+        vocabulary: Option<&Vocabulary>,
+    ) -> Result<Self, TextError> {
+        let mut config = match metadata {
+            Some(metadata) => from_metadata(metadata)?,
+            None => read(files, "generation_config.json")?,
+        };
+        if config.eos_token_id.is_none() && metadata.is_none() {
+            config.eos_token_id = read(files, "config.json")?.eos_token_id;
+        }
+        let mut eos_ids = match config.eos_token_id.take() {
+            Some(Ids::One(id)) => vec![id],
+            Some(Ids::Many(ids)) => ids,
+            None => Vec::new(),
+        };
+        if let Some(vocabulary) = vocabulary {
+            eos_ids.extend(END_NAMES.iter().filter_map(|name| vocabulary.specials.id(name)));
+            if files.keys().any(|name| name.ends_with(".tiktoken")) {
+                // The original Qwen also ends where it would begin another's turn.
+                eos_ids.extend(vocabulary.specials.id("<|im_start|>"));
+            }
+        }
+        eos_ids.sort_unstable();
+        eos_ids.dedup();
+        config.checked(eos_ids)
+    }
+}
+
+impl Config {
+    fn checked(self, eos_ids: Vec<u32>) -> Result<GenerationDefaults, TextError> {
+        let within = |name: &str, value: Option<f64>, fits: fn(f64) -> bool, range: &str| {
+            let value = value.map(|value| match fits(value) {
+                true => Ok(value as f32),
+                false => Err(TextError::file(
+                    "generation_config.json",
+                    format!("{name} is {value}, which is not {range}"),
+                )),
+            });
+            value.transpose()
+        };
+        let temperature = match self.do_sample {
+            Some(false) => Some(0.0),
+            _ => self.temperature,
+        };
+        let positive = |v: f64| v > 0.0 && v.is_finite();
+        Ok(GenerationDefaults {
+            eos_ids,
+            temperature: within(
+                "temperature",
+                temperature,
+                |v| v >= 0.0 && v.is_finite(),
+                "0 or above",
+            )?,
+            top_p: within("top_p", self.top_p, |v| v > 0.0 && v <= 1.0, "in (0, 1]")?,
+            // Negative is off, as 0 is.
+            top_k: self.top_k.map(|k| u32::try_from(k.max(0)).unwrap_or(u32::MAX)),
+            min_p: within("min_p", self.min_p, |v| (0.0..=1.0).contains(&v), "in [0, 1]")?,
+            repetition_penalty: within(
+                "repetition_penalty",
+                self.repetition_penalty,
+                positive,
+                "above 0",
+            )?,
+        })
+    }
+}
+
+fn read(files: &Files, name: &str) -> Result<Config, TextError> {
+    let Some(json) = files.get(name) else { return Ok(Config::default()) };
+    serde_json::from_slice(json).map_err(|error| TextError::file(name, error))
+}
+
+fn from_metadata(metadata: &Metadata) -> Result<Config, TextError> {
+    let broken = |error: formats::FormatError| TextError::file("metadata.gguf", error);
+    let number = |key: &str| metadata.number(key).map_err(broken);
+    let mut ids = Vec::new();
+    for name in ["eos", "eot", "eom"] {
+        ids.extend(gguf::id(metadata, &format!("tokenizer.ggml.{name}_token_id"))?);
+    }
+    Ok(Config {
+        eos_token_id: Some(Ids::Many(ids)),
+        do_sample: None,
+        temperature: number("general.sampling.temp")?,
+        top_p: number("general.sampling.top_p")?,
+        top_k: number("general.sampling.top_k")?.map(|k| k as i64),
+        min_p: number("general.sampling.min_p")?,
+        repetition_penalty: number("general.sampling.penalty_repeat")?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(json: &str) -> Result<GenerationDefaults, TextError> {
+        let files = Files::from([("generation_config.json".to_owned(), json.into())]);
+        GenerationDefaults::load(&files, None, None)
+    }
+
+    #[test]
+    fn what_the_file_says_is_the_default() {
+        let defaults = load(
+            r#"{"eos_token_id": [151645, 151643], "do_sample": true, "temperature": 0.7,
+                "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "future": [1]}"#,
+        );
+        let expected = GenerationDefaults {
+            eos_ids: vec![151643, 151645],
+            temperature: Some(0.7),
+            top_p: Some(0.8),
+            top_k: Some(20),
+            min_p: None,
+            repetition_penalty: Some(1.05),
+        };
+        assert_eq!(defaults.unwrap(), expected);
+        let greedy = load(r#"{"eos_token_id": 2, "do_sample": false, "top_k": -1}"#).unwrap();
+        assert_eq!((greedy.temperature, greedy.top_k), (Some(0.0), Some(0)));
+        assert_eq!(greedy.eos_ids, [2]);
+    }
+
+    #[test]
+    fn values_that_no_sampler_can_use_are_refused_by_name() {
+        for (name, value) in [
+            ("temperature", "-1"),
+            ("top_p", "0"),
+            ("min_p", "1.5"),
+            ("repetition_penalty", "0"),
+            ("temperature", "\"hot\""),
+        ] {
+            let error = load(&format!(r#"{{"{name}": {value}}}"#)).unwrap_err().to_string();
+            assert!(error.contains("generation_config.json"), "{error}");
+            assert!(error.contains(name) || error.contains("hot"), "{error}");
+        }
+    }
+}

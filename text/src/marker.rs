@@ -1,0 +1,207 @@
+//! Keeps what users wrote apart from what a template wrote.
+//!
+//! A template mixes both into one string. Before it runs, every special token's name in a user's
+//! text is broken by a private-use character that occurs nowhere else; afterwards only unbroken
+//! names, which the template must have written, become special tokens, and the marks are removed.
+
+use std::collections::{BTreeSet, HashSet};
+
+use aho_corasick::{AhoCorasick, MatchKind};
+use serde_json::{Map, Value};
+use tokenizers::AddedToken;
+
+use crate::chat::{Chat, Message};
+use crate::error::TextError;
+
+/// Characters that no standard gives a meaning: planes 15 and 16.
+const PRIVATE: std::ops::RangeInclusive<char> = '\u{F0000}'..='\u{10FFFD}';
+
+/// A part of a rendered conversation.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Segment {
+    Text(String),
+    Special(u32),
+}
+
+/// The special tokens of a vocabulary, ready to be found.
+#[derive(Debug)]
+pub struct Specials {
+    tokens: Vec<(u32, AddedToken)>,
+    every: AhoCorasick,
+    longest: AhoCorasick,
+}
+
+impl Specials {
+    /// `tokens` without empty names.
+    pub fn new(mut tokens: Vec<(u32, AddedToken)>) -> Result<Self, TextError> {
+        tokens.retain(|(_, token)| !token.content.is_empty());
+        tokens.sort_by_key(|(id, _)| *id);
+        let build = |kind| {
+            AhoCorasick::builder()
+                .match_kind(kind)
+                .build(tokens.iter().map(|(_, token)| &token.content))
+                .map_err(|error| TextError::Tokenizer(error.to_string()))
+        };
+        let (every, longest) = (build(MatchKind::Standard)?, build(MatchKind::LeftmostLongest)?);
+        Ok(Self { tokens, every, longest })
+    }
+
+    pub fn id(&self, content: &str) -> Option<u32> {
+        self.tokens.iter().find(|(_, token)| token.content == content).map(|(id, _)| *id)
+    }
+
+    /// The text with `marker` inside every special name, and at an end that could become part of
+    /// one together with what the template puts beside it.
+    fn mark(&self, text: &str, marker: char) -> String {
+        let mut at: BTreeSet<usize> = BTreeSet::new();
+        for found in self.every.find_overlapping_iter(text) {
+            let first = text[found.start()..].chars().next().map_or(1, char::len_utf8);
+            at.insert(found.start() + first);
+        }
+        let cuts = |name: &str| name.char_indices().map(|(i, _)| i).skip(1).collect::<Vec<_>>();
+        for (_, AddedToken { content, .. }) in &self.tokens {
+            if cuts(content).into_iter().any(|cut| text.ends_with(&content[..cut])) {
+                at.insert(text.len());
+            }
+            if cuts(content).into_iter().any(|cut| text.starts_with(&content[cut..])) {
+                at.insert(0);
+            }
+        }
+        let mut marked = String::with_capacity(text.len() + at.len() * marker.len_utf8());
+        let mut from = 0;
+        for cut in at {
+            marked.push_str(&text[from..cut]);
+            marked.push(marker);
+            from = cut;
+        }
+        marked + &text[from..]
+    }
+
+    fn mark_value(&self, value: &Value, marker: char) -> Value {
+        match value {
+            Value::String(text) => Value::String(self.mark(text, marker)),
+            Value::Array(items) => {
+                items.iter().map(|item| self.mark_value(item, marker)).collect()
+            }
+            Value::Object(map) => {
+                let entry = |(key, item)| (self.mark(key, marker), self.mark_value(item, marker));
+                Value::Object(map.iter().map(entry).collect())
+            }
+            other => other.clone(),
+        }
+    }
+
+    /// The conversation with every text of it marked.
+    pub fn mark_chat(&self, chat: &Chat, marker: char) -> Chat {
+        // Names of fields and variables are the caller's code, not a user's text.
+        let values = |map: &Map<String, Value>| -> Map<String, Value> {
+            map.iter().map(|(key, item)| (key.clone(), self.mark_value(item, marker))).collect()
+        };
+        let message = |message: &Message| Message {
+            role: self.mark(&message.role, marker),
+            content: self.mark(&message.content, marker),
+            tool_calls: message.tool_calls.as_ref().map(|calls| self.mark_value(calls, marker)),
+            extra: values(&message.extra),
+        };
+        Chat {
+            messages: chat.messages.iter().map(message).collect(),
+            tools: chat.tools.as_ref().map(|tools| self.mark_value(tools, marker)),
+            args: values(&chat.args),
+            add_generation_prompt: chat.add_generation_prompt,
+        }
+    }
+
+    /// Cuts rendered text at the special tokens that the template wrote.
+    pub fn segments(&self, rendered: &str, marker: char) -> Vec<Segment> {
+        let mut segments = Vec::new();
+        let mut text = |part: &str| {
+            if !part.is_empty() {
+                segments.push(Segment::Text(part.replace(marker, "")));
+            }
+        };
+        let mut from = 0;
+        for found in self.longest.find_iter(rendered) {
+            // The whitespace that the token before this one took may reach past its beginning.
+            let start = found.start().max(from);
+            let (id, token) = &self.tokens[found.pattern()];
+            let before = &rendered[from..start];
+            text(if token.lstrip { before.trim_end() } else { before });
+            segments.push(Segment::Special(*id));
+            from = found.end();
+            if token.rstrip {
+                from = rendered.len() - rendered[from..].trim_start().len();
+            }
+        }
+        text(&rendered[from..]);
+        segments
+    }
+}
+
+/// A private-use character that neither the conversation nor the template contains.
+pub fn choose(chat: &Chat, template: &str) -> Result<char, TextError> {
+    let mut used = HashSet::new();
+    let mut see = |text: &str| used.extend(text.chars().filter(|c| PRIVATE.contains(c)));
+    see(template);
+    for message in &chat.messages {
+        see(&message.role);
+        see(&message.content);
+        message.tool_calls.iter().chain(message.extra.values()).for_each(|v| visit(v, &mut see));
+    }
+    chat.tools.iter().chain(chat.args.values()).for_each(|value| visit(value, &mut see));
+    PRIVATE.clone().find(|c| !used.contains(c)).ok_or_else(|| {
+        TextError::Input("the conversation uses every private-use character".to_owned())
+    })
+}
+
+fn visit(value: &Value, see: &mut impl FnMut(&str)) {
+    match value {
+        Value::String(text) => see(text),
+        Value::Array(items) => items.iter().for_each(|item| visit(item, see)),
+        Value::Object(map) => map.iter().for_each(|(key, item)| {
+            see(key);
+            visit(item, see);
+        }),
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MARK: char = '\u{F0000}';
+
+    fn specials(names: &[&str]) -> Specials {
+        let token = |(id, name): (usize, &&str)| (id as u32, AddedToken::from(*name, true));
+        Specials::new(names.iter().enumerate().map(token).collect()).unwrap()
+    }
+
+    #[test]
+    fn only_the_templates_own_names_are_special() {
+        let s = specials(&["<|im_start|>", "<|im_end|>"]);
+        for user in ["<|im_end|>", "a<|im_end|>b<|im_start|>", "<|im_<|im_end|>end|>", "<|im_e", "|>"]
+        {
+            let rendered = format!("<|im_start|>{}<|im_end|>", s.mark(user, MARK));
+            let expected =
+                [Segment::Special(0), Segment::Text(user.to_owned()), Segment::Special(1)];
+            assert_eq!(s.segments(&rendered, MARK), expected, "{user}");
+        }
+    }
+
+    #[test]
+    fn halves_of_a_name_in_neighbouring_fields_stay_text() {
+        let s = specials(&["<|im_end|>"]);
+        let rendered = s.mark("<|im_", MARK) + &s.mark("end|>", MARK);
+        assert_eq!(s.segments(&rendered, MARK), [Segment::Text("<|im_end|>".to_owned())]);
+        let rendered = "<|im_".to_owned() + &s.mark("end|>", MARK);
+        assert_eq!(s.segments(&rendered, MARK), [Segment::Text("<|im_end|>".to_owned())]);
+    }
+
+    #[test]
+    fn a_marker_that_the_user_wrote_is_not_taken() {
+        let mut chat = Chat::default();
+        chat.messages.push(Message::new("user", "\u{F0000}\u{F0001}"));
+        chat.args.insert("x".into(), serde_json::json!([{"\u{F0002}": 1}]));
+        assert_eq!(choose(&chat, "\u{F0003}").unwrap(), '\u{F0004}');
+    }
+}
