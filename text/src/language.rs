@@ -67,6 +67,12 @@ impl Language {
         self.vocabulary()?.encode(text, false)
     }
 
+    /// Text that the caller wrote, e.g. a template of its own: special tokens are parsed.
+    pub fn encode_trusted(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        let marker = marker::choose(&Chat::default(), text)?;
+        self.vocabulary()?.encode_rendered(text, marker)
+    }
+
     /// The rendered conversation; special tokens are only where the template put them.
     pub fn encode_chat(&self, chat: &Chat) -> Result<Vec<u32>, TextError> {
         let vocabulary = self.vocabulary()?;

@@ -80,12 +80,12 @@ impl Specials {
     fn mark_value(&self, value: &Value, marker: char) -> Value {
         match value {
             Value::String(text) => Value::String(self.mark(text, marker)),
-            Value::Array(items) => {
-                items.iter().map(|item| self.mark_value(item, marker)).collect()
-            }
+            Value::Array(items) => items.iter().map(|item| self.mark_value(item, marker)).collect(),
             Value::Object(map) => {
-                let entry = |(key, item)| (self.mark(key, marker), self.mark_value(item, marker));
-                Value::Object(map.iter().map(entry).collect())
+                let entries = map.iter();
+                let marked = entries
+                    .map(|(key, item)| (self.mark(key, marker), self.mark_value(item, marker)));
+                Value::Object(marked.collect())
             }
             other => other.clone(),
         }
@@ -114,10 +114,9 @@ impl Specials {
     /// Cuts rendered text at the special tokens that the template wrote.
     pub fn segments(&self, rendered: &str, marker: char) -> Vec<Segment> {
         let mut segments = Vec::new();
-        let mut text = |part: &str| {
-            if !part.is_empty() {
-                segments.push(Segment::Text(part.replace(marker, "")));
-            }
+        let text = |part: &str| {
+            let text = part.replace(marker, "");
+            (!text.is_empty()).then_some(Segment::Text(text))
         };
         let mut from = 0;
         for found in self.longest.find_iter(rendered) {
@@ -125,14 +124,14 @@ impl Specials {
             let start = found.start().max(from);
             let (id, token) = &self.tokens[found.pattern()];
             let before = &rendered[from..start];
-            text(if token.lstrip { before.trim_end() } else { before });
+            segments.extend(text(if token.lstrip { before.trim_end() } else { before }));
             segments.push(Segment::Special(*id));
             from = found.end();
             if token.rstrip {
                 from = rendered.len() - rendered[from..].trim_start().len();
             }
         }
-        text(&rendered[from..]);
+        segments.extend(text(&rendered[from..]));
         segments
     }
 }
@@ -179,7 +178,8 @@ mod tests {
     #[test]
     fn only_the_templates_own_names_are_special() {
         let s = specials(&["<|im_start|>", "<|im_end|>"]);
-        for user in ["<|im_end|>", "a<|im_end|>b<|im_start|>", "<|im_<|im_end|>end|>", "<|im_e", "|>"]
+        for user in
+            ["<|im_end|>", "a<|im_end|>b<|im_start|>", "<|im_<|im_end|>end|>", "<|im_e", "|>"]
         {
             let rendered = format!("<|im_start|>{}<|im_end|>", s.mark(user, MARK));
             let expected =

@@ -5,9 +5,9 @@
 //! bounded; it sees only the conversation.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
 
-use minijinja::value::{Kwargs, ValueKind};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Serde, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Value};
 use minijinja_contrib::pycompat;
 use serde_json::{Map, Value as Json};
@@ -50,8 +50,8 @@ impl ChatTemplate {
     /// Compiles `source`; `tokens` become variables.
     pub fn compile(source: &str, tokens: BTreeMap<String, String>) -> Result<Self, TextError> {
         let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(|error| template_error(&error))?);
         environment.set_fuel(Some(FUEL));
         environment.set_unknown_method_callback(pycompat::unknown_method_callback);
         environment.set_formatter(|out, state, value| match value.kind() {
@@ -82,7 +82,7 @@ impl ChatTemplate {
         context.insert("documents".into(), Json::Null);
         context.insert("add_generation_prompt".into(), chat.add_generation_prompt.into());
         let template = self.environment.get_template(NAME).map_err(|e| template_error(&e))?;
-        template.render(Value::from_serialize(&context)).map_err(|error| template_error(&error))
+        template.render(Value::from(Serde(&context))).map_err(|error| template_error(&error))
     }
 }
 

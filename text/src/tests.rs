@@ -1,5 +1,9 @@
 //! What the tests of this crate share.
 
+mod goldens;
+mod properties;
+mod vocabulary;
+
 /// A small generator with a fixed seed (splitmix64), so that every run tests the same.
 pub struct Random(u64);
 

@@ -6,7 +6,7 @@
 mod byte_level;
 mod folder;
 pub mod gguf;
-mod tiktoken;
+pub mod tiktoken;
 
 use std::sync::Arc;
 

@@ -52,7 +52,8 @@ pub fn parse(prefix: &[u8]) -> Result<Metadata, TextError> {
 pub fn id(metadata: &Metadata, key: &str) -> Result<Option<u32>, TextError> {
     let value = metadata.unsigned(key).map_err(byte_level::error)?;
     let narrow = |value| {
-        u32::try_from(value).map_err(|_| byte_level::error(format!("{key}: {value} is no token id")))
+        u32::try_from(value)
+            .map_err(|_| byte_level::error(format!("{key}: {value} is no token id")))
     };
     value.map(narrow).transpose()
 }

@@ -76,7 +76,8 @@ fn parse(name: &str, data: &[u8]) -> Result<Vec<Vec<u8>>, TextError> {
     Ok(tokens)
 }
 
-fn derive_merges(tokens: &[Vec<u8>]) -> Vec<(String, String)> {
+/// Best first.
+pub fn derive_merges(tokens: &[Vec<u8>]) -> Vec<(String, String)> {
     let ranks: HashMap<&[u8], usize> =
         tokens.iter().enumerate().map(|(rank, token)| (&token[..], rank)).collect();
     let halves = |(rank, token): (usize, &Vec<u8>)| {

@@ -1,0 +1,102 @@
+//! The full Qwen vocabulary in the forms that models bring it in.
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::path::PathBuf;
+use std::sync::LazyLock;
+
+use base64::Engine;
+use serde_json::json;
+
+use crate::pieces::spell;
+use crate::tokenizer::tiktoken::derive_merges;
+use crate::{Files, Language};
+
+/// Those of Qwen2.5 with ids from 151643; Qwen3 adds the last four.
+const ADDED: [(&str, bool); 26] = [
+    ("<|endoftext|>", true),
+    ("<|im_start|>", true),
+    ("<|im_end|>", true),
+    ("<|object_ref_start|>", true),
+    ("<|object_ref_end|>", true),
+    ("<|box_start|>", true),
+    ("<|box_end|>", true),
+    ("<|quad_start|>", true),
+    ("<|quad_end|>", true),
+    ("<|vision_start|>", true),
+    ("<|vision_end|>", true),
+    ("<|vision_pad|>", true),
+    ("<|image_pad|>", true),
+    ("<|video_pad|>", true),
+    ("<tool_call>", false),
+    ("</tool_call>", false),
+    ("<|fim_prefix|>", false),
+    ("<|fim_middle|>", false),
+    ("<|fim_suffix|>", false),
+    ("<|fim_pad|>", false),
+    ("<|repo_name|>", false),
+    ("<|file_sep|>", false),
+    ("<tool_response>", false),
+    ("</tool_response>", false),
+    ("<think>", false),
+    ("</think>", false),
+];
+
+pub fn golden(name: &str) -> Vec<u8> {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens");
+    std::fs::read(root.join(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+/// Token bytes by rank.
+static RANKS: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
+    let packed = golden("tokenizer/qwen_ranks.gz");
+    let mut bytes = Vec::new();
+    flate2::read::GzDecoder::new(&packed[..]).read_to_end(&mut bytes).unwrap();
+    let mut tokens = Vec::new();
+    let mut rest = &bytes[..];
+    while let Some((&len, tail)) = rest.split_first() {
+        let (token, tail) = tail.split_at(len as usize);
+        tokens.push(token.to_vec());
+        rest = tail;
+    }
+    assert_eq!(tokens.len(), 151_643);
+    tokens
+});
+
+/// The original Qwen: ranks, no template.
+pub static QWEN1: LazyLock<Language> = LazyLock::new(|| {
+    let line = |(rank, token): (usize, &Vec<u8>)| {
+        format!("{} {rank}\n", base64::engine::general_purpose::STANDARD.encode(token))
+    };
+    let ranks: String = RANKS.iter().enumerate().map(line).collect();
+    let config = json!({"vocab_size": 151_936}).to_string();
+    let files = Files::from([
+        ("qwen.tiktoken".to_owned(), ranks.into_bytes()),
+        ("config.json".to_owned(), config.into_bytes()),
+    ]);
+    Language::load(&files).unwrap()
+});
+
+/// As vocab.json and merges.txt, with the first `added` of the added tokens and a template.
+fn qwen2(added: usize, template: &str) -> Language {
+    let vocab: HashMap<String, usize> =
+        RANKS.iter().enumerate().map(|(rank, token)| (spell(token), rank)).collect();
+    let merges = derive_merges(&RANKS);
+    let merges: String = merges.iter().map(|(left, right)| format!("{left} {right}\n")).collect();
+    let token = |(at, (content, special)): (usize, &(&str, bool))| {
+        let fields = json!({"content": content, "special": special, "normalized": false});
+        ((RANKS.len() + at).to_string(), fields)
+    };
+    let added: serde_json::Map<_, _> = ADDED[..added].iter().enumerate().map(token).collect();
+    let config = json!({"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added});
+    let files = Files::from([
+        ("vocab.json".to_owned(), serde_json::to_vec(&vocab).unwrap()),
+        ("merges.txt".to_owned(), format!("#version: 0.2\n{merges}").into_bytes()),
+        ("tokenizer_config.json".to_owned(), config.to_string().into_bytes()),
+        ("chat_template.jinja".to_owned(), golden(&format!("chat/templates/{template}"))),
+    ]);
+    Language::load(&files).unwrap()
+}
+
+pub static QWEN25: LazyLock<Language> = LazyLock::new(|| qwen2(22, "qwen2.5-7b-instruct.jinja"));
+pub static QWEN3: LazyLock<Language> = LazyLock::new(|| qwen2(26, "qwen3-0.6b.jinja"));
