@@ -24,14 +24,17 @@ pub type Files = BTreeMap<String, Vec<u8>>;
 /// How the model is spoken to in turns.
 #[derive(Debug)]
 enum ChatFormat {
-    Template {
-        plain: ChatTemplate,
-        /// Some models have another template for conversations with tools.
-        tools: Option<ChatTemplate>,
-    },
+    Templates(Box<Templates>),
     /// The original Qwen's own rules.
     Qwen1,
     None,
+}
+
+#[derive(Debug)]
+struct Templates {
+    plain: ChatTemplate,
+    /// Some models have another template for conversations with tools.
+    tools: Option<ChatTemplate>,
 }
 
 /// Tokenizer, chat format and sampling defaults of one model.
@@ -130,8 +133,10 @@ impl Language {
 
     fn template(&self, chat: &Chat) -> Option<&ChatTemplate> {
         match &self.chat {
-            ChatFormat::Template { tools: Some(tools), .. } if chat.tools.is_some() => Some(tools),
-            ChatFormat::Template { plain, .. } => Some(plain),
+            ChatFormat::Templates(own) => match &own.tools {
+                Some(tools) if chat.tools.is_some() => Some(tools),
+                _ => Some(&own.plain),
+            },
             ChatFormat::Qwen1 | ChatFormat::None => None,
         }
     }
@@ -152,14 +157,18 @@ fn chat_format(
     let compile = |source: &str| ChatTemplate::compile(source, tokens.clone());
     if let Some(source) = plain {
         let tools = tools.map(|source| compile(&source)).transpose()?;
-        return Ok(ChatFormat::Template { plain: compile(&source)?, tools });
+        let own = Templates { plain: compile(&source)?, tools };
+        return Ok(ChatFormat::Templates(Box::new(own)));
     }
     let is_chatml = vocabulary.is_some_and(|vocabulary| {
         ["<|im_start|>", "<|im_end|>"].iter().all(|name| vocabulary.specials.id(name).is_some())
     });
     Ok(match is_chatml {
         true if files.keys().any(|name| name.ends_with(".tiktoken")) => ChatFormat::Qwen1,
-        true => ChatFormat::Template { plain: compile(CHATML)?, tools: None },
+        true => {
+            let own = Templates { plain: compile(CHATML)?, tools: None };
+            ChatFormat::Templates(Box::new(own))
+        }
         false => ChatFormat::None,
     })
 }
