@@ -190,6 +190,3 @@ pub(crate) fn check_split(
         ))),
     }
 }
-
-#[cfg(test)]
-mod tests;

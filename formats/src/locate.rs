@@ -128,6 +128,3 @@ fn parts(path: &Path) -> Result<Vec<PathBuf>, FormatError> {
         ))),
     }
 }
-
-#[cfg(test)]
-mod tests;

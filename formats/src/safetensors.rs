@@ -103,6 +103,3 @@ pub(crate) fn unique(seen: &mut BTreeSet<String>, name: &str) -> Result<(), Stri
         false => Err(format!("{} appears twice", shown(name))),
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -260,6 +260,14 @@ impl Checkpoint {
     }
 }
 
+/// Elements of all tensors that a Hugging Face checkpoint of this configuration has.
+#[cfg(test)]
+pub(crate) fn parameters(config: &DecoderConfig) -> usize {
+    let names = TensorNames::hugging_face(config.family);
+    let shapes = expected::tensors(config, &names).into_iter().map(|(_, shape)| shape);
+    shapes.map(|shape| shape.iter().product::<usize>()).sum()
+}
+
 fn read_config(path: &Path) -> Result<Vec<u8>, ModelError> {
     let io = |source| ModelError::Io { path: path.display().to_string(), source };
     let len = std::fs::metadata(path).map_err(io)?.len();

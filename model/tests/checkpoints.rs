@@ -1,0 +1,227 @@
+//! Real checkpoint layouts: every rank's slices, put together, are the whole tensors.
+
+use std::path::{Path, PathBuf};
+
+use formats::{Tensors, locate};
+use kernels::WeightPart;
+use model::{Checkpoint, ModelError, Shard};
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/public").join(name)
+}
+
+fn goldens() -> Vec<PathBuf> {
+    let folders = std::fs::read_dir(golden("")).unwrap().map(|entry| entry.unwrap().path());
+    let mut folders: Vec<_> = folders.collect();
+    folders.sort();
+    assert_eq!(folders.len(), 10);
+    folders
+}
+
+/// A tensor straight from the file.
+fn whole(tensors: &Tensors, name: &str) -> Vec<u8> {
+    let mut bytes = vec![0; tensors.get(name).unwrap_or_else(|| panic!("{name}")).bytes as usize];
+    tensors.read_at(name, 0, &mut bytes).unwrap();
+    bytes
+}
+
+/// The bytes in use of each row; all these checkpoints are bf16.
+fn rows(part: &WeightPart<'_>) -> Vec<Vec<u8>> {
+    assert_eq!(part.data.len(), part.rows * part.stored_cols * 2);
+    let row = |bytes: &[u8]| bytes[part.cols.start * 2..part.cols.end * 2].to_vec();
+    part.data.chunks_exact(part.stored_cols * 2).map(row).collect()
+}
+
+fn side_by_side(parts: Vec<WeightPart<'static>>) -> Vec<u8> {
+    let parts: Vec<_> = parts.iter().map(rows).collect();
+    (0..parts[0].len()).flat_map(|row| parts.iter().flat_map(move |p| p[row].clone())).collect()
+}
+
+fn stacked(parts: impl IntoIterator<Item = WeightPart<'static>>) -> Vec<u8> {
+    parts.into_iter().flat_map(|part| rows(&part).concat()).collect()
+}
+
+fn bf16(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect()
+}
+
+struct Split<'a> {
+    checkpoint: &'a Checkpoint,
+    shards: Vec<Shard>,
+}
+
+impl Split<'_> {
+    /// What every rank reads, in order of rank; ranks that repeat a KV head count once.
+    fn each<T>(&self, read: impl Fn(&Checkpoint, &Shard) -> Result<T, ModelError>) -> Vec<T> {
+        self.shards.iter().map(|shard| read(self.checkpoint, shard).unwrap()).collect()
+    }
+
+    /// Part `index` of Q, K, V over all ranks.
+    fn projection(&self, layer: usize, index: usize) -> Vec<u8> {
+        let mut last = None;
+        let mut bytes = Vec::new();
+        for (shard, parts) in self.shards.iter().zip(self.each(|c, s| c.qkv(layer, s))) {
+            let seen =
+                index > 0 && last.replace(shard.kv_heads.clone()) == Some(shard.kv_heads.clone());
+            if !seen {
+                bytes.extend(stacked(parts.into_iter().nth(index)));
+            }
+        }
+        bytes
+    }
+
+    fn half_of_gate_up(&self, layer: usize, index: usize) -> Vec<u8> {
+        stacked(self.each(|c, s| c.gate_up(layer, s)).into_iter().map(|mut p| p.swap_remove(index)))
+    }
+
+    fn columns(
+        &self,
+        read: impl Fn(&Checkpoint, &Shard) -> Result<Vec<WeightPart<'static>>, ModelError>,
+    ) -> Vec<u8> {
+        side_by_side(self.each(read).into_iter().flatten().collect())
+    }
+}
+
+/// (q, k, v, o, gate, up, down) of a layer.
+fn names(family: &str, layer: usize) -> ([String; 3], [String; 4]) {
+    let name = |rest: &str| match family {
+        "qwen1" => format!("transformer.h.{layer}.{rest}.weight"),
+        _ => format!("model.layers.{layer}.{rest}.weight"),
+    };
+    match family {
+        "qwen1" => (
+            ["attn.c_attn"; 3].map(name),
+            ["attn.c_proj", "mlp.w2", "mlp.w1", "mlp.c_proj"].map(name),
+        ),
+        _ => (
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].map(name),
+            ["self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"].map(name),
+        ),
+    }
+}
+
+fn check_layer(split: &Split<'_>, tensors: &Tensors, layer: usize) {
+    let family = split.checkpoint.config().family;
+    let (qkv, [out, gate, up, down]) = names(family, layer);
+    let projections = [0, 1, 2].map(|index| split.projection(layer, index));
+    if family == "qwen1" {
+        assert_eq!(projections.concat(), whole(tensors, &qkv[0]));
+    } else {
+        for (found, name) in projections.iter().zip(&qkv) {
+            assert_eq!(*found, whole(tensors, name), "{name}");
+        }
+    }
+    assert_eq!(split.columns(|c, s| c.attn_out(layer, s)), whole(tensors, &out));
+    assert_eq!(split.half_of_gate_up(layer, 0), whole(tensors, &gate));
+    assert_eq!(split.half_of_gate_up(layer, 1), whole(tensors, &up));
+    assert_eq!(split.columns(|c, s| c.down(layer, s)), whole(tensors, &down));
+}
+
+#[test]
+fn slices_of_all_ranks_are_the_whole_checkpoint() {
+    for folder in goldens() {
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        let (tensors, _) = Tensors::open(&locate(&folder).unwrap()).unwrap();
+        let config = checkpoint.config().clone();
+        assert_eq!(Some(checkpoint.name()), folder.file_name().unwrap().to_str());
+        let (embed, head) = match config.family {
+            "qwen1" => ("transformer.wte.weight", "lm_head.weight"),
+            _ => ("model.embed_tokens.weight", "lm_head.weight"),
+        };
+        let head = if config.tied { embed } else { head };
+        for world_size in 1..=config.q_heads.min(3) {
+            let shard = |rank| checkpoint.shard(rank, world_size).unwrap();
+            let shards = (0..world_size).map(shard).collect();
+            let split = Split { checkpoint: &checkpoint, shards };
+            let table = split.each(Checkpoint::embed).into_iter().flatten();
+            assert_eq!(stacked(table), whole(&tensors, embed));
+            let output = split.each(Checkpoint::lm_head).into_iter().flatten();
+            assert_eq!(stacked(output), whole(&tensors, head));
+            for layer in 0..config.layers {
+                check_layer(&split, &tensors, layer);
+            }
+        }
+        assert!(matches!(
+            checkpoint.shard(0, config.q_heads + 1),
+            Err(ModelError::Ranks { max, .. }) if max == config.q_heads
+        ));
+    }
+}
+
+#[test]
+fn vectors_are_read_as_floats() {
+    for folder in goldens() {
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        let (tensors, _) = Tensors::open(&locate(&folder).unwrap()).unwrap();
+        let config = checkpoint.config();
+        let one = checkpoint.shard(0, 1).unwrap();
+        for layer in 0..config.layers {
+            let (qkv, _) = names(config.family, layer);
+            let bias = checkpoint.qkv_bias(layer, &one).unwrap();
+            assert_eq!(bias.is_some(), config.qkv_bias);
+            if let Some(bias) = bias {
+                let mut stems: Vec<_> = qkv.iter().map(|n| n.replace(".weight", ".bias")).collect();
+                stems.dedup();
+                let stored: Vec<u8> = stems.iter().flat_map(|n| whole(&tensors, n)).collect();
+                assert_eq!(bf16(&bias), stored);
+            }
+            let q_norm = checkpoint.q_norm(layer).unwrap();
+            assert_eq!(q_norm.map(|n| n.len()), config.qk_norm.then_some(config.head_dim));
+            let (input, post) = match config.family {
+                "qwen1" => (format!("transformer.h.{layer}.ln_1.weight"), "ln_2"),
+                _ => (
+                    format!("model.layers.{layer}.input_layernorm.weight"),
+                    "post_attention_layernorm",
+                ),
+            };
+            assert_eq!(bf16(&checkpoint.input_norm(layer).unwrap()), whole(&tensors, &input));
+            let post = input.replace("ln_1", post).replace("input_layernorm", post);
+            assert_eq!(bf16(&checkpoint.post_norm(layer).unwrap()), whole(&tensors, &post));
+        }
+    }
+}
+
+#[test]
+fn biases_are_cut_like_the_rows_they_belong_to() {
+    let checkpoint = Checkpoint::open(&golden("qwen2_gqa4_tied_sharded")).unwrap();
+    let dim = checkpoint.config().head_dim;
+    let one = checkpoint.qkv_bias(1, &checkpoint.shard(0, 1).unwrap()).unwrap().unwrap();
+    let kv = &one[4 * dim..];
+    for rank in 0..2 {
+        let shard = checkpoint.shard(rank, 2).unwrap();
+        let bias = checkpoint.qkv_bias(1, &shard).unwrap().unwrap();
+        assert_eq!(bias, [&one[2 * rank * dim..][..2 * dim], kv].concat());
+    }
+}
+
+#[test]
+fn configurations_of_the_goldens() {
+    let config = |name: &str| Checkpoint::open(&golden(name)).unwrap().config().clone();
+    let ntk = config("qwen1_ntk_logn");
+    assert_eq!((ntk.logn, ntk.rope.dynamic_ntk, ntk.context_max), (Some(48), Some(48), 32768));
+    let window = config("qwen2_swa_on").window;
+    assert_eq!(window, [None, Some(16)]);
+    assert_eq!(config("qwen2_swa_off").window, [None, None]);
+    assert_eq!(config("qwen2_yarn4").context_max, 256);
+    let qwen3 = config("qwen3_gqa4_hd128_tied");
+    assert_eq!(
+        (qwen3.head_dim, qwen3.qk_norm, qwen3.qkv_bias, qwen3.tied),
+        (128, true, false, true)
+    );
+    assert_eq!(config("llama_smollm2").rope.base, 100_000.0);
+}
+
+#[test]
+fn memory_by_rank_adds_up() {
+    for folder in goldens() {
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        let bytes =
+            |rank, of| checkpoint.weight_bytes(&checkpoint.shard(rank, of).unwrap()).unwrap();
+        let whole = bytes(0, 1);
+        // Norms and biases, all below 1 % of the file, are not counted.
+        let total = checkpoint.total_bytes();
+        assert!(whole <= total && whole > total - total / 100, "{whole} of {total}");
+        assert!(bytes(0, 2) + bytes(1, 2) >= whole, "KV heads may be held twice");
+        assert!(bytes(0, 2) < whole * 2 / 3);
+    }
+}
