@@ -5,17 +5,30 @@
 //!
 //! It refuses columns that split a quantisation block, and shapes that do not fit.
 
+mod activations;
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod amx_bf16;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod blocks;
 mod lanes;
 mod pack;
 mod packed;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 mod wide;
 
 #[cfg(test)]
 mod tests;
 
 use super::{isa::Isa, pool::Pool};
-use crate::{KernelError, ShapeError, WeightPart};
-use packed::{BLOCK, LANES, Lanes, Part};
+use crate::{Format, KernelError, ShapeError, WeightPart};
+use activations::{Rounded, Source};
+use packed::{BLOCK, LANES, Lanes, Part, quantised, with_block_format};
 use std::{marker::PhantomData, ops::Range};
 
 /// What a product may round besides its f32 sums.
@@ -76,6 +89,14 @@ impl CpuWeight {
         self.parts.iter().map(|part| part.data.bytes().len()).sum()
     }
 
+    fn kernel(&self, part: &Part, isa: Isa) -> Kernel {
+        match (self.precision, part.format) {
+            (Precision::Fast, Format::Bf16) if isa == Isa::Amx => Kernel::Bf16,
+            (Precision::Fast, format) if quantised(format).is_some() => Kernel::Blocks,
+            _ => Kernel::Wide,
+        }
+    }
+
     /// out [K] = row `n`, as the stored format means it.
     ///
     /// # Panics
@@ -96,7 +117,10 @@ impl CpuWeight {
 
 /// Room for rounded activations; grows to the largest product seen and stays.
 #[derive(Default)]
-pub struct LinearScratch {}
+pub struct LinearScratch {
+    int8: Rounded,
+    bf16: Rounded,
+}
 
 /// What to multiply.
 #[derive(Clone, Copy)]
@@ -124,23 +148,65 @@ pub fn linear(
     check(out, &product)?;
     let Product { x, rows, weight, bias } = product;
     let isa = isa.min(Isa::detect());
-    let _ = scratch;
     let output = Output::new(out, weight.rows, bias);
+    let source = Source { x, rows, cols: weight.cols };
+    let uses = |kernel| weight.parts.iter().any(|part| weight.kernel(part, isa) == kernel);
+    let rounded = Inputs {
+        int8: uses(Kernel::Blocks).then(|| scratch.int8.int8(pool, isa, source)),
+        bf16: uses(Kernel::Bf16).then(|| scratch.bf16.bf16(pool, isa, source)),
+    };
     let tiles = weight.parts.iter().map(Part::tiles).sum();
+    let cuts = row_cuts(pool.threads(), tiles, rows);
     pool.run(&|thread| {
-        let mut mine = share(tiles, pool.threads(), thread);
+        let rows = row_share(rows, cuts, thread % cuts);
+        let mine = share(tiles, pool.threads() / cuts, thread / cuts);
         let mut first = 0;
         for part in &weight.parts {
-            let job = Job { part, x, cols: weight.cols, rows: 0..rows, output: &output };
             let end = first + part.tiles();
-            while mine.start < end.min(mine.end) {
-                wide::tile(isa, &job, mine.start - first);
-                mine.start += 1;
+            let tiles = mine.start.max(first)..mine.end.min(end);
+            if !tiles.is_empty() && !rows.is_empty() {
+                let job = Job { part, x, cols: weight.cols, rows: rows.clone(), output: &output };
+                let tiles = tiles.start - first..tiles.end - first;
+                job.run(weight.kernel(part, isa), isa, &rounded, tiles);
             }
             first = end;
         }
     });
     Ok(())
+}
+
+/// How a part is multiplied.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kernel {
+    /// Widened to f32.
+    Wide,
+    /// Integer products over blocks.
+    Blocks,
+    /// bf16 tiles.
+    Bf16,
+}
+
+/// Rounded activations, as far as some part wants them.
+struct Inputs<'a> {
+    int8: Option<activations::Int8<'a>>,
+    bf16: Option<activations::Bf16<'a>>,
+}
+
+/// Into how many row shares a product is cut: as few as give every thread some tiles.
+fn row_cuts(threads: usize, tiles: usize, rows: usize) -> usize {
+    let row_tiles = rows.div_ceil(LANES).max(1);
+    let fits = |cuts: &usize| threads.is_multiple_of(*cuts) && *cuts <= row_tiles;
+    let enough = |cuts: &usize| tiles >= 4 * (threads / cuts);
+    (1..=threads).filter(fits).find(enough).unwrap_or_else(|| {
+        // Too few tiles for all threads however the rows are cut: as many cuts as there may be.
+        (1..=threads).filter(fits).next_back().unwrap_or(1)
+    })
+}
+
+/// Share `at` of `cuts` of the rows, in whole row tiles.
+fn row_share(rows: usize, cuts: usize, at: usize) -> Range<usize> {
+    let tiles = share(rows.div_ceil(LANES), cuts, at);
+    (tiles.start * LANES).min(rows)..(tiles.end * LANES).min(rows)
 }
 
 fn check(out: &[f32], product: &Product<'_>) -> Result<(), KernelError> {
@@ -163,6 +229,19 @@ fn share(total: usize, threads: usize, thread: usize) -> Range<usize> {
     total * thread / threads..total * (thread + 1) / threads
 }
 
+/// First row and height of each row tile; `rows` starts at one.
+fn row_tiles(rows: Range<usize>) -> impl Iterator<Item = (usize, usize)> {
+    let end = rows.end;
+    rows.step_by(LANES).map(move |first| (first, LANES.min(end - first)))
+}
+
+/// `rows` in runs of `tiles` row tiles.
+#[cfg(target_arch = "x86_64")]
+fn row_runs(rows: Range<usize>, tiles: usize) -> impl Iterator<Item = Range<usize>> {
+    let end = rows.end;
+    rows.step_by(tiles * LANES).map(move |first| first..end.min(first + tiles * LANES))
+}
+
 /// Rows of x and one part of the weight.
 struct Job<'a> {
     part: &'a Part,
@@ -174,6 +253,21 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
+    /// Multiplies with the tiles `tiles` of the part.
+    fn run(&self, kernel: Kernel, isa: Isa, x: &Inputs<'_>, tiles: Range<usize>) {
+        match (kernel, x.int8, x.bf16) {
+            (Kernel::Blocks, Some(x), _) => with_block_format!(
+                self.part.format,
+                F => blocks::tiles::<F>(isa, self, x, tiles),
+                dense => ()
+            ),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `CpuWeight::kernel` names this one only where AMX was detected.
+            (Kernel::Bf16, _, Some(x)) => unsafe { amx_bf16::tiles(self, x, tiles) },
+            _ => tiles.for_each(|tile| wide::tile(isa, self, tile)),
+        }
+    }
+
     /// Writes the sums of one row and tile.
     #[inline(always)]
     fn store(&self, row: usize, tile: usize, sums: &Lanes) {

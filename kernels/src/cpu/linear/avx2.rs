@@ -1,0 +1,126 @@
+//! Integer products over quantised blocks with AVX2: a tile is two registers of eight columns wide.
+
+use super::{
+    Job,
+    activations::{Int8, Int8Tile},
+    lanes,
+    packed::{BLOCK, BlockFormat, LANES, Lanes, Scales, Tile},
+};
+use std::{arch::x86_64::*, ops::Range};
+
+/// Rows that share one unpacking.
+const ROWS: usize = 4;
+
+/// The integer sums of one row: eight columns, then the other eight.
+type Sums = [__m256i; 2];
+
+/// All rows of `job` against the tiles `tiles` of its part.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn tiles<F: BlockFormat>(job: &Job<'_>, x: Int8<'_>, tiles: Range<usize>) {
+    for tile in tiles {
+        let weights = job.part.tile(tile);
+        for (first, height) in super::row_tiles(job.rows.clone()) {
+            let x = x.tile(first);
+            let mut row = 0;
+            while row + ROWS <= height {
+                store(job, tile, first + row, &few::<F, ROWS>(weights, x, row));
+                row += ROWS;
+            }
+            while row < height {
+                store(job, tile, first + row, &few::<F, 1>(weights, x, row));
+                row += 1;
+            }
+        }
+    }
+}
+
+fn store(job: &Job<'_>, tile: usize, first: usize, sums: &[Lanes]) {
+    for (r, sums) in sums.iter().enumerate() {
+        job.store(first + r, tile, sums);
+    }
+}
+
+/// R rows of `x` from `first` on · the tile.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn few<F: BlockFormat, const R: usize>(
+    tile: Tile<'_>,
+    x: Int8Tile<'_>,
+    first: usize,
+) -> [Lanes; R] {
+    let mut acc = [[0.0; LANES]; R];
+    for block in 0..tile.layout.blocks {
+        let start = block * x.height + first;
+        let q: &[[i8; BLOCK]; R] = x.values[start..start + R].try_into().expect("R rows");
+        let sides = &x.sides[start..start + R];
+        let scales = lanes::block_scales::<F>(tile, block);
+        let (low, high) = dots::<F, R>(tile.block(block), q);
+        for r in 0..R {
+            let side = &sides[r];
+            if F::SCALES == Scales::SuperHalves {
+                step::<F>(&mut acc[r], &scales.low, side.scale, low[r], side.low_sum);
+                step::<F>(&mut acc[r], &scales.high, side.scale, high[r], side.high_sum);
+            } else {
+                let sum = std::array::from_fn(|i| _mm256_add_epi32(low[r][i], high[r][i]));
+                step::<F>(&mut acc[r], &scales.low, side.scale, sum, side.sum);
+            }
+            if F::ZERO == 0 {
+                for i in 0..LANES {
+                    acc[r][i] = scales.min[i].mul_add(side.scaled_sum, acc[r][i]);
+                }
+            }
+        }
+    }
+    acc
+}
+
+/// acc += (d · scale) · (sums − ZERO · zero).
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn step<F: BlockFormat>(acc: &mut Lanes, d: &Lanes, scale: f32, sums: Sums, zero: i32) {
+    // SAFETY: two registers of eight words are 16 words.
+    let sums = unsafe { std::mem::transmute::<Sums, [i32; LANES]>(sums) };
+    for i in 0..LANES {
+        let sum = (sums[i] - F::ZERO * zero) as f32;
+        acc[i] = (d[i] * scale).mul_add(sum, acc[i]);
+    }
+}
+
+/// Σ q_w · q_x over the first and the second 16 k, for each row.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn dots<F: BlockFormat, const R: usize>(
+    block: &[u8],
+    x: &[[i8; BLOCK]; R],
+) -> ([Sums; R], [Sums; R]) {
+    assert_eq!(block.len(), F::BITS * 64);
+    let mut sums = [[[_mm256_setzero_si256(); 2]; R]; 2];
+    for g in 0..BLOCK / 4 {
+        let words = lanes::group::<F>(block, g);
+        // SAFETY: 16 words are two registers of eight.
+        let words = unsafe { std::mem::transmute::<[u32; LANES], Sums>(words) };
+        for r in 0..R {
+            let four = [x[r][4 * g], x[r][4 * g + 1], x[r][4 * g + 2], x[r][4 * g + 3]];
+            let four = _mm256_set1_epi32(i32::from_le_bytes(four.map(|q| q as u8)));
+            for (sum, words) in sums[g / 4][r].iter_mut().zip(words) {
+                *sum = _mm256_add_epi32(*sum, dot_four::<F>(words, four));
+            }
+        }
+    }
+    (sums[0], sums[1])
+}
+
+/// Σ of four unsigned times signed bytes in each word. Pairs are summed in 16 bits, which seven bits
+/// of weight cannot overflow; the eighth goes its own way.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn dot_four<F: BlockFormat>(words: __m256i, x: __m256i) -> __m256i {
+    if F::BITS < 8 {
+        return _mm256_madd_epi16(_mm256_maddubs_epi16(words, x), _mm256_set1_epi16(1));
+    }
+    let seven = _mm256_and_si256(words, _mm256_set1_epi8(127));
+    let eighth = _mm256_and_si256(_mm256_srli_epi32::<7>(words), _mm256_set1_epi8(1));
+    _mm256_add_epi32(
+        _mm256_madd_epi16(_mm256_maddubs_epi16(seven, x), _mm256_set1_epi16(1)),
+        _mm256_madd_epi16(_mm256_maddubs_epi16(eighth, x), _mm256_set1_epi16(128)),
+    )
+}
