@@ -192,19 +192,19 @@ impl Pool {
         }
     }
 
-    /// Runs `f(item)` for every item below `items`, whichever thread is free taking the next.
-    pub fn for_each(&self, items: usize, f: &(dyn Fn(usize) + Sync)) {
+    /// Runs `f(thread, item)` for every item below `items`, whichever thread is free taking the next.
+    pub fn for_each(&self, items: usize, f: &(dyn Fn(usize, usize) + Sync)) {
         if items <= 1 || self.threads() == 1 {
-            return (0..items).for_each(f);
+            return (0..items).for_each(|item| f(0, item));
         }
         let next = AtomicUsize::new(0);
-        self.run(&|_| {
+        self.run(&|thread| {
             loop {
                 let item = next.fetch_add(1, SeqCst);
                 if item >= items {
                     return;
                 }
-                f(item);
+                f(thread, item);
             }
         });
     }
@@ -293,7 +293,7 @@ mod tests {
             assert_eq!(message, format!("thread {bad}"));
         }
         let count = AtomicUsize::new(0);
-        pool.for_each(100, &|_| {
+        pool.for_each(100, &|_, _| {
             count.fetch_add(1, SeqCst);
         });
         assert_eq!(count.load(SeqCst), 100);
