@@ -62,7 +62,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn store_half(self, to: &mut [u16; LANES], v: V) {
-        const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
         let to = to.as_mut_ptr().cast::<__m128i>();
         // SAFETY: the features as above; the array holds the 32 bytes written.
         unsafe {
