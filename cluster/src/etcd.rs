@@ -168,7 +168,10 @@ fn encode(instance: &Instance) -> Result<Vec<u8>, MembershipError> {
 }
 
 #[cfg(test)]
-mod tests {
+mod tests;
+
+#[cfg(test)]
+mod option_tests {
     use super::*;
 
     #[test]

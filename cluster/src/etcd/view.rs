@@ -47,10 +47,9 @@ impl View {
         let revision = list.header().map_or(0, |header| header.revision());
         let mut before = mem::take(&mut self.entries);
         for kv in list.take_kvs() {
-            // An unchanged value needs no second reading, nor a second warning.
             match before.remove(kv.key()) {
-                Some(known) if known.0 == kv.mod_revision() => {
-                    self.held.remove(kv.key());
+                // Rubbish is told once.
+                Some(known) if known == (kv.mod_revision(), None) => {
                     self.entries.insert(kv.key().to_vec(), known);
                 }
                 _ => self.insert(&kv),

@@ -47,18 +47,17 @@ impl Watcher {
     async fn run(mut self, mut at: usize) {
         let mut pause = PAUSE_MIN;
         loop {
-            let began = Instant::now();
             let Err(fault) = self.follow(at).await;
             if !self.away {
                 let endpoint = &self.options.endpoints[at % self.options.endpoints.len()];
                 tracing::warn!(endpoint, %fault, "roster: trying the next etcd member");
+                pause = PAUSE_MIN;
             }
             self.away = true;
             self.view.doubt(Instant::now());
             at += 1;
-            // Only a whole round of failures is worth a pause.
-            pause = if began.elapsed() > SILENCE { PAUSE_MIN } else { (pause * 2).min(PAUSE_MAX) };
             sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
             self.publish();
         }
     }
@@ -123,5 +122,35 @@ impl Watcher {
             }
             changed
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::etcd::tests::members::{Cluster, ids, instance};
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_watch_whose_revision_was_compacted_begins_anew_from_a_list() {
+        let Some(cluster) = Cluster::start(1).await else { return };
+        let options = Arc::new(cluster.options());
+        let view = View::new(options.prefix(), options.grace);
+        let (roster, seen) = watch::channel(view.roster());
+        let mut watcher = Watcher { options: options.clone(), view, roster, away: false };
+        for id in ["a", "b"] {
+            let value = serde_json::to_string(&instance(id)).unwrap();
+            cluster.etcdctl(&["put", &format!("{}{id}", options.prefix()), &value]);
+        }
+        let mut session = Session::open(&options, 0).await.unwrap();
+        let revision = session.list().await.unwrap().header().unwrap().revision();
+        cluster.etcdctl(&["compact", &revision.to_string()]);
+        // The view is as old as revision 0: the first change it misses is compacted.
+        let mut changes = session.watch(watcher.view.next_revision()).await.unwrap();
+        while watcher.listen(&mut session, &mut changes).await.unwrap() {}
+        let following = tokio::spawn(async move { watcher.follow(0).await });
+        let mut seen = seen;
+        let waiting = seen.wait_for(|roster| ids(roster) == ["a", "b"]);
+        tokio::time::timeout(Duration::from_secs(10), waiting).await.unwrap().unwrap();
+        following.abort();
     }
 }

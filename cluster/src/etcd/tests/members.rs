@@ -6,9 +6,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cluster::{Etcd, EtcdOptions, Instance, Load, Roster, State};
 use tempfile::TempDir;
 use tokio::sync::watch;
+
+use crate::{Etcd, EtcdOptions, Instance, Load, Roster, State};
 
 /// One etcd process.
 pub struct Member {

@@ -1,10 +1,9 @@
 //! What every `Membership` promises, asked of both implementations.
 
-mod common;
-
-use cluster::{Etcd, InMemory, Membership, State};
-use common::{Cluster, ids, instance, wait};
 use tokio::sync::watch;
+
+use super::members::{Cluster, ids, instance, wait};
+use crate::{Etcd, InMemory, Membership, State};
 
 /// `one` and `other` are two doors to the same registry.
 async fn keeps_its_promises(one: &dyn Membership, other: &dyn Membership) {

@@ -1,0 +1,79 @@
+//! How far something is: a bar on a terminal, plain lines elsewhere.
+
+use std::{io::IsTerminal, time::Duration};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// What is counted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    Bytes,
+    Items,
+}
+
+/// Progress of one thing of known size, on standard error.
+pub struct Progress {
+    bar: Option<ProgressBar>,
+    what: String,
+    unit: Unit,
+    total: u64,
+    done: u64,
+    told: u64,
+}
+
+impl Progress {
+    pub fn new(what: impl Into<String>, unit: Unit, total: u64) -> Self {
+        let what = what.into();
+        let bar = std::io::stderr().is_terminal().then(|| bar(&what, unit, total));
+        Self { bar, what, unit, total, done: 0, told: 0 }
+    }
+
+    /// `done` of the total, counted from the beginning.
+    pub fn set(&mut self, done: u64) {
+        self.done = done.min(self.total);
+        if let Some(bar) = &self.bar {
+            bar.set_position(self.done);
+            return;
+        }
+        let tenths = self.done * 10 / self.total.max(1);
+        if tenths > self.told {
+            self.told = tenths;
+            let (what, percent) = (&self.what, tenths * 10);
+            match self.unit {
+                Unit::Bytes => {
+                    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+                    let (done, total) = (mib(self.done), mib(self.total));
+                    eprintln!("{what}: {done:.0} of {total:.0} MiB ({percent} %)");
+                }
+                Unit::Items => eprintln!("{what}: {} of {} ({percent} %)", self.done, self.total),
+            }
+        }
+    }
+
+    /// `more` in addition to what was done.
+    pub fn add(&mut self, more: u64) {
+        self.set(self.done + more);
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+fn bar(what: &str, unit: Unit, total: u64) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
+    let template = match unit {
+        Unit::Bytes => "{msg} [{wide_bar}] {bytes}/{total_bytes} {bytes_per_sec} ({eta})",
+        Unit::Items => "{msg} [{wide_bar}] {pos}/{len} {per_sec} ({eta})",
+    };
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style.progress_chars("=> "));
+    }
+    bar.set_message(what.to_owned());
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}
