@@ -1,0 +1,209 @@
+//! Flags that several commands share, as typed on the command line or set in the environment.
+//!
+//! Raw here; `resolve` turns them into the typed configuration that the crates take.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use cluster::{Etcd, EtcdOptions, telemetry::LogFormat};
+use kernels::cpu::{Isa, Precision};
+use worker::{GroupConfig, RankMode};
+
+use crate::source;
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum DeviceName {
+    Cpu,
+    Cuda,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum PrecisionName {
+    /// Activations rounded where the weights' format is made for it.
+    Fast,
+    /// f32 activations against the stored weights.
+    Exact,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum IsaName {
+    Portable,
+    Avx2,
+    Avx512,
+    Amx,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum LogFormatName {
+    Human,
+    Json,
+}
+
+/// How the process logs; the filter comes from LOCKSTEP_LOG.
+#[derive(Args, Debug)]
+pub struct LogArgs {
+    /// Log lines for people or for machines
+    #[arg(long, global = true, value_enum, default_value = "human", env = "LOCKSTEP_LOG_FORMAT")]
+    log_format: LogFormatName,
+}
+
+impl LogArgs {
+    pub fn format(&self) -> LogFormat {
+        match self.log_format {
+            LogFormatName::Human => LogFormat::Human,
+            LogFormatName::Json => LogFormat::Json,
+        }
+    }
+}
+
+/// A model and the ranks that hold it.
+#[derive(Args, Debug)]
+pub struct GroupArgs {
+    /// A file, a folder, a short name, org/name[:file], modelscope:org/name or demo
+    #[arg(long, default_value = "demo", env = "LOCKSTEP_MODEL")]
+    pub model: String,
+    /// Tensor-parallel ranks
+    #[arg(long, default_value_t = 1, env = "LOCKSTEP_TP")]
+    tp: usize,
+    /// Compute threads of each rank [default: the machine's, shared evenly]
+    #[arg(long, env = "LOCKSTEP_THREADS")]
+    threads: Option<usize>,
+    /// What computes
+    #[arg(long, value_enum, default_value = "cpu", env = "LOCKSTEP_DEVICE")]
+    device: DeviceName,
+    /// Whether activations may be rounded for speed
+    #[arg(long, value_enum, default_value = "fast", env = "LOCKSTEP_PRECISION")]
+    precision: PrecisionName,
+    /// The best instruction set to use [default: the machine's best]
+    #[arg(long, value_enum, env = "LOCKSTEP_ISA")]
+    isa: Option<IsaName>,
+    /// Tokens of prompt and answer together [default: the model's, as far as memory allows]
+    #[arg(long, env = "LOCKSTEP_CONTEXT")]
+    context: Option<usize>,
+    /// Memory of the KV cache, all ranks together, e.g. 512M or 4G [default: by context and memory]
+    #[arg(long, value_parser = bytes, env = "LOCKSTEP_KV_MEMORY")]
+    kv_memory: Option<u64>,
+    /// Tokens in one step, at most
+    #[arg(long, default_value_t = 512, env = "LOCKSTEP_STEP_TOKENS")]
+    step_tokens: usize,
+    /// Sequences that run at once, at most
+    #[arg(long, default_value_t = 64, env = "LOCKSTEP_SEQUENCES")]
+    sequences: usize,
+}
+
+impl GroupArgs {
+    /// Finds the model, fetching it if need be, and checks the rest.
+    pub fn resolve(&self, rank_mode: RankMode) -> Result<GroupConfig> {
+        if matches!(self.device, DeviceName::Cuda) {
+            bail!("this build has no CUDA backend; use --device cpu");
+        }
+        for (flag, value) in [
+            ("--tp", Some(self.tp)),
+            ("--threads", self.threads),
+            ("--context", self.context),
+            ("--step-tokens", Some(self.step_tokens)),
+            ("--sequences", Some(self.sequences)),
+        ] {
+            if value == Some(0) {
+                bail!("{flag} must be at least 1");
+            }
+        }
+        let mut config = GroupConfig::new(source::resolve(&self.model)?);
+        config.ranks = self.tp;
+        config.threads_per_rank = self.threads;
+        config.precision = match self.precision {
+            PrecisionName::Fast => Precision::Fast,
+            PrecisionName::Exact => Precision::Exact,
+        };
+        config.isa_cap = self.isa.map(|isa| match isa {
+            IsaName::Portable => Isa::Portable,
+            IsaName::Avx2 => Isa::Avx2,
+            IsaName::Avx512 => Isa::Avx512,
+            IsaName::Amx => Isa::Amx,
+        });
+        config.context_max = self.context;
+        config.kv_memory = self.kv_memory;
+        config.step_tokens_max = self.step_tokens;
+        config.sequences_max = self.sequences;
+        config.rank_mode = rank_mode;
+        Ok(config)
+    }
+}
+
+/// Where a router listens.
+#[derive(Args, Debug)]
+pub struct ListenArgs {
+    /// Address of the OpenAI-compatible HTTP interface; port 0 takes any
+    #[arg(long, default_value = "127.0.0.1:8000", env = "LOCKSTEP_HTTP")]
+    pub http: SocketAddr,
+    /// Address of the gRPC interface; port 0 takes any
+    #[arg(long, default_value = "127.0.0.1:8001", env = "LOCKSTEP_GRPC")]
+    pub grpc: SocketAddr,
+}
+
+/// Where the roster is.
+#[derive(Args, Debug)]
+pub struct EtcdArgs {
+    /// etcd members, e.g. http://10.0.0.1:2379,http://10.0.0.2:2379
+    #[arg(long, value_delimiter = ',', env = "LOCKSTEP_ETCD")]
+    pub etcd: Vec<String>,
+    /// Clusters of different names share an etcd
+    #[arg(long, default_value = "default", env = "LOCKSTEP_CLUSTER")]
+    cluster: String,
+    /// A file with user:password for etcd
+    #[arg(long, env = "LOCKSTEP_ETCD_CREDENTIALS")]
+    etcd_credentials: Option<PathBuf>,
+}
+
+impl EtcdArgs {
+    /// Connects.
+    pub async fn connect(&self) -> Result<Etcd> {
+        if self.etcd.is_empty() {
+            bail!("this command joins a cluster: name its etcd with --etcd http://HOST:2379");
+        }
+        let mut options = EtcdOptions::new(self.etcd.clone(), self.cluster.clone());
+        if let Some(path) = &self.etcd_credentials {
+            let text = std::fs::read_to_string(path)
+                .with_context(|| format!("cannot read --etcd-credentials {}", path.display()))?;
+            let Some((user, password)) = text.trim_end().split_once(':') else {
+                bail!("{} does not hold user:password", path.display());
+            };
+            options.user = Some((user.to_owned(), password.to_owned()));
+        }
+        Ok(Etcd::connect(options).await?)
+    }
+}
+
+/// A number of bytes, with K, M, G or T for powers of 1024.
+fn bytes(text: &str) -> Result<u64, String> {
+    let wrong = || format!("{text:?} is no amount of memory; write e.g. 512M or 4G");
+    let upper = text.trim().to_ascii_uppercase();
+    let upper = upper.strip_suffix("IB").or(upper.strip_suffix('B')).unwrap_or(&upper);
+    let (digits, shift) = match upper.char_indices().next_back() {
+        Some((at, 'K')) => (&upper[..at], 10),
+        Some((at, 'M')) => (&upper[..at], 20),
+        Some((at, 'G')) => (&upper[..at], 30),
+        Some((at, 'T')) => (&upper[..at], 40),
+        _ => (upper, 0),
+    };
+    let number: u64 = digits.trim().parse().map_err(|_| wrong())?;
+    number.checked_mul(1 << shift).ok_or_else(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_read_with_its_unit() {
+        for (text, wanted) in
+            [("0", 0), ("4096", 4096), ("512M", 512 << 20), ("4g", 4 << 30), ("2GiB", 2 << 30)]
+        {
+            assert_eq!(bytes(text), Ok(wanted), "{text}");
+        }
+        for text in ["", "G", "1.5G", "-1", "99999999999T", "4X"] {
+            assert!(bytes(text).is_err(), "{text}");
+        }
+    }
+}
