@@ -1,2 +1,88 @@
 #![forbid(unsafe_code)]
 //! The front of the cluster: gRPC and OpenAI HTTP in, worker streams out.
+//!
+//! Stateless: text becomes token ids here, a policy picks a worker, and the worker's ids become
+//! text again. What breaks underneath is mended here (see `upstream`) or told in plain words.
+//! Everything is bounded: bodies, connections, requests in flight, lines, indices, waits.
+
+mod choice;
+mod config;
+mod error;
+mod generate;
+mod http;
+mod languages;
+mod metrics;
+mod openai;
+pub mod policy;
+mod queue;
+mod request;
+mod sampling;
+mod server;
+mod service;
+mod targets;
+mod trace;
+mod upstream;
+
+pub use config::{Deadlines, Limits, RouterConfig};
+pub use error::RouterError;
+pub use server::{Router, RouterHandle};
+
+use metrics::Metrics;
+use std::sync::Arc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use upstream::Upstream;
+
+/// What every request of one router shares.
+struct Shared {
+    upstream: Arc<Upstream>,
+    metrics: Arc<Metrics>,
+    /// Threads that may tokenise long text at once.
+    tokenizers: Arc<Semaphore>,
+    /// One permit for each choice.
+    in_flight: Arc<Semaphore>,
+    /// True: take nothing new.
+    drain: watch::Sender<bool>,
+    /// True: end what still runs.
+    stop: watch::Sender<bool>,
+}
+
+impl Shared {
+    /// Room for `choices` more. Errors: `Overloaded`.
+    fn permit(&self, choices: usize) -> Result<OwnedSemaphorePermit, RouterError> {
+        let count = u32::try_from(choices).unwrap_or(u32::MAX);
+        self.in_flight.clone().try_acquire_many_owned(count).map_err(|_| {
+            let max = self.upstream.limits.in_flight_max;
+            queue::overloaded(&format!("this router holds {max} choices at most"))
+        })
+    }
+
+    fn idle(&self) -> bool {
+        self.in_flight.available_permits() >= self.upstream.limits.in_flight_max
+    }
+
+    fn drains(&self) -> bool {
+        *self.drain.borrow()
+    }
+
+    fn count_refusal(&self, error: &RouterError) {
+        if matches!(error, RouterError::Overloaded { .. }) {
+            self.metrics.rejected.inc();
+        }
+    }
+
+    /// Models with at least one ready worker, by name.
+    fn served(&self) -> Vec<proto::v1::Model> {
+        let now = self.upstream.targets.now();
+        let served = now.models.values().filter_map(|model| {
+            let capacity = now.capacity(&model.name)?;
+            let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+            Some(proto::v1::Model {
+                id: model.name.clone(),
+                context_max: count(capacity.context_max),
+                workers: count(now.ready(&model.name).count()),
+                created: model.created,
+            })
+        });
+        served.collect()
+    }
+}

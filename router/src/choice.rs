@@ -1,0 +1,262 @@
+//! One choice of an answer: token ids become text, watched for stop strings.
+//!
+//! Text that may be the beginning of a stop string, or half a character, is held back together
+//! with its tokens. Tokens cut off by a stop string are counted but not shown.
+
+use crate::{
+    RouterError,
+    metrics::Metrics,
+    upstream::{Progress, Sequence},
+};
+use proto::v1::{Finish, TokenInfo};
+use std::{collections::VecDeque, sync::Arc};
+use text::{Detokenizer, StopStrings};
+use tokio::time::Instant;
+
+/// Why a choice ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FinishReason {
+    Stop,
+    Length,
+}
+
+impl FinishReason {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
+}
+
+/// A token and where its text begins.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Token {
+    pub info: TokenInfo,
+    /// In characters from the beginning of the choice's text, the echoed prompt included.
+    pub offset: usize,
+    /// The stop id that ended the choice: it has no text.
+    pub end: bool,
+}
+
+/// A piece of a choice.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Chunk {
+    pub choice: u32,
+    pub text: String,
+    pub tokens: Vec<Token>,
+    pub finish: Option<FinishReason>,
+    /// Tokens sampled since the last chunk, shown or not.
+    pub sampled: u32,
+    /// Prompt tokens that came out of a worker's cache; on one chunk only.
+    pub cached_tokens: u32,
+}
+
+/// The prompt in front of the answer.
+pub(crate) struct Echo {
+    pub ids: Vec<u32>,
+    pub text: String,
+    pub detokenizer: Detokenizer,
+    /// Whether the worker scores the prompt, so that the echo waits for it.
+    pub scored: bool,
+    /// Nothing but the echo is wanted.
+    pub alone: bool,
+}
+
+/// A choice being generated.
+pub(crate) struct Choice {
+    index: u32,
+    sequence: Sequence,
+    detokenizer: Detokenizer,
+    stops: StopStrings,
+    echo: Option<Echo>,
+    scores: Vec<TokenInfo>,
+    /// Tokens whose text is held back.
+    pending: VecDeque<Token>,
+    /// Characters decoded, and of those the ones handed out.
+    decoded: usize,
+    emitted: usize,
+    clock: Clock,
+}
+
+/// Measures the waits for tokens.
+struct Clock {
+    metrics: Arc<Metrics>,
+    last: Instant,
+    began: bool,
+}
+
+impl Clock {
+    fn tick(&mut self) {
+        let since = self.last.elapsed();
+        match self.began {
+            true => self.metrics.next_token(since),
+            false => self.metrics.first_token(since),
+        }
+        self.began = true;
+        self.last = Instant::now();
+    }
+}
+
+impl Choice {
+    pub fn new(
+        index: u32,
+        sequence: Sequence,
+        detokenizer: Detokenizer,
+        stop: Vec<String>,
+        echo: Option<Echo>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self {
+            index,
+            sequence,
+            detokenizer,
+            stops: StopStrings::new(stop),
+            echo,
+            scores: Vec::new(),
+            pending: VecDeque::new(),
+            decoded: 0,
+            emitted: 0,
+            clock: Clock { metrics, last: Instant::now(), began: false },
+        }
+    }
+
+    /// Finds a worker. Nothing is wanted of one where an unscored prompt is all there is to echo.
+    pub async fn open(&mut self) -> Result<(), RouterError> {
+        match &self.echo {
+            Some(Echo { alone: true, scored: false, .. }) => Ok(()),
+            _ => self.sequence.open().await,
+        }
+    }
+
+    /// The next piece; the one with `finish` is the last.
+    pub async fn next(&mut self) -> Result<Chunk, RouterError> {
+        if self.echo.as_ref().is_some_and(|echo| !echo.scored) {
+            let mut chunk = Chunk { choice: self.index, ..Chunk::default() };
+            let alone = self.tell_prompt(&mut chunk)?;
+            chunk.finish = alone.then_some(FinishReason::Length);
+            return Ok(chunk);
+        }
+        loop {
+            let Some(progress) = self.sequence.next().await? else {
+                return Err(RouterError::Internal("a choice ended without its finish".into()));
+            };
+            let chunk = self.advance(progress)?;
+            let news = chunk.sampled > 0 || chunk.cached_tokens > 0 || !chunk.tokens.is_empty();
+            if news || chunk.finish.is_some() {
+                return Ok(chunk);
+            }
+        }
+    }
+
+    fn advance(&mut self, progress: Progress) -> Result<Chunk, RouterError> {
+        let mut chunk = Chunk {
+            choice: self.index,
+            cached_tokens: progress.cached_tokens,
+            ..Chunk::default()
+        };
+        self.scores.extend(progress.prompt);
+        if let Some(echo) = &self.echo {
+            let begins = !progress.tokens.is_empty() || progress.finish.is_some();
+            if !begins && self.scores.len() < echo.ids.len() {
+                return Ok(chunk);
+            }
+            if self.tell_prompt(&mut chunk)? {
+                chunk.finish = Some(FinishReason::Length);
+                return Ok(chunk);
+            }
+        }
+        if !progress.tokens.is_empty() {
+            self.clock.tick();
+        }
+        self.read(progress.tokens, progress.finish, &mut chunk);
+        Ok(chunk)
+    }
+
+    /// Takes new tokens, in order, up to the finish or a stop string.
+    fn read(&mut self, tokens: Vec<TokenInfo>, finish: Option<Finish>, chunk: &mut Chunk) {
+        chunk.sampled = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
+        let last = tokens.len().wrapping_sub(1);
+        let mut end = None;
+        for (at, info) in tokens.into_iter().enumerate() {
+            if finish == Some(Finish::Stop) && at == last {
+                end = Some(Token { info, offset: 0, end: true });
+                break;
+            }
+            let piece = self.detokenizer.push(info.id);
+            self.pending.push_back(Token { info, offset: self.decoded, end: false });
+            if self.tell(&piece, chunk) {
+                return self.cut(chunk);
+            }
+        }
+        let Some(finish) = finish else { return self.release(chunk) };
+        let tail = self.detokenizer.finish();
+        if self.tell(&tail, chunk) {
+            return self.cut(chunk);
+        }
+        chunk.text += &self.stops.flush();
+        chunk.tokens.extend(self.pending.drain(..));
+        chunk.tokens.extend(end.map(|token| Token { offset: self.decoded, ..token }));
+        chunk.finish = Some(match finish {
+            Finish::Length => FinishReason::Length,
+            Finish::Stop | Finish::None => FinishReason::Stop,
+        });
+    }
+
+    /// Hands text on; true when a stop string is complete.
+    fn tell(&mut self, piece: &str, chunk: &mut Chunk) -> bool {
+        self.decoded += piece.chars().count();
+        let step = self.stops.push(piece);
+        self.emitted += step.emit.chars().count();
+        chunk.text += &step.emit;
+        step.stopped
+    }
+
+    /// Tokens whose text is out, or that nothing holds back.
+    fn release(&mut self, chunk: &mut Chunk) {
+        let all = self.decoded == self.emitted;
+        while let Some(token) = self.pending.pop_front_if(|t| all || t.offset < self.emitted) {
+            chunk.tokens.push(token);
+        }
+    }
+
+    /// A stop string: what begins after the cut is not shown.
+    fn cut(&mut self, chunk: &mut Chunk) {
+        self.pending.retain(|token| token.offset < self.emitted);
+        chunk.tokens.extend(self.pending.drain(..));
+        chunk.finish = Some(FinishReason::Stop);
+    }
+
+    /// The echo; true when nothing else is wanted.
+    fn tell_prompt(&mut self, chunk: &mut Chunk) -> Result<bool, RouterError> {
+        let Some(mut echo) = self.echo.take() else { return Ok(false) };
+        let mut scores = std::mem::take(&mut self.scores);
+        if echo.scored {
+            // The first token follows nothing: a worker may leave it out.
+            if scores.len() + 1 == echo.ids.len() {
+                scores.insert(0, unscored(echo.ids[0]));
+            }
+            if !scores.iter().map(|score| score.id).eq(echo.ids.iter().copied()) {
+                let (got, want) = (scores.len(), echo.ids.len());
+                let message = format!("worker: scored {got} prompt tokens that are not the {want}");
+                return Err(RouterError::Internal(message));
+            }
+        } else {
+            scores = echo.ids.iter().map(|&id| unscored(id)).collect();
+        }
+        let mut offset = 0;
+        for info in scores {
+            let id = info.id;
+            chunk.tokens.push(Token { info, offset, end: false });
+            offset += echo.detokenizer.push(id).chars().count();
+        }
+        let chars = echo.text.chars().count();
+        (self.decoded, self.emitted) = (chars, chars);
+        chunk.text += &echo.text;
+        Ok(echo.alone)
+    }
+}
+
+fn unscored(id: u32) -> TokenInfo {
+    TokenInfo { id, logprob: None, top: Vec::new() }
+}

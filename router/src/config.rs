@@ -1,0 +1,84 @@
+//! What the router is told at its start: where to listen, how much to hold, how long to wait.
+
+use std::{net::SocketAddr, time::Duration};
+
+/// Where to listen and within which bounds. Port 0 takes any free port.
+#[derive(Clone, Debug)]
+pub struct RouterConfig {
+    /// OpenAI-compatible HTTP, `/health` and `/metrics`; `None` leaves it out.
+    pub http: Option<SocketAddr>,
+    /// `lockstep.v1.Inference`, health and reflection; `None` leaves it out.
+    pub grpc: Option<SocketAddr>,
+    pub limits: Limits,
+    pub deadlines: Deadlines,
+}
+
+impl RouterConfig {
+    /// Default limits and deadlines.
+    pub fn new(http: Option<SocketAddr>, grpc: Option<SocketAddr>) -> Self {
+        Self { http, grpc, limits: Limits::default(), deadlines: Deadlines::default() }
+    }
+}
+
+/// How much the router holds at once. What is beyond is refused, never piled up.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Bytes of one request's body, on HTTP and gRPC.
+    pub body_bytes_max: usize,
+    /// Choices in flight over all requests, waiting ones included.
+    pub in_flight_max: usize,
+    /// Choices that wait because every worker's queue is full.
+    pub queue_max: usize,
+    /// Open HTTP connections.
+    pub connections_max: usize,
+    /// How often one choice may move to another worker, or back to the same one, after a break.
+    pub resumes_max: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            body_bytes_max: 4 << 20,
+            in_flight_max: 4096,
+            queue_max: 1024,
+            connections_max: 4096,
+            resumes_max: 4,
+        }
+    }
+}
+
+/// How long each wait may last. Prefill on a CPU is slow, so the first token may take long.
+#[derive(Clone, Copy, Debug)]
+pub struct Deadlines {
+    /// Until a worker has answered the call itself.
+    pub connect: Duration,
+    /// From there to its first message.
+    pub first_token: Duration,
+    /// Between two messages of a stream.
+    pub next_token: Duration,
+    /// For a place while every worker's queue is full.
+    pub queue: Duration,
+    /// For a ready worker of a known model.
+    pub ready: Duration,
+    /// For the model's tokenizer files.
+    pub describe: Duration,
+    /// For a request's body.
+    pub body: Duration,
+    /// For running streams once the router is told to stop.
+    pub drain: Duration,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(10),
+            first_token: Duration::from_secs(120),
+            next_token: Duration::from_secs(60),
+            queue: Duration::from_secs(30),
+            ready: Duration::from_secs(10),
+            describe: Duration::from_secs(60),
+            body: Duration::from_secs(60),
+            drain: Duration::from_secs(30),
+        }
+    }
+}

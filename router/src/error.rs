@@ -1,0 +1,57 @@
+//! Everything that can go wrong in the router, one variant for each answer that a client gets.
+
+use std::{net::SocketAddr, time::Duration};
+
+/// Why the router could not start, or why a request got no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum RouterError {
+    /// An address is taken or not ours.
+    #[error("cannot listen on {address}: {source}; choose another address or port 0")]
+    Bind { address: SocketAddr, source: std::io::Error },
+    /// Neither HTTP nor gRPC was asked for.
+    #[error("nothing to serve: give an http or a grpc address")]
+    NoListener,
+    /// The protocol descriptors do not load: a fault of the build.
+    #[error("reflection: {0}")]
+    Reflection(String),
+    /// The operating system gave no random bytes.
+    #[error("no random numbers: {0}")]
+    Random(String),
+    /// The client's fault, at `param` where one is to blame.
+    #[error("{message}")]
+    Invalid { param: Option<String>, message: String },
+    /// Prompt and answer do not fit the model's context.
+    #[error(
+        "prompt of {prompt} + {new} new tokens exceeds the context of {context}; shorten the \
+         prompt or lower max_tokens"
+    )]
+    ContextExceeded { prompt: usize, new: usize, context: usize },
+    #[error("the model '{model}' does not exist; served: {served}")]
+    ModelNotFound { model: String, served: String },
+    #[error("no such route: {0}")]
+    RouteNotFound(String),
+    #[error("method {0} is not allowed here")]
+    MethodNotAllowed(String),
+    /// The body is larger than the limit.
+    #[error("the body exceeds {limit} bytes; shorten it or raise the router's body limit")]
+    TooLarge { limit: usize },
+    /// The body did not arrive in time.
+    #[error("the body did not arrive within {0:?}")]
+    BodyDeadline(Duration),
+    /// Everything is full; worth another try after `retry_after`.
+    #[error("overloaded: {reason}; try again in {} s", retry_after.as_secs())]
+    Overloaded { reason: String, retry_after: Duration },
+    /// Nobody can serve this now.
+    #[error("unavailable: {0}")]
+    Unavailable(String),
+    /// A worker, or the model's own files, failed in a way that another try will not mend.
+    #[error("internal: {0}")]
+    Internal(String),
+}
+
+impl RouterError {
+    /// The client's fault, at a named parameter.
+    pub(crate) fn invalid(param: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::Invalid { param: Some(param.into()), message: message.into() }
+    }
+}

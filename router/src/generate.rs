@@ -1,0 +1,226 @@
+//! One request's choices side by side: the stream of chunks that both APIs put in words.
+
+use crate::{
+    RouterError, Shared,
+    choice::{Choice, Chunk, Echo},
+    request::{Encoded, Prepared},
+    upstream::Sequence,
+};
+use futures_util::{
+    Stream, StreamExt,
+    future::try_join_all,
+    stream::{SelectAll, unfold},
+};
+use proto::v1::{RunRequest, Usage};
+use std::{pin::Pin, sync::Arc};
+use text::Language;
+use tokio::{
+    sync::{OwnedSemaphorePermit, watch},
+    time::Instant,
+};
+use tracing::{Instrument, Span};
+
+type Chunks = Pin<Box<dyn Stream<Item = Result<Chunk, RouterError>> + Send>>;
+
+/// A request being answered. Dropping it cancels what still runs.
+pub(crate) struct Generation {
+    pub language: Arc<Language>,
+    pub model: String,
+    pub request_id: String,
+    pub choices: usize,
+    /// Of one prompt.
+    n: u32,
+    chunks: SelectAll<Chunks>,
+    usage: Usage,
+    stop: watch::Receiver<bool>,
+    open: usize,
+    record: Record,
+}
+
+/// Counts a request while it lives, and says at its end what became of it.
+struct Record {
+    shared: Arc<Shared>,
+    span: Span,
+    started: Instant,
+    choices: i64,
+    prompt_tokens: u32,
+    completion_tokens: u32,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        self.shared.metrics.in_flight.dec_by(self.choices);
+        let _entered = self.span.enter();
+        tracing::info!(
+            prompt_tokens = self.prompt_tokens,
+            completion_tokens = self.completion_tokens,
+            milliseconds = self.started.elapsed().as_millis() as u64,
+            "request ended"
+        );
+    }
+}
+
+/// Starts every choice of a request, each on a worker that took it. `permit` stands for the
+/// request's first choice; the others take theirs here.
+pub(crate) async fn start(
+    shared: &Arc<Shared>,
+    prepared: Prepared,
+    mut permit: OwnedSemaphorePermit,
+) -> Result<Generation, RouterError> {
+    let count = prepared.prompts.len().saturating_mul(prepared.sampling.n as usize);
+    let max = shared.upstream.limits.in_flight_max;
+    if count > max {
+        let many = format!("{count} choices at once; this router holds at most {max}");
+        return Err(RouterError::invalid("n", many));
+    }
+    permit.merge(shared.permit(count.saturating_sub(1))?);
+    let span = tracing::info_span!(
+        "generate",
+        request_id = prepared.trace.request_id,
+        model = prepared.model.name
+    );
+    let prompt_tokens = prepared.prompts.iter().map(|prompt| prompt.ids.len()).sum::<usize>();
+    let prompt_tokens = u32::try_from(prompt_tokens).unwrap_or(u32::MAX);
+    shared.metrics.in_flight.inc_by(count as i64);
+    shared.metrics.tokens("prompt", prompt_tokens.into());
+    let record = Record {
+        shared: shared.clone(),
+        span: span.clone(),
+        started: Instant::now(),
+        choices: count as i64,
+        prompt_tokens,
+        completion_tokens: 0,
+        _permit: permit,
+    };
+    let mut choices = choices(shared, &prepared);
+    try_join_all(choices.iter_mut().map(Choice::open)).instrument(span.clone()).await?;
+    let chunks = choices.into_iter().map(|choice| chunks(choice, span.clone())).collect();
+    Ok(Generation {
+        language: prepared.language,
+        model: prepared.model.name.clone(),
+        request_id: prepared.trace.request_id,
+        choices: count,
+        n: prepared.sampling.n,
+        chunks,
+        usage: Usage { prompt_tokens, completion_tokens: 0, cached_tokens: 0 },
+        stop: shared.stop.subscribe(),
+        open: count,
+        record,
+    })
+}
+
+/// Choice `i` of prompt `p` has the index p · n + i, and the seed of the request + i.
+fn choices(shared: &Arc<Shared>, prepared: &Prepared) -> Vec<Choice> {
+    let n = prepared.sampling.n;
+    let mut choices = Vec::new();
+    for (at, prompt) in prepared.prompts.iter().enumerate() {
+        for turn in 0..n {
+            let index = at as u32 * n + turn;
+            let echo = prepared.sampling.echo.then(|| echo(prepared, prompt));
+            let sequence = Sequence::new(
+                shared.upstream.clone(),
+                prepared.model.clone(),
+                prepared.trace.clone(),
+                run_request(prepared, prompt, turn),
+            );
+            choices.push(Choice::new(
+                index,
+                sequence,
+                prepared.language.decoder(),
+                prepared.sampling.stop.clone(),
+                echo,
+                shared.metrics.clone(),
+            ));
+        }
+    }
+    choices
+}
+
+fn echo(prepared: &Prepared, prompt: &Encoded) -> Echo {
+    Echo {
+        ids: prompt.ids.clone(),
+        text: prompt.text.clone(),
+        detokenizer: prepared.language.decoder(),
+        scored: prepared.sampling.params.logprobs.is_some(),
+        alone: prompt.max_tokens == 0,
+    }
+}
+
+fn run_request(prepared: &Prepared, prompt: &Encoded, turn: u32) -> RunRequest {
+    let sampling = &prepared.sampling;
+    let mut params = sampling.params.clone();
+    params.seed = params.seed.wrapping_add(turn.into());
+    RunRequest {
+        request_id: prepared.trace.request_id.clone(),
+        prompt: prompt.ids.clone(),
+        generated: Vec::new(),
+        score_prompt: sampling.echo && params.logprobs.is_some(),
+        params: Some(params),
+        max_tokens: prompt.max_tokens.max(1),
+        stop_ids: sampling.stop_ids.clone(),
+    }
+}
+
+/// The choice's chunks up to its finish or its first error.
+fn chunks(choice: Choice, span: Span) -> Chunks {
+    Box::pin(unfold(Some(choice), move |choice| {
+        let span = span.clone();
+        async move {
+            let mut choice = choice?;
+            let next = choice.next().instrument(span).await;
+            let more = matches!(&next, Ok(chunk) if chunk.finish.is_none());
+            Some((next, more.then_some(choice)))
+        }
+    }))
+}
+
+impl Generation {
+    /// The next chunk of any choice; `None` after every choice's finish. Nothing follows an error.
+    pub async fn next(&mut self) -> Option<Result<Chunk, RouterError>> {
+        if self.open == 0 {
+            return None;
+        }
+        let next = tokio::select! {
+            next = self.chunks.next() => next?,
+            _ = self.stop.wait_for(|stop| *stop) => {
+                Err(RouterError::Unavailable("the router stops".to_owned()))
+            }
+        };
+        match &next {
+            Ok(chunk) => self.count(chunk),
+            Err(error) => {
+                self.open = 0;
+                let _entered = self.record.span.enter();
+                tracing::warn!(%error, "request failed");
+            }
+        }
+        Some(next)
+    }
+
+    fn count(&mut self, chunk: &Chunk) {
+        let metrics = &self.record.shared.metrics;
+        metrics.tokens("completion", chunk.sampled.into());
+        metrics.tokens("cached", chunk.cached_tokens.into());
+        self.usage.completion_tokens += chunk.sampled;
+        // The first choice speaks for its prompt.
+        if chunk.choice.is_multiple_of(self.n) {
+            let cached = self.usage.cached_tokens.saturating_add(chunk.cached_tokens);
+            self.usage.cached_tokens = cached.min(self.usage.prompt_tokens);
+        }
+        self.record.completion_tokens = self.usage.completion_tokens;
+        if chunk.finish.is_some() {
+            self.open -= 1;
+        }
+    }
+
+    /// Tokens so far. Prompts count once, however many choices they have.
+    pub fn usage(&self) -> Usage {
+        self.usage
+    }
+
+    /// Whether every choice has finished.
+    pub fn ended(&self) -> bool {
+        self.open == 0
+    }
+}

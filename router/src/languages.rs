@@ -1,0 +1,98 @@
+//! How each model speaks: its tokenizer and template, fetched once from any of its workers.
+
+use crate::{
+    RouterError,
+    config::Deadlines,
+    targets::{Link, Model, Targets},
+};
+use proto::v1::DescribeModelRequest;
+use std::sync::{Arc, Mutex, PoisonError};
+use text::{Files, Language};
+
+/// Bytes of all files together that a model may need to be spoken.
+const FILES_BYTES_MAX: usize = 256 << 20;
+
+/// Room for one model's language: empty until first needed.
+#[derive(Default)]
+pub(crate) struct LanguageSlot {
+    loaded: Mutex<Option<Arc<Language>>>,
+    /// Held while somebody fetches, so that the others wait for that instead of fetching too.
+    fetching: tokio::sync::Mutex<()>,
+}
+
+impl LanguageSlot {
+    /// The model left: whoever comes next under this name may speak otherwise.
+    pub fn forget(&self) {
+        *self.loaded.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    fn get(&self) -> Option<Arc<Language>> {
+        self.loaded.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, language: &Arc<Language>) {
+        *self.loaded.lock().unwrap_or_else(PoisonError::into_inner) = Some(language.clone());
+    }
+}
+
+/// The model's language, fetched on first use. Errors: `Unavailable` when no ready worker hands
+/// out its files, `Internal` when they are unusable.
+pub(crate) async fn language(
+    targets: &Targets,
+    model: &Model,
+    deadlines: &Deadlines,
+) -> Result<Arc<Language>, RouterError> {
+    if let Some(language) = model.language.get() {
+        return Ok(language);
+    }
+    let _fetching = model.language.fetching.lock().await;
+    if let Some(language) = model.language.get() {
+        return Ok(language);
+    }
+    let links: Vec<Arc<Link>> =
+        targets.now().ready(&model.name).map(|entry| entry.link.clone()).collect();
+    let mut last = format!("no ready worker of '{}'", model.name);
+    for link in links {
+        let files = match tokio::time::timeout(deadlines.describe, fetch(&link)).await {
+            Ok(Ok(files)) => files,
+            Ok(Err(reason)) => {
+                last = reason;
+                continue;
+            }
+            Err(_) => {
+                last = format!("no tokenizer files within {:?}", deadlines.describe);
+                continue;
+            }
+        };
+        let name = model.name.clone();
+        let language = tokio::task::spawn_blocking(move || Language::load(&files))
+            .await
+            .map_err(|error| RouterError::Internal(format!("tokenizer of '{name}': {error}")))?
+            .map_err(|error| RouterError::Internal(format!("files of '{name}': {error}")))?;
+        let language = Arc::new(language);
+        model.language.set(&language);
+        tracing::info!(model = name, vocabulary = language.vocab_size(), "language loaded");
+        return Ok(language);
+    }
+    tracing::warn!(model = model.name, reason = last, "language not loaded");
+    Err(RouterError::Unavailable(format!("the tokenizer of '{}': {last}", model.name)))
+}
+
+async fn fetch(link: &Link) -> Result<Files, String> {
+    let mut stream = link
+        .client()
+        .describe_model(DescribeModelRequest {})
+        .await
+        .map_err(|status| status.message().to_owned())?
+        .into_inner();
+    let mut files = Files::new();
+    let mut total = 0usize;
+    while let Some(part) = stream.message().await.map_err(|status| status.message().to_owned())? {
+        total = total.saturating_add(part.data.len());
+        if total > FILES_BYTES_MAX {
+            return Err(format!("files exceed {FILES_BYTES_MAX} bytes"));
+        }
+        files.entry(part.name).or_default().extend_from_slice(&part.data);
+    }
+    Ok(files)
+}

@@ -1,0 +1,178 @@
+//! The body of `/v1/chat/completions`.
+
+use super::{
+    Body,
+    fields::{Fields, wrong},
+    params::{delivery, neutral, sampling},
+};
+use crate::{RouterError, request::Prompt, sampling::SamplingInput};
+use serde_json::{Value, json};
+use text::{Chat, Message, parse_tool_arguments};
+
+/// Known to OpenAI's API, not to this router.
+const UNSUPPORTED: [&str; 9] = [
+    "audio",
+    "echo",
+    "function_call",
+    "functions",
+    "prediction",
+    "prompt_cache_retention",
+    "reasoning_effort",
+    "verbosity",
+    "web_search_options",
+];
+/// Fields of a message that templates look at.
+const EXTRA: [&str; 3] = ["name", "tool_call_id", "reasoning_content"];
+
+/// Reads the body strictly.
+pub(crate) fn parse(body: &[u8]) -> Result<Body, RouterError> {
+    let mut fields = Fields::parse(body)?;
+    let model = fields.string("model")?.unwrap_or_default();
+    let messages = fields.array("messages")?.ok_or_else(|| {
+        RouterError::invalid("messages", "messages is missing; give an array of messages")
+    })?;
+    let messages = messages
+        .into_iter()
+        .enumerate()
+        .map(|(at, value)| message(&format!("messages[{at}]"), value))
+        .collect::<Result<_, _>>()?;
+    let chat = Chat {
+        messages,
+        tools: tools(&mut fields)?,
+        args: fields.object("chat_template_kwargs")?.unwrap_or_default(),
+        add_generation_prompt: fields.boolean("add_generation_prompt")?.unwrap_or(true),
+    };
+    let sampling = SamplingInput {
+        max_tokens: max_tokens(&mut fields)?,
+        logprobs: logprobs(&mut fields)?,
+        ..sampling(&mut fields)?
+    };
+    let delivery = delivery(&mut fields)?;
+    neutral(&mut fields)?;
+    fields.only("response_format", &[json!({"type": "text"})])?;
+    fields.only("modalities", &[json!(["text"])])?;
+    fields.only("parallel_tool_calls", &[json!(true)])?;
+    for name in UNSUPPORTED {
+        fields.only(name, &[])?;
+    }
+    fields.finish()?;
+    Ok(Body { model, prompts: vec![Prompt::Chat(Box::new(chat))], sampling, delivery })
+}
+
+/// The newer name wins nothing over the older one: given both, they must agree.
+fn max_tokens(fields: &mut Fields) -> Result<Option<u32>, RouterError> {
+    let (old, new) = (fields.uint("max_tokens")?, fields.uint("max_completion_tokens")?);
+    match (old, new) {
+        (Some(old), Some(new)) if old != new => Err(RouterError::invalid(
+            "max_completion_tokens",
+            format!("max_completion_tokens is {new}, but max_tokens is {old}; give one of them"),
+        )),
+        _ => Ok(new.or(old)),
+    }
+}
+
+fn logprobs(fields: &mut Fields) -> Result<Option<u32>, RouterError> {
+    let wanted = fields.boolean("logprobs")?.unwrap_or(false);
+    let top = fields.uint("top_logprobs")?;
+    match (wanted, top) {
+        (_, Some(top)) if top > 20 => Err(RouterError::invalid(
+            "top_logprobs",
+            format!("top_logprobs must be in 0 to 20, not {top}"),
+        )),
+        (false, Some(1..)) => Err(RouterError::invalid(
+            "top_logprobs",
+            "top_logprobs is allowed only with logprobs: true",
+        )),
+        (true, top) => Ok(Some(top.unwrap_or(0))),
+        (false, _) => Ok(None),
+    }
+}
+
+/// The definitions for the template. Calls are not parsed out of the answer, so none can be forced.
+fn tools(fields: &mut Fields) -> Result<Option<Value>, RouterError> {
+    let tools = fields.array("tools")?.filter(|tools| !tools.is_empty());
+    for (at, tool) in tools.iter().flatten().enumerate() {
+        let name = tool.pointer("/function/name").and_then(Value::as_str);
+        if tool.get("type") != Some(&json!("function")) || name.is_none() {
+            let at = format!("tools[{at}]");
+            return Err(wrong(&at, "a function with a name", tool));
+        }
+    }
+    let choice = fields.take("tool_choice");
+    match choice.as_ref().map(|choice| choice.as_str()) {
+        None | Some(Some("auto")) => Ok(tools.map(Value::Array)),
+        Some(Some("none")) => Ok(None),
+        Some(_) => Err(RouterError::invalid(
+            "tool_choice",
+            "tool_choice is supported only as \"auto\" or \"none\"",
+        )),
+    }
+}
+
+fn message(at: &str, value: Value) -> Result<Message, RouterError> {
+    let mut fields = Fields::nested(at, value)?;
+    let role = fields
+        .string("role")?
+        .ok_or_else(|| RouterError::invalid(fields.name("role"), format!("{at}.role is missing")))?;
+    let tool_calls = match fields.array("tool_calls")?.filter(|calls| !calls.is_empty()) {
+        Some(_) if role != "assistant" => {
+            let name = fields.name("tool_calls");
+            let message = format!("{name} is only for messages of the assistant");
+            return Err(RouterError::invalid(name, message));
+        }
+        Some(calls) => {
+            let mut calls = Value::Array(calls);
+            parse_tool_arguments(&mut calls);
+            Some(calls)
+        }
+        None => None,
+    };
+    let content = match fields.take("content") {
+        Some(content) => self::content(&fields.name("content"), content)?,
+        None if role == "assistant" => String::new(),
+        None => {
+            let name = fields.name("content");
+            return Err(RouterError::invalid(name.clone(), format!("{name} is missing")));
+        }
+    };
+    let mut extra = serde_json::Map::new();
+    for name in EXTRA {
+        if let Some(text) = fields.string(name)? {
+            extra.insert(name.to_owned(), Value::String(text));
+        }
+    }
+    for name in ["audio", "function_call", "refusal", "annotations"] {
+        fields.only(name, if name == "annotations" { &EMPTY } else { &[] })?;
+    }
+    fields.finish()?;
+    // OpenAI's newer name for the same role.
+    let role = if role == "developer" { "system".to_owned() } else { role };
+    Ok(Message { role, content, tool_calls, extra })
+}
+
+const EMPTY: [Value; 1] = [Value::Array(Vec::new())];
+
+/// A string, or text parts, which are joined.
+fn content(name: &str, value: Value) -> Result<String, RouterError> {
+    let parts = match value {
+        Value::String(text) => return Ok(text),
+        Value::Array(parts) => parts,
+        other => return Err(wrong(name, "a string or an array of text parts", &other)),
+    };
+    let mut text = String::new();
+    for (at, part) in parts.into_iter().enumerate() {
+        let name = format!("{name}[{at}]");
+        let mut part = Fields::nested(&name, part)?;
+        let kind = part.string("type")?.unwrap_or_default();
+        if kind != "text" {
+            let message = format!("{name}.type '{kind}' is not supported; only text is");
+            return Err(RouterError::invalid(format!("{name}.type"), message));
+        }
+        let piece = part.string("text")?;
+        text += &piece.ok_or_else(|| {
+            RouterError::invalid(format!("{name}.text"), format!("{name}.text is missing"))
+        })?;
+        part.finish()?;
+    }
+    Ok(text)
+}

@@ -1,0 +1,136 @@
+//! A JSON object read field by field: every value is checked, and what nobody asked for is
+//! refused by name instead of being ignored. `null` counts as absent, as OpenAI's clients mean it.
+
+use crate::RouterError;
+use serde_json::{Map, Value};
+
+/// The fields of an object that are not yet read.
+#[derive(Debug)]
+pub(crate) struct Fields {
+    /// Where the object stands in the body, e.g. `messages[0].`; empty for the body itself.
+    at: String,
+    map: Map<String, Value>,
+}
+
+impl Fields {
+    /// The whole body.
+    pub fn parse(body: &[u8]) -> Result<Self, RouterError> {
+        match serde_json::from_slice(body) {
+            Ok(Value::Object(map)) => Ok(Self { at: String::new(), map }),
+            Ok(_) => Err(malformed("the body is not a JSON object")),
+            Err(error) => Err(malformed(&format!("the body is not valid JSON: {error}"))),
+        }
+    }
+
+    /// A nested object called `name`.
+    pub fn nested(name: &str, value: Value) -> Result<Self, RouterError> {
+        match value {
+            Value::Object(map) => Ok(Self { at: format!("{name}."), map }),
+            other => Err(wrong(name, "an object", &other)),
+        }
+    }
+
+    /// The full name of a field.
+    pub fn name(&self, field: &str) -> String {
+        format!("{}{field}", self.at)
+    }
+
+    pub fn take(&mut self, field: &str) -> Option<Value> {
+        self.map.remove(field).filter(|value| !value.is_null())
+    }
+
+    pub fn string(&mut self, field: &str) -> Result<Option<String>, RouterError> {
+        match self.take(field) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(other) => Err(wrong(&self.name(field), "a string", &other)),
+        }
+    }
+
+    pub fn boolean(&mut self, field: &str) -> Result<Option<bool>, RouterError> {
+        match self.take(field) {
+            None => Ok(None),
+            Some(Value::Bool(value)) => Ok(Some(value)),
+            Some(other) => Err(wrong(&self.name(field), "true or false", &other)),
+        }
+    }
+
+    pub fn float(&mut self, field: &str) -> Result<Option<f32>, RouterError> {
+        let Some(value) = self.take(field) else { return Ok(None) };
+        match value.as_f64() {
+            Some(number) => Ok(Some(number as f32)),
+            None => Err(wrong(&self.name(field), "a number", &value)),
+        }
+    }
+
+    /// A whole number that is not negative.
+    pub fn uint(&mut self, field: &str) -> Result<Option<u32>, RouterError> {
+        let Some(value) = self.take(field) else { return Ok(None) };
+        as_uint(&self.name(field), &value).map(Some)
+    }
+
+    pub fn array(&mut self, field: &str) -> Result<Option<Vec<Value>>, RouterError> {
+        match self.take(field) {
+            None => Ok(None),
+            Some(Value::Array(values)) => Ok(Some(values)),
+            Some(other) => Err(wrong(&self.name(field), "an array", &other)),
+        }
+    }
+
+    pub fn object(&mut self, field: &str) -> Result<Option<Map<String, Value>>, RouterError> {
+        match self.take(field) {
+            None => Ok(None),
+            Some(Value::Object(map)) => Ok(Some(map)),
+            Some(other) => Err(wrong(&self.name(field), "an object", &other)),
+        }
+    }
+
+    /// A field that changes nothing as long as it has one of the values it would have anyway.
+    pub fn only(&mut self, field: &str, allowed: &[Value]) -> Result<(), RouterError> {
+        match self.take(field) {
+            Some(value) if !allowed.contains(&value) => {
+                let allowed: Vec<String> = allowed.iter().map(Value::to_string).collect();
+                let (name, allowed) = (self.name(field), allowed.join(" or "));
+                let message = match allowed.is_empty() {
+                    true => format!("{name} is not supported; leave it out"),
+                    false => format!("{name} is supported only as {allowed}"),
+                };
+                Err(RouterError::invalid(name, message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Everything was read; a field that is left is unknown.
+    pub fn finish(mut self) -> Result<(), RouterError> {
+        self.map.retain(|_, value| !value.is_null());
+        match self.map.keys().next() {
+            None => Ok(()),
+            Some(field) => {
+                let name = self.name(field);
+                let message = format!("unknown parameter {name}; leave it out");
+                Err(RouterError::invalid(name, message))
+            }
+        }
+    }
+}
+
+/// A whole number that is not negative and fits 32 bits.
+pub(crate) fn as_uint(name: &str, value: &Value) -> Result<u32, RouterError> {
+    let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
+    number.ok_or_else(|| wrong(name, "a whole number of 0 or more", value))
+}
+
+/// A value of the wrong type or range; long values are not repeated whole.
+pub(crate) fn wrong(name: &str, expected: &str, value: &Value) -> RouterError {
+    let mut shown = value.to_string();
+    if let Some((end, _)) = shown.char_indices().nth(60) {
+        shown.truncate(end);
+        shown.push('…');
+    }
+    RouterError::invalid(name, format!("{name} must be {expected}, not {shown}"))
+}
+
+fn malformed(message: &str) -> RouterError {
+    RouterError::Invalid { param: None, message: message.to_owned() }
+}

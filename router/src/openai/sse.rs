@@ -1,0 +1,85 @@
+//! An answer as a stream of server-sent events, `[DONE]` last. An error after the stream began is
+//! an event in OpenAI's error shape, with nothing behind it.
+
+use super::{
+    answer::{Answer, Route},
+    error,
+};
+use crate::{generate::Generation, metrics::Outcome};
+use axum::response::{
+    IntoResponse, Response, Sse,
+    sse::{Event, KeepAlive},
+};
+use futures_util::stream::unfold;
+use std::{collections::VecDeque, convert::Infallible, time::Duration};
+
+/// Proxies cut connections that are silent for about a minute; a prefill may take longer.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+struct Events {
+    generation: Generation,
+    answer: Answer,
+    include_usage: bool,
+    outcome: Outcome,
+    ready: VecDeque<Event>,
+    ended: bool,
+}
+
+/// Streams the answer. Dropping the response cancels the generation.
+pub(crate) fn respond(
+    route: Route,
+    generation: Generation,
+    answer: Answer,
+    include_usage: bool,
+    outcome: Outcome,
+) -> Response {
+    let mut ready = VecDeque::new();
+    if route == Route::Chat {
+        let openings = (0..generation.choices).map(|choice| answer.opening(choice, include_usage));
+        ready.extend(openings.map(event));
+    }
+    let events = Events { generation, answer, include_usage, outcome, ready, ended: false };
+    let stream = unfold(events, |mut events| async {
+        let event = events.next().await?;
+        Some((Ok::<_, Infallible>(event), events))
+    });
+    Sse::new(stream).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response()
+}
+
+impl Events {
+    async fn next(&mut self) -> Option<Event> {
+        loop {
+            if let Some(event) = self.ready.pop_front() {
+                return Some(event);
+            }
+            if self.ended {
+                return None;
+            }
+            match self.generation.next().await {
+                Some(Ok(chunk)) => {
+                    let language = &self.generation.language;
+                    let chunk = self.answer.chunk(chunk, self.include_usage, language);
+                    self.ready.extend(chunk.map(event));
+                }
+                Some(Err(failure)) => {
+                    self.outcome.set(error::label(&failure));
+                    self.ended = true;
+                    self.ready.push_back(event(error::body(&failure)));
+                }
+                None => {
+                    self.outcome.set("200");
+                    self.ended = true;
+                    if self.include_usage {
+                        let closing = self.answer.closing(self.generation.usage());
+                        self.ready.push_back(event(closing));
+                    }
+                    self.ready.push_back(Event::default().data("[DONE]"));
+                }
+            }
+        }
+    }
+}
+
+fn event(value: serde_json::Value) -> Event {
+    Event::default().data(value.to_string())
+}

@@ -1,0 +1,220 @@
+//! Start, run and end of a router.
+
+use crate::{
+    RouterConfig, RouterError, Shared, http,
+    metrics::Metrics,
+    openai,
+    policy::PrefixAffinity,
+    service::Service,
+    targets::Targets,
+    upstream::Upstream,
+};
+use cluster::Membership;
+use futures_util::StreamExt;
+use proto::v1::inference_server::{InferenceServer, SERVICE_NAME};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, atomic::AtomicUsize},
+    time::Duration,
+};
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, watch},
+    task::{JoinHandle, JoinSet},
+    time::{Instant, sleep, timeout},
+};
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::server::Routes;
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Streams on one gRPC connection.
+const STREAMS_MAX: u32 = 4096;
+/// For last bytes to leave, once nothing runs any more.
+const LINGER: Duration = Duration::from_millis(500);
+/// Between two looks at whether anything still runs.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+/// The front of a cluster.
+pub struct Router;
+
+/// A running router.
+pub struct RouterHandle {
+    http: Option<SocketAddr>,
+    grpc: Option<SocketAddr>,
+    task: JoinHandle<()>,
+}
+
+impl Router {
+    /// Listens and serves until `shutdown` is true, or its sender is gone. Workers come from the
+    /// membership's roster; none needs to be there yet. Errors: an address that cannot be bound.
+    pub async fn start(
+        config: RouterConfig,
+        membership: Arc<dyn Membership>,
+        shutdown: watch::Receiver<bool>,
+    ) -> Result<RouterHandle, RouterError> {
+        let http = bind(config.http).await?;
+        let grpc = bind(config.grpc).await?;
+        if http.is_none() && grpc.is_none() {
+            return Err(RouterError::NoListener);
+        }
+        let addresses = (http.as_ref().map(|b| b.1), grpc.as_ref().map(|b| b.1));
+        let shared = Arc::new(shared(&config, membership.as_ref()));
+        let mut servers = JoinSet::new();
+        if let Some((listener, _)) = http {
+            let app = openai::routes(shared.clone());
+            let (max, drain) = (config.limits.connections_max, shared.drain.subscribe());
+            servers.spawn(http::serve(listener, app, max, drain));
+        }
+        if let Some((listener, _)) = grpc {
+            let (reporter, routes) = grpc_routes(&shared, config.limits.body_bytes_max).await?;
+            servers.spawn(serve_grpc(listener, routes, shared.drain.subscribe()));
+            servers.spawn(report_health(shared.clone(), reporter));
+        }
+        let task = tokio::spawn(run(shared, servers, shutdown));
+        Ok(RouterHandle { http: addresses.0, grpc: addresses.1, task })
+    }
+}
+
+impl RouterHandle {
+    /// Where HTTP is served, with the port that was found.
+    pub fn http(&self) -> Option<SocketAddr> {
+        self.http
+    }
+
+    /// Where gRPC is served, with the port that was found.
+    pub fn grpc(&self) -> Option<SocketAddr> {
+        self.grpc
+    }
+
+    /// Waits for the end: after `shutdown` nothing new is accepted, and running streams have the
+    /// drain deadline to finish.
+    pub async fn join(self) {
+        if let Err(error) = self.task.await {
+            tracing::error!(%error, "router failed");
+        }
+    }
+}
+
+async fn bind(
+    address: Option<SocketAddr>,
+) -> Result<Option<(TcpListener, SocketAddr)>, RouterError> {
+    match address {
+        Some(address) => http::bind(address).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+fn shared(config: &RouterConfig, membership: &dyn Membership) -> Shared {
+    let metrics = Arc::new(Metrics::new());
+    let upstream = Upstream {
+        targets: Targets::follow(membership.roster(), &config.deadlines),
+        policy: Box::new(PrefixAffinity::default()),
+        limits: config.limits,
+        deadlines: config.deadlines,
+        metrics: metrics.clone(),
+        queued: AtomicUsize::new(0),
+    };
+    let threads = std::thread::available_parallelism().map_or(2, usize::from);
+    Shared {
+        upstream: Arc::new(upstream),
+        metrics,
+        tokenizers: Arc::new(Semaphore::new(threads)),
+        in_flight: Arc::new(Semaphore::new(config.limits.in_flight_max)),
+        drain: watch::Sender::new(false),
+        stop: watch::Sender::new(false),
+    }
+}
+
+/// Inference, health, and reflection in both versions that tools speak.
+async fn grpc_routes(
+    shared: &Arc<Shared>,
+    body_bytes_max: usize,
+) -> Result<(HealthReporter, Routes), RouterError> {
+    let broken = |error: tonic_reflection::server::Error| RouterError::Reflection(error.to_string());
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .with_service_name(SERVICE_NAME)
+            .with_service_name("grpc.health.v1.Health")
+    };
+    let (reporter, health) = tonic_health::server::health_reporter();
+    let inference = InferenceServer::new(Service { shared: shared.clone() })
+        .max_decoding_message_size(body_bytes_max);
+    let mut routes = Routes::builder();
+    routes
+        .add_service(inference)
+        .add_service(health)
+        .add_service(reflection().build_v1().map_err(broken)?)
+        .add_service(reflection().build_v1alpha().map_err(broken)?);
+    Ok((reporter, routes.routes()))
+}
+
+async fn serve_grpc(listener: TcpListener, routes: Routes, mut drain: watch::Receiver<bool>) {
+    let incoming = TcpListenerStream::new(listener).map(|accepted| {
+        let stream = accepted?;
+        http::tune(&stream)?;
+        Ok::<_, std::io::Error>(stream)
+    });
+    let served = tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .max_concurrent_streams(STREAMS_MAX)
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(incoming, async move {
+            // An error means that the router is gone, which is an end as well.
+            drop(drain.wait_for(|drain| *drain).await);
+        })
+        .await;
+    if let Err(error) = served {
+        tracing::error!(%error, "grpc server failed");
+    }
+}
+
+/// Says `SERVING` while some model is served and the router does not drain.
+async fn report_health(shared: Arc<Shared>, reporter: HealthReporter) {
+    let mut targets = shared.upstream.targets.clone();
+    let mut drain = shared.drain.subscribe();
+    loop {
+        let serving = !shared.drains() && !shared.served().is_empty();
+        let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+        for name in ["", SERVICE_NAME] {
+            reporter.set_service_status(name, status).await;
+        }
+        if shared.drains() {
+            return;
+        }
+        tokio::select! {
+            () = targets.changed() => {}
+            changed = drain.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+/// Waits for the shutdown, drains, ends what is left.
+async fn run(
+    shared: Arc<Shared>,
+    mut servers: JoinSet<()>,
+    mut shutdown: watch::Receiver<bool>,
+) {
+    // A sender that is gone can no longer say so: that is an end as well.
+    drop(shutdown.wait_for(|shutdown| *shutdown).await);
+    shared.drain.send_replace(true);
+    let limit = shared.upstream.deadlines.drain;
+    let until = Instant::now() + limit;
+    tracing::info!(seconds = limit.as_secs(), "router drains");
+    while !shared.idle() && Instant::now() < until {
+        sleep(LOOK_AGAIN).await;
+    }
+    if !shared.idle() {
+        tracing::warn!("the drain limit passed; running streams are ended");
+        shared.stop.send_replace(true);
+    }
+    let all = async { while servers.join_next().await.is_some() {} };
+    if timeout(LINGER, all).await.is_err() {
+        servers.shutdown().await;
+    }
+    tracing::info!("router ended");
+}
