@@ -150,11 +150,8 @@ impl Choice {
     }
 
     fn advance(&mut self, progress: Progress) -> Result<Chunk, RouterError> {
-        let mut chunk = Chunk {
-            choice: self.index,
-            cached_tokens: progress.cached_tokens,
-            ..Chunk::default()
-        };
+        let mut chunk =
+            Chunk { choice: self.index, cached_tokens: progress.cached_tokens, ..Chunk::default() };
         self.scores.extend(progress.prompt);
         if let Some(echo) = &self.echo {
             let begins = !progress.tokens.is_empty() || progress.finish.is_some();

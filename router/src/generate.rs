@@ -3,6 +3,7 @@
 use crate::{
     RouterError, Shared,
     choice::{Choice, Chunk, Echo},
+    raised,
     request::{Encoded, Prepared},
     upstream::Sequence,
 };
@@ -183,7 +184,7 @@ impl Generation {
         }
         let next = tokio::select! {
             next = self.chunks.next() => next?,
-            _ = self.stop.wait_for(|stop| *stop) => {
+            () = raised(&mut self.stop) => {
                 Err(RouterError::Unavailable("the router stops".to_owned()))
             }
         };

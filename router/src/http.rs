@@ -1,6 +1,6 @@
 //! The HTTP/1.1 server: bounded connections, a deadline for headers, a graceful end.
 
-use crate::RouterError;
+use crate::{RouterError, raised};
 use hyper::server::conn::http1;
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -49,7 +49,7 @@ pub(crate) async fn serve(
     loop {
         tokio::select! {
             biased;
-            _ = drain.wait_for(|drain| *drain) => break,
+            () = raised(&mut drain) => break,
             Some(_) = connections.join_next() => {}
             accepted = accept(&listener, &places) => {
                 if let Some((stream, place)) = accepted {
@@ -97,7 +97,7 @@ async fn connection(
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
-        _ = drain.wait_for(|drain| *drain) => {
+        () = raised(&mut drain) => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }

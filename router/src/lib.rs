@@ -46,6 +46,11 @@ struct Shared {
     stop: watch::Sender<bool>,
 }
 
+/// Waits until a flag is up. A sender that is gone can no longer raise it: that counts as well.
+async fn raised(flag: &mut watch::Receiver<bool>) {
+    drop(flag.wait_for(|up| *up).await);
+}
+
 impl Shared {
     /// Room for `choices` more. Errors: `Overloaded`.
     fn permit(&self, choices: usize) -> Result<OwnedSemaphorePermit, RouterError> {

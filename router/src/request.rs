@@ -1,8 +1,7 @@
 //! From what a client said, by either API, to token ids and checked parameters.
 
 use crate::{
-    Shared,
-    RouterError, languages,
+    RouterError, Shared, languages,
     sampling::{self, Sampling, SamplingInput},
     targets::{Capacity, Model},
     trace::Trace,
@@ -78,8 +77,7 @@ pub(crate) async fn prepare(shared: &Shared, input: Input) -> Result<Prepared, R
     let (model, capacity) = find_model(shared, &input.model).await?;
     let targets = &shared.upstream.targets;
     let language = languages::language(targets, &model, &shared.upstream.deadlines).await?;
-    let mut sampling =
-        sampling::resolve(input.sampling, language.defaults(), capacity.vocab_size)?;
+    let mut sampling = sampling::resolve(input.sampling, language.defaults(), capacity.vocab_size)?;
     if !sampling.seed_given {
         sampling.params.seed = crate::trace::random()?;
     }
@@ -162,7 +160,8 @@ pub(crate) async fn on_tokenizer_thread<T: Send + 'static>(
     if bytes <= INLINE_BYTES_MAX {
         return work();
     }
-    let internal = |error: &dyn std::fmt::Display| RouterError::Internal(format!("tokenizer: {error}"));
+    let internal =
+        |error: &dyn std::fmt::Display| RouterError::Internal(format!("tokenizer: {error}"));
     let permit = shared.tokenizers.clone().acquire_owned().await.map_err(|e| internal(&e))?;
     let running = tokio::task::spawn_blocking(move || {
         let _permit = permit;

@@ -177,7 +177,8 @@ fn check_ids(input: &SamplingInput, vocab_size: usize) -> Result<(), RouterError
 pub(crate) fn in_vocabulary(name: &str, ids: &[u32], vocab_size: usize) -> Result<(), RouterError> {
     match ids.iter().find(|&&id| id as usize >= vocab_size) {
         Some(id) => {
-            let message = format!("{name}: token id {id} is outside the vocabulary of {vocab_size}");
+            let message =
+                format!("{name}: token id {id} is outside the vocabulary of {vocab_size}");
             Err(RouterError::invalid(name, message))
         }
         None => Ok(()),

@@ -1,13 +1,8 @@
 //! Start, run and end of a router.
 
 use crate::{
-    RouterConfig, RouterError, Shared, http,
-    metrics::Metrics,
-    openai,
-    policy::PrefixAffinity,
-    service::Service,
-    targets::Targets,
-    upstream::Upstream,
+    RouterConfig, RouterError, Shared, http, metrics::Metrics, openai, policy::PrefixAffinity,
+    raised, service::Service, targets::Targets, upstream::Upstream,
 };
 use cluster::Membership;
 use futures_util::StreamExt;
@@ -24,7 +19,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 use tokio_stream::wrappers::TcpListenerStream;
-use tonic::transport::server::Routes;
+use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
@@ -132,7 +127,8 @@ async fn grpc_routes(
     shared: &Arc<Shared>,
     body_bytes_max: usize,
 ) -> Result<(HealthReporter, Routes), RouterError> {
-    let broken = |error: tonic_reflection::server::Error| RouterError::Reflection(error.to_string());
+    let broken =
+        |error: tonic_reflection::server::Error| RouterError::Reflection(error.to_string());
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
@@ -163,10 +159,7 @@ async fn serve_grpc(listener: TcpListener, routes: Routes, mut drain: watch::Rec
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .max_concurrent_streams(STREAMS_MAX)
         .add_routes(routes)
-        .serve_with_incoming_shutdown(incoming, async move {
-            // An error means that the router is gone, which is an end as well.
-            drop(drain.wait_for(|drain| *drain).await);
-        })
+        .serve_with_incoming_shutdown(incoming, async move { raised(&mut drain).await })
         .await;
     if let Err(error) = served {
         tracing::error!(%error, "grpc server failed");
@@ -194,13 +187,8 @@ async fn report_health(shared: Arc<Shared>, reporter: HealthReporter) {
 }
 
 /// Waits for the shutdown, drains, ends what is left.
-async fn run(
-    shared: Arc<Shared>,
-    mut servers: JoinSet<()>,
-    mut shutdown: watch::Receiver<bool>,
-) {
-    // A sender that is gone can no longer say so: that is an end as well.
-    drop(shutdown.wait_for(|shutdown| *shutdown).await);
+async fn run(shared: Arc<Shared>, mut servers: JoinSet<()>, mut shutdown: watch::Receiver<bool>) {
+    raised(&mut shutdown).await;
     shared.drain.send_replace(true);
     let limit = shared.upstream.deadlines.drain;
     let until = Instant::now() + limit;

@@ -8,7 +8,7 @@ use crate::{
     metrics::Outcome,
     request::{self, Input, Prompt},
     sampling::SamplingInput,
-    trace::{REQUEST_ID, Trace},
+    trace::Trace,
 };
 use futures_util::{Stream, stream::unfold};
 use proto::v1::{
@@ -88,7 +88,7 @@ impl Service {
         let stream: Answer = Box::pin(unfold((generation, outcome), answer_next));
         let mut response = Response::new(stream);
         if let Ok(id) = id {
-            response.metadata_mut().insert(REQUEST_ID.as_str(), id);
+            response.metadata_mut().insert("x-request-id", id);
         }
         Ok(response)
     }
@@ -250,10 +250,7 @@ impl Inference for Service {
     }
 }
 
-async fn tokenize(
-    shared: &Shared,
-    wire: TokenizeRequest,
-) -> Result<TokenizeResponse, RouterError> {
+async fn tokenize(shared: &Shared, wire: TokenizeRequest) -> Result<TokenizeResponse, RouterError> {
     let _permit = shared.permit(1)?;
     let (model, capacity) = request::find_model(shared, &wire.model).await?;
     let upstream = &shared.upstream;

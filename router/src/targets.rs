@@ -175,7 +175,6 @@ impl Entry {
     }
 }
 
-
 /// The roster at one moment.
 #[derive(Clone, Default)]
 pub(crate) struct Snapshot {
@@ -242,9 +241,7 @@ impl Snapshot {
                 Some(entry) if entry.instance.load == instance.load => {
                     (entry.link.clone(), entry.in_flight_then)
                 }
-                Some(entry) => {
-                    (entry.link.clone(), entry.link.in_flight.load(Ordering::Relaxed))
-                }
+                Some(entry) => (entry.link.clone(), entry.link.in_flight.load(Ordering::Relaxed)),
                 None => match Link::new(instance, connect) {
                     Ok(link) => (Arc::new(link), 0),
                     Err(error) => {

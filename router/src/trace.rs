@@ -120,7 +120,9 @@ mod tests {
         assert!(is_traceparent(&format!("01{}-later", &PARENT[2..])));
         assert!(!is_traceparent(&format!("{PARENT}-later")));
         assert!(!is_traceparent(&PARENT.to_uppercase()));
-        assert!(!is_traceparent(&PARENT.replace("4bf92f3577b34da6a3ce929d0e0e4736", &"0".repeat(32))));
+        assert!(!is_traceparent(
+            &PARENT.replace("4bf92f3577b34da6a3ce929d0e0e4736", &"0".repeat(32))
+        ));
         assert!(!is_traceparent(&PARENT.replace("00-", "ff-")));
     }
 }

@@ -129,12 +129,8 @@ impl Sequence {
             ticket = Some(Ticket::take(&upstream, &self.model, started).await?);
         }
         loop {
-            let (links, targets): (Vec<Arc<Link>>, Vec<Target>) = upstream
-                .targets
-                .now()
-                .candidates(&self.model.name, &refused)
-                .into_iter()
-                .unzip();
+            let (links, targets): (Vec<Arc<Link>>, Vec<Target>) =
+                upstream.targets.now().candidates(&self.model.name, &refused).into_iter().unzip();
             let Some(at) = upstream.policy.pick(&self.key, &targets) else {
                 if refused.is_empty() {
                     self.wait_for_worker(started).await?;

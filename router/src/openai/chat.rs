@@ -111,9 +111,9 @@ fn tools(fields: &mut Fields) -> Result<Option<Value>, RouterError> {
 
 fn message(at: &str, value: Value) -> Result<Message, RouterError> {
     let mut fields = Fields::nested(at, value)?;
-    let role = fields
-        .string("role")?
-        .ok_or_else(|| RouterError::invalid(fields.name("role"), format!("{at}.role is missing")))?;
+    let role = fields.string("role")?.ok_or_else(|| {
+        RouterError::invalid(fields.name("role"), format!("{at}.role is missing"))
+    })?;
     let tool_calls = match fields.array("tool_calls")?.filter(|calls| !calls.is_empty()) {
         Some(_) if role != "assistant" => {
             let name = fields.name("tool_calls");
@@ -141,16 +141,15 @@ fn message(at: &str, value: Value) -> Result<Message, RouterError> {
             extra.insert(name.to_owned(), Value::String(text));
         }
     }
-    for name in ["audio", "function_call", "refusal", "annotations"] {
-        fields.only(name, if name == "annotations" { &EMPTY } else { &[] })?;
+    for name in ["audio", "function_call", "refusal"] {
+        fields.only(name, &[])?;
     }
+    fields.only("annotations", &[json!([])])?;
     fields.finish()?;
     // OpenAI's newer name for the same role.
     let role = if role == "developer" { "system".to_owned() } else { role };
     Ok(Message { role, content, tool_calls, extra })
 }
-
-const EMPTY: [Value; 1] = [Value::Array(Vec::new())];
 
 /// A string, or text parts, which are joined.
 fn content(name: &str, value: Value) -> Result<String, RouterError> {
