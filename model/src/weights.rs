@@ -309,6 +309,10 @@ impl From<FormatError> for ModelError {
         match error {
             FormatError::Io { path, source } => Self::Io { path, source },
             FormatError::Unsupported(what) => Self::Unsupported(what),
+            FormatError::In { path, source } => match *source {
+                FormatError::Unsupported(what) => Self::Unsupported(format!("{path}: {what}")),
+                other => Self::Checkpoint(format!("{path}: {other}")),
+            },
             other => Self::Checkpoint(other.to_string()),
         }
     }
