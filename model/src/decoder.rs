@@ -1,9 +1,9 @@
 //! The one forward pass of the Qwen family, on one rank of a tensor-parallel group.
 //!
-//! Families differ by what is there: biases (Qwen1, Qwen2), head norms (Qwen3), windows, the rows of
-//! the rope table. Every rank holds whole rows of the embedding and the output matrix, whole KV
-//! head groups and a share of the feed-forward columns, so two sums a layer are all that is
-//! exchanged.
+//! Families differ by what is there: biases (Qwen1, Qwen2), head norms (Qwen3), windows, the rows
+//! of the rope table. Every rank holds whole rows of the embedding and the output matrix, whole
+//! attention heads and a share of the feed-forward columns, so the sum of the embeddings, two sums
+//! a layer and the logits are all that is exchanged.
 
 mod load;
 

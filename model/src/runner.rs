@@ -90,8 +90,8 @@ pub fn activation_bytes(config: &DecoderConfig, shard: &Shard, options: &RunnerO
 
 /// The longest prompt whose cached keys may serve another prompt; `None` is any.
 ///
-/// With dynamic NTK the rotation of keys depends on the prompt's length once that passes the trained
-/// length, so longer prompts neither use nor feed a prefix cache.
+/// With dynamic NTK the rotation of keys depends on the prompt's length once that passes the
+/// trained length, so longer prompts neither use nor feed a prefix cache.
 pub fn prefix_reuse_max(config: &DecoderConfig) -> Option<usize> {
     config.rope.dynamic_ntk
 }

@@ -85,3 +85,96 @@ fn entry<T>(lists: &mut Vec<(SequenceId, Vec<T>)>, id: SequenceId) -> &mut Vec<T
     });
     &mut lists[at].1
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{rope::RopeTables, runner::Sequence};
+    use engine::plan::{Admission, SamplingParams};
+
+    const GREEDY: SamplingParams = SamplingParams {
+        temperature: 0.0,
+        top_p: 1.0,
+        top_k: 0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        seed: 0,
+        logit_bias: Vec::new(),
+        logprobs: None,
+    };
+
+    fn chunk(sequence: SequenceId, want: Want) -> Chunk {
+        let admission = Admission { params: GREEDY, tokens: vec![0, 1, 2], prompt_len: 3 };
+        Chunk {
+            sequence,
+            start: 0,
+            tokens: vec![0, 1, 2],
+            next: None,
+            blocks: vec![0],
+            want,
+            admission: Some(Box::new(admission)),
+        }
+    }
+
+    /// Rows of 4 logits for each token of each chunk, the likeliest being the token's index;
+    /// `spoil` names rows that are no numbers.
+    fn output(chunks: Vec<Chunk>, spoil: &[(usize, usize)]) -> StepOutput {
+        let rope = crate::Rope { base: 1e4, scaling: crate::RopeScaling::None, dynamic_ntk: None };
+        let tables = RopeTables::new(&rope, 16);
+        let mut sequences = HashMap::new();
+        for chunk in &chunks {
+            let admission = chunk.admission.as_ref().unwrap();
+            sequences.insert(chunk.sequence, Sequence::new(admission, &tables, true));
+        }
+        let plan = StepPlan { number: 4, chunks, released: Vec::new() };
+        let mut sampler = Sampler::new(4, 4);
+        let mut results = Results::new(&plan, &mut sampler, &mut sequences);
+        for (index, chunk) in plan.chunks.iter().enumerate() {
+            for token in 0..chunk.tokens.len() {
+                let mut logits = [0.0; 4];
+                logits[token] = 1.0;
+                if spoil.contains(&(index, token)) {
+                    logits[3] = f32::NAN;
+                }
+                results.push(WantedRow { chunk: index, token }, &logits);
+            }
+        }
+        results.finish()
+    }
+
+    #[test]
+    fn each_want_has_its_place_in_the_output() {
+        let mut known = chunk(4, Want::Score { sample: false });
+        known.next = Some(3);
+        let chunks = vec![
+            chunk(1, Want::Sample),
+            chunk(2, Want::Score { sample: true }),
+            chunk(3, Want::Logits),
+            known,
+        ];
+        let output = output(chunks, &[]);
+        let sampled: Vec<_> = output.sampled.iter().map(|s| (s.0, s.1.token)).collect();
+        assert_eq!(sampled, [(1, 2), (2, 2)]);
+        let scored = |at: usize| output.scored[at].1.iter().map(|s| s.token).collect::<Vec<_>>();
+        assert_eq!((output.scored[0].0, scored(0)), (2, vec![1, 2]));
+        assert_eq!((output.scored[1].0, scored(1)), (4, vec![1, 2, 3]));
+        assert_eq!(output.logits[0].1.len(), 12);
+        assert_eq!((output.number, output.failed.len()), (4, 0));
+    }
+
+    #[test]
+    fn a_sequence_whose_logits_are_no_numbers_fails_alone() {
+        let chunks = vec![
+            chunk(1, Want::Sample),
+            chunk(2, Want::Score { sample: true }),
+            chunk(3, Want::Score { sample: true }),
+        ];
+        let output = output(chunks, &[(0, 2), (1, 0), (1, 1)]);
+        assert_eq!(output.failed.iter().map(|f| f.0).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(output.failed[0].1, "the model's logits are not finite at position 3");
+        assert_eq!(output.sampled.iter().map(|s| s.0).collect::<Vec<_>>(), [3]);
+        assert_eq!(output.scored.iter().map(|s| s.0).collect::<Vec<_>>(), [3]);
+    }
+}

@@ -1,7 +1,11 @@
 //! Passes over a whole row of logits, written so that the compiler turns them into SIMD.
 
-/// Values handled together; a row's tail is handled one by one in the same order.
+/// Values compared together; a row's tail is handled one by one.
 const LANES: usize = 16;
+/// Weights computed before they are summed: apart, both loops become SIMD.
+const BLOCK: usize = 64;
+/// Running sums in f64.
+const SUMS: usize = 4;
 
 /// The largest value, or `None` where the row is empty or a value is NaN or infinite.
 pub fn finite_peak(row: &[f32]) -> Option<f32> {
@@ -36,15 +40,21 @@ pub fn log_normalizer(row: &[f32], peak: f32) -> f64 {
 
 /// Σ exp((row - peak) / temperature). Rounding of the single terms is 1e-7, of the sum f64's.
 pub fn mass(row: &[f32], peak: f32, temperature: f32) -> f64 {
-    let mut sums = [0.0f64; LANES];
-    let (chunks, tail) = row.as_chunks::<LANES>();
-    for chunk in chunks {
-        for lane in 0..LANES {
-            sums[lane] += f64::from(weight(chunk[lane], peak, temperature));
+    let mut sums = [0.0f64; SUMS];
+    let mut weights = [0.0f32; BLOCK];
+    let (blocks, tail) = row.as_chunks::<BLOCK>();
+    for block in blocks {
+        for lane in 0..BLOCK {
+            weights[lane] = weight(block[lane], peak, temperature);
+        }
+        for some in weights.as_chunks::<SUMS>().0 {
+            for lane in 0..SUMS {
+                sums[lane] += f64::from(some[lane]);
+            }
         }
     }
-    for (lane, &value) in tail.iter().enumerate() {
-        sums[lane] += f64::from(weight(value, peak, temperature));
+    for (index, &logit) in tail.iter().enumerate() {
+        sums[index % SUMS] += f64::from(weight(logit, peak, temperature));
     }
     sums.iter().sum()
 }
@@ -75,7 +85,7 @@ fn exp_nonpositive(x: f32) -> f32 {
     p = p * r + 8.333_452e-3;
     p = p * r + 4.166_579_6e-2;
     p = p * r + 1.666_666_5e-1;
-    p = p * r + 5.000_000_1e-1;
+    p = p * r + 0.5;
     let mantissa = p * r * r + r + 1.0;
     let power = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
     if x < SMALLEST { 0.0 } else { mantissa * power }

@@ -132,7 +132,7 @@ fn draws_follow_the_distribution() {
     ];
     for (case, params) in cases.iter().enumerate() {
         let probabilities = naive(&logits, params);
-        let mut counts = vec![0u32; 40];
+        let mut counts = [0u32; 40];
         for position in 0..100_000 {
             let token = sampler.sample(&logits, params, &Seen::default(), position).unwrap().token;
             counts[token as usize] += 1;
