@@ -258,9 +258,11 @@ impl Sequence {
     /// The chunk up to `stop` has run.
     pub fn advance(&mut self, stop: usize, want: Want, context_max: usize) {
         self.computed = stop;
-        // Logits come without a sample: the last token runs once more, to choose the next one.
+        // Logits come without a sample: the last token runs once more, to choose the next one. To a
+        // runner that is a sequence admitted anew; where none may begin inside, from its start.
         if want == Want::Logits && stop == self.tokens.len() && self.end(context_max).is_none() {
-            self.computed -= 1;
+            self.computed = if self.shares { stop - 1 } else { 0 };
+            self.introduce = true;
         }
     }
 

@@ -1,2 +1,31 @@
 #![forbid(unsafe_code)]
 //! One worker group: takes token ids, runs the engine and the ranks, streams token ids back.
+
+mod announce;
+mod error;
+mod group;
+mod handle;
+mod mailbox;
+mod metrics;
+mod server;
+mod service;
+mod validate;
+
+use std::any::Any;
+
+pub use error::WorkerError;
+pub use group::{
+    Group, GroupConfig, GroupPlan, ModelInfo, Progress, RANK_TOKEN_VARIABLE, RankConfig, RankMode,
+    run_rank,
+};
+pub use handle::Engine;
+pub use mailbox::Output;
+pub use metrics::Metrics;
+pub use server::{Worker, WorkerConfig, WorkerHandle};
+
+/// What a caught panic said.
+fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "panicked without a message".into())
+}

@@ -1,0 +1,160 @@
+//! One group: the ranks that hold one model between them, and the leader that drives them.
+//!
+//! Rank 0 is the leader and lives where the engine does; the others only follow. `Group::start` holds
+//! the one choice of backend and exchange; everything behind it is generic over both.
+
+mod casualties;
+mod follower;
+mod leader;
+mod memory;
+mod process;
+mod sizing;
+mod threads;
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use engine::{SchedulerConfig, plan::Executor};
+use kernels::cpu::{Isa, Precision};
+
+pub use process::{RANK_TOKEN_VARIABLE, RankConfig, run_rank};
+
+use crate::WorkerError;
+use sizing::Sizing;
+
+/// How the ranks of a group live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RankMode {
+    /// Threads of this process.
+    Threads,
+    /// Processes of their own, started and watched by this one.
+    Processes,
+}
+
+/// What a group is made of. `None` is the default that fits model and machine.
+#[derive(Clone, Debug)]
+pub struct GroupConfig {
+    /// A checkpoint folder or a GGUF file.
+    pub model: PathBuf,
+    /// Tensor-parallel ranks, at least 1.
+    pub ranks: usize,
+    /// Compute threads of each rank. Default: the machine's, shared evenly.
+    pub threads_per_rank: Option<usize>,
+    pub precision: Precision,
+    /// The best instruction set to use. Default: the machine's best.
+    pub isa_cap: Option<Isa>,
+    /// Tokens of prompt and answer together. Default: the model's, as far as the KV pool holds them.
+    pub context_max: Option<usize>,
+    /// Bytes of the KV pool, all ranks together. Default: 16 contexts or a quarter of the free memory,
+    /// whichever is less.
+    pub kv_memory: Option<u64>,
+    /// Tokens in one step.
+    pub step_tokens_max: usize,
+    /// Sequences that run at once.
+    pub sequences_max: usize,
+    pub rank_mode: RankMode,
+}
+
+impl GroupConfig {
+    /// The defaults for a model: one rank, 512 tokens a step, 64 sequences.
+    pub fn new(model: impl Into<PathBuf>) -> Self {
+        Self {
+            model: model.into(),
+            ranks: 1,
+            threads_per_rank: None,
+            precision: Precision::Fast,
+            isa_cap: None,
+            context_max: None,
+            kv_memory: None,
+            step_tokens_max: 512,
+            sequences_max: 64,
+            rank_mode: RankMode::Threads,
+        }
+    }
+}
+
+/// What a group serves, and with what means.
+#[derive(Clone, Debug)]
+pub struct ModelInfo {
+    /// Folder or file name of the checkpoint.
+    pub name: String,
+    /// Token ids at or above this do not exist.
+    pub vocab: usize,
+    /// Tokens of prompt and answer together.
+    pub context_max: usize,
+    pub ranks: usize,
+    pub threads_per_rank: usize,
+    /// Instruction set in use.
+    pub isa: &'static str,
+    pub precision: Precision,
+    /// KV pool, in blocks of 16 tokens.
+    pub blocks: usize,
+    /// KV pool of all ranks together.
+    pub kv_bytes: u64,
+    /// Weights of all ranks together, as stored.
+    pub weights_bytes: u64,
+    /// Longest prompt whose blocks may be shared; `None` is any.
+    pub prefix_reuse_max: Option<usize>,
+    pub step_tokens_max: usize,
+    pub sequences_max: usize,
+    /// What a router needs to speak the model's language, by file name.
+    pub text_files: BTreeMap<String, Vec<u8>>,
+}
+
+impl ModelInfo {
+    /// The bounds of an engine over this group.
+    pub fn scheduler_config(&self, waiting_max: usize) -> SchedulerConfig {
+        SchedulerConfig {
+            blocks: u32::try_from(self.blocks).unwrap_or(u32::MAX),
+            step_tokens_max: self.step_tokens_max,
+            sequences_max: self.sequences_max,
+            waiting_max,
+            context_max: self.context_max,
+            prefix_reuse_max: self.prefix_reuse_max,
+        }
+    }
+}
+
+/// Told while weights load: bytes done and bytes in all, of rank 0's share.
+pub type Progress<'a> = &'a mut (dyn FnMut(u64, u64) + Send);
+
+/// A group whose size is known, and whose weights are not loaded yet.
+pub struct GroupPlan {
+    sizing: Sizing,
+}
+
+impl GroupPlan {
+    /// Opens the checkpoint, shares out the model and checks that memory suffices.
+    ///
+    /// Errors: `Model` for a checkpoint that is broken, unsupported or cannot be split so far;
+    /// `Memory` with the arithmetic; `Config` for settings that contradict each other.
+    pub fn new(config: GroupConfig) -> Result<Self, WorkerError> {
+        Ok(Self { sizing: Sizing::new(config)? })
+    }
+
+    pub fn info(&self) -> &ModelInfo {
+        &self.sizing.info
+    }
+
+    /// Loads the weights on every rank. Blocks until all are ready.
+    pub fn start(self, progress: Progress<'_>) -> Result<Group, WorkerError> {
+        let executor = match self.sizing.config.rank_mode {
+            RankMode::Threads => threads::start(&self.sizing, progress)?,
+            RankMode::Processes => process::start(&self.sizing, progress)?,
+        };
+        Ok(Group { info: self.sizing.info, executor })
+    }
+}
+
+/// A group that is ready to run plans.
+pub struct Group {
+    pub info: ModelInfo,
+    /// Dropping it ends the ranks.
+    pub executor: Box<dyn Executor>,
+}
+
+impl Group {
+    /// `GroupPlan::new` and `GroupPlan::start` in one.
+    pub fn start(config: GroupConfig, progress: Progress<'_>) -> Result<Self, WorkerError> {
+        GroupPlan::new(config)?.start(progress)
+    }
+}

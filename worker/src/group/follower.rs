@@ -1,0 +1,66 @@
+//! What every rank does to take its place, and what the ranks other than 0 do from then on.
+
+use std::time::Duration;
+
+use kernels::{
+    Backend,
+    collective::{Collective, HostCollective, Staged},
+    cpu::{Cpu, CpuConfig, Isa, Precision},
+};
+use model::{Checkpoint, ModelError, Runner, RunnerOptions};
+
+use super::{
+    Progress,
+    leader::{CONTROL_DEADLINE, Received},
+};
+use crate::WorkerError;
+
+/// A slow disk may keep the ranks of a large model apart for this long.
+pub(super) const LOAD_DEADLINE: Duration = Duration::from_secs(3600);
+
+/// What a rank needs to know besides its place.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RankOptions {
+    pub threads: usize,
+    pub precision: Precision,
+    pub isa: Isa,
+    pub runner: RunnerOptions,
+}
+
+/// Loads this rank's share for the CPU.
+pub(super) fn load<H: HostCollective>(
+    data: H,
+    checkpoint: &Checkpoint,
+    options: RankOptions,
+    progress: Progress<'_>,
+) -> Result<Runner<Cpu, Staged<H>>, WorkerError> {
+    let RankOptions { threads, precision, isa, runner } = options;
+    let device = Cpu::new(CpuConfig { threads, precision, isa }).map_err(ModelError::from)?;
+    Ok(Runner::load(device, Staged::new(data), checkpoint, runner, progress)?)
+}
+
+/// Waits until every rank has loaded.
+pub(super) fn meet(control: &mut dyn HostCollective) -> Result<(), WorkerError> {
+    let mut all = Vec::new();
+    control.all_gather(&[control.rank() as f32], &mut all).map_err(ModelError::from)?;
+    Ok(())
+}
+
+/// Runs what the leader says until it says stop.
+pub(super) fn follow<B: Backend, C: Collective<B>>(
+    runner: &mut Runner<B, C>,
+    control: &mut dyn HostCollective,
+) -> Result<(), WorkerError> {
+    let mut message = Vec::new();
+    loop {
+        control.broadcast(&mut message, CONTROL_DEADLINE).map_err(ModelError::from)?;
+        let received = postcard::from_bytes(&message);
+        let received = received
+            .map_err(|error| WorkerError::Group(format!("a plan cannot be decoded: {error}")))?;
+        match received {
+            Received::Step(plan) => drop(runner.step(&plan)?),
+            Received::KeepAlive => {}
+            Received::Stop => return Ok(()),
+        }
+    }
+}

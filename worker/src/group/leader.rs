@@ -1,0 +1,107 @@
+//! Rank 0: tells the other ranks what to run, and runs its own share.
+//!
+//! One message a step and no reply: what a step produces comes out of the exchange between the ranks.
+//! While nothing runs, an empty message says that the leader lives.
+
+use std::time::Duration;
+
+use engine::plan::{Executor, ExecutorError, StepOutput, StepPlan};
+use kernels::{
+    Backend,
+    collective::{Collective, HostCollective},
+};
+use model::Runner;
+use serde::{Deserialize, Serialize};
+
+use super::casualties::{Casualties, REASON_PATIENCE};
+
+/// How long a follower waits for a word of its leader, and the leader for followers that lag.
+pub(super) const CONTROL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What the leader says.
+#[derive(Serialize)]
+pub(super) enum Order<'a> {
+    Step(&'a StepPlan),
+    KeepAlive,
+    Stop,
+}
+
+/// What a follower hears: an `Order`, owned.
+#[derive(Deserialize)]
+pub(super) enum Received {
+    Step(StepPlan),
+    KeepAlive,
+    Stop,
+}
+
+/// Ends what the leader started, after it has said stop.
+pub(super) trait Crew: Send {
+    fn dismiss(&mut self);
+}
+
+pub(super) struct Leader<B: Backend, C: Collective<B>> {
+    pub runner: Runner<B, C>,
+    /// `None` when there are no others.
+    pub control: Option<Box<dyn HostCollective>>,
+    pub casualties: Casualties,
+    pub crew: Box<dyn Crew>,
+    pub submitted: Option<StepPlan>,
+    pub message: Vec<u8>,
+}
+
+impl<B: Backend, C: Collective<B>> Leader<B, C> {
+    fn tell(&mut self, order: &Order<'_>) -> Result<(), ExecutorError> {
+        let Some(control) = &mut self.control else { return Ok(()) };
+        if let Some(reason) = self.casualties.describe(Duration::ZERO) {
+            return Err(ExecutorError(reason));
+        }
+        self.message.clear();
+        let message = postcard::to_extend(order, std::mem::take(&mut self.message));
+        self.message =
+            message.map_err(|error| ExecutorError(format!("a plan cannot be encoded: {error}")))?;
+        let told = control.broadcast(&mut self.message, CONTROL_DEADLINE);
+        told.map_err(|error| self.explain(error.to_string()))
+    }
+
+    /// The reason behind a failed exchange, where a rank's end is behind it.
+    fn explain(&self, error: String) -> ExecutorError {
+        let reason = match self.control {
+            Some(_) => self.casualties.describe(REASON_PATIENCE),
+            None => None,
+        };
+        ExecutorError(match reason {
+            Some(reason) => format!("{error} ({reason})"),
+            None => error,
+        })
+    }
+}
+
+impl<B: Backend, C: Collective<B>> Executor for Leader<B, C> {
+    fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
+        self.tell(&Order::Step(plan))?;
+        self.submitted = Some(plan.clone());
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
+        let Some(plan) = self.submitted.take() else {
+            return Err(ExecutorError("no plan was submitted".into()));
+        };
+        self.runner.step(&plan).map_err(|error| self.explain(error.to_string()))
+    }
+
+    fn idle(&mut self) -> Result<(), ExecutorError> {
+        self.tell(&Order::KeepAlive)
+    }
+}
+
+impl<B: Backend, C: Collective<B>> Drop for Leader<B, C> {
+    fn drop(&mut self) {
+        if let Err(error) = self.tell(&Order::Stop) {
+            tracing::debug!(%error, "ranks were not told to stop");
+        }
+        // Followers that did not hear it notice that the exchange is gone.
+        self.control = None;
+        self.crew.dismiss();
+    }
+}

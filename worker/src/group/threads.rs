@@ -1,0 +1,83 @@
+//! Ranks as threads of this process.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    thread::{self, JoinHandle},
+};
+
+use engine::plan::Executor;
+use kernels::collective::{HostCollective, Threads};
+
+use super::{
+    Progress,
+    casualties::Casualties,
+    follower::{LOAD_DEADLINE, RankOptions, follow, load, meet},
+    leader::{Crew, Leader},
+    sizing::Sizing,
+};
+use crate::{WorkerError, panic_text};
+use model::Checkpoint;
+
+/// The follower threads of a group.
+struct ThreadCrew(Vec<JoinHandle<()>>);
+
+impl Crew for ThreadCrew {
+    fn dismiss(&mut self) {
+        for thread in self.0.drain(..) {
+            // A panic was caught and reported inside.
+            let _reported = thread.join();
+        }
+    }
+}
+
+/// Loads all ranks; this thread's is rank 0.
+pub(super) fn start(
+    sizing: &Sizing,
+    progress: Progress<'_>,
+) -> Result<Box<dyn Executor>, WorkerError> {
+    let casualties = Casualties::default();
+    let ranks = sizing.config.ranks;
+    let options = sizing.rank_options();
+    // Loading takes as long as it takes; later, broadcasts bring their own deadline.
+    let mut controls = Threads::group_with_deadline(ranks, LOAD_DEADLINE).into_iter();
+    let mut datas = Threads::group(ranks).into_iter();
+    let (Some(mut control), Some(data)) = (controls.next(), datas.next()) else {
+        return Err(WorkerError::Config("a group needs at least one rank".into()));
+    };
+    let mut crew = ThreadCrew(Vec::new());
+    for (control, data) in controls.zip(datas) {
+        let rank = control.rank();
+        let (casualties, checkpoint) = (casualties.clone(), Arc::clone(&sizing.checkpoint));
+        let body = move || {
+            let ranked = || follow_as_thread(control, data, &checkpoint, options);
+            match catch_unwind(AssertUnwindSafe(ranked)) {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => casualties.report(rank, error.to_string()),
+                Err(panic) => casualties.report(rank, panic_text(&*panic)),
+            }
+        };
+        let thread = thread::Builder::new().name(format!("rank-{rank}")).spawn(body);
+        crew.0.push(thread.map_err(WorkerError::io("starting a rank's thread"))?);
+    }
+    let loaded = load(data, &sizing.checkpoint, options, progress).and_then(|runner| {
+        meet(&mut control)?;
+        Ok(runner)
+    });
+    let runner = loaded.map_err(|error| casualties.behind(error))?;
+    let control = (ranks > 1).then(|| Box::new(control) as Box<dyn HostCollective>);
+    let crew = Box::new(crew);
+    let (submitted, message) = (None, Vec::new());
+    Ok(Box::new(Leader { runner, control, casualties, crew, submitted, message }))
+}
+
+fn follow_as_thread(
+    mut control: Threads,
+    data: Threads,
+    checkpoint: &Checkpoint,
+    options: RankOptions,
+) -> Result<(), WorkerError> {
+    let mut runner = load(data, checkpoint, options, &mut |_, _| {})?;
+    meet(&mut control)?;
+    follow(&mut runner, &mut control)
+}

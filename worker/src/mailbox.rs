@@ -1,0 +1,104 @@
+//! Where a sequence's updates wait for their reader.
+//!
+//! The engine must never wait for a slow client, and a slow client must not make a queue grow: updates
+//! that were not fetched yet become one. What waits here is bounded by the prompt and `max_tokens`.
+
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
+
+use engine::Update;
+use tokio::sync::Notify;
+
+use crate::WorkerError;
+
+#[derive(Default)]
+struct Slot {
+    pending: Option<Update>,
+    /// Set when the group failed before the sequence ended.
+    failure: Option<String>,
+    /// The last update was put in.
+    ended: bool,
+}
+
+/// The engine's end.
+#[derive(Default)]
+pub(crate) struct Mailbox {
+    slot: Mutex<Slot>,
+    bell: Notify,
+    reader_gone: AtomicBool,
+}
+
+impl Mailbox {
+    /// Both ends of a new mailbox.
+    pub fn open() -> (Arc<Self>, Output) {
+        let mailbox = Arc::new(Self::default());
+        (Arc::clone(&mailbox), Output { mailbox })
+    }
+
+    pub fn put(&self, update: Update) {
+        let mut slot = self.slot();
+        slot.ended = update.end.is_some();
+        match &mut slot.pending {
+            Some(pending) => pending.merge(update),
+            None => slot.pending = Some(update),
+        }
+        drop(slot);
+        self.bell.notify_one();
+    }
+
+    /// The group is lost: after what already waits, the reader gets the reason.
+    pub fn fail(&self, reason: &str) {
+        let mut slot = self.slot();
+        if !slot.ended {
+            slot.failure = Some(reason.to_owned());
+        }
+        drop(slot);
+        self.bell.notify_one();
+    }
+
+    /// Whether nobody will read any more.
+    pub fn is_abandoned(&self) -> bool {
+        self.reader_gone.load(Ordering::Acquire)
+    }
+
+    fn slot(&self) -> MutexGuard<'_, Slot> {
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The reader's end of one sequence. Dropping it cancels the sequence.
+pub struct Output {
+    mailbox: Arc<Mailbox>,
+}
+
+impl Output {
+    /// All that came since the last call, in order; waits while there is nothing. `None` after the
+    /// update that carries the end. Cancel safe.
+    pub async fn next(&mut self) -> Option<Result<Update, WorkerError>> {
+        loop {
+            let rung = self.mailbox.bell.notified();
+            {
+                let mut slot = self.mailbox.slot();
+                if let Some(update) = slot.pending.take() {
+                    return Some(Ok(update));
+                }
+                if let Some(reason) = slot.failure.take() {
+                    slot.ended = true;
+                    return Some(Err(WorkerError::Group(reason)));
+                }
+                if slot.ended {
+                    return None;
+                }
+            }
+            rung.await;
+        }
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        self.mailbox.reader_gone.store(true, Ordering::Release);
+    }
+}

@@ -1,0 +1,366 @@
+//! A worker from start to end: listen, announce, load, serve, drain, leave.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use axum::routing::get;
+use cluster::{Membership, State};
+use proto::v1::worker_server::WorkerServer;
+use tokio::{
+    net::TcpListener,
+    sync::watch,
+    task::JoinHandle,
+    time::{self, Instant},
+};
+use tonic::{
+    service::Routes,
+    transport::{Server, server::TcpIncoming},
+};
+use tonic_health::server::HealthReporter;
+
+use crate::{
+    Engine, Group, GroupConfig, GroupPlan, Metrics, ModelInfo, WorkerError,
+    announce::Announcement,
+    service::{Service, Shared},
+};
+
+/// Largest request: a prompt of millions of tokens.
+const MESSAGE_BYTES_MAX: usize = 16 << 20;
+/// A peer that answers no ping within these is gone, and its streams with it.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the registry may take to confirm that we left.
+const LEAVE_LIMIT: Duration = Duration::from_secs(3);
+/// How long connections may take to close once every stream has ended.
+const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+/// Between two looks at the streams while draining.
+const DRAIN_POLL: Duration = Duration::from_millis(20);
+
+/// What a worker is made of.
+#[derive(Clone, Debug)]
+pub struct WorkerConfig {
+    pub group: GroupConfig,
+    /// Where to listen; port 0 takes any.
+    pub listen: SocketAddr,
+    /// What routers connect to, e.g. `http://10.0.0.7:7001`. Default: the bound address.
+    pub advertise: Option<String>,
+    /// The name that clients ask for. Default: the checkpoint's.
+    pub model_name: Option<String>,
+    /// Requests that wait for a place before others are refused.
+    pub waiting_max: usize,
+    /// How long running streams may take to finish once shutdown is asked for.
+    pub drain_limit: Duration,
+}
+
+impl WorkerConfig {
+    /// The defaults for a group: any loopback port, 256 waiting requests, 30 s of draining.
+    pub fn new(group: GroupConfig) -> Self {
+        Self {
+            group,
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            advertise: None,
+            model_name: None,
+            waiting_max: 256,
+            drain_limit: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Starts workers.
+pub struct Worker;
+
+impl Worker {
+    /// Listens, announces itself as loading, loads the group, and serves. `progress` hears of bytes
+    /// loaded and in all. Returns once requests are taken.
+    ///
+    /// When `shutdown` turns true the worker drains by itself; `WorkerHandle::join` waits for the end.
+    pub async fn start(
+        config: WorkerConfig,
+        membership: Arc<dyn Membership>,
+        mut progress: Box<dyn FnMut(u64, u64) + Send>,
+        shutdown: watch::Receiver<bool>,
+    ) -> Result<WorkerHandle, WorkerError> {
+        let (listener, addr) = bind(config.listen).await?;
+        let group = config.group.clone();
+        let plan = blocking(move || GroupPlan::new(group)).await??;
+        let announcement = announce(&config, plan.info(), addr, &*membership).await?;
+        let loaded = blocking(move || plan.start(&mut *progress)).await;
+        let group = match loaded.and_then(|loaded| loaded) {
+            Ok(group) => group,
+            Err(error) => {
+                announcement.leave(LEAVE_LIMIT).await;
+                return Err(error);
+            }
+        };
+        Self::serve(config, group, Listening { listener, addr, announcement }, shutdown).await
+    }
+
+    /// As `start`, for a group that runs already: one of the caller's own making, for instance.
+    pub async fn start_with(
+        config: WorkerConfig,
+        group: Group,
+        membership: Arc<dyn Membership>,
+        shutdown: watch::Receiver<bool>,
+    ) -> Result<WorkerHandle, WorkerError> {
+        let (listener, addr) = bind(config.listen).await?;
+        let announcement = announce(&config, &group.info, addr, &*membership).await?;
+        Self::serve(config, group, Listening { listener, addr, announcement }, shutdown).await
+    }
+
+    async fn serve(
+        config: WorkerConfig,
+        group: Group,
+        mut at: Listening,
+        shutdown: watch::Receiver<bool>,
+    ) -> Result<WorkerHandle, WorkerError> {
+        let metrics = Arc::new(Metrics::new());
+        let bounds = group.info.scheduler_config(config.waiting_max);
+        let engine = Engine::start(group.executor, bounds, Arc::clone(&metrics))?;
+        at.announcement.ready(engine.stats());
+        let shared = Arc::new(Shared {
+            engine,
+            model: group.info,
+            metrics,
+            draining: AtomicBool::new(false),
+            streams: AtomicUsize::new(0),
+        });
+        let (closing, closed) = watch::channel(false);
+        let (health, server) = spawn_server(&shared, at.listener, closed).await;
+        let (drain, drain_asked) = watch::channel(None);
+        let life = Life {
+            shared: Arc::clone(&shared),
+            announcement: at.announcement,
+            health,
+            server,
+            closing,
+            drain_limit: config.drain_limit,
+        };
+        let task = tokio::spawn(life.run(shutdown, drain_asked));
+        Ok(WorkerHandle { addr: at.addr, shared, drain, task })
+    }
+}
+
+/// Bound and in the roster.
+struct Listening {
+    listener: TcpListener,
+    addr: SocketAddr,
+    announcement: Announcement,
+}
+
+async fn bind(addr: SocketAddr) -> Result<(TcpListener, SocketAddr), WorkerError> {
+    let failed = |source| WorkerError::Bind { addr, source };
+    let listener = TcpListener::bind(addr).await.map_err(failed)?;
+    let bound = listener.local_addr().map_err(failed)?;
+    Ok((listener, bound))
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, WorkerError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| WorkerError::Group(format!("loading ended early: {error}")))
+}
+
+async fn announce(
+    config: &WorkerConfig,
+    info: &ModelInfo,
+    addr: SocketAddr,
+    membership: &dyn Membership,
+) -> Result<Announcement, WorkerError> {
+    let model = config.model_name.clone().unwrap_or_else(|| info.name.clone());
+    let address = config.advertise.clone().unwrap_or_else(|| format!("http://{addr}"));
+    // Unique for the life of the process, and after it: ports and process ids come back.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+    let id = format!("{}-{}-{now:x}", addr, std::process::id());
+    Announcement::new(membership, id, (model, address), info).await
+}
+
+/// gRPC, health and, by HTTP/1 on the same port, `/metrics`.
+async fn spawn_server(
+    shared: &Arc<Shared>,
+    listener: TcpListener,
+    mut closed: watch::Receiver<bool>,
+) -> (HealthReporter, JoinHandle<Result<(), tonic::transport::Error>>) {
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<WorkerServer<Service>>().await;
+    let worker =
+        WorkerServer::new(Service(Arc::clone(shared))).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let routes = Routes::new(health_service).add_service(worker);
+    let metrics = Arc::clone(&shared.metrics);
+    let routes: Routes = routes
+        .into_axum_router()
+        .route("/metrics", get(move || async move { metrics.encode() }))
+        .into();
+    let server = Server::builder()
+        .accept_http1(true)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(
+            TcpIncoming::from(listener).with_nodelay(Some(true)),
+            async move {
+                // A dropped sender closes as well.
+                let _closing = closed.wait_for(|&closing| closing).await;
+            },
+        );
+    (health, tokio::spawn(server))
+}
+
+/// What the task that outlives `start` owns.
+struct Life {
+    shared: Arc<Shared>,
+    announcement: Announcement,
+    health: HealthReporter,
+    server: JoinHandle<Result<(), tonic::transport::Error>>,
+    closing: watch::Sender<bool>,
+    drain_limit: Duration,
+}
+
+impl Life {
+    async fn run(
+        mut self,
+        mut shutdown: watch::Receiver<bool>,
+        mut drain_asked: watch::Receiver<Option<Duration>>,
+    ) -> Result<(), WorkerError> {
+        let mut failure = self.shared.engine.failure();
+        let limit = tokio::select! {
+            reason = failed(&mut failure) => return self.give_up(reason).await,
+            ended = &mut self.server => {
+                let reason = format!("the gRPC server ended: {ended:?}");
+                return self.give_up(reason).await;
+            }
+            limit = asked(&mut drain_asked) => limit,
+            () = signalled(&mut shutdown) => self.drain_limit,
+        };
+        self.drain(limit, &mut failure).await
+    }
+
+    /// The group is lost: out of the roster, and out.
+    async fn give_up(self, reason: String) -> Result<(), WorkerError> {
+        self.shared.draining.store(true, Ordering::SeqCst);
+        self.health.set_not_serving::<WorkerServer<Service>>().await;
+        self.announcement.leave(LEAVE_LIMIT).await;
+        // Streams have their reason; let it reach the routers.
+        let _closed = self.closing.send(true);
+        close(self.server).await;
+        Err(WorkerError::Group(reason))
+    }
+
+    async fn drain(
+        self,
+        limit: Duration,
+        failure: &mut watch::Receiver<Option<String>>,
+    ) -> Result<(), WorkerError> {
+        tracing::info!(limit_seconds = limit.as_secs(), "draining");
+        self.announcement.set_state(State::Draining);
+        self.health.set_not_serving::<WorkerServer<Service>>().await;
+        self.shared.draining.store(true, Ordering::SeqCst);
+        let deadline = Instant::now() + limit;
+        let mut cut = 0;
+        while let streams @ 1.. = self.shared.streams.load(Ordering::SeqCst) {
+            let lost = failure.borrow().clone();
+            if let Some(reason) = lost {
+                return self.give_up(reason).await;
+            }
+            if Instant::now() >= deadline {
+                cut = streams;
+                break;
+            }
+            time::sleep(DRAIN_POLL).await;
+        }
+        let Self { shared, announcement, server, closing, .. } = self;
+        announcement.leave(LEAVE_LIMIT).await;
+        let stopping = Arc::clone(&shared);
+        blocking(move || stopping.engine.stop()).await?;
+        let _closed = closing.send(true);
+        close(server).await;
+        tracing::info!("stopped");
+        if cut > 0 {
+            return Err(WorkerError::DrainLimit { seconds: limit.as_secs(), streams: cut });
+        }
+        Ok(())
+    }
+}
+
+/// Waits for the server's connections, then cuts them.
+async fn close(mut server: JoinHandle<Result<(), tonic::transport::Error>>) {
+    if time::timeout(CLOSE_LIMIT, &mut server).await.is_err() {
+        server.abort();
+    }
+}
+
+/// The reason, once there is one; never when the engine ended in order.
+async fn failed(failure: &mut watch::Receiver<Option<String>>) -> String {
+    let reason = failure.wait_for(Option::is_some).await.ok().and_then(|reason| reason.clone());
+    match reason {
+        Some(reason) => reason,
+        None => std::future::pending().await,
+    }
+}
+
+async fn asked(drain: &mut watch::Receiver<Option<Duration>>) -> Duration {
+    let limit = drain.wait_for(Option::is_some).await.ok().and_then(|limit| *limit);
+    match limit {
+        Some(limit) => limit,
+        None => std::future::pending().await,
+    }
+}
+
+/// Whoever holds the other end may be gone: then there is no signal to come.
+async fn signalled(shutdown: &mut watch::Receiver<bool>) {
+    if shutdown.wait_for(|&asked| asked).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// A running worker. Dropping the handle leaves it running until `shutdown`.
+pub struct WorkerHandle {
+    addr: SocketAddr,
+    shared: Arc<Shared>,
+    drain: watch::Sender<Option<Duration>>,
+    task: JoinHandle<Result<(), WorkerError>>,
+}
+
+impl WorkerHandle {
+    /// The bound address.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    pub fn info(&self) -> &ModelInfo {
+        &self.shared.model
+    }
+
+    /// The engine behind the service, for callers in the same process.
+    pub fn engine(&self) -> &Engine {
+        &self.shared.engine
+    }
+
+    /// The metrics in Prometheus' text format; also under `/metrics` at `addr`.
+    pub fn metrics(&self) -> String {
+        self.shared.metrics.encode()
+    }
+
+    /// Takes nothing new, lets running streams finish within `limit`, leaves the roster and stops.
+    ///
+    /// Errors: as `join`; `DrainLimit` when streams had to be cut.
+    pub async fn drain(self, limit: Duration) -> Result<(), WorkerError> {
+        self.drain.send_replace(Some(limit));
+        self.join().await
+    }
+
+    /// Waits for the end: in order after `shutdown`, or `Group` when the group is lost and the
+    /// process should end.
+    pub async fn join(self) -> Result<(), WorkerError> {
+        let Self { task, drain, .. } = self;
+        let outcome = task.await;
+        drop(drain);
+        outcome.map_err(|error| WorkerError::Group(format!("the worker ended early: {error}")))?
+    }
+}
