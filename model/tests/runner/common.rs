@@ -6,6 +6,7 @@ use engine::plan::{
 use kernels::{
     Backend,
     collective::{Staged, Threads},
+    cpu::{Cpu, CpuConfig, Isa, Precision},
 };
 use model::{Checkpoint, ModelError, Runner, RunnerOptions};
 use std::{
@@ -29,6 +30,27 @@ pub const GREEDY: SamplingParams = SamplingParams {
 
 pub const OPTIONS: RunnerOptions =
     RunnerOptions { blocks: 64, step_tokens_max: 256, sequences_max: 20, context_max: 240 };
+
+/// The product's backend, with the best instructions of this machine.
+pub fn exact() -> Cpu {
+    cpu(2, Precision::Exact, Isa::Amx)
+}
+
+pub fn fast() -> Cpu {
+    cpu(2, Precision::Fast, Isa::Amx)
+}
+
+pub fn fast_avx2() -> Cpu {
+    cpu(1, Precision::Fast, Isa::Avx2)
+}
+
+pub fn fast_portable() -> Cpu {
+    cpu(1, Precision::Fast, Isa::Portable)
+}
+
+fn cpu(threads: usize, precision: Precision, isa: Isa) -> Cpu {
+    Cpu::new(CpuConfig { threads, precision, isa }).unwrap()
+}
 
 pub fn golden_folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/public").join(name)

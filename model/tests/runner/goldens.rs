@@ -2,7 +2,7 @@
 
 use crate::{
     cases::{NAMES, continuations, prompts},
-    common::{Driven, GREEDY, Group, OPTIONS, open},
+    common::{Driven, GREEDY, Group, OPTIONS, exact, open},
 };
 use engine::plan::Want;
 use kernels::{Backend, plain::Plain};
@@ -102,4 +102,9 @@ fn check_continuations<B: Backend>(group: &mut Group<B>, name: &str, id: &mut u6
 #[test]
 fn the_plain_backend_agrees_with_the_reference_implementations() {
     check(|| Plain);
+}
+
+#[test]
+fn the_cpu_backend_agrees_with_the_reference_implementations() {
+    check(exact);
 }

@@ -1,7 +1,7 @@
 //! A sequence's numbers are its own: bit for bit the same whatever runs beside it, however its
 //! prompt is cut, and whether it was computed twice. Splitting over ranks changes rounding only.
 
-use crate::common::{Driven, GREEDY, Group, OPTIONS, open};
+use crate::common::{Driven, GREEDY, Group, OPTIONS, exact, fast, fast_avx2, fast_portable, open};
 use engine::plan::{BLOCK_TOKENS, Chunk, SamplingParams, TokenLogprob, Want};
 use kernels::{Backend, plain::Plain};
 use model::Checkpoint;
@@ -156,19 +156,33 @@ const FAMILIES: [&str; 5] = [
 fn a_sequence_is_the_same_alone_and_in_company() {
     for name in FAMILIES {
         check_invariance(name, 1, || Plain);
+        check_invariance(name, 1, exact);
+        check_invariance(name, 1, fast);
     }
-    check_invariance("llama_smollm2", 2, || Plain);
+}
+
+#[test]
+fn a_sequence_is_the_same_whatever_the_instructions_and_ranks() {
+    let name = "llama_smollm2";
+    check_invariance(name, 2, || Plain);
+    check_invariance(name, 3, exact);
+    check_invariance(name, 2, fast);
+    check_invariance(name, 1, fast_avx2);
+    check_invariance(name, 1, fast_portable);
 }
 
 #[test]
 fn scores_are_the_same_however_a_prompt_is_cut() {
     check_scores("qwen2_yarn4", || Plain);
+    check_scores("qwen2_yarn4", exact);
+    check_scores("qwen2_yarn4", fast);
 }
 
 #[test]
 fn sharded_equals_unsharded() {
     for name in crate::cases::NAMES {
         check_sharding(name, || Plain);
+        check_sharding(name, exact);
     }
 }
 
