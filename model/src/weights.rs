@@ -64,7 +64,7 @@ impl Checkpoint {
         &self.config
     }
 
-    /// The folder's or file's name, without extension.
+    /// The folder's, the file's (without extension) or the hub repository's name.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -300,8 +300,14 @@ fn model_name(layout: &Layout, path: &Path) -> String {
         }
         Layout::Gguf { files } => files[0].with_extension(""),
     };
-    let name = named.file_name().unwrap_or(path.as_os_str());
-    name.to_string_lossy().into_owned()
+    let last = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
+    let hub = named.parent().filter(|parent| parent.ends_with("snapshots"));
+    let repository = hub.and_then(Path::parent).and_then(last);
+    match repository.as_deref().and_then(|name| name.strip_prefix("models--")) {
+        // A hub's cache: models--<owner>--<name>/snapshots/<revision>.
+        Some(name) => name.rsplit("--").next().unwrap_or(name).to_owned(),
+        None => last(&named).unwrap_or_else(|| path.display().to_string()),
+    }
 }
 
 impl From<FormatError> for ModelError {
@@ -315,5 +321,24 @@ impl From<FormatError> for ModelError {
             },
             other => Self::Checkpoint(other.to_string()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn models_are_named_after_what_they_lie_in() {
+        let folder = |path: &str| {
+            let layout = Layout::Safetensors { folder: path.into(), files: vec![], index: None };
+            model_name(&layout, Path::new(path))
+        };
+        assert_eq!(folder("/none/Qwen3-8B/"), "Qwen3-8B");
+        let hub =
+            "/none/hub/models--Qwen--Qwen2.5-0.5B-Instruct/snapshots/7ae557604adf67be50417f59";
+        assert_eq!(folder(hub), "Qwen2.5-0.5B-Instruct");
+        let file = Layout::Gguf { files: vec!["/none/a.b-Q4_K_M.gguf".into()] };
+        assert_eq!(model_name(&file, Path::new("/none")), "a.b-Q4_K_M");
     }
 }

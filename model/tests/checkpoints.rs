@@ -11,8 +11,8 @@ fn golden(name: &str) -> PathBuf {
 }
 
 fn goldens() -> Vec<PathBuf> {
-    let folders = std::fs::read_dir(golden("")).unwrap().map(|entry| entry.unwrap().path());
-    let mut folders: Vec<_> = folders.collect();
+    let entries = std::fs::read_dir(golden("")).unwrap().map(|entry| entry.unwrap().path());
+    let mut folders: Vec<_> = entries.filter(|path| path.is_dir()).collect();
     folders.sort();
     assert_eq!(folders.len(), 10);
     folders
