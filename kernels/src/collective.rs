@@ -6,9 +6,11 @@ use crate::{Backend, KernelError, Tensor};
 use std::time::Duration;
 
 mod staged;
+mod tcp;
 mod threads;
 
 pub use staged::Staged;
+pub use tcp::{Tcp, TcpDoor};
 pub use threads::Threads;
 
 /// Why an exchange failed. The group is unusable afterwards.

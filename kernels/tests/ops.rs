@@ -221,6 +221,7 @@ const fn heads(q: usize, kv: usize, dim: usize) -> Heads {
 #[test]
 fn attention_is_the_plain_one() {
     let shapes = [heads(9, 3, 64), heads(1, 1, 128), heads(8, 1, 32), heads(14, 2, 64)];
+    let devices = devices();
     let odd = [heads(4, 2, 48), heads(2, 2, 96), heads(5, 1, 2), heads(40, 1, 10)];
     for (seed, heads) in shapes.into_iter().chain(odd).enumerate() {
         let paged = Paged::new(heads, &[1, 15, 16, 17, 63, 64, 65, 130], seed as u64);
@@ -231,11 +232,12 @@ fn attention_is_the_plain_one() {
             &[(0, 0..1), (4, 5..63), (2, 16..16), (5, 63..64), (6, 1..65), (1, 0..15)],
             &[],
         ];
-        for rows in batches {
-            for window in [None, Some(1), Some(16), Some(37)] {
+        for (i, rows) in batches.into_iter().enumerate() {
+            for window in [None, Some([1, 16][i % 2]), Some(37)] {
                 let want = paged.attend(&Plain, rows, window);
-                for (name, device) in devices() {
-                    let got = paged.attend(&device, rows, window);
+                // Every level and precision, one of the thread counts.
+                for (name, device) in devices.iter().skip((seed + i) % 3).step_by(3) {
+                    let got = paged.attend(device, rows, window);
                     let name = format!("{name} {heads:?} {rows:?} {window:?}");
                     assert_close(&name, &got, &want, 5e-6);
                 }
@@ -281,8 +283,8 @@ fn a_rows_attention_depends_on_nothing_else() {
         for precision in [Precision::Fast, Precision::Exact] {
             let cpu = |isa, threads| Cpu::new(CpuConfig { threads, precision, isa }).unwrap();
             let whole = paged.attend(&cpu(Isa::Amx, 1), &[(0, 0..200)], window);
-            for isa in Isa::ALL {
-                for threads in 1..=3 {
+            for (isa, threads) in Isa::ALL.into_iter().zip([3, 1, 2, 3]) {
+                {
                     let device = cpu(isa, threads);
                     let name = format!("{isa:?} {precision:?} {threads} {heads:?}");
                     let again = paged.attend(&device, &[(0, 0..200)], window);
@@ -543,6 +545,6 @@ fn a_block_takes_the_bytes_it_is_said_to() {
     for (precision, bytes) in [(Precision::Fast, 2), (Precision::Exact, 4)] {
         let device = Cpu::new(CpuConfig { threads, precision, isa }).unwrap();
         assert_eq!(device.kv_block_bytes(heads), 2 * 2 * 64 * 16 * bytes);
-        assert_eq!(device.kv(usize::MAX / 64, heads).is_err(), true);
+        assert!(device.kv(usize::MAX / 64, heads).is_err());
     }
 }

@@ -161,14 +161,18 @@ impl<V: Copy> Queries<'_, V> {
             // Ranges rise: the last query starts last, the first one ends first.
             let from = span.places(self.ranges[first + group - 1]).0;
             let to = span.places(self.ranges[first]).1.max(from);
-            for i in first..first + group {
-                let (own, end) = span.places(self.ranges[i]);
-                self.values::<S, E>(s, span, (i, 1), (own, from.min(end)));
-            }
-            self.values::<S, E>(s, span, (first, group), (from, to));
-            for i in first..first + group {
-                let (own, end) = span.places(self.ranges[i]);
-                self.values::<S, E>(s, span, (i, 1), (to.max(own), end));
+            // Alone up to where all look, together, alone from where the first one stops looking.
+            for part in 0..2 * group + 1 {
+                let (queries, places) = if part == group {
+                    ((first, group), (from, to))
+                } else {
+                    let i = first + part % (group + 1);
+                    let (own, end) = span.places(self.ranges[i]);
+                    let places =
+                        if part < group { (own, from.min(end)) } else { (to.max(own), end) };
+                    ((i, 1), places)
+                };
+                self.values::<S, E>(s, span, queries, places);
             }
             first += group;
         }
