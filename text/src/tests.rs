@@ -1,5 +1,6 @@
 //! What the tests of this crate share.
 
+mod files;
 mod goldens;
 mod properties;
 mod vocabulary;
