@@ -29,6 +29,9 @@ pub struct Specials {
     tokens: Vec<(u32, AddedToken)>,
     every: AhoCorasick,
     longest: AhoCorasick,
+    /// Proper beginnings and ends of names: what neighbouring text could complete.
+    beginnings: BTreeSet<String>,
+    ends: BTreeSet<String>,
 }
 
 impl Specials {
@@ -43,7 +46,14 @@ impl Specials {
                 .map_err(|error| TextError::Tokenizer(error.to_string()))
         };
         let (every, longest) = (build(MatchKind::Standard)?, build(MatchKind::LeftmostLongest)?);
-        Ok(Self { tokens, every, longest })
+        let (mut beginnings, mut ends) = (BTreeSet::new(), BTreeSet::new());
+        for (_, AddedToken { content, .. }) in &tokens {
+            for (cut, _) in content.char_indices().skip(1) {
+                beginnings.insert(content[..cut].to_owned());
+                ends.insert(content[cut..].to_owned());
+            }
+        }
+        Ok(Self { tokens, every, longest, beginnings, ends })
     }
 
     pub fn id(&self, content: &str) -> Option<u32> {
@@ -58,14 +68,11 @@ impl Specials {
             let first = text[found.start()..].chars().next().map_or(1, char::len_utf8);
             at.insert(found.start() + first);
         }
-        let cuts = |name: &str| name.char_indices().map(|(i, _)| i).skip(1).collect::<Vec<_>>();
-        for (_, AddedToken { content, .. }) in &self.tokens {
-            if cuts(content).into_iter().any(|cut| text.ends_with(&content[..cut])) {
-                at.insert(text.len());
-            }
-            if cuts(content).into_iter().any(|cut| text.starts_with(&content[cut..])) {
-                at.insert(0);
-            }
+        if self.beginnings.iter().any(|half| text.ends_with(half)) {
+            at.insert(text.len());
+        }
+        if self.ends.iter().any(|half| text.starts_with(half)) {
+            at.insert(0);
         }
         let mut marked = String::with_capacity(text.len() + at.len() * marker.len_utf8());
         let mut from = 0;

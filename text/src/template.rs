@@ -179,9 +179,11 @@ mod tests {
     fn templates_see_what_hugging_face_shows_them() {
         let mut chat = Chat { messages: vec![Message::new("user", " a,b ")], ..Chat::default() };
         chat.args.insert("flag".into(), true.into());
-        let source = "{% for m in messages %}\n  {% generation %}\n{{ m.content.strip().split(',')[-1] }}\
+        let source = "{% for m in messages %}\n  {% generation %}\n\
+            {{ m.content.strip().split(',')[-1] }}\
             {% endgeneration %}\n{% break %}{% endfor %}{{ flag }} {{ none }} {{ tools is none }}\
-            {{ missing is defined }} {{ {'a': [1, 'é']} | tojson }} {{ {'b': 1} | tojson(indent=1) }}";
+            {{ missing is defined }} {{ {'a': [1, 'é']} | tojson }} \
+            {{ {'b': 1} | tojson(indent=1) }}";
         let expected = "bTrue None TrueFalse {\"a\": [1, \"é\"]} {\n \"b\": 1\n}";
         assert_eq!(render(source, &chat).unwrap(), expected);
         let year = render("{{ strftime_now('%Y') }}", &chat).unwrap();
