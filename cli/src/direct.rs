@@ -141,24 +141,32 @@ impl Direct {
         mut take: impl FnMut(&[f32]) -> Result<()>,
     ) -> Result<()> {
         self.check(prompt, 0)?;
-        self.prefill(prompt, params, |_| Want::Logits, |output| {
-            output.logits.iter().try_for_each(|(_, rows)| take(rows))
-        })
+        self.prefill(
+            prompt,
+            params,
+            |_| Want::Logits,
+            |output| output.logits.iter().try_for_each(|(_, rows)| take(rows)),
+        )
     }
 
     /// The logprob of every token but the first.
     pub fn score(&mut self, tokens: &[u32], params: &SamplingParams) -> Result<Vec<f32>> {
         self.check(tokens, 0)?;
         let mut logprobs = Vec::with_capacity(tokens.len());
-        self.prefill(tokens, params, |_| Want::Score { sample: false }, |output| {
-            for (_, scored) in output.scored {
-                for token in scored {
-                    let logprob = token.logprob;
-                    logprobs.push(logprob.ok_or_else(|| anyhow!("a token has no logprob"))?);
+        self.prefill(
+            tokens,
+            params,
+            |_| Want::Score { sample: false },
+            |output| {
+                for (_, scored) in output.scored {
+                    for token in scored {
+                        let logprob = token.logprob;
+                        logprobs.push(logprob.ok_or_else(|| anyhow!("a token has no logprob"))?);
+                    }
                 }
-            }
-            Ok(())
-        })?;
+                Ok(())
+            },
+        )?;
         if logprobs.len() + 1 != tokens.len() {
             bail!("{} of {} tokens were scored", logprobs.len(), tokens.len() - 1);
         }

@@ -51,10 +51,7 @@ impl SamplingArgs {
             top_p: self.top_p.or(model.top_p).unwrap_or(1.0),
             top_k: self.top_k.or(model.top_k).unwrap_or(0),
             min_p: self.min_p.or(model.min_p).unwrap_or(0.0),
-            repetition_penalty: self
-                .repetition_penalty
-                .or(model.repetition_penalty)
-                .unwrap_or(1.0),
+            repetition_penalty: self.repetition_penalty.or(model.repetition_penalty).unwrap_or(1.0),
             presence_penalty: self.presence_penalty.unwrap_or(0.0),
             frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
             seed: self.seed.unwrap_or_else(drawn_seed),
@@ -149,9 +146,17 @@ mod tests {
     #[test]
     fn values_that_no_sampler_can_use_are_refused_by_name() {
         for line in [
-            "--temperature=-1", "--temperature NaN", "--temperature inf", "--top-p 0",
-            "--top-p 1.1", "--min-p=-0.1", "--repetition-penalty 0", "--presence-penalty 3",
-            "--frequency-penalty=-2.5", "--logit-bias 100=1", "--logit-bias 1=NaN",
+            "--temperature=-1",
+            "--temperature NaN",
+            "--temperature inf",
+            "--top-p 0",
+            "--top-p 1.1",
+            "--min-p=-0.1",
+            "--repetition-penalty 0",
+            "--presence-penalty 3",
+            "--frequency-penalty=-2.5",
+            "--logit-bias 100=1",
+            "--logit-bias 1=NaN",
             "--logprobs 101",
         ] {
             let flag = line.split(['=', ' ']).next().unwrap();

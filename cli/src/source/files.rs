@@ -50,13 +50,24 @@ mod tests {
     #[test]
     fn a_model_is_its_weights_and_what_explains_them() {
         let all = names(&[
-            "README.md", "config.json", "model-00001-of-00002.safetensors", "merges.txt",
-            "model-00002-of-00002.safetensors", "pytorch_model.bin", "modeling_qwen.py",
-            "qwen.tiktoken", "sub/model.safetensors", "../evil.json", ".gitattributes",
+            "README.md",
+            "config.json",
+            "model-00001-of-00002.safetensors",
+            "merges.txt",
+            "model-00002-of-00002.safetensors",
+            "pytorch_model.bin",
+            "modeling_qwen.py",
+            "qwen.tiktoken",
+            "sub/model.safetensors",
+            "../evil.json",
+            ".gitattributes",
         ]);
         let chosen = names(&[
-            "config.json", "model-00001-of-00002.safetensors", "merges.txt",
-            "model-00002-of-00002.safetensors", "qwen.tiktoken",
+            "config.json",
+            "model-00001-of-00002.safetensors",
+            "merges.txt",
+            "model-00002-of-00002.safetensors",
+            "qwen.tiktoken",
         ]);
         assert_eq!(choose(&all, None).unwrap(), chosen);
         assert_eq!(choose(&all, Some("config.json")).unwrap(), ["config.json"]);

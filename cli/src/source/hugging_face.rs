@@ -132,8 +132,10 @@ fn unless_stalled<T: Send + 'static>(
             Err(RecvTimeoutError::Timeout) => {
                 if idle.fetch_add(1, Ordering::Relaxed) >= STALL.as_secs() {
                     let seconds = began.elapsed().as_secs();
-                    bail!("nothing came for {} s (after {seconds} s); run it again to continue",
-                        STALL.as_secs());
+                    bail!(
+                        "nothing came for {} s (after {seconds} s); run it again to continue",
+                        STALL.as_secs()
+                    );
                 }
             }
         }
@@ -151,7 +153,9 @@ fn explain(error: ApiError, id: &str, endpoint: &str) -> anyhow::Error {
     match status {
         Some(404) => anyhow!("{endpoint} has no {id}, or not this file of it"),
         Some(401 | 403) => anyhow!("{endpoint} wants permission for {id}; set HF_TOKEN"),
-        Some(416) => anyhow!("{endpoint} cannot continue {id}; delete its .part files in the cache"),
+        Some(416) => {
+            anyhow!("{endpoint} cannot continue {id}; delete its .part files in the cache")
+        }
         Some(code) => anyhow!("{endpoint} answered {code}"),
         None => anyhow!("{endpoint}: {error}; is it reachable? HF_ENDPOINT names a mirror"),
     }

@@ -1,0 +1,87 @@
+//! `lockstep perplexity`: how well a model predicts a text.
+
+use std::{fs, path::PathBuf};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use engine::plan::SamplingParams;
+use model::score::{Perplexity, windows};
+use text::Language;
+use worker::RankMode;
+
+use crate::args::GroupArgs;
+use crate::direct::Direct;
+use crate::load;
+use crate::progress::{Progress, Unit};
+
+/// Flags of `perplexity`.
+#[derive(Args)]
+pub struct PerplexityArgs {
+    #[command(flatten)]
+    group: GroupArgs,
+    /// The text
+    #[arg(long, env = "LOCKSTEP_FILE")]
+    file: PathBuf,
+    /// Prints one JSON object
+    #[arg(long, env = "LOCKSTEP_JSON")]
+    json: bool,
+}
+
+/// Tokens of a window where `--context` does not say.
+const WINDOW: usize = 512;
+
+/// Only the distribution itself is wanted.
+const PLAIN: SamplingParams = SamplingParams {
+    temperature: 0.0,
+    top_p: 1.0,
+    top_k: 0,
+    min_p: 0.0,
+    repetition_penalty: 1.0,
+    presence_penalty: 0.0,
+    frequency_penalty: 0.0,
+    seed: 0,
+    logit_bias: Vec::new(),
+    logprobs: Some(0),
+};
+
+pub fn main(args: PerplexityArgs) -> Result<()> {
+    let text = fs::read_to_string(&args.file)
+        .with_context(|| format!("cannot read --file {}", args.file.display()))?;
+    let mut config = args.group.resolve(RankMode::Threads)?;
+    let context = config.context_max.unwrap_or(WINDOW);
+    config.context_max = Some(context);
+    let group = load::group(config)?;
+    let language = Language::load(&group.info.text_files)?;
+    let mut direct = Direct::new(group);
+    let plain = language.encode_ordinary(&text)?;
+    let (tokens, bos) = with_bos(&language, &text, plain)?;
+    let windows = windows(&tokens, context, bos)?;
+    let mut perplexity = Perplexity::new(context);
+    let mut progress = Progress::new("windows", Unit::Items, windows.len() as u64);
+    for window in &windows {
+        perplexity.add(&direct.score(window, &PLAIN)?)?;
+        progress.add(1);
+    }
+    drop(progress);
+    let Some(value) = perplexity.value() else { bail!("no tokens were scored") };
+    let (error, count) = (perplexity.error().unwrap_or(0.0), perplexity.count());
+    if args.json {
+        let windows = windows.len();
+        let summary = serde_json::json!({
+            "perplexity": value, "error": error, "tokens": count, "windows": windows,
+            "context": context,
+        });
+        println!("{summary}");
+    } else {
+        println!("perplexity {value:.4} ± {error:.4} ({count} tokens, context {context})");
+    }
+    Ok(())
+}
+
+/// The text's tokens as the model wants them, and its beginning-of-text token where it has one.
+fn with_bos(language: &Language, text: &str, plain: Vec<u32>) -> Result<(Vec<u32>, Option<u32>)> {
+    let tokens = language.encode(text)?;
+    let added = tokens.len().saturating_sub(plain.len());
+    let bos = (added > 0).then(|| tokens.first().copied()).flatten();
+    Ok((tokens, bos))
+}

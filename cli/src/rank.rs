@@ -1,0 +1,25 @@
+//! `lockstep rank`: one rank of a group, started and watched by `lockstep worker`.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use worker::{RANK_TOKEN_VARIABLE, RankConfig, run_rank};
+
+/// Flags of `rank`. The group's secret comes in the environment, where other users cannot see it.
+#[derive(Args)]
+pub struct RankArgs {
+    #[arg(long)]
+    rank: usize,
+    #[arg(long)]
+    world_size: usize,
+    #[arg(long)]
+    leader: SocketAddr,
+}
+
+pub fn main(args: RankArgs) -> Result<()> {
+    let token = std::env::var(RANK_TOKEN_VARIABLE)
+        .with_context(|| format!("{RANK_TOKEN_VARIABLE} is not set; `lockstep worker` sets it"))?;
+    let RankArgs { rank, world_size, leader } = args;
+    Ok(run_rank(RankConfig { rank, world_size, leader, token })?)
+}

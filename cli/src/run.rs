@@ -1,0 +1,212 @@
+//! `lockstep run`: one generation without a server.
+
+use std::{
+    io::{Write, stdout},
+    path::PathBuf,
+};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use engine::plan::{SamplingParams, TokenLogprob};
+use serde::Serialize;
+use text::{Detokenizer, Language, StopStrings};
+use worker::RankMode;
+
+use crate::args::GroupArgs;
+use crate::direct::Direct;
+use crate::load;
+use crate::logits::LogitsFile;
+use crate::sampling::SamplingArgs;
+
+/// Flags of `run`.
+#[derive(Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    group: GroupArgs,
+    #[command(flatten)]
+    prompt: PromptArgs,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// New tokens, at most
+    #[arg(long, default_value_t = 128, env = "LOCKSTEP_MAX_TOKENS")]
+    max_tokens: usize,
+    /// Goes on past the model's end-of-text tokens
+    #[arg(long, env = "LOCKSTEP_IGNORE_EOS")]
+    ignore_eos: bool,
+    /// Ends before this text; may be given several times
+    #[arg(long, env = "LOCKSTEP_STOP")]
+    stop: Vec<String>,
+    /// Ends after any of these tokens
+    #[arg(long, value_delimiter = ',', env = "LOCKSTEP_STOP_IDS")]
+    stop_ids: Vec<u32>,
+    /// The prompt comes back before the answer
+    #[arg(long, env = "LOCKSTEP_ECHO")]
+    echo: bool,
+    /// Prints one JSON object with token_ids, text, finish_reason and logprobs
+    #[arg(long, env = "LOCKSTEP_JSON")]
+    json: bool,
+    /// Writes float32 `logits` [T, V] of every prompt position to this safetensors file
+    #[arg(long, env = "LOCKSTEP_LOGITS_OUT")]
+    logits_out: Option<PathBuf>,
+}
+
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+struct PromptArgs {
+    /// Text to continue
+    #[arg(long, env = "LOCKSTEP_PROMPT")]
+    prompt: Option<String>,
+    /// Token ids to continue, with commas between
+    #[arg(long, value_delimiter = ',', env = "LOCKSTEP_PROMPT_IDS")]
+    prompt_ids: Option<Vec<u32>>,
+}
+
+#[derive(Clone, Copy, Serialize, PartialEq, Eq, Debug)]
+#[serde(rename_all = "lowercase")]
+enum Finish {
+    Stop,
+    Length,
+}
+
+#[derive(Serialize)]
+struct Answer {
+    token_ids: Vec<u32>,
+    text: String,
+    finish_reason: Finish,
+    logprobs: Option<Vec<Logprob>>,
+}
+
+#[derive(Serialize)]
+struct Logprob {
+    token: u32,
+    logprob: f32,
+    top: Vec<(u32, f32)>,
+}
+
+pub fn main(args: RunArgs) -> Result<()> {
+    let group = load::group(args.group.resolve(RankMode::Threads)?)?;
+    let language = Language::load(&group.info.text_files)?;
+    let mut direct = Direct::new(group);
+    let prompt = match (&args.prompt.prompt, &args.prompt.prompt_ids) {
+        (Some(text), _) => language
+            .encode(text)
+            .context("--prompt needs the model's tokenizer; --prompt-ids does without")?,
+        (None, ids) => ids.clone().unwrap_or_default(),
+    };
+    let params = args.sampling.resolve(language.defaults(), direct.info.vocab)?;
+    direct.check(&prompt, args.max_tokens)?;
+    if let Some(path) = &args.logits_out {
+        let mut file = LogitsFile::create(path, prompt.len(), direct.info.vocab)?;
+        direct.logits(&prompt, &params, |rows| file.write(rows))?;
+        file.finish()?;
+    }
+    let mut reader = Reader::new(&args, &language, &prompt);
+    reader.show(&reader.text.clone())?;
+    generate(&mut direct, &args, &prompt, &params, &mut reader)?;
+    let answer = reader.finish()?;
+    if args.json {
+        println!("{}", serde_json::to_string(&answer)?);
+    } else {
+        println!();
+    }
+    Ok(())
+}
+
+fn generate(
+    direct: &mut Direct,
+    args: &RunArgs,
+    prompt: &[u32],
+    params: &SamplingParams,
+    reader: &mut Reader,
+) -> Result<()> {
+    direct.generate(prompt, params, args.max_tokens, |token| reader.accept(token))
+}
+
+/// Reads the tokens of the answer and knows when it ends.
+struct Reader {
+    stop_ids: Vec<u32>,
+    decoder: Detokenizer,
+    stops: StopStrings,
+    /// Text is shown as it comes, where no JSON is to follow.
+    shown: bool,
+    has_text: bool,
+    ids: Vec<u32>,
+    text: String,
+    logprobs: Option<Vec<Logprob>>,
+    finish: Finish,
+}
+
+impl Reader {
+    fn new(args: &RunArgs, language: &Language, prompt: &[u32]) -> Self {
+        let mut stop_ids = args.stop_ids.clone();
+        if !args.ignore_eos {
+            stop_ids.extend(&language.defaults().eos_ids);
+        }
+        let text = match (args.echo, &args.prompt.prompt) {
+            (true, Some(text)) => text.clone(),
+            (true, None) => {
+                let mut decoder = language.decoder();
+                let text: String = prompt.iter().map(|&id| decoder.push(id)).collect();
+                text + &decoder.finish()
+            }
+            (false, _) => String::new(),
+        };
+        Self {
+            stop_ids,
+            decoder: language.decoder(),
+            stops: StopStrings::new(args.stop.clone()),
+            shown: !args.json,
+            has_text: language.vocab_size() > 0,
+            ids: if args.echo { prompt.to_vec() } else { Vec::new() },
+            text,
+            logprobs: args.sampling.logprobs.map(|_| Vec::new()),
+            finish: Finish::Length,
+        }
+    }
+
+    /// Takes one token; false ends the answer.
+    fn accept(&mut self, token: TokenLogprob) -> Result<bool> {
+        let TokenLogprob { token: id, logprob, top } = token;
+        self.ids.push(id);
+        if let (Some(all), Some(logprob)) = (&mut self.logprobs, logprob) {
+            all.push(Logprob { token: id, logprob, top });
+        }
+        if self.stop_ids.contains(&id) {
+            self.finish = Finish::Stop;
+            return Ok(false);
+        }
+        if !self.has_text {
+            self.show(&format!("{id} "))?;
+            return Ok(true);
+        }
+        let piece = self.decoder.push(id);
+        let step = self.stops.push(&piece);
+        self.emit(&step.emit)?;
+        if step.stopped {
+            self.finish = Finish::Stop;
+        }
+        Ok(!step.stopped)
+    }
+
+    fn emit(&mut self, text: &str) -> Result<()> {
+        self.text.push_str(text);
+        self.show(text)
+    }
+
+    fn show(&self, text: &str) -> Result<()> {
+        if self.shown && !text.is_empty() {
+            let mut out = stdout().lock();
+            out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("standard output")?;
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<Answer> {
+        let rest = self.decoder.finish();
+        let step = self.stops.push(&rest);
+        let held = if step.stopped { String::new() } else { self.stops.flush() };
+        self.emit(&(step.emit + &held))?;
+        let Self { ids, text, logprobs, finish, .. } = self;
+        Ok(Answer { token_ids: ids, text, finish_reason: finish, logprobs })
+    }
+}
