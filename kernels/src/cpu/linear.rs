@@ -301,10 +301,16 @@ impl<'a> Output<'a> {
         assert!(width <= LANES && col + width <= self.cols && at + width <= self.len);
         // SAFETY: within the slice by the assertion; no other thread has this row and tile.
         let out = unsafe { std::slice::from_raw_parts_mut(self.start.add(at), width) };
-        match self.bias {
-            None => out.copy_from_slice(&sums[..width]),
-            Some(bias) => {
-                let bias = &bias[col..col + width];
+        let bias = self.bias.map(|bias| &bias[col..col + width]);
+        match (out.as_chunks_mut::<LANES>().0.first_mut(), bias) {
+            (Some(out), None) => *out = *sums,
+            (Some(out), Some(bias)) => {
+                for i in 0..LANES {
+                    out[i] = sums[i] + bias[i];
+                }
+            }
+            (None, None) => out.copy_from_slice(&sums[..width]),
+            (None, Some(bias)) => {
                 for i in 0..width {
                     out[i] = sums[i] + bias[i];
                 }

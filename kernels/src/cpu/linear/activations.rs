@@ -27,19 +27,37 @@ pub(super) struct Side {
     pub high_sum: i32,
 }
 
+impl Side {
+    #[inline(always)]
+    pub fn new(scale: f32, low_sum: i32, high_sum: i32) -> Self {
+        let sum = low_sum + high_sum;
+        Self { scale, scaled_sum: scale * sum as f32, sum, low_sum, high_sum }
+    }
+}
+
+/// 32 int8 values that never straddle a cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+pub(super) struct Int8Run(pub [i8; BLOCK]);
+
+/// 32 bf16 values: a cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Bf16Run(pub [u16; BLOCK]);
+
 /// Rounded activations; grows to the largest product seen and stays.
 #[derive(Default)]
 pub(super) struct Rounded {
-    bytes: Vec<[i8; BLOCK]>,
+    bytes: Vec<Int8Run>,
     sides: Vec<Side>,
-    pairs: Vec<[u16; BLOCK]>,
+    pairs: Vec<Bf16Run>,
 }
 
 /// Rows 16 i … of int8 activations.
 #[derive(Clone, Copy)]
 pub(super) struct Int8Tile<'a> {
     /// [blocks][height] runs of 32 values.
-    pub values: &'a [[i8; BLOCK]],
+    pub values: &'a [Int8Run],
     /// [blocks][height].
     pub sides: &'a [Side],
     /// Rows stored, the zero ones included.
@@ -57,7 +75,7 @@ fn stored_height(rows: usize, first: usize) -> usize {
 /// All row tiles of int8 activations.
 #[derive(Clone, Copy)]
 pub(super) struct Int8<'a> {
-    values: &'a [[i8; BLOCK]],
+    values: &'a [Int8Run],
     sides: &'a [Side],
     rows: usize,
     blocks: usize,
@@ -76,14 +94,14 @@ impl<'a> Int8<'a> {
 /// All row tiles of bf16 activations; none is filled up.
 #[derive(Clone, Copy)]
 pub(super) struct Bf16<'a> {
-    values: &'a [[u16; BLOCK]],
+    values: &'a [Bf16Run],
     rows: usize,
     blocks: usize,
 }
 
 impl<'a> Bf16<'a> {
     /// [blocks][height] runs of 32 values, and the height, of the row tile that starts at `first`.
-    pub fn tile(&self, first: usize) -> (&'a [[u16; BLOCK]], usize) {
+    pub fn tile(&self, first: usize) -> (&'a [Bf16Run], usize) {
         let height = (self.rows - first).min(LANES);
         (&self.values[first * self.blocks..(first + height) * self.blocks], height)
     }
@@ -134,27 +152,17 @@ impl Source<'_> {
         }
     }
 
-    /// Calls `put` with each block of `row`, padded with zeros, and where it goes among tiles of
-    /// `height(first)` rows.
+    /// Block `block` of `row`, padded with zeros.
     #[inline(always)]
-    fn row(
-        &self,
-        row: usize,
-        height: impl Fn(usize) -> usize,
-        mut put: impl FnMut(usize, &[f32; BLOCK]),
-    ) {
-        let first = row / LANES * LANES;
-        let height = height(first);
-        let start = first * self.blocks() + row - first;
-        let values = &self.x[row * self.cols..][..self.cols];
-        let (whole, rest) = values.as_chunks::<BLOCK>();
-        for (block, values) in whole.iter().enumerate() {
-            put(start + block * height, values);
-        }
-        if !rest.is_empty() {
-            let mut padded = [0.0; BLOCK];
-            padded[..rest.len()].copy_from_slice(rest);
-            put(start + whole.len() * height, &padded);
+    fn block(&self, row: usize, block: usize) -> [f32; BLOCK] {
+        let values = &self.x[row * self.cols..][..self.cols][block * BLOCK..];
+        match values.first_chunk() {
+            Some(whole) => *whole,
+            None => {
+                let mut padded = [0.0; BLOCK];
+                padded[..values.len()].copy_from_slice(values);
+                padded
+            }
         }
     }
 }
@@ -165,12 +173,12 @@ impl Rounded {
         let (rows, blocks) = (from.rows, from.blocks());
         let last = rows / LANES * LANES;
         let stored = (last + if last < rows { stored_height(rows, last) } else { 0 }) * blocks;
-        grow(&mut self.bytes, stored, [0; BLOCK]);
+        grow(&mut self.bytes, stored, Int8Run([0; BLOCK]));
         grow(&mut self.sides, stored, Side::default());
         let used = rows * blocks;
         if stored > used {
             // Padding rows lie between others; those are all written below.
-            self.bytes[last * blocks..stored].fill([0; BLOCK]);
+            self.bytes[last * blocks..stored].fill(Int8Run([0; BLOCK]));
             self.sides[last * blocks..stored].fill(Side::default());
         }
         let (bytes, sides) = (Shared::new(&mut self.bytes), Shared::new(&mut self.sides));
@@ -182,7 +190,7 @@ impl Rounded {
     /// Rounds to bf16.
     pub fn bf16(&mut self, pool: &Pool, isa: Isa, from: Source<'_>) -> Bf16<'_> {
         let (rows, blocks) = (from.rows, from.blocks());
-        grow(&mut self.pairs, rows * blocks, [0; BLOCK]);
+        grow(&mut self.pairs, rows * blocks, Bf16Run([0; BLOCK]));
         let pairs = Shared::new(&mut self.pairs);
         from.over_rows(pool, &|range| bf16_rows(isa, &from, range, &pairs));
         Bf16 { values: &self.pairs[..rows * blocks], rows, blocks }
@@ -195,29 +203,63 @@ fn grow<T: Clone>(to: &mut Vec<T>, len: usize, zero: T) {
     }
 }
 
-type Bytes<'a> = Shared<'a, [i8; BLOCK]>;
+type Bytes<'a> = Shared<'a, Int8Run>;
 type Sides<'a> = Shared<'a, Side>;
 
-#[inline(always)]
-fn int8_body(from: &Source<'_>, rows: Range<usize>, bytes: &Bytes<'_>, sides: &Sides<'_>) {
-    for row in rows {
-        from.row(
-            row,
-            |first| stored_height(from.rows, first),
-            |at, x| {
-                let (q, side) = round_block(x);
-                bytes.set(at, q);
-                sides.set(at, side);
-            },
-        );
+// No closures in the bodies: those would not inherit the instruction set.
+
+/// Rounds rows with a function that is inlined into the caller's instruction set.
+macro_rules! int8_body {
+    ($round:path, $from:ident, $rows:ident, $bytes:ident, $sides:ident) => {
+        for row in $rows {
+            let first = row / LANES * LANES;
+            let height = stored_height($from.rows, first);
+            let start = first * $from.blocks() + row - first;
+            for block in 0..$from.blocks() {
+                let (q, side) = $round(&$from.block(row, block));
+                $bytes.set(start + block * height, Int8Run(q));
+                $sides.set(start + block * height, side);
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2")]
+fn int8_avx512(from: &Source<'_>, rows: Range<usize>, bytes: &Bytes<'_>, sides: &Sides<'_>) {
+    int8_body!(super::avx512::round_block, from, rows, bytes, sides);
+}
+
+fn int8_rows(
+    isa: Isa,
+    from: &Source<'_>,
+    rows: Range<usize>,
+    bytes: &Bytes<'_>,
+    sides: &Sides<'_>,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx512 {
+        // SAFETY: `linear` passes only what was detected on this machine.
+        return unsafe { int8_avx512(from, rows, bytes, sides) };
     }
+    let _ = isa;
+    int8_body!(round_block, from, rows, bytes, sides);
 }
 
 #[inline(always)]
-fn bf16_body(from: &Source<'_>, rows: Range<usize>, pairs: &Shared<'_, [u16; BLOCK]>) {
+fn bf16_body(from: &Source<'_>, rows: Range<usize>, pairs: &Shared<'_, Bf16Run>) {
     for row in rows {
-        let height = |first: usize| (from.rows - first).min(LANES);
-        from.row(row, height, |at, x| pairs.set(at, x.map(round_bf16)));
+        let first = row / LANES * LANES;
+        let height = (from.rows - first).min(LANES);
+        let start = first * from.blocks() + row - first;
+        for block in 0..from.blocks() {
+            let x = from.block(row, block);
+            let mut rounded = [0; BLOCK];
+            for i in 0..BLOCK {
+                rounded[i] = round_bf16(x[i]);
+            }
+            pairs.set(start + block * height, Bf16Run(rounded));
+        }
     }
 }
 
@@ -250,11 +292,8 @@ macro_rules! on_isa {
     };
 }
 
-on_isa!(int8_rows, int8_body, (
-    from: &Source<'_>, rows: Range<usize>, bytes: &Bytes<'_>, sides: &Sides<'_>
-));
 on_isa!(bf16_rows, bf16_body, (
-    from: &Source<'_>, rows: Range<usize>, pairs: &Shared<'_, [u16; BLOCK]>
+    from: &Source<'_>, rows: Range<usize>, pairs: &Shared<'_, Bf16Run>
 ));
 
 /// To nearest, ties to even; a NaN stays one.
@@ -266,38 +305,29 @@ fn round_bf16(x: f32) -> u16 {
     (bits >> 16) as u16
 }
 
-/// To int8, the largest to ±127. A block with a NaN or an infinity gets the scale NaN, one too small
-/// to divide by gets 0.
+/// From the bits of the largest magnitude: what to multiply with, and the scale that undoes it. With
+/// a NaN or an infinity the scale is NaN; below what can be divided by it is 0.
 #[inline(always)]
+pub(super) fn scale_of(max_bits: u32) -> (f32, f32) {
+    let max = f32::from_bits(max_bits);
+    if max_bits >= f32::INFINITY.to_bits() {
+        (0.0, f32::NAN)
+    } else if max > 1e-36 {
+        (127.0 / max, max * (1.0 / 127.0))
+    } else {
+        (0.0, 0.0)
+    }
+}
+
+/// To int8, the largest to ±127.
 fn round_block(x: &[f32; BLOCK]) -> ([i8; BLOCK], Side) {
     /// Adding it leaves a small number's nearest integer in the low bits.
     const MAGIC: f32 = 12_582_912.0;
-    let mut lanes = [0u32; LANES];
-    for half in 0..2 {
-        for i in 0..LANES {
-            lanes[i] = lanes[i].max(x[half * LANES + i].to_bits() & 0x7fff_ffff);
-        }
-    }
-    let max = f32::from_bits(lanes.into_iter().fold(0, u32::max));
-    let finite = max <= f32::MAX;
-    let inverse = if max > 1e-36 && finite { 127.0 / max } else { 0.0 };
-    let scale = match (finite, inverse > 0.0) {
-        (false, _) => f32::NAN,
-        (true, true) => max * (1.0 / 127.0),
-        (true, false) => 0.0,
-    };
-    let mut q = [0i8; BLOCK];
-    let mut sums = [0i32; 2];
-    for (half, sum) in sums.iter_mut().enumerate() {
-        for i in 0..LANES {
-            let rounded = (x[half * LANES + i] * inverse + MAGIC).to_bits() as i8;
-            q[half * LANES + i] = rounded;
-            *sum += i32::from(rounded);
-        }
-    }
-    let sum = sums[0] + sums[1];
-    let scaled_sum = scale * sum as f32;
-    (q, Side { scale, scaled_sum, sum, low_sum: sums[0], high_sum: sums[1] })
+    let max = x.iter().fold(0, |max, x| (x.to_bits() & 0x7fff_ffff).max(max));
+    let (inverse, scale) = scale_of(max);
+    let q = x.map(|x| (x * inverse + MAGIC).to_bits() as i8);
+    let sum = |half: &[i8]| half.iter().map(|&q| i32::from(q)).sum::<i32>();
+    (q, Side::new(scale, sum(&q[..LANES]), sum(&q[LANES..])))
 }
 
 #[cfg(test)]

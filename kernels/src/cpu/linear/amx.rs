@@ -6,7 +6,7 @@
 
 use super::{
     Job,
-    activations::{Int8, Int8Tile},
+    activations::{Int8, Int8Tile, Side},
     avx512::{self, Scaled, lanes_of, step, unpack},
     packed::{BLOCK, BlockFormat, LANES, Scales, Tile},
     row_runs, row_tiles,
@@ -82,14 +82,14 @@ fn column<F: BlockFormat>(
             if x.height < LANES {
                 break;
             }
-            let before = if start == 0 { [_mm512_setzero_ps(); LANES] } else { buffers.sums[at] };
-            let sums = multiply::<F>(buffers, x, range.clone(), before);
-            if range.end < blocks {
-                buffers.sums[at] = sums;
-                continue;
+            if start == 0 {
+                buffers.sums[at] = [_mm512_setzero_ps(); LANES];
             }
-            for (row, sums) in sums.into_iter().enumerate().take(height) {
-                job.store(first + row, tile, &lanes_of(sums));
+            multiply::<F>(buffers, x, range.clone(), at);
+            if range.end == blocks {
+                for row in 0..height {
+                    job.store(first + row, tile, &lanes_of(buffers.sums[at][row]));
+                }
             }
         }
     }
@@ -107,59 +107,72 @@ fn load<F: BlockFormat>(tile: Tile<'_>, blocks: Range<usize>, buffers: &mut Buff
     for (at, block) in blocks.enumerate() {
         let values = tile.block(block);
         avx512::prefetch(values);
-        buffers.weights[at] = unpack::<F>(values).map(|words| _mm512_sub_epi8(words, zero));
+        for (to, words) in buffers.weights[at].iter_mut().zip(unpack::<F>(values)) {
+            *to = _mm512_sub_epi8(words, zero);
+        }
         buffers.scales[at] = Scaled::load::<F>(tile, block);
     }
 }
 
-/// before + x · the unpacked blocks, for a whole row tile.
+/// The sums at `at` += x · the unpacked blocks, for a whole row tile.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 fn multiply<F: BlockFormat>(
     buffers: &mut Buffers,
     x: Int8Tile<'_>,
     blocks: Range<usize>,
-    before: [__m512; LANES],
-) -> [__m512; LANES] {
+    at: usize,
+) {
     let halves = F::SCALES == Scales::SuperHalves;
     let each = if halves { 1 } else { 2 };
     let count = blocks.len();
-    let mut acc = before;
     let pairs = count.div_ceil(each);
+    let sides = &x.sides.as_chunks::<LANES>().0[blocks.clone()];
+    let mut acc = buffers.sums[at];
     product(buffers, x, &blocks, (0, halves));
     for pair in 0..pairs {
         if pair + 1 < pairs {
             product(buffers, x, &blocks, (pair + 1, halves));
         }
         let products = &buffers.products[pair % 2];
-        let at = pair * each;
-        let sides = x.sides[(blocks.start + at) * LANES..].first_chunk::<LANES>().expect("a block");
-        let scales = buffers.scales[at];
-        for r in 0..LANES {
-            acc[r] = step(acc[r], scales.low, sides[r].scale, products[0][r]);
-            if halves {
-                acc[r] = step(acc[r], scales.other, sides[r].scale, products[1][r]);
-            }
-            if F::ZERO == 0 {
-                let sum = _mm512_set1_ps(sides[r].scaled_sum);
-                acc[r] = _mm512_fmadd_ps(scales.other, sum, acc[r]);
-            }
-        }
-        if halves || at + 1 == count {
+        let block = pair * each;
+        if halves {
+            scale_halves(&mut acc, products, buffers.scales[block], &sides[block]);
             continue;
         }
-        let sides =
-            x.sides[(blocks.start + at + 1) * LANES..].first_chunk::<LANES>().expect("a block");
-        let scales = buffers.scales[at + 1];
-        for r in 0..LANES {
-            acc[r] = step(acc[r], scales.low, sides[r].scale, products[1][r]);
-            if F::ZERO == 0 {
-                let sum = _mm512_set1_ps(sides[r].scaled_sum);
-                acc[r] = _mm512_fmadd_ps(scales.other, sum, acc[r]);
-            }
+        scale::<F>(&mut acc, &products[0], buffers.scales[block], &sides[block]);
+        if block + 1 < count {
+            scale::<F>(&mut acc, &products[1], buffers.scales[block + 1], &sides[block + 1]);
         }
     }
-    acc
+    buffers.sums[at] = acc;
+}
+
+/// Adds a block's integer sums.
+#[inline]
+#[target_feature(enable = "avx512f,fma")]
+fn scale<F: BlockFormat>(
+    acc: &mut [__m512; LANES],
+    sums: &[__m512i; LANES],
+    scales: Scaled,
+    sides: &[Side; LANES],
+) {
+    for r in 0..LANES {
+        acc[r] = step(acc[r], scales.low, sides[r].scale, sums[r]);
+        if F::ZERO == 0 {
+            acc[r] = _mm512_fmadd_ps(scales.other, _mm512_set1_ps(sides[r].scaled_sum), acc[r]);
+        }
+    }
+}
+
+/// Adds the integer sums of a block's halves.
+#[inline]
+#[target_feature(enable = "avx512f,fma")]
+fn scale_halves(acc: &mut [__m512; LANES], sums: &Pair, scales: Scaled, sides: &[Side; LANES]) {
+    for r in 0..LANES {
+        acc[r] = step(acc[r], scales.low, sides[r].scale, sums[0][r]);
+        acc[r] = step(acc[r], scales.other, sides[r].scale, sums[1][r]);
+    }
 }
 
 /// Integer sums of pair `at.0` of the chunk: two blocks (the last twice where it has no second), or,

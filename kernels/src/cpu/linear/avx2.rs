@@ -2,7 +2,7 @@
 
 use super::{
     Job,
-    activations::{Int8, Int8Tile},
+    activations::{Int8, Int8Run, Int8Tile},
     lanes,
     packed::{BLOCK, BlockFormat, LANES, Lanes, Scales, Tile},
 };
@@ -50,7 +50,7 @@ fn few<F: BlockFormat, const R: usize>(
     let mut acc = [[0.0; LANES]; R];
     for block in 0..tile.layout.blocks {
         let start = block * x.height + first;
-        let q: &[[i8; BLOCK]; R] = x.values[start..start + R].try_into().expect("R rows");
+        let q: &[Int8Run; R] = x.values[start..start + R].try_into().expect("R rows");
         let sides = &x.sides[start..start + R];
         let scales = lanes::block_scales::<F>(tile, block);
         let (low, high) = dots::<F, R>(tile.block(block), q);
@@ -60,7 +60,10 @@ fn few<F: BlockFormat, const R: usize>(
                 step::<F>(&mut acc[r], &scales.low, side.scale, low[r], side.low_sum);
                 step::<F>(&mut acc[r], &scales.high, side.scale, high[r], side.high_sum);
             } else {
-                let sum = std::array::from_fn(|i| _mm256_add_epi32(low[r][i], high[r][i]));
+                let sum = [
+                    _mm256_add_epi32(low[r][0], high[r][0]),
+                    _mm256_add_epi32(low[r][1], high[r][1]),
+                ];
                 step::<F>(&mut acc[r], &scales.low, side.scale, sum, side.sum);
             }
             if F::ZERO == 0 {
@@ -88,10 +91,7 @@ fn step<F: BlockFormat>(acc: &mut Lanes, d: &Lanes, scale: f32, sums: Sums, zero
 /// Σ q_w · q_x over the first and the second 16 k, for each row.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn dots<F: BlockFormat, const R: usize>(
-    block: &[u8],
-    x: &[[i8; BLOCK]; R],
-) -> ([Sums; R], [Sums; R]) {
+fn dots<F: BlockFormat, const R: usize>(block: &[u8], x: &[Int8Run; R]) -> ([Sums; R], [Sums; R]) {
     assert_eq!(block.len(), F::BITS * 64);
     let mut sums = [[[_mm256_setzero_si256(); 2]; R]; 2];
     for g in 0..BLOCK / 4 {
@@ -99,7 +99,7 @@ fn dots<F: BlockFormat, const R: usize>(
         // SAFETY: 16 words are two registers of eight.
         let words = unsafe { std::mem::transmute::<[u32; LANES], Sums>(words) };
         for r in 0..R {
-            let four = [x[r][4 * g], x[r][4 * g + 1], x[r][4 * g + 2], x[r][4 * g + 3]];
+            let four = x[r].0.as_chunks::<4>().0[g];
             let four = _mm256_set1_epi32(i32::from_le_bytes(four.map(|q| q as u8)));
             for (sum, words) in sums[g / 4][r].iter_mut().zip(words) {
                 *sum = _mm256_add_epi32(*sum, dot_four::<F>(words, four));

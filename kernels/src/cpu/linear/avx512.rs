@@ -3,7 +3,7 @@
 
 use super::{
     Job,
-    activations::{FEW_ROWS, Int8, Int8Tile},
+    activations::{FEW_ROWS, Int8, Int8Run, Int8Tile, Side, scale_of},
     lanes,
     packed::{BLOCK, BlockFormat, LANES, Lanes, Scales, Tile},
 };
@@ -61,17 +61,17 @@ fn few<F: BlockFormat, const R: usize>(
         let words: [__m512i; 8] = unpack::<F>(values);
         let scales = Scaled::load::<F>(tile, block);
         let start = block * x.height + first;
-        let q: &[[i8; BLOCK]; R] = x.values[start..start + R].try_into().expect("R rows");
+        let q: &[Int8Run; R] = x.values[start..start + R].try_into().expect("R rows");
         let sides = &x.sides[start..start + R];
         for r in 0..R {
             let side = &sides[r];
             if F::SCALES == Scales::SuperHalves {
-                let low = dot::<4>(zero::<F>(side.low_sum), &words, &q[r], 0);
-                let high = dot::<4>(zero::<F>(side.high_sum), &words, &q[r], 4);
+                let low = dot::<4>(zero::<F>(side.low_sum), &words, &q[r].0, 0);
+                let high = dot::<4>(zero::<F>(side.high_sum), &words, &q[r].0, 4);
                 acc[r] = step(acc[r], scales.low, side.scale, low);
                 acc[r] = step(acc[r], scales.other, side.scale, high);
             } else {
-                let sum = dot::<8>(zero::<F>(side.sum), &words, &q[r], 0);
+                let sum = dot::<8>(zero::<F>(side.sum), &words, &q[r].0, 0);
                 acc[r] = step(acc[r], scales.low, side.scale, sum);
             }
             if F::ZERO == 0 {
@@ -126,11 +126,14 @@ fn dot<const G: usize>(
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
 pub(super) fn unpack<F: BlockFormat>(block: &[u8]) -> [__m512i; 8] {
     assert_eq!(block.len(), F::BITS * 64);
-    std::array::from_fn(|g| {
-        let words: [u32; LANES] = lanes::group::<F>(block, g);
+    // No closures: those would not inherit the instruction set.
+    let mut unpacked = [_mm512_setzero_si512(); 8];
+    for (g, register) in unpacked.iter_mut().enumerate() {
+        let words = lanes::group::<F>(block, g);
         // SAFETY: 16 words and a register are both 64 bytes without invalid patterns.
-        unsafe { std::mem::transmute::<[u32; LANES], __m512i>(words) }
-    })
+        *register = unsafe { std::mem::transmute::<[u32; LANES], __m512i>(words) };
+    }
+    unpacked
 }
 
 /// Asks for what comes after this block.
@@ -141,6 +144,32 @@ pub(super) fn prefetch(block: &[u8]) {
         let ahead = block.as_ptr().wrapping_add(PREFETCH + line);
         _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
     }
+}
+
+/// To int8, the largest to ±127.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2")]
+pub(super) fn round_block(x: &[f32; BLOCK]) -> ([i8; BLOCK], Side) {
+    // SAFETY: two registers of floats are there.
+    let x = unsafe { [_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(LANES))] };
+    let magnitude = _mm512_set1_epi32(0x7fff_ffff);
+    let max = _mm512_max_epu32(
+        _mm512_and_si512(_mm512_castps_si512(x[0]), magnitude),
+        _mm512_and_si512(_mm512_castps_si512(x[1]), magnitude),
+    );
+    let (inverse, scale) = scale_of(_mm512_reduce_max_epu32(max));
+    let inverse = _mm512_set1_ps(inverse);
+    let low = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x[0], inverse)));
+    let high = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x[1], inverse)));
+    let bytes = _mm256_set_m128i(high, low);
+    let sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), bytes);
+    let sums = _mm256_hadd_epi32(sums, sums);
+    let sums = _mm256_hadd_epi32(sums, sums);
+    let (low, high) = (_mm256_extract_epi32::<0>(sums), _mm256_extract_epi32::<4>(sums));
+    let mut q = [0; BLOCK];
+    // SAFETY: 32 bytes have room for the register.
+    unsafe { _mm256_storeu_si256(q.as_mut_ptr().cast(), bytes) };
+    (q, Side::new(scale, low, high))
 }
 
 #[inline]

@@ -45,7 +45,7 @@ fn one_row<F: BlockFormat>(tile: Tile<'_>, x: Int8Tile<'_>, row: usize) -> Lanes
         let at = block * x.height + row;
         let (q, side) = (&x.values[at], &x.sides[at]);
         let scales = lanes::block_scales::<F>(tile, block);
-        let [low, high] = dot_halves::<F>(tile.block(block), q);
+        let [low, high] = dot_halves::<F>(tile.block(block), &q.0);
         let mut add = |d: &Lanes, sums: &[i32; LANES], zero: i32| {
             for i in 0..LANES {
                 let sum = (sums[i] - F::ZERO * zero) as f32;
