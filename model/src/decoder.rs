@@ -174,7 +174,8 @@ impl ScratchShape {
         let each = 3 * self.hidden + heads.qkv_cols() + heads.q * heads.dim + 3 * self.intermediate;
         let gathered = if self.local_vocab < self.vocab { self.vocab } else { 0 };
         let each_logit_row = 2 * self.hidden + self.local_vocab + gathered;
-        self.tokens_max * each + self.logit_rows_max() * each_logit_row
+        let logits = self.logit_rows_max() * each_logit_row;
+        self.tokens_max.saturating_mul(each).saturating_add(logits)
     }
 }
 

@@ -31,7 +31,7 @@ impl RopeTables {
 
     /// Rows of all tables together.
     pub fn rows(&self) -> usize {
-        self.count() * self.positions
+        self.count().saturating_mul(self.positions)
     }
 
     /// The row of position 0 for a sequence whose prompt has `prompt_len` tokens.
@@ -42,8 +42,10 @@ impl RopeTables {
     /// The doublings of the trained length that hold `tokens`.
     fn index(&self, tokens: usize) -> usize {
         let Some(trained) = self.dynamic_ntk else { return 0 };
-        let times = tokens.div_ceil(trained.max(1));
-        times.max(1).next_power_of_two().trailing_zeros() as usize
+        match tokens.div_ceil(trained.max(1)) {
+            0 | 1 => 0,
+            times => (times - 1).ilog2() as usize + 1,
+        }
     }
 
     /// [rows, D] row-major: D/2 cosines, then D/2 sines.
@@ -188,6 +190,7 @@ mod tests {
         assert_eq!([1, 48, 49, 96, 97, 192, 193, 200].map(first), [0, 0, 1, 1, 2, 2, 3, 3]);
         let plain = RopeTables::new(&rope(1e4, RopeScaling::None), 200);
         assert_eq!((plain.count(), plain.first_row(150)), (1, 0));
+        assert_eq!(RopeTables::new(&ntk, usize::MAX).rows(), usize::MAX);
     }
 
     #[test]

@@ -85,7 +85,8 @@ pub fn kv_block_bytes<B: Backend>(device: &B, config: &DecoderConfig, shard: &Sh
 pub fn activation_bytes(config: &DecoderConfig, shard: &Shard, options: &RunnerOptions) -> usize {
     let tables = RopeTables::new(&config.rope, options.context_max);
     let shape = scratch_shape(config, shard, options);
-    (shape.elements() + tables.rows() * config.head_dim) * size_of::<f32>()
+    let rope = tables.rows().saturating_mul(config.head_dim);
+    shape.elements().saturating_add(rope).saturating_mul(size_of::<f32>())
 }
 
 /// The longest prompt whose cached keys may serve another prompt; `None` is any.

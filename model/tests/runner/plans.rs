@@ -116,9 +116,23 @@ fn sizes_that_cannot_be_indexed_are_refused() {
         RunnerOptions { step_tokens_max: 0, ..OPTIONS },
         RunnerOptions { sequences_max: 0, ..OPTIONS },
         RunnerOptions { context_max: 1 << 31, ..OPTIONS },
+        RunnerOptions { context_max: usize::MAX, ..OPTIONS },
     ] {
         let rank = Staged::new(Threads::group(1).remove(0));
         let loaded = model::Runner::load(Plain, rank, &checkpoint, options, &mut |_, _| {});
         assert!(matches!(loaded, Err(ModelError::Options(_))), "{options:?}");
     }
+}
+
+#[test]
+fn activation_memory_is_told_before_it_is_taken() {
+    let checkpoint = open("qwen2_mha_hd64");
+    let bytes = |options: &RunnerOptions| {
+        model::activation_bytes(checkpoint.config(), &checkpoint.shard(0, 1).unwrap(), options)
+    };
+    // A token: 3 H, 3 · 2 · 64 of QKV, 2 · 64 of attention, 3 I. A row of logits: 2 H and V.
+    let token = 3 * 128 + 384 + 128 + 3 * 320;
+    let rope = 240 * 64;
+    assert_eq!(bytes(&OPTIONS), 4 * (256 * token + 64 * (2 * 128 + 384) + rope));
+    assert_eq!(bytes(&RunnerOptions { step_tokens_max: usize::MAX, ..OPTIONS }), usize::MAX);
 }
