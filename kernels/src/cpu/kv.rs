@@ -160,18 +160,13 @@ impl<E: Element> Store<'_, E> {
         let values = unsafe { self.values.part(at * len..(at + 1) * len) };
         let cols = self.heads.qkv_cols();
         let rows = &self.qkv[row * cols..(row + run) * cols];
+        let keys = keys.as_chunks_mut::<LANES>().0;
         let first = (q + self.head) * dim;
-        for (d, keys) in keys.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-            let mut lanes = [0.0; LANES];
-            for (lane, row) in lanes.iter_mut().zip(rows.chunks_exact(cols)) {
-                *lane = row[first + d];
-            }
-            let mut stored = [E::default(); LANES];
-            E::store(s, &mut stored, s.load(&lanes));
-            if run == BLOCK_TOKENS {
-                *keys = stored;
-            } else {
-                keys[lane..lane + run].copy_from_slice(&stored[..run]);
+        if run == BLOCK_TOKENS {
+            turn_block(s, keys, rows, (cols, first));
+        } else {
+            for (lane, row) in (lane..).zip(rows.chunks_exact(cols)) {
+                turn_row(s, keys, &row[first..first + dim], lane);
             }
         }
         let first = first + kv * dim;
@@ -186,5 +181,38 @@ impl<E: Element> Store<'_, E> {
                 E::store(s, to, s.load_some(last));
             }
         }
+    }
+}
+
+/// A whole block of keys: each dimension of sixteen rows, from column `first` on, becomes a vector.
+#[inline(always)]
+fn turn_block<S: Simd, E: Element>(
+    s: S,
+    keys: &mut [[E; LANES]],
+    rows: &[f32],
+    (cols, first): (usize, usize),
+) {
+    for (d, keys) in keys.iter_mut().enumerate() {
+        let mut lanes = [0.0; LANES];
+        for (lane, row) in lanes.iter_mut().zip(rows.chunks_exact(cols)) {
+            *lane = row[first + d];
+        }
+        E::store(s, keys, s.load(&lanes));
+    }
+}
+
+/// One row of keys [D] into its lane.
+#[inline(always)]
+fn turn_row<S: Simd, E: Element>(s: S, keys: &mut [[E; LANES]], row: &[f32], lane: usize) {
+    let mut stored = [E::default(); LANES];
+    let (chunks, last) = row.as_chunks::<LANES>();
+    let mut keys = keys.chunks_mut(LANES);
+    for (from, keys) in chunks.iter().zip(&mut keys) {
+        E::store(s, &mut stored, s.load(from));
+        keys.iter_mut().zip(stored).for_each(|(key, x)| key[lane] = x);
+    }
+    if let Some(keys) = keys.next() {
+        E::store(s, &mut stored, s.load_some(last));
+        keys.iter_mut().zip(stored).for_each(|(key, x)| key[lane] = x);
     }
 }
