@@ -51,7 +51,8 @@ pub trait Collective<B: Backend>: Send + 'static {
     fn world_size(&self) -> usize;
     /// x = the sum of every rank's x.
     fn all_reduce_sum(&mut self, device: &B, x: &mut Tensor<B>) -> Result<(), CollectiveError>;
-    /// out [rows, Σ cols] = every rank's x [rows, cols_r] side by side, in rank order; `cols[r]` is rank r's width.
+    /// out [rows, Σ cols] = every rank's x [rows, cols_r] side by side, in rank order; `cols[r]` is
+    /// rank r's width.
     fn all_gather_cols(
         &mut self,
         device: &B,

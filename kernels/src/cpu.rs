@@ -1,7 +1,8 @@
 //! The CPU backend: f32 activations in host memory, vector instructions chosen at run time.
 //!
-//! Rows keep their bits whatever the batch, the chunks or the threads. Two precisions: `Exact` keeps
-//! f32 throughout; `Fast` keeps K and V in half precision and lets products round activations.
+//! Rows keep their bits whatever the batch, the chunks or the threads. Two precisions: `Exact`
+//! keeps f32 throughout; `Fast` keeps K and V in half precision and lets products round
+//! activations.
 
 mod attention;
 pub mod isa;

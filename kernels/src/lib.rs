@@ -2,7 +2,8 @@
 //!
 //! Every tensor is a row-major matrix `[rows, cols]`, the step's tokens flattened across sequences.
 //! Ops write to their first argument, allocate nothing and check shapes in one place (`shape`).
-//! Shape letters: `T` tokens, `S` sequences, `H` hidden, `D` head_dim, `I` intermediate, `V` vocabulary.
+//! Shape letters: `T` tokens, `S` sequences, `H` hidden, `D` head_dim, `I` intermediate, `V`
+//! vocabulary.
 
 pub mod collective;
 pub mod cpu;
@@ -101,8 +102,8 @@ pub struct Batch<B: Backend> {
     pub q_scale: Option<B::Floats>,
 }
 
-/// What one device can do. A row's result never depends on the batch's other rows, on how a prompt was
-/// cut into chunks, nor on the number of threads: every sum runs in one fixed order.
+/// What one device can do. A row's result never depends on the batch's other rows, on how a prompt
+/// was cut into chunks, nor on the number of threads: every sum runs in one fixed order.
 pub trait Backend: Send + Sync + Sized + 'static {
     /// A device buffer of activations (f32 on the CPU, bf16 on CUDA).
     type Floats: Send + Sync;
@@ -134,7 +135,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Bytes that `kv` takes for one block of one layer.
     fn kv_block_bytes(&self, heads: Heads) -> usize;
 
-    /// out [T, H] = row `ids[t] - first_id` of `table` [V_local, H]; zeros where that is outside the table.
+    /// out [T, H] = row `ids[t] - first_id` of `table` [V_local, H]; zeros where that is outside
+    /// the table.
     fn embed(
         &self,
         out: &mut Tensor<Self>,
@@ -158,7 +160,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
         weight: &Self::Weight,
         bias: Option<&Tensor<Self>>,
     ) -> Result<(), KernelError>;
-    /// Root-mean-square norm of each query head with `q` [1, D] and each key head with `k` [1, D], in place.
+    /// Root-mean-square norm of each query head with `q` [1, D] and each key head with `k` [1, D],
+    /// in place.
     fn qk_norm(
         &self,
         qkv: &mut Tensor<Self>,
@@ -184,8 +187,9 @@ pub trait Backend: Send + Sync + Sized + 'static {
         batch: &Batch<Self>,
         heads: Heads,
     ) -> Result<(), KernelError>;
-    /// out [T, q D] = softmax(q kᵀ / sqrt(D)) v over the sequence's cached keys at positions ≤ the row's own,
-    /// and > position − `window` where there is one. This step's K and V are already stored.
+    /// out [T, q D] = softmax(q kᵀ / sqrt(D)) v over the sequence's cached keys at positions ≤ the
+    /// row's own, and > position − `window` where there is one. This step's K and V are already
+    /// stored.
     fn attention(
         &self,
         out: &mut Tensor<Self>,

@@ -66,8 +66,9 @@ pub struct WeightPart<'a> {
 }
 
 impl WeightPart<'_> {
-    /// N and K of the stack of `parts`, once every part is known to be whole: blocks complete, columns
-    /// inside the stored row at places where its format may be cut, data as long as it says.
+    /// N and K of the stack of `parts`, once every part is known to be whole: blocks complete,
+    /// columns inside the stored row at places where its format may be cut, data as long as it
+    /// says.
     ///
     /// # Errors
     /// `KernelError::Weight` names the first part that is not.

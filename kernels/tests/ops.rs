@@ -6,7 +6,8 @@ use kernels::{
     plain::Plain,
 };
 
-/// Multiples of 1/1024 in [-1, 1): exact in half precision, so that both precisions agree on inputs.
+/// Multiples of 1/1024 in [-1, 1): exact in half precision, so that both precisions agree on
+/// inputs.
 struct Random(u64);
 
 impl Random {

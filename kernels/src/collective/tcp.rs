@@ -1,9 +1,10 @@
 //! Ranks that are processes exchange over TCP, rank 0 in the middle.
 //!
-//! Sums are taken by rank 0 in rank order and sent back, so every rank holds the same bits. Frames say
-//! which operation they belong to and how long they are; one that is not the expected one, or longer
-//! than its operation allows, ends the group. A failure closes every link, so that the others learn of
-//! it at once. Links carry no encryption: a shared secret keeps strangers out, not eavesdroppers.
+//! Sums are taken by rank 0 in rank order and sent back, so every rank holds the same bits. Frames
+//! say which operation they belong to and how long they are; one that is not the expected one, or
+//! longer than its operation allows, ends the group. A failure closes every link, so that the
+//! others learn of it at once. Links carry no encryption: a shared secret keeps strangers out, not
+//! eavesdroppers.
 
 mod hello;
 mod link;
@@ -99,8 +100,8 @@ impl Tcp {
 
     /// Joins rank 0 at `addr`, trying again until `deadline` while nobody listens there.
     ///
-    /// # Errors
-    /// `Mismatch` where rank 0 answers that this rank does not belong; `Deadline` where it does not.
+    /// # Errors `Mismatch` where rank 0 answers that this rank does not belong; `Deadline` where it
+    /// does not.
     pub fn connect(
         addr: &str,
         (rank, world_size): (usize, usize),

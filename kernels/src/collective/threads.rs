@@ -2,9 +2,9 @@
 //!
 //! Each rank posts what it brings to operation `k` in one of two slots and raises its progress
 //! counter; others wait for that counter, spinning briefly before they sleep. A slot is used again
-//! two operations later, which every rank must have finished reading by then, so one wait serves each
-//! operation. A rank that is dropped, unwinds or fails takes the group with it: whoever waits for it
-//! learns at once.
+//! two operations later, which every rank must have finished reading by then, so one wait serves
+//! each operation. A rank that is dropped, unwinds or fails takes the group with it: whoever waits
+//! for it learns at once.
 
 use super::{CollectiveError, HostCollective};
 use std::{

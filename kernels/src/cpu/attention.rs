@@ -1,9 +1,10 @@
 //! Attention over paged K and V: prefill and decode rows of many sequences in one call.
 //!
-//! Work is cut into (rows of one sequence × query heads that share a key head), so that a block read
-//! once serves every query in the cut. Each query walks the keys in order in spans of 64 positions, the
-//! softmax kept relative to the largest score so far. Spans lie at fixed positions and every sum runs
-//! in one order, so a row's bits never depend on the cut, on its neighbours or on the threads.
+//! Work is cut into (rows of one sequence × query heads that share a key head), so that a block
+//! read once serves every query in the cut. Each query walks the keys in order in spans of 64
+//! positions, the softmax kept relative to the largest score so far. Spans lie at fixed positions
+//! and every sum runs in one order, so a row's bits never depend on the cut, on its neighbours or
+//! on the threads.
 
 mod span;
 
@@ -120,7 +121,8 @@ impl<E: Element> Attention<'_, E> {
         pairs.saturating_mul(2 * self.heads.q * self.heads.dim)
     }
 
-    /// Query heads in one cut: all that share a key head, unless the threads would not all have work.
+    /// Query heads in one cut: all that share a key head, unless the threads would not all have
+    /// work.
     fn heads_per_cut(&self, threads: usize) -> usize {
         let shares = self.heads.q / self.heads.kv;
         let rows: usize = self.sequences.iter().map(|s| s.rows.len()).sum();

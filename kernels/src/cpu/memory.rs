@@ -67,7 +67,8 @@ impl<'a, T> Disjoint<'a, T> {
     #[inline(always)]
     pub unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
         assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
-        // SAFETY: within the borrowed slice by the check above, and unaliased by the caller's promise.
+        // SAFETY: within the borrowed slice by the check above, and unaliased by the caller's
+        // promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
 }

@@ -18,7 +18,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long a thread looks for work before it parks: longer than the gaps between the ops of a step.
+/// How long a thread looks for work before it parks: longer than the gaps between the ops of a
+/// step.
 const SPIN: Duration = Duration::from_micros(100);
 /// Pauses between two looks at the clock; the core is offered to others as often.
 const SPINS_PER_YIELD: u32 = 64;
@@ -47,8 +48,9 @@ struct Shared {
 }
 
 // SAFETY: `job` is written by the caller before it bumps `epoch` and read by workers after they saw
-// the bump; it is next written only once `busy` fell to 0, after every worker's last read. The pointer
-// is to a `Sync` function that outlives the region, because `run` returns after `busy` fell to 0.
+// the bump; it is next written only once `busy` fell to 0, after every worker's last read. The
+// pointer is to a `Sync` function that outlives the region, because `run` returns after `busy` fell
+// to 0.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; nothing in `Shared` is tied to the thread that made it.
 unsafe impl Send for Shared {}
@@ -83,8 +85,8 @@ fn spin_until(ready: impl Fn() -> bool) -> bool {
     }
 }
 
-/// Sleeps until `ready`. Whoever makes it so takes `parked` down and unparks; a late one of the region
-/// before may do that too, so the flag goes up again before every look.
+/// Sleeps until `ready`. Whoever makes it so takes `parked` down and unparks; a late one of the
+/// region before may do that too, so the flag goes up again before every look.
 fn park_until(parked: &AtomicBool, ready: impl Fn() -> bool) {
     loop {
         parked.store(true, SeqCst);
@@ -165,7 +167,8 @@ impl Pool {
         self.shared.gates.len() + 1
     }
 
-    /// Runs `f(0)`, `f(1)` … `f(threads - 1)`, each on its own thread, and returns when all are done.
+    /// Runs `f(0)`, `f(1)` … `f(threads - 1)`, each on its own thread, and returns when all are
+    /// done.
     ///
     /// # Panics
     /// With the panic of `f`, once every thread is done.
@@ -176,8 +179,8 @@ impl Pool {
         }
         let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &*self.shared;
-        // SAFETY: only the lifetime changes; nobody follows the pointer after this function returns,
-        // because it waits for `busy` to reach 0 and cannot unwind before.
+        // SAFETY: only the lifetime changes; nobody follows the pointer after this function
+        // returns, because it waits for `busy` to reach 0 and cannot unwind before.
         let job = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), Job>(f) };
         // SAFETY: no worker reads `job` between regions, and `turn` keeps other callers out.
         unsafe { *shared.job.get() = Some(job) };
@@ -192,7 +195,8 @@ impl Pool {
         }
     }
 
-    /// Runs `f(thread, item)` for every item below `items`, whichever thread is free taking the next.
+    /// Runs `f(thread, item)` for every item below `items`, whichever thread is free taking the
+    /// next.
     pub fn for_each(&self, items: usize, f: &(dyn Fn(usize, usize) + Sync)) {
         if items <= 1 || self.threads() == 1 {
             return (0..items).for_each(|item| f(0, item));
@@ -279,8 +283,11 @@ mod tests {
     fn idle_workers_use_no_cpu() {
         let pool = Pool::new(2).unwrap();
         pool.run(&|_| {});
-        thread::sleep(Duration::from_millis(20));
-        assert!(pool.shared.gates[0].parked.load(SeqCst));
+        let start = Instant::now();
+        while !pool.shared.gates[0].parked.load(SeqCst) {
+            assert!(start.elapsed() < Duration::from_secs(10), "still spinning");
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 
     #[test]

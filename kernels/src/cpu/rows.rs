@@ -10,8 +10,8 @@ use crate::Heads;
 /// Element operations below which waking the other threads costs more than it saves.
 const INLINE_WORK: usize = 32 * 1024;
 
-/// Calls `f(first_row, rows)` for runs of rows that together are `out`, on as many threads as the work
-/// is worth: `cost` is about how many vector operations each element takes.
+/// Calls `f(first_row, rows)` for runs of rows that together are `out`, on as many threads as the
+/// work is worth: `cost` is about how many vector operations each element takes.
 pub(super) fn split(
     pool: &Pool,
     out: &mut [f32],

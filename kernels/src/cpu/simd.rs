@@ -1,9 +1,9 @@
 //! Sixteen floats at a time, in one vocabulary for every instruction set.
 //!
 //! A kernel is written once as safe code over [`Simd`] and compiled for each level by [`dispatch`].
-//! Everything that a kernel calls must be `#[inline(always)]`: only what is inlined is compiled with
-//! the level's instructions. Each operation gives the same bits on every level, because all of them
-//! multiply and add with one rounding and `exp` is the same polynomial everywhere.
+//! Everything that a kernel calls must be `#[inline(always)]`: only what is inlined is compiled
+//! with the level's instructions. Each operation gives the same bits on every level, because all of
+//! them multiply and add with one rounding and `exp` is the same polynomial everywhere.
 
 use super::Isa;
 
