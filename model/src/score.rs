@@ -1,9 +1,9 @@
 //! Perplexity of a text, by the rules of llama.cpp's `llama-perplexity`, so that figures compare.
 //!
 //! The text is cut into windows of `context` tokens that do not overlap; a rest shorter than that
-//! is left out. Of each window only the second half counts, so that every counted token has at least
-//! half a context before it. Where the vocabulary wants a beginning-of-text token, it takes the
-//! place of the window's first. Pure: whoever runs the model hands in the logprobs.
+//! is left out. Of each window only the second half counts, so that every counted token has at
+//! least half a context before it. Where the vocabulary wants a beginning-of-text token, it takes
+//! the place of the window's first. Pure: whoever runs the model hands in the logprobs.
 
 /// Why a text cannot be scored.
 #[derive(Debug, PartialEq, thiserror::Error)]
