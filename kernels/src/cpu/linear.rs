@@ -199,7 +199,7 @@ fn row_cuts(threads: usize, tiles: usize, rows: usize) -> usize {
     let enough = |cuts: &usize| tiles >= 4 * (threads / cuts);
     (1..=threads).filter(fits).find(enough).unwrap_or_else(|| {
         // Too few tiles for all threads however the rows are cut: as many cuts as there may be.
-        (1..=threads).filter(fits).next_back().unwrap_or(1)
+        (1..=threads).rfind(fits).unwrap_or(1)
     })
 }
 
@@ -264,7 +264,7 @@ impl Job<'_> {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `CpuWeight::kernel` names this one only where AMX was detected.
             (Kernel::Bf16, _, Some(x)) => unsafe { amx_bf16::tiles(self, x, tiles) },
-            _ => tiles.for_each(|tile| wide::tile(isa, self, tile)),
+            _ => wide::tiles(isa, self, tiles),
         }
     }
 

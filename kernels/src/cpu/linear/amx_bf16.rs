@@ -6,6 +6,7 @@
 use super::{
     Job,
     activations::Bf16,
+    avx512::prefetch,
     packed::LANES,
     row_runs,
     tiles::{Shapes, Tiles, bf16_step, bf16_store, bf16_zero},
@@ -55,11 +56,16 @@ unsafe fn four(job: &Job<'_>, x: Bf16<'_>, rows: [usize; 2], columns: [usize; 2]
     let x = rows.map(|first| x.tile(first));
     // SAFETY: as the caller promises.
     unsafe { bf16_zero() };
+    let first = rows[0] == job.rows.start;
     for block in 0..weights[0].layout.blocks {
         let x = x.map(|(values, height)| {
             values[block * height..(block + 1) * height].as_ptr().cast::<u16>()
         });
-        let w = weights.map(|tile| tile.block(block).as_ptr());
+        let w = weights.map(|tile| tile.block(block));
+        if first {
+            w.iter().for_each(|block| prefetch(block));
+        }
+        let w = w.map(<[u8]>::as_ptr);
         // SAFETY: a row tile's block is its height in rows of 64 bytes, a weight's 16 of them.
         unsafe { bf16_step(x, w) };
     }

@@ -67,8 +67,8 @@ fn few<F: BlockFormat, const R: usize>(
                 step::<F>(&mut acc[r], &scales.low, side.scale, sum, side.sum);
             }
             if F::ZERO == 0 {
-                for i in 0..LANES {
-                    acc[r][i] = scales.min[i].mul_add(side.scaled_sum, acc[r][i]);
+                for (acc, min) in acc[r].iter_mut().zip(scales.min) {
+                    *acc = min.mul_add(side.scaled_sum, *acc);
                 }
             }
         }

@@ -59,8 +59,8 @@ fn one_row<F: BlockFormat>(tile: Tile<'_>, x: Int8Tile<'_>, row: usize) -> Lanes
             add(&scales.low, &std::array::from_fn(|i| low[i] + high[i]), side.sum);
         }
         if F::ZERO == 0 {
-            for i in 0..LANES {
-                acc[i] = scales.min[i].mul_add(side.scaled_sum, acc[i]);
+            for (acc, min) in acc.iter_mut().zip(scales.min) {
+                *acc = min.mul_add(side.scaled_sum, *acc);
             }
         }
     }
