@@ -1,4 +1,5 @@
-//! How fast the matrix product is: `cargo bench -p kernels --bench linear [-- FORMAT [ROWS [ISA]]]`.
+//! How fast the matrix product is: `cargo bench -p kernels --bench linear [-- FORMAT [ROWS
+//! [ISA]]]`.
 //!
 //! A row of the table is one format and shape at one number of rows: the time of a product, the
 //! weight bytes and the multiply-adds (twice that many operations) in a second. Weights rotate

@@ -77,7 +77,8 @@ mod amx {
         __cpuid_count(7, 0).edx & FEATURES == FEATURES && permitted()
     }
 
-    /// Tile data makes a thread's saved state 8 KiB larger, so Linux wants to be asked once a process.
+    /// Tile data makes a thread's saved state 8 KiB larger, so Linux wants to be asked once a
+    /// process.
     #[cfg(target_os = "linux")]
     fn permitted() -> bool {
         const ARCH_PRCTL: isize = 158;

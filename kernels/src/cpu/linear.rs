@@ -1,7 +1,8 @@
 //! The matrix product out [T, N] = x [T, K] · W [N, K]ᵀ + bias in every weight format.
 //!
-//! Weights stay quantised in memory, repacked into tiles of 16 outputs. A row's result never depends
-//! on the other rows, the threads or the order of the work: each sum runs over K in one fixed order.
+//! Weights stay quantised in memory, repacked into tiles of 16 outputs. A row's result never
+//! depends on the other rows, the threads or the order of the work: each sum runs over K in one
+//! fixed order.
 //!
 //! It refuses columns that split a quantisation block, and shapes that do not fit.
 

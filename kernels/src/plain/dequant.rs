@@ -1,7 +1,9 @@
-//! Stored weights to f32, one obvious loop for each format: what every packed layout is compared with.
+//! Stored weights to f32, one obvious loop for each format: what every packed layout is compared
+//! with.
 //!
 //! The block layouts are the public ones of GGUF (ggml): 32 elements with one scale, or 256 with a
-//! scale of scales. Products are rounded before the minimum is added, as the format's reference does.
+//! scale of scales. Products are rounded before the minimum is added, as the format's reference
+//! does.
 
 use crate::Format;
 use half::{bf16, f16};
@@ -118,7 +120,8 @@ fn q4_k(block: &[u8], out: &mut [f32]) {
     }
 }
 
-/// As Q4_K with 32 bytes of high bits before the nibbles: bit `s` of byte `l` is element 32 s + l's.
+/// As Q4_K with 32 bytes of high bits before the nibbles: bit `s` of byte `l` is element 32 s +
+/// l's.
 fn q5_k(block: &[u8], out: &mut [f32]) {
     let (d, dmin) = (half_at(block, 0), half_at(block, 2));
     for (i, out) in out.iter_mut().enumerate() {

@@ -1,8 +1,8 @@
 //! Activations rounded for integer and bf16 products.
 //!
 //! Rows are cut into row tiles of 16, and a row tile is stored block after block of 32 k, so that a
-//! matrix tile is one run of memory. A last row tile of up to `FEW_ROWS` rows is stored as high as it
-//! is; a higher one is filled up with zero rows. Rounding looks at one row's block alone.
+//! matrix tile is one run of memory. A last row tile of up to `FEW_ROWS` rows is stored as high as
+//! it is; a higher one is filled up with zero rows. Rounding looks at one row's block alone.
 
 use super::packed::{BLOCK, LANES};
 use crate::cpu::{Isa, Pool};
@@ -305,8 +305,8 @@ fn round_bf16(x: f32) -> u16 {
     (bits >> 16) as u16
 }
 
-/// From the bits of the largest magnitude: what to multiply with, and the scale that undoes it. With
-/// a NaN or an infinity the scale is NaN; below what can be divided by it is 0.
+/// From the bits of the largest magnitude: what to multiply with, and the scale that undoes it.
+/// With a NaN or an infinity the scale is NaN; below what can be divided by it is 0.
 #[inline(always)]
 pub(super) fn scale_of(max_bits: u32) -> (f32, f32) {
     let max = f32::from_bits(max_bits);

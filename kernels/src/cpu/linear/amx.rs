@@ -1,8 +1,8 @@
 //! Integer products over quantised blocks with AMX, for row tiles of more than a few rows.
 //!
-//! A chunk of a weight tile is unpacked into the first-level cache once and multiplied with every row
-//! tile; the block's scales are applied to the integer sums by AVX-512, in the order of `blocks`.
-//! Zero points are taken off the weights while unpacking: the integers come out the same.
+//! A chunk of a weight tile is unpacked into the first-level cache once and multiplied with every
+//! row tile; the block's scales are applied to the integer sums by AVX-512, in the order of
+//! `blocks`. Zero points are taken off the weights while unpacking: the integers come out the same.
 
 use super::{
     Job,
@@ -16,7 +16,8 @@ use std::{arch::x86_64::*, ops::Range};
 
 /// Blocks unpacked at a time: 12 KiB.
 const CHUNK: usize = 24;
-/// Row tiles that share an unpacked chunk, so that their activations stay in the second-level cache.
+/// Row tiles that share an unpacked chunk, so that their activations stay in the second-level
+/// cache.
 const ROW_TILES: usize = 16;
 
 /// The integer sums of two products: two blocks, or the halves of one.
@@ -175,8 +176,8 @@ fn scale_halves(acc: &mut [__m512; LANES], sums: &Pair, scales: Scaled, sides: &
     }
 }
 
-/// Integer sums of pair `at.0` of the chunk: two blocks (the last twice where it has no second), or,
-/// where `at.1` says so, the halves of one.
+/// Integer sums of pair `at.0` of the chunk: two blocks (the last twice where it has no second),
+/// or, where `at.1` says so, the halves of one.
 #[inline(always)]
 fn product(buffers: &mut Buffers, x: Int8Tile<'_>, blocks: &Range<usize>, at: (usize, bool)) {
     let (pair, halves) = at;
@@ -196,7 +197,7 @@ fn product(buffers: &mut Buffers, x: Int8Tile<'_>, blocks: &Range<usize>, at: (u
         out: out1.as_mut_ptr().cast(),
     };
     // SAFETY: called with tiles of `shapes`. A row tile's block is 16 rows of 32 bytes, of which a
-    // half product reads 16 from `skip` on; an unpacked block is 8 rows of 64 bytes, 16 for each k in
-    // fours, of which it reads 4; sums are 16 rows of 64 bytes.
+    // half product reads 16 from `skip` on; an unpacked block is 8 rows of 64 bytes, 16 for each k
+    // in fours, of which it reads 4; sums are 16 rows of 64 bytes.
     unsafe { int8_pair(first, second) };
 }

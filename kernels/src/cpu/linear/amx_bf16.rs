@@ -1,7 +1,7 @@
 //! Products of bf16 with AMX, at every number of rows.
 //!
-//! Two row tiles meet two weight tiles at a time; where there is only one, it is taken twice and the
-//! copy's result dropped. Each sum runs over K in order in one tile.
+//! Two row tiles meet two weight tiles at a time; where there is only one, it is taken twice and
+//! the copy's result dropped. Each sum runs over K in order in one tile.
 
 use super::{
     Job,

@@ -109,8 +109,8 @@ fn dots<F: BlockFormat, const R: usize>(block: &[u8], x: &[Int8Run; R]) -> ([Sum
     (sums[0], sums[1])
 }
 
-/// Σ of four unsigned times signed bytes in each word. Pairs are summed in 16 bits, which seven bits
-/// of weight cannot overflow; the eighth goes its own way.
+/// Σ of four unsigned times signed bytes in each word. Pairs are summed in 16 bits, which seven
+/// bits of weight cannot overflow; the eighth goes its own way.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn dot_four<F: BlockFormat>(words: __m256i, x: __m256i) -> __m256i {

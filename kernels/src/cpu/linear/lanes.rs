@@ -5,7 +5,8 @@
 use super::packed::{BLOCK, BlockFormat, LANES, Lanes, Scales, Tile, with_block_format};
 use crate::Format;
 
-/// Scales of a block: value = d · (q − ZERO) + min, with d `low` for its first 16 k and `high` after.
+/// Scales of a block: value = d · (q − ZERO) + min, with d `low` for its first 16 k and `high`
+/// after.
 pub(super) struct BlockScales {
     pub low: Lanes,
     pub high: Lanes,

@@ -1,10 +1,12 @@
-//! The packed weight: tiles of 16 outputs, so that a vector register holds the same k of 16 columns.
+//! The packed weight: tiles of 16 outputs, so that a vector register holds the same k of 16
+//! columns.
 //!
 //! A tile is a run of blocks, each 32 values of k for 16 columns, and after them the scales:
 //! - f32, f16: [32][16]; bf16: [16][16][2], the pairs of k side by side that tile products want.
 //! - quantised: [8][16][4] unsigned bytes (k in fours), cut into planes: the low nibbles of group g
 //!   lie in word row g % 4, shifted by 4 (g / 4); bit 4 of group g is bit g of one more word row,
-//!   bits 4 and 5 are pair g % 4 of word row g / 4. Eight-bit values lie as they are, offset by 128.
+//!   bits 4 and 5 are pair g % 4 of word row g / 4. Eight-bit values lie as they are, offset by
+//!   128.
 //! - scales stay as stored, f16 and, for super-blocks of 256, one byte for each sub-block.
 //!
 //! K is padded to whole blocks and N to whole tiles with zeros.

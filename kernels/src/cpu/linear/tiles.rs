@@ -23,7 +23,8 @@ pub(super) struct Tiles(PhantomData<*const ()>);
 
 impl Tiles {
     /// # Safety
-    /// The machine has AMX and the process its permission. No other `Tiles` of this thread is in use.
+    /// The machine has AMX and the process its permission. No other `Tiles` of this thread is in
+    /// use.
     pub unsafe fn configure(shapes: &Shapes) -> Self {
         let mut config = Config {
             palette: 1,
@@ -60,8 +61,8 @@ pub(super) struct Int8Product {
 /// out = x · w for two products, on tiles 0, 2, 4 and 1, 3, 5.
 ///
 /// # Safety
-/// `Tiles` are configured so that 0 and 1 have rows × 64 bytes, 2 and 3 the x and 4 and 5 the w; all
-/// addresses have that much behind them.
+/// `Tiles` are configured so that 0 and 1 have rows × 64 bytes, 2 and 3 the x and 4 and 5 the w;
+/// all addresses have that much behind them.
 #[inline(always)]
 pub(super) unsafe fn int8_pair(first: Int8Product, second: Int8Product) {
     // SAFETY: as the caller promises.
