@@ -265,7 +265,7 @@ mod tests {
         assert_eq!((sampling.params.temperature, sampling.params.top_k), (0.7, 3));
         assert_eq!((sampling.params.top_p, sampling.params.repetition_penalty), (1.0, 1.0));
         let input = SamplingInput { ignore_eos: true, ..SamplingInput::default() };
-        assert_eq!(resolve(input, &defaults, 100).unwrap().stop_ids, []);
+        assert!(resolve(input, &defaults, 100).unwrap().stop_ids.is_empty());
     }
 
     #[test]
