@@ -83,7 +83,7 @@ async fn complete(shared: Arc<Shared>, request: Request, route: Route) -> Respon
     let id = trace.header();
     let mut response = match run(&shared, request, route, trace).await {
         Ok(Ready::Stream { generation, answer, include_usage }) => {
-            sse::respond(route, generation, answer, include_usage, outcome)
+            sse::respond(route, *generation, answer, include_usage, outcome)
         }
         Ok(Ready::Whole(body)) => {
             outcome.set("200");
@@ -102,7 +102,7 @@ async fn complete(shared: Arc<Shared>, request: Request, route: Route) -> Respon
 /// What is ready to be sent.
 enum Ready {
     Whole(Value),
-    Stream { generation: generate::Generation, answer: Answer, include_usage: bool },
+    Stream { generation: Box<generate::Generation>, answer: Answer, include_usage: bool },
 }
 
 async fn run(
@@ -125,6 +125,7 @@ async fn run(
     let mut generation = generate::start(shared, prepared, permit).await?;
     let answer = Answer::new(route, &generation, logprobs);
     if stream {
+        let generation = Box::new(generation);
         return Ok(Ready::Stream { generation, answer, include_usage });
     }
     let mut parts: Vec<Part> = (0..generation.choices).map(|_| Part::default()).collect();

@@ -1,4 +1,5 @@
-//! Which worker a sequence goes to. Pure: no clock, no I/O; a decision follows from the calls so far.
+//! Which worker a sequence goes to. Pure: no clock, no I/O; a decision follows from the calls so
+//! far.
 
 mod least_loaded;
 mod prefix_affinity;

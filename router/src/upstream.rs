@@ -2,7 +2,7 @@
 //!
 //! A stream that breaks goes on elsewhere from the prompt and the tokens received so far: draws
 //! depend on (seed, position) alone, so the client sees one unbroken answer. A full worker leads to
-//! the next one, then to a bounded line in order of arrival; no worker at all leads to a short wait.
+//! the next one, then to a bounded line in order of arrival; no worker at all to a short wait.
 //! What the client got wrong is told at once and never held against a worker. Dropping cancels.
 
 use crate::{
