@@ -144,7 +144,10 @@ fn fetch(source: &Source, cache: &Cache) -> Result<PathBuf> {
 }
 
 #[cfg(test)]
-mod tests {
+mod tests;
+
+#[cfg(test)]
+mod name_tests {
     use super::*;
 
     fn hub(id: &str, file: Option<&str>) -> Repository {
