@@ -58,7 +58,7 @@ impl LogArgs {
 }
 
 /// A model and the ranks that hold it.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 pub struct GroupArgs {
     /// A file, a folder, a short name, org/name[:file], modelscope:org/name or demo
     #[arg(long, default_value = "demo", env = "LOCKSTEP_MODEL")]

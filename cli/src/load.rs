@@ -2,8 +2,9 @@
 
 use anyhow::Result;
 use kernels::cpu::Isa;
-use worker::{Group, GroupConfig, ModelInfo};
+use worker::{Group, GroupConfig, ModelInfo, RankMode};
 
+use crate::args::GroupArgs;
 use crate::progress::{Progress, Unit};
 
 /// A callback that shows how far the weights are loaded.
@@ -16,6 +17,12 @@ pub fn shown() -> impl FnMut(u64, u64) + Send + 'static {
         }
         progress.get_or_insert_with(|| Progress::new("loading", Unit::Bytes, total)).set(done);
     }
+}
+
+/// `GroupArgs::resolve` off the async threads: it may fetch a model.
+pub async fn resolve(args: &GroupArgs, rank_mode: RankMode) -> Result<GroupConfig> {
+    let args = args.clone();
+    tokio::task::spawn_blocking(move || args.resolve(rank_mode)).await?
 }
 
 /// Loads a group in this process.

@@ -11,19 +11,19 @@ use text::GenerationDefaults;
 #[derive(Args, Debug)]
 pub struct SamplingArgs {
     /// 0 is greedy
-    #[arg(long, env = "LOCKSTEP_TEMPERATURE")]
+    #[arg(long, allow_negative_numbers = true, env = "LOCKSTEP_TEMPERATURE")]
     temperature: Option<f32>,
     /// Nucleus mass, above 0 and at most 1
-    #[arg(long, env = "LOCKSTEP_TOP_P")]
+    #[arg(long, allow_negative_numbers = true, env = "LOCKSTEP_TOP_P")]
     top_p: Option<f32>,
     /// Likeliest tokens kept; 0 is off
     #[arg(long, env = "LOCKSTEP_TOP_K")]
     top_k: Option<u32>,
     /// Least probability, as a share of the likeliest token's; 0 is off
-    #[arg(long, env = "LOCKSTEP_MIN_P")]
+    #[arg(long, allow_negative_numbers = true, env = "LOCKSTEP_MIN_P")]
     min_p: Option<f32>,
     /// Above 1 makes seen tokens rarer; 1 is off
-    #[arg(long, env = "LOCKSTEP_REPETITION_PENALTY")]
+    #[arg(long, allow_negative_numbers = true, env = "LOCKSTEP_REPETITION_PENALTY")]
     repetition_penalty: Option<f32>,
     /// From -2 to 2; 0 is off
     #[arg(long, allow_negative_numbers = true, env = "LOCKSTEP_PRESENCE_PENALTY")]

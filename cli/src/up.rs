@@ -59,9 +59,8 @@ async fn start(args: &UpArgs, stop: watch::Receiver<bool>) -> Result<Up> {
         true => Arc::new(InMemory::new()),
         false => Arc::new(args.etcd.connect().await?),
     };
-    let group = &args.group;
-    let config = tokio::task::block_in_place(|| group.resolve(RankMode::Threads))?;
-    let mut config = WorkerConfig::new(config);
+    let group = load::resolve(&args.group, RankMode::Threads).await?;
+    let mut config = WorkerConfig::new(group);
     config.drain_limit = Duration::from_secs(args.drain_seconds);
     let (sender, ended) = watch::channel(*stop.borrow());
     let progress = Box::new(load::shown());

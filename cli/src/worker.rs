@@ -5,7 +5,8 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use cluster::shutdown;
-use worker::{RankMode, Worker, WorkerConfig};
+use tokio::sync::watch;
+use worker::{RankMode, Worker, WorkerConfig, WorkerHandle};
 
 use crate::args::{EtcdArgs, GroupArgs};
 use crate::load;
@@ -45,24 +46,29 @@ async fn run(args: WorkerArgs) -> Result<()> {
         bail!("--listen {} is no address to connect to; {wanted}", args.listen);
     }
     let stop = shutdown::signals().context("cannot listen for signals")?;
-    let membership = Arc::new(args.etcd.connect().await?);
-    let group = &args.group;
-    let group = tokio::task::block_in_place(|| group.resolve(RankMode::Processes))?;
-    let mut config = WorkerConfig::new(group);
-    config.listen = args.listen;
-    config.advertise = args.advertise;
-    config.model_name = args.name;
-    config.waiting_max = args.queue;
-    config.drain_limit = Duration::from_secs(args.drain_seconds);
     let mut early = stop.clone();
-    let progress = Box::new(load::shown());
     let worker = tokio::select! {
-        worker = Worker::start(config, membership, progress, stop) => worker?,
-        () = shutdown::requested(&mut early) => bail!("stopped while starting"),
+        worker = start(args, stop) => worker?,
+        () = shutdown::requested(&mut early) => {
+            tracing::info!("stopped while starting");
+            std::process::exit(130);
+        }
     };
     load::tell(worker.info());
     println!("ready worker=http://{} model={}", worker.addr(), worker.info().name);
     worker.join().await?;
     tracing::info!("stopped");
     Ok(())
+}
+
+async fn start(args: WorkerArgs, stop: watch::Receiver<bool>) -> Result<WorkerHandle> {
+    let membership = Arc::new(args.etcd.connect().await?);
+    let group = load::resolve(&args.group, RankMode::Processes).await?;
+    let mut config = WorkerConfig::new(group);
+    config.listen = args.listen;
+    config.advertise = args.advertise;
+    config.model_name = args.name;
+    config.waiting_max = args.queue;
+    config.drain_limit = Duration::from_secs(args.drain_seconds);
+    Ok(Worker::start(config, membership, Box::new(load::shown()), stop).await?)
 }

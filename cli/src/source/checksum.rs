@@ -29,19 +29,15 @@ pub fn sha256(path: &Path) -> Result<String> {
 /// The file differs.
 pub fn verify(path: &Path, size: u64, sum: Option<&str>) -> Result<()> {
     let found = fs::metadata(path).with_context(|| format!("no file {}", path.display()))?.len();
-    let found_sum = if found == size && sum.is_some() { Some(sha256(path)?) } else { None };
-    let same = found_sum.as_deref() == sum.filter(|_| found == size);
-    if found == size && same {
-        return Ok(());
-    }
-    fs::remove_file(path)?;
     if found != size {
+        fs::remove_file(path)?;
         bail!("{}: {found} bytes came, {size} were announced; try again", path.display());
     }
-    bail!(
-        "{}: SHA-256 is {}, announced was {}; try again",
-        path.display(),
-        found_sum.unwrap_or_default(),
-        sum.unwrap_or_default()
-    )
+    let Some(sum) = sum else { return Ok(()) };
+    let found = sha256(path)?;
+    if found != sum {
+        fs::remove_file(path)?;
+        bail!("{}: SHA-256 is {found}, announced was {sum}; try again", path.display());
+    }
+    Ok(())
 }
