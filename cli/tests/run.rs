@@ -7,13 +7,11 @@ use std::{
 
 use serde_json::Value;
 
-const CHECKPOINT: &str = "goldens/public/qwen3_gqa4_hd128_tied";
+const CHECKPOINT: &str = "../tests/goldens/public/qwen3_gqa4_hd128_tied";
 
 fn lockstep(arguments: &[&str]) -> Output {
-    let tests = std::env::current_exe().unwrap();
-    let binary = tests.parent().unwrap().parent().unwrap().join("lockstep");
-    assert!(binary.exists(), "no {}: run `./dev test`, which builds it", binary.display());
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join(CHECKPOINT);
+    let binary = env!("CARGO_BIN_EXE_lockstep");
     Command::new(binary).arg("run").arg("--model").arg(model).args(arguments).output().unwrap()
 }
 
