@@ -174,7 +174,7 @@ mod name_tests {
     #[test]
     fn what_names_nothing_is_refused_with_a_hint() {
         for (name, word) in [
-            ("qwen3-9b", "did you mean qwen3-8b?"),
+            ("qwen3-9b", "did you mean qwen3-4b?"),
             ("./absent", "does not exist"),
             ("Qwen/Qwen3-8B:../../etc/passwd", "names no repository"),
             ("a/b/c", "names no repository"),

@@ -184,7 +184,7 @@ class Errors(Base):
 
 class Async(unittest.IsolatedAsyncioTestCase):
     async def test_many_at_once_answer_as_one_alone(self):
-        async with openai.AsyncOpenAI(base_url=BASE, api_key="none", max_retries=0) as async_client:
+        async with openai.AsyncOpenAI(base_url=BASE, api_key="none", timeout=120) as async_client:
             model = (await async_client.models.list()).data[0].id
             ask = dict(model=model, messages=CAPITAL, temperature=0, max_tokens=8)
             alone = await async_client.chat.completions.create(**ask)

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 
 ADDRESS = os.environ["LOCKSTEP_TEST_GRPC"].removeprefix("http://")
 HTTP = os.environ["LOCKSTEP_TEST_HTTP"]
+QUESTION = "What is the capital of France? Answer in one word."
 
 
 class Reflection(unittest.TestCase):
@@ -79,7 +80,7 @@ class Reflection(unittest.TestCase):
         self.assertEqual([part.finish_reason for part in by_text if part.finish_reason], ["length"])
 
     def test_chat_answers_the_same_over_both_doors(self):
-        messages = [{"role": "user", "content": "What is the capital of France?"}]
+        messages = [{"role": "user", "content": QUESTION}]
         parts = self.call(
             "lockstep.v1.Inference/Chat",
             model=self.model,
