@@ -52,6 +52,9 @@ pub struct GroupConfig {
     /// Sequences that run at once.
     pub sequences_max: usize,
     pub rank_mode: RankMode,
+    /// What to start for a rank that is a process: it must hand the arguments `rank --rank R
+    /// --world-size N --leader ADDR` to `run_rank`. Default: this program.
+    pub rank_program: Option<PathBuf>,
 }
 
 impl GroupConfig {
@@ -68,6 +71,7 @@ impl GroupConfig {
             step_tokens_max: 512,
             sequences_max: 64,
             rank_mode: RankMode::Threads,
+            rank_program: None,
         }
     }
 }

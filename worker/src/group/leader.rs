@@ -40,7 +40,8 @@ pub(super) trait Crew: Send {
 }
 
 pub(super) struct Leader<B: Backend, C: Collective<B>> {
-    pub runner: Runner<B, C>,
+    /// `None` once the group ends.
+    pub runner: Option<Runner<B, C>>,
     /// `None` when there are no others.
     pub control: Option<Box<dyn HostCollective>>,
     pub casualties: Casualties,
@@ -84,10 +85,10 @@ impl<B: Backend, C: Collective<B>> Executor for Leader<B, C> {
     }
 
     fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
-        let Some(plan) = self.submitted.take() else {
+        let (Some(runner), Some(plan)) = (&mut self.runner, self.submitted.take()) else {
             return Err(ExecutorError("no plan was submitted".into()));
         };
-        self.runner.step(&plan).map_err(|error| self.explain(error.to_string()))
+        runner.step(&plan).map_err(|error| self.explain(error.to_string()))
     }
 
     fn idle(&mut self) -> Result<(), ExecutorError> {
@@ -100,7 +101,8 @@ impl<B: Backend, C: Collective<B>> Drop for Leader<B, C> {
         if let Err(error) = self.tell(&Order::Stop) {
             tracing::debug!(%error, "ranks were not told to stop");
         }
-        // Followers that did not hear it notice that the exchange is gone.
+        // Followers that did not hear it notice that both exchanges are gone.
+        self.runner = None;
         self.control = None;
         self.crew.dismiss();
     }

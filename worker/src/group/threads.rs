@@ -66,7 +66,7 @@ pub(super) fn start(
     });
     let runner = loaded.map_err(|error| casualties.behind(error))?;
     let control = (ranks > 1).then(|| Box::new(control) as Box<dyn HostCollective>);
-    let crew = Box::new(crew);
+    let (crew, runner) = (Box::new(crew), Some(runner));
     let (submitted, message) = (None, Vec::new());
     Ok(Box::new(Leader { runner, control, casualties, crew, submitted, message }))
 }
