@@ -7,7 +7,7 @@ mod scheduler;
 mod sequence;
 
 pub use scheduler::{Scheduler, SchedulerConfig, Stats};
-pub use sequence::{End, PromptOutput, Request, Update};
+pub use sequence::{End, Request, Update};
 
 /// Why a request was refused, or an output could not be taken over.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

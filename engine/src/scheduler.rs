@@ -70,7 +70,6 @@ struct Pending {
 struct Results {
     sampled: HashMap<SequenceId, TokenLogprob>,
     scored: HashMap<SequenceId, Vec<TokenLogprob>>,
-    logits: HashMap<SequenceId, Vec<f32>>,
     failed: HashMap<SequenceId, String>,
 }
 
@@ -326,7 +325,7 @@ impl Scheduler {
         if let Some(reason) = results.failed.remove(&planned.sequence) {
             update.end = Some(End::Failed(reason));
         } else {
-            sequence.advance(planned.start + planned.len, planned.want, context_max);
+            sequence.advance(planned.start + planned.len);
             sequence.publish(&mut self.pool);
             results.take(planned, sequence, &mut update)?;
             // A sequence ends only once everything it has is computed or was just sampled.
@@ -358,7 +357,6 @@ impl Results {
         Self {
             sampled: output.sampled.into_iter().collect(),
             scored: output.scored.into_iter().collect(),
-            logits: output.logits.into_iter().collect(),
             failed: output.failed.into_iter().collect(),
         }
     }
@@ -377,13 +375,6 @@ impl Results {
             let wanted = sequence.deliver(planned.start, scores.len());
             scores.truncate(wanted.end);
             update.scores = scores.split_off(wanted.start);
-        }
-        if planned.want == Want::Logits {
-            let mut logits = self.logits.remove(&id).ok_or_else(|| missing("logits"))?;
-            let vocab = logits.len() / planned.len;
-            let wanted = sequence.deliver(planned.start, planned.len);
-            logits.truncate(wanted.end * vocab);
-            update.logits = logits.split_off(wanted.start * vocab);
         }
         if matches!(planned.want, Want::Sample | Want::Score { sample: true }) {
             let token = self.sampled.remove(&id).ok_or_else(|| missing("sample"))?;

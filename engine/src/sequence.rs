@@ -6,17 +6,6 @@ use crate::{
     plan::{Admission, BLOCK_TOKENS, Chunk, SamplingParams, SequenceId, TokenLogprob, Want},
 };
 
-/// What the caller wants to know about the prompt itself.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum PromptOutput {
-    #[default]
-    Nothing,
-    /// The logprob of each prompt token but the first.
-    Scores,
-    /// The raw logits at every prompt position.
-    Logits,
-}
-
 /// What a caller asks for. The token ids are taken as they are: the engine knows no vocabulary.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
@@ -29,7 +18,8 @@ pub struct Request {
     pub max_tokens: usize,
     /// Any of these ends the answer, and is its last token.
     pub stop_ids: Vec<u32>,
-    pub prompt_output: PromptOutput,
+    /// Whether the logprob of each prompt token but the first is wanted as well.
+    pub score_prompt: bool,
 }
 
 /// Why a sequence ended.
@@ -51,8 +41,6 @@ pub struct Update {
     pub cached_tokens: usize,
     /// Scores of further prompt tokens.
     pub scores: Vec<TokenLogprob>,
-    /// Logits of further prompt positions, [rows, vocabulary] row-major.
-    pub logits: Vec<f32>,
     /// New tokens.
     pub tokens: Vec<TokenLogprob>,
     /// Set on a sequence's last update.
@@ -65,7 +53,6 @@ impl Update {
             sequence: sequence.id,
             cached_tokens: sequence.cached_tokens,
             scores: Vec::new(),
-            logits: Vec::new(),
             tokens: Vec::new(),
             end: None,
         }
@@ -73,14 +60,12 @@ impl Update {
 
     /// Whether there is nothing to tell.
     pub(crate) fn is_empty(&self) -> bool {
-        let nothing = self.scores.is_empty() && self.logits.is_empty() && self.tokens.is_empty();
-        nothing && self.end.is_none()
+        self.scores.is_empty() && self.tokens.is_empty() && self.end.is_none()
     }
 
     /// Appends a later update of the same sequence.
     pub fn merge(&mut self, later: Update) {
         self.scores.extend(later.scores);
-        self.logits.extend(later.logits);
         self.tokens.extend(later.tokens);
         self.end = later.end;
     }
@@ -94,7 +79,8 @@ pub(crate) struct Sequence {
     prompt_len: usize,
     max_tokens: usize,
     stop_ids: Vec<u32>,
-    prompt_output: PromptOutput,
+    /// Prompt rows whose scores are wanted: each scores the token after it.
+    rows_wanted: usize,
     shares: bool,
     /// Tokens whose KV is in `blocks`.
     computed: usize,
@@ -102,7 +88,7 @@ pub(crate) struct Sequence {
     /// How many of `blocks` are published, and the prefix that they make.
     published: usize,
     prefix: Prefix,
-    /// Prompt rows whose scores or logits the caller has.
+    /// Prompt rows whose scores the caller has.
     delivered: usize,
     cached_tokens: usize,
     /// Whether the next chunk must introduce the sequence.
@@ -125,7 +111,7 @@ impl Sequence {
             prompt_len,
             max_tokens: request.max_tokens,
             stop_ids: request.stop_ids,
-            prompt_output: request.prompt_output,
+            rows_wanted: if request.score_prompt { prompt_len - 1 } else { 0 },
             shares,
             computed: 0,
             blocks: Vec::new(),
@@ -178,16 +164,8 @@ impl Sequence {
         full.then_some(End::Length)
     }
 
-    fn rows_wanted(&self) -> usize {
-        match self.prompt_output {
-            PromptOutput::Nothing => 0,
-            PromptOutput::Scores => self.prompt_len - 1,
-            PromptOutput::Logits => self.prompt_len,
-        }
-    }
-
     fn owes_rows(&self) -> bool {
-        self.delivered < self.rows_wanted()
+        self.delivered < self.rows_wanted
     }
 
     /// Takes over published blocks that hold this sequence's first tokens. The last token is always
@@ -230,11 +208,10 @@ impl Sequence {
             stop = stop.min(self.prompt_len);
         }
         let samples = stop == self.tokens.len() && self.end(context_max).is_none();
-        let want = match self.prompt_output {
-            PromptOutput::Scores if self.owes_rows() => Want::Score { sample: samples },
-            PromptOutput::Logits if self.owes_rows() => Want::Logits,
-            _ if samples => Want::Sample,
-            _ => Want::Nothing,
+        let want = match (self.owes_rows(), samples) {
+            (true, sample) => Want::Score { sample },
+            (false, true) => Want::Sample,
+            (false, false) => Want::Nothing,
         };
         let admission = std::mem::take(&mut self.introduce).then(|| {
             self.met = true;
@@ -255,15 +232,9 @@ impl Sequence {
         }
     }
 
-    /// The chunk up to `stop` has run.
-    pub fn advance(&mut self, stop: usize, want: Want, context_max: usize) {
+    /// Everything before `stop` has run.
+    pub fn advance(&mut self, stop: usize) {
         self.computed = stop;
-        // Logits come without a sample: the last token runs once more, to choose the next one. To a
-        // runner that is a sequence admitted anew; where none may begin inside, from its start.
-        if want == Want::Logits && stop == self.tokens.len() && self.end(context_max).is_none() {
-            self.computed = if self.shares { stop - 1 } else { 0 };
-            self.introduce = true;
-        }
     }
 
     /// Makes the full blocks computed so far findable.
@@ -288,7 +259,7 @@ impl Sequence {
     /// Of results for rows `start..start + len`, those that the caller does not have yet.
     pub fn deliver(&mut self, start: usize, len: usize) -> std::ops::Range<usize> {
         let first = (self.delivered - start.min(self.delivered)).min(len);
-        let last = self.rows_wanted().saturating_sub(start).clamp(first, len);
+        let last = self.rows_wanted.saturating_sub(start).clamp(first, len);
         self.delivered = self.delivered.max(start + last);
         first..last
     }

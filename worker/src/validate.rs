@@ -1,7 +1,7 @@
 //! Checks what comes over the wire before the engine sees it. A request that passes can be run; what
 //! the scheduler refuses afterwards is a matter of sizes.
 
-use engine::{PromptOutput, Request, plan::SamplingParams};
+use engine::{Request, plan::SamplingParams};
 use proto::v1;
 
 use crate::{ModelInfo, WorkerError};
@@ -28,7 +28,7 @@ pub(crate) fn request(run: v1::RunRequest, model: &ModelInfo) -> Result<Request,
         params: sampling(params, vocab)?,
         max_tokens: run.max_tokens as usize,
         stop_ids: run.stop_ids,
-        prompt_output: if run.score_prompt { PromptOutput::Scores } else { PromptOutput::Nothing },
+        score_prompt: run.score_prompt,
     })
 }
 

@@ -1,6 +1,5 @@
 use super::*;
 use crate::plan::SamplingParams;
-use crate::sequence::PromptOutput;
 
 const GREEDY: SamplingParams = SamplingParams {
     temperature: 0.0,
@@ -16,8 +15,6 @@ const GREEDY: SamplingParams = SamplingParams {
 };
 /// The stop id of these tests.
 const EOS: u32 = 9;
-/// Width of the logits of the fake model.
-const VOCAB: usize = 2;
 
 fn config(blocks: u32, step_tokens_max: usize) -> SchedulerConfig {
     SchedulerConfig {
@@ -37,7 +34,7 @@ fn request(prompt: Vec<u32>, max_tokens: usize) -> Request {
         params: GREEDY,
         max_tokens,
         stop_ids: vec![EOS],
-        prompt_output: PromptOutput::Nothing,
+        score_prompt: false,
     }
 }
 
@@ -61,10 +58,6 @@ fn run(plan: &StepPlan, sample: impl Fn(SequenceId, usize) -> u32) -> StepOutput
         }
         if matches!(chunk.want, Want::Sample | Want::Score { sample: true }) {
             output.sampled.push((chunk.sequence, known(sample(chunk.sequence, stop))));
-        }
-        if chunk.want == Want::Logits {
-            let rows = (chunk.start..stop).flat_map(|at| [at as f32; VOCAB]);
-            output.logits.push((chunk.sequence, rows.collect()));
         }
     }
     output
@@ -217,7 +210,7 @@ fn no_prefix_is_shared_beyond_its_limit() {
 fn scores_come_for_every_prompt_token_but_the_first() {
     let mut s = Scheduler::new(config(16, 6));
     let prompt: Vec<u32> = (10..30).collect();
-    let scored = Request { prompt_output: PromptOutput::Scores, ..request(prompt.clone(), 2) };
+    let scored = Request { score_prompt: true, ..request(prompt.clone(), 2) };
     s.submit(scored.clone()).unwrap();
     s.submit(Request { max_tokens: 0, ..scored.clone() }).unwrap();
     s.submit(Request { generated: vec![40, 41], max_tokens: 3, ..scored }).unwrap();
@@ -236,26 +229,12 @@ fn a_score_is_told_once_though_the_sequence_was_preempted() {
     let mut s = Scheduler::new(config(4, 8));
     let prompt: Vec<u32> = (10..40).collect();
     s.submit(request(vec![1; 15], 20)).unwrap();
-    let scored = Request { prompt_output: PromptOutput::Scores, ..request(prompt.clone(), 4) };
+    let scored = Request { score_prompt: true, ..request(prompt.clone(), 4) };
     s.submit(scored).unwrap();
     let updates = finish(&mut s);
     assert!(s.stats().preemptions > 0);
     assert_eq!(ids(&updates[&1].scores), prompt[1..]);
     assert_eq!(ids(&updates[&1].tokens), [130, 131, 132, 133]);
-}
-
-#[test]
-fn logits_come_for_every_prompt_position_before_the_answer() {
-    let mut s = Scheduler::new(config(16, 6));
-    let asked = Request { prompt_output: PromptOutput::Logits, ..request(vec![1; 20], 3) };
-    s.submit(asked.clone()).unwrap();
-    s.submit(Request { max_tokens: 0, ..asked }).unwrap();
-    let updates = finish(&mut s);
-    let rows: Vec<f32> = (0..20).flat_map(|at| [at as f32; VOCAB]).collect();
-    assert_eq!(updates[&0].logits, rows);
-    assert_eq!(ids(&updates[&0].tokens), [120, 121, 122]);
-    assert_eq!(updates[&1].logits, rows);
-    assert_eq!(updates[&1].end, Some(End::Length));
 }
 
 #[test]
@@ -423,8 +402,7 @@ impl World {
             params: GREEDY,
             max_tokens,
             stop_ids: vec![EOS],
-            prompt_output: [PromptOutput::Nothing, PromptOutput::Scores, PromptOutput::Logits]
-                [r.below(6) / 2 % 3],
+            score_prompt: r.below(4) == 0,
         };
         let fits = Sequence::check(&request, self.scheduler.context_max());
         match self.scheduler.submit(request.clone()) {

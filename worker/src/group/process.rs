@@ -123,9 +123,8 @@ pub fn run_rank(config: RankConfig) -> Result<(), WorkerError> {
         .spawn(end_with_parent)
         .map_err(WorkerError::io("starting the thread that watches the parent"))?;
     let place = (config.rank, config.world_size);
-    let mut control =
-        Tcp::connect(&config.leader.to_string(), place, &config.token, JOIN_DEADLINE)
-            .map_err(ModelError::from)?;
+    let mut control = Tcp::connect(&config.leader.to_string(), place, &config.token, JOIN_DEADLINE)
+        .map_err(ModelError::from)?;
     control.set_data_deadline(LOAD_DEADLINE);
     let mut message = Vec::new();
     control.broadcast(&mut message, JOIN_DEADLINE).map_err(ModelError::from)?;
