@@ -77,7 +77,8 @@ impl BlockPool {
         self.cached.len()
     }
 
-    /// A block for one holder. Evicts the least recently used cached prefix when nothing else is free.
+    /// A block for one holder. Evicts the least recently used cached prefix when nothing else is
+    /// free.
     pub fn allocate(&mut self) -> Option<u32> {
         let id = match self.unused.pop() {
             Some(id) => id,
@@ -113,7 +114,8 @@ impl BlockPool {
 
     /// One holder less. The last one leaves the block cached if it is published.
     ///
-    /// Release a sequence's blocks from the last to the first: a prefix must outlive what extends it.
+    /// Release a sequence's blocks from the last to the first: a prefix must outlive what extends
+    /// it.
     pub fn release(&mut self, id: u32) {
         let block = &mut self.blocks[id as usize];
         debug_assert!(block.holders > 0, "block {id} released by nobody");

@@ -22,7 +22,8 @@ pub struct SamplingParams {
     pub top_k: u32,
     /// Tokens below `min_p` times the likeliest one's probability are dropped; 0 is off.
     pub min_p: f32,
-    /// Divides positive and multiplies negative logits of tokens seen in prompt or answer; 1 is off.
+    /// Divides positive and multiplies negative logits of tokens seen in prompt or answer; 1 is
+    /// off.
     pub repetition_penalty: f32,
     /// Subtracted once from the logit of every token seen in the answer.
     pub presence_penalty: f32,

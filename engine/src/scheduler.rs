@@ -254,13 +254,14 @@ impl Scheduler {
         }
     }
 
-    /// Starts waiting sequences in order while there is room. The first that does not fit blocks the
-    /// rest, or a long prompt would never have its turn.
+    /// Starts waiting sequences in order while there is room. The first that does not fit blocks
+    /// the rest, or a long prompt would never have its turn.
     fn admit(&mut self, chunks: &mut Vec<Chunk>, budget: &mut usize) {
         while *budget > 0 && self.running.len() < self.config.sequences_max {
             let Some((id, mut sequence)) = self.waiting.pop_first() else { return };
             sequence.reuse_prefix(&mut self.pool);
-            // Every running sequence may soon need one more block; take none that would be taken back.
+            // Every running sequence may soon need one more block; take none that would be taken
+            // back.
             if sequence.blocks_missing() + self.running.len() > self.pool.free() {
                 sequence.free(&mut self.pool);
                 self.waiting.insert(id, sequence);

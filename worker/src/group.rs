@@ -1,7 +1,7 @@
 //! One group: the ranks that hold one model between them, and the leader that drives them.
 //!
-//! Rank 0 is the leader and lives where the engine does; the others only follow. `Group::start` holds
-//! the one choice of backend and exchange; everything behind it is generic over both.
+//! Rank 0 is the leader and lives where the engine does; the others only follow. `Group::start`
+//! holds the one choice of backend and exchange; everything behind it is generic over both.
 
 mod casualties;
 mod follower;
@@ -42,10 +42,11 @@ pub struct GroupConfig {
     pub precision: Precision,
     /// The best instruction set to use. Default: the machine's best.
     pub isa_cap: Option<Isa>,
-    /// Tokens of prompt and answer together. Default: the model's, as far as the KV pool holds them.
+    /// Tokens of prompt and answer together. Default: the model's, as far as the KV pool holds
+    /// them.
     pub context_max: Option<usize>,
-    /// Bytes of the KV pool, all ranks together. Default: 16 contexts or a quarter of the free memory,
-    /// whichever is less.
+    /// Bytes of the KV pool, all ranks together. Default: 16 contexts or a quarter of the free
+    /// memory, whichever is less.
     pub kv_memory: Option<u64>,
     /// Tokens in one step.
     pub step_tokens_max: usize,

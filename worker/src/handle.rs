@@ -1,9 +1,9 @@
 //! The engine loop: one OS thread that owns the scheduler and the executor.
 //!
 //! Requests come in through a bounded channel, results go out through mailboxes that never make the
-//! loop wait. A reader that is gone is a cancelled sequence: its blocks are free before the next step.
-//! With nothing to do the thread sleeps, and wakes twice a second to tell the other ranks that it
-//! lives.
+//! loop wait. A reader that is gone is a cancelled sequence: its blocks are free before the next
+//! step. With nothing to do the thread sleeps, and wakes twice a second to tell the other ranks
+//! that it lives.
 
 use std::{
     collections::HashMap,
@@ -78,7 +78,8 @@ impl Engine {
         Ok(Self { commands, stats, failure, thread: Mutex::new(Some(thread)) })
     }
 
-    /// Hands a request to the scheduler. The output's first update comes when the first result does.
+    /// Hands a request to the scheduler. The output's first update comes when the first result
+    /// does.
     ///
     /// Errors: refused by the scheduler (`Engine`), or the group is lost (`Group`).
     pub async fn run(&self, request: Request) -> Result<Output, WorkerError> {

@@ -1,7 +1,8 @@
 //! Where a sequence's updates wait for their reader.
 //!
-//! The engine must never wait for a slow client, and a slow client must not make a queue grow: updates
-//! that were not fetched yet become one. What waits here is bounded by the prompt and `max_tokens`.
+//! The engine must never wait for a slow client, and a slow client must not make a queue grow:
+//! updates that were not fetched yet become one. What waits here is bounded by the prompt and
+//! `max_tokens`.
 
 use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError,

@@ -79,7 +79,8 @@ impl Worker {
     /// Listens, announces itself as loading, loads the group, and serves. `progress` hears of bytes
     /// loaded and in all. Returns once requests are taken.
     ///
-    /// When `shutdown` turns true the worker drains by itself; `WorkerHandle::join` waits for the end.
+    /// When `shutdown` turns true the worker drains by itself; `WorkerHandle::join` waits for the
+    /// end.
     pub async fn start(
         config: WorkerConfig,
         membership: Arc<dyn Membership>,

@@ -1,5 +1,5 @@
-//! Checks what comes over the wire before the engine sees it. A request that passes can be run; what
-//! the scheduler refuses afterwards is a matter of sizes.
+//! Checks what comes over the wire before the engine sees it. A request that passes can be run;
+//! what the scheduler refuses afterwards is a matter of sizes.
 
 use engine::{Request, plan::SamplingParams};
 use proto::v1;

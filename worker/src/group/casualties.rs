@@ -11,7 +11,8 @@ use model::ModelError;
 /// How long to wait for the reason of a rank's end once its end is known.
 pub(super) const REASON_PATIENCE: Duration = Duration::from_secs(1);
 
-/// The first rank to die is the cause; a few more are kept, since others die of it at the same time.
+/// The first rank to die is the cause; a few more are kept, since others die of it at the same
+/// time.
 const REPORTS_MAX: usize = 4;
 
 #[derive(Default)]

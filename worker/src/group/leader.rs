@@ -1,7 +1,7 @@
 //! Rank 0: tells the other ranks what to run, and runs its own share.
 //!
-//! One message a step and no reply: what a step produces comes out of the exchange between the ranks.
-//! While nothing runs, an empty message says that the leader lives.
+//! One message a step and no reply: what a step produces comes out of the exchange between the
+//! ranks. While nothing runs, an empty message says that the leader lives.
 
 use std::time::Duration;
 

@@ -30,8 +30,8 @@ fn meminfo(text: &str) -> Option<u64> {
     Some(kib * 1024)
 }
 
-/// What version 2 or version 1 limits leave; a group's cache of files can be taken back and counts as
-/// free.
+/// What version 2 or version 1 limits leave; a group's cache of files can be taken back and counts
+/// as free.
 fn control_group() -> Option<u64> {
     let number = |path: String| read(path)?.trim().parse::<u64>().ok();
     let groups = read("/proc/self/cgroup")?;

@@ -1,9 +1,9 @@
 //! Ranks as processes of their own: a rank that dies or hangs can be seen, named and ended.
 //!
-//! Rank 0 is the worker's process. It starts the others from its own executable, hands them a secret
-//! through the environment and everything else over the control link, and watches them: what a rank
-//! said last is part of the reason when it ends. A rank's standard input is held open by its parent;
-//! when that closes, the parent is gone, and the rank ends too.
+//! Rank 0 is the worker's process. It starts the others from its own executable, hands them a
+//! secret through the environment and everything else over the control link, and watches them: what
+//! a rank said last is part of the reason when it ends. A rank's standard input is held open by its
+//! parent; when that closes, the parent is gone, and the rank ends too.
 
 use std::{
     collections::VecDeque,
@@ -113,8 +113,8 @@ impl Settings {
     }
 }
 
-/// Serves as one rank until the leader says stop; blocks the calling thread. What to load, the leader
-/// says. Ends the process when standard input closes: then the parent is gone.
+/// Serves as one rank until the leader says stop; blocks the calling thread. What to load, the
+/// leader says. Ends the process when standard input closes: then the parent is gone.
 ///
 /// Errors: the leader cannot be reached or is lost, or the model cannot be loaded.
 pub fn run_rank(config: RankConfig) -> Result<(), WorkerError> {
@@ -197,7 +197,11 @@ fn accept(
     let (sender, receiver) = sync_channel(1);
     let token = token.to_owned();
     // Ends by itself at the deadline, whether or not anybody still waits.
-    thread::spawn(move || sender.send(door.accept(ranks, &token, JOIN_DEADLINE)));
+    thread::spawn(move || {
+        let joined = door.accept(ranks, &token, JOIN_DEADLINE);
+        // Nobody waits any more where a rank ended meanwhile.
+        let _unwanted = sender.send(joined).is_err();
+    });
     loop {
         match receiver.recv_timeout(POLL) {
             Ok(joined) => return Ok(joined.map_err(ModelError::from)?),

@@ -1,0 +1,215 @@
+//! Ranks that are processes: they serve as threads do, and their end is noticed, named and clean.
+//!
+//! The rank program is this test binary, called through a script that turns the arguments of a rank
+//! into the one ignored test that serves as one.
+
+use std::{
+    fs,
+    io::ErrorKind,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use engine::{
+    Request, Scheduler,
+    plan::{ExecutorError, SamplingParams, TokenLogprob},
+};
+use kernels::cpu::Precision;
+use tempfile::TempDir;
+use worker::{
+    Group, GroupConfig, RANK_TOKEN_VARIABLE, RankConfig, RankMode, WorkerError, run_rank,
+};
+
+const PLACE_VARIABLE: &str = "LOCKSTEP_TEST_PLACE";
+
+/// Not a test of its own: what the script below starts.
+#[test]
+#[ignore = "serves as a rank of the other tests"]
+fn serve_as_rank() {
+    let Ok(place) = std::env::var(PLACE_VARIABLE) else { return };
+    let mut words = place.split(' ');
+    let mut word = || words.next().expect("rank, world size, leader");
+    let config = RankConfig {
+        rank: word().parse().unwrap(),
+        world_size: word().parse().unwrap(),
+        leader: word().parse().unwrap(),
+        token: std::env::var(RANK_TOKEN_VARIABLE).unwrap(),
+    };
+    run_rank(config).unwrap();
+}
+
+/// An executable script; `{exe}` in its text is this test binary.
+fn script(dir: &TempDir, text: &str) -> PathBuf {
+    let exe = std::env::current_exe().unwrap();
+    let path = dir.path().join("rank.sh");
+    let text = text.replace("{exe}", exe.to_str().unwrap());
+    fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+/// A rank that notes its process id beside the script.
+fn rank_script(dir: &TempDir) -> PathBuf {
+    let text = format!(
+        "echo $$ > {}/pid.$3\n{PLACE_VARIABLE}=\"$3 $5 $7\" exec \"{{exe}}\" --ignored --exact \
+         serve_as_rank --nocapture",
+        dir.path().display()
+    );
+    script(dir, &text)
+}
+
+fn config(rank_mode: RankMode, ranks: usize, program: PathBuf) -> GroupConfig {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/public");
+    GroupConfig {
+        ranks,
+        threads_per_rank: Some(1),
+        precision: Precision::Exact,
+        context_max: Some(256),
+        kv_memory: Some(16 << 20),
+        rank_mode,
+        rank_program: Some(program),
+        ..GroupConfig::new(root.join("qwen2_gqa4_tied_sharded"))
+    }
+}
+
+fn start(config: GroupConfig) -> Result<Group, WorkerError> {
+    Group::start(config, &mut |_, _| {})
+}
+
+fn pid(dir: &TempDir, rank: usize) -> String {
+    fs::read_to_string(dir.path().join(format!("pid.{rank}"))).unwrap().trim().to_owned()
+}
+
+fn signal(pid: &str, name: &str) {
+    assert!(Command::new("kill").args([name, pid]).status().unwrap().success());
+}
+
+/// Waits for a process that somebody else reaps.
+fn ended(pid: &str, limit: Duration) -> bool {
+    let deadline = Instant::now() + limit;
+    while Instant::now() < deadline {
+        let path = format!("/proc/{pid}/stat");
+        match fs::read_to_string(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return true,
+            _ => thread::sleep(Duration::from_millis(20)),
+        }
+    }
+    false
+}
+
+fn answer(group: &mut Group) -> Vec<TokenLogprob> {
+    let request = Request {
+        prompt: (0..40).map(|at| (at * 31 + 7) % 370).collect(),
+        generated: Vec::new(),
+        params: SamplingParams {
+            temperature: 0.9,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            seed: 5,
+            logit_bias: Vec::new(),
+            logprobs: Some(2),
+        },
+        max_tokens: 20,
+        stop_ids: Vec::new(),
+        score_prompt: false,
+    };
+    let mut scheduler = Scheduler::new(group.info.scheduler_config(1));
+    scheduler.submit(request).unwrap();
+    let mut tokens = Vec::new();
+    while let Some(plan) = scheduler.schedule() {
+        group.executor.submit(&plan).unwrap();
+        let output = group.executor.collect().unwrap();
+        for update in scheduler.commit(output).unwrap() {
+            tokens.extend(update.tokens);
+        }
+    }
+    tokens
+}
+
+#[test]
+fn processes_answer_as_threads_do_and_end_with_their_group() {
+    let dir = TempDir::new().unwrap();
+    let program = rank_script(&dir);
+    for ranks in [2, 3] {
+        let mut processes = start(config(RankMode::Processes, ranks, program.clone())).unwrap();
+        let mut threads = start(config(RankMode::Threads, ranks, program.clone())).unwrap();
+        assert_eq!(answer(&mut processes), answer(&mut threads), "{ranks} ranks");
+        processes.executor.idle().unwrap();
+        drop(processes);
+        for rank in 1..ranks {
+            assert!(ended(&pid(&dir, rank), Duration::from_millis(100)), "rank {rank} was reaped");
+        }
+    }
+}
+
+#[test]
+fn a_killed_rank_fails_the_group_at_once_and_by_name() {
+    let dir = TempDir::new().unwrap();
+    let mut group = start(config(RankMode::Processes, 2, rank_script(&dir))).unwrap();
+    assert_eq!(answer(&mut group).len(), 20);
+    signal(&pid(&dir, 1), "-KILL");
+    let start = Instant::now();
+    let ExecutorError(reason) = loop {
+        match group.executor.idle() {
+            Ok(()) => thread::sleep(Duration::from_millis(20)),
+            Err(error) => break error,
+        }
+        assert!(start.elapsed() < Duration::from_secs(5));
+    };
+    assert!(reason.contains("rank 1") && reason.contains("signal: 9"), "{reason}");
+    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_rank_that_hangs_is_ended_with_its_group() {
+    let dir = TempDir::new().unwrap();
+    let group = start(config(RankMode::Processes, 2, rank_script(&dir))).unwrap();
+    let hanging = pid(&dir, 1);
+    signal(&hanging, "-STOP");
+    drop(group);
+    assert!(ended(&hanging, Duration::from_millis(100)));
+}
+
+#[test]
+fn a_rank_that_cannot_start_says_why_through_the_leader() {
+    let dir = TempDir::new().unwrap();
+    let program = script(&dir, "echo no such library >&2\nexit 3");
+    let begun = Instant::now();
+    let error = start(config(RankMode::Processes, 2, program)).err().expect("no group").to_string();
+    assert!(error.contains("no such library") && error.contains("exit status: 3"), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    let missing = config(RankMode::Processes, 2, dir.path().join("missing"));
+    let error = start(missing).err().expect("no group").to_string();
+    assert!(error.contains("missing"), "{error}");
+}
+
+#[test]
+fn a_rank_ends_with_its_parent() {
+    let mut rank = Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "serve_as_rank", "--nocapture"])
+        // Nobody listens there: the rank would look for its leader for half a minute.
+        .env(PLACE_VARIABLE, "1 2 127.0.0.1:9")
+        .env(RANK_TOKEN_VARIABLE, "secret")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    drop(rank.stdin.take());
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let status = loop {
+        if let Some(status) = rank.try_wait().unwrap() {
+            break status;
+        }
+        assert!(Instant::now() < deadline, "the rank outlives its parent");
+        thread::sleep(Duration::from_millis(20));
+    };
+    assert!(!status.success());
+}
