@@ -32,6 +32,8 @@ use crate::{
 
 /// Largest request: a prompt of millions of tokens.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
+/// On one connection: a router has one, and must hear of a full queue instead of waiting unseen.
+const STREAMS_MAX: u32 = 4096;
 /// A peer that answers no ping within these is gone, and its streams with it.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -200,6 +202,7 @@ async fn spawn_server(
         .into();
     let server = Server::builder()
         .accept_http1(true)
+        .max_concurrent_streams(Some(STREAMS_MAX))
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .add_routes(routes)
