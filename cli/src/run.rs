@@ -1,8 +1,10 @@
 //! `lockstep run`: one generation without a server.
 
 use std::{
+    fmt,
     io::{Write, stdout},
     path::PathBuf,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
@@ -102,13 +104,14 @@ pub fn main(args: RunArgs) -> Result<()> {
     }
     let mut reader = Reader::new(&args, &language, &prompt);
     reader.show(&reader.text.clone())?;
-    generate(&mut direct, &args, &prompt, &params, &mut reader)?;
+    let timings = generate(&mut direct, &args, &prompt, &params, &mut reader)?;
     let answer = reader.finish()?;
     if args.json {
         println!("{}", serde_json::to_string(&answer)?);
     } else {
         println!();
     }
+    eprintln!("{timings}");
     Ok(())
 }
 
@@ -118,8 +121,42 @@ fn generate(
     prompt: &[u32],
     params: &SamplingParams,
     reader: &mut Reader,
-) -> Result<()> {
-    direct.generate(prompt, params, args.max_tokens, |token| reader.accept(token))
+) -> Result<Timings> {
+    let start = Instant::now();
+    let (mut first, mut tokens) = (None, 0);
+    direct.generate(prompt, params, args.max_tokens, |token| {
+        first.get_or_insert_with(|| start.elapsed());
+        tokens += 1;
+        reader.accept(token)
+    })?;
+    let first = first.unwrap_or_default();
+    Ok(Timings { prompt: prompt.len(), first, tokens, rest: start.elapsed() - first })
+}
+
+/// How long the parts of a generation took.
+struct Timings {
+    /// Tokens.
+    prompt: usize,
+    /// From the start to the first token.
+    first: Duration,
+    /// Tokens of the answer.
+    tokens: usize,
+    /// From the first token to the last.
+    rest: Duration,
+}
+
+impl fmt::Display for Timings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { prompt, first, tokens, rest } = self;
+        let rate = |tokens: usize, time: &Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
+        let (first_seconds, prefill) = (first.as_secs_f64(), rate(*prompt, first));
+        write!(f, "{prompt} tokens prefill {prefill:.1} tok/s ({first_seconds:.3} s)")?;
+        if *tokens > 1 {
+            let (seconds, decode) = (rest.as_secs_f64(), rate(tokens - 1, rest));
+            write!(f, ", {tokens} tokens decode {decode:.1} tok/s ({seconds:.3} s)")?;
+        }
+        Ok(())
+    }
 }
 
 /// Reads the tokens of the answer and knows when it ends.
