@@ -41,6 +41,14 @@ pub trait HostCollective: Send + 'static {
     -> Result<(), CollectiveError>;
     /// Every rank's floats, concatenated in rank order; shares may differ in length.
     fn all_gather(&mut self, mine: &[f32], all: &mut Vec<f32>) -> Result<(), CollectiveError>;
+    /// all [rows, Σ cols] = every rank's floats [rows, cols_r] side by side, in rank order;
+    /// `cols[r]` is rank r's width.
+    fn all_gather_cols(
+        &mut self,
+        mine: &[f32],
+        cols: &[usize],
+        all: &mut [f32],
+    ) -> Result<(), CollectiveError>;
     /// Element-wise sum over the ranks, added in rank order.
     fn all_reduce_sum(&mut self, values: &mut [f32]) -> Result<(), CollectiveError>;
 }
@@ -70,7 +78,7 @@ fn take_share(
     replace: bool,
 ) -> Result<(), CollectiveError> {
     if share.len() != values.len() {
-        let detail = format!("{} floats to sum, {} on rank {rank}", values.len(), share.len());
+        let detail = format!("{} floats due, {} from rank {rank}", values.len(), share.len());
         return Err(CollectiveError::Mismatch(detail));
     }
     if replace {
@@ -78,5 +86,26 @@ fn take_share(
     } else {
         values.iter_mut().zip(share).for_each(|(value, share)| *value += share);
     }
+    Ok(())
+}
+
+/// The columns of `rank` in all [rows, Σ cols] = its share [rows, cols_rank].
+fn take_cols(
+    all: &mut [f32],
+    share: &[f32],
+    cols: &[usize],
+    (rank, world_size): (usize, usize),
+) -> Result<(), CollectiveError> {
+    let total: usize = cols.iter().sum();
+    let width = cols.get(rank).copied().unwrap_or(0);
+    let rows = all.len() / total.max(1);
+    if cols.len() != world_size || all.len() != rows * total || share.len() != rows * width {
+        let (due, came) = (all.len(), share.len());
+        let detail = format!("{came} floats from rank {rank} for {due} in columns {cols:?}");
+        return Err(CollectiveError::Mismatch(detail));
+    }
+    let first: usize = cols[..rank].iter().sum();
+    let rows = all.chunks_exact_mut(total.max(1)).zip(share.chunks_exact(width.max(1)));
+    rows.for_each(|(row, share)| row[first..first + width].copy_from_slice(share));
     Ok(())
 }

@@ -145,6 +145,10 @@ impl Backend for Cpu {
         Some(floats)
     }
 
+    fn host_view<'a>(&self, floats: &'a Aligned<f32>) -> Option<&'a [f32]> {
+        Some(floats)
+    }
+
     fn weight(&self, parts: &[WeightPart<'_>]) -> Result<CpuWeight, KernelError> {
         CpuWeight::pack(parts, self.precision)
     }

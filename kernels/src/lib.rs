@@ -128,6 +128,10 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn host_floats<'a>(&self, _floats: &'a mut Self::Floats) -> Option<&'a mut [f32]> {
         None
     }
+    /// As [`Self::host_floats`], for reading.
+    fn host_view<'a>(&self, _floats: &'a Self::Floats) -> Option<&'a [f32]> {
+        None
+    }
     /// Repacks `parts`, stacked by rows: part 0's outputs come first. All share K.
     fn weight(&self, parts: &[WeightPart<'_>]) -> Result<Self::Weight, KernelError>;
     /// Room for `blocks` blocks of 16 tokens of K and V. Zeroed.

@@ -121,6 +121,10 @@ impl Backend for Plain {
         Some(floats)
     }
 
+    fn host_view<'a>(&self, floats: &'a Vec<f32>) -> Option<&'a [f32]> {
+        Some(floats)
+    }
+
     fn weight(&self, parts: &[WeightPart<'_>]) -> Result<PlainWeight, KernelError> {
         let (rows, cols) = WeightPart::check(parts)?;
         let mut values = host::zeroed("a weight", rows * cols)?;

@@ -74,7 +74,15 @@ fn everything_agrees<H: HostCollective>(group: Vec<H>) {
             member.all_gather(&numbers(rank, op, len + rank), &mut gathered).unwrap();
             let want: Vec<f32> = (0..world_size).flat_map(|r| numbers(r, op, len + r)).collect();
             assert_eq!(gathered, want);
-            seen.push((sum, gathered));
+            let cols: Vec<usize> = (0..world_size).map(|r| len + r).collect();
+            let mine = numbers(rank, op, 3 * cols[rank]);
+            let mut rows = vec![5.0; 3 * cols.iter().sum::<usize>()];
+            member.all_gather_cols(&mine, &cols, &mut rows).unwrap();
+            let ranks: Vec<_> = (0..world_size).map(|r| numbers(r, op, 3 * cols[r])).collect();
+            let share = |row: usize, r: usize| ranks[r][row * cols[r]..][..cols[r]].to_vec();
+            let places = (0..3).flat_map(|row| (0..world_size).map(move |r| (row, r)));
+            assert_eq!(rows, places.flat_map(|(row, r)| share(row, r)).collect::<Vec<_>>());
+            seen.push((sum, rows));
         }
         seen
     });
@@ -215,6 +223,16 @@ fn disagreement_is_found<H: HostCollective>(group: Vec<H>) {
     assert!(outcomes.iter().all(|o| matches!(o, Ok(Err(_)))), "{outcomes:?}");
 }
 
+fn widths_that_do_not_fit_are_found<H: HostCollective>(group: Vec<H>) {
+    let outcomes = all(group, |rank, mut member| {
+        let cols = if rank == 0 { [4, 4] } else { [4, 5] };
+        member.all_gather_cols(&vec![1.0; cols[rank]], &cols, &mut vec![0.0; 4 + cols[1]])
+    });
+    let mismatch = |o: &thread::Result<_>| matches!(o, Ok(Err(CollectiveError::Mismatch(_))));
+    assert!(outcomes.iter().any(mismatch), "{outcomes:?}");
+    assert!(outcomes.iter().all(|o| matches!(o, Ok(Err(_)))), "{outcomes:?}");
+}
+
 fn disorder_is_found<H: HostCollective>(group: Vec<H>) {
     let outcomes = all(group, |rank, mut member| {
         if rank == 0 {
@@ -231,6 +249,8 @@ fn disorder_is_found<H: HostCollective>(group: Vec<H>) {
 fn ranks_that_disagree_are_told() {
     disagreement_is_found(Threads::group(2));
     disagreement_is_found(tcp_group(2, LONG));
+    widths_that_do_not_fit_are_found(Threads::group(2));
+    widths_that_do_not_fit_are_found(tcp_group(2, LONG));
     disorder_is_found(Threads::group(2));
     disorder_is_found(tcp_group(2, LONG));
 }

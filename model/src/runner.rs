@@ -9,7 +9,7 @@ mod results;
 
 use crate::{
     Checkpoint, DecoderConfig, ModelError, Shard,
-    decoder::{Context, Decoder, Scratch, ScratchShape},
+    decoder::{Context, Decoder, Scratch, ScratchShape, Width},
     rope::RopeTables,
     sampler::{Sampler, Seen},
 };
@@ -98,13 +98,14 @@ pub fn prefix_reuse_max(config: &DecoderConfig) -> Option<usize> {
 }
 
 fn scratch_shape(config: &DecoderConfig, shard: &Shard, options: &RunnerOptions) -> ScratchShape {
+    let (heads, dim) = (shard.heads(), config.head_dim);
     ScratchShape {
         tokens_max: options.step_tokens_max,
-        hidden: config.hidden,
-        heads: shard.heads(),
-        intermediate: shard.ffn.len(),
-        vocab: config.vocab,
-        local_vocab: shard.vocab.len(),
+        heads,
+        attention: Width { local: heads.q * dim, whole: config.q_heads * dim },
+        hidden: Width { local: shard.hidden.len(), whole: config.hidden },
+        intermediate: Width { local: shard.ffn.len(), whole: config.intermediate },
+        vocab: Width { local: shard.vocab.len(), whole: config.vocab },
     }
 }
 

@@ -1,29 +1,14 @@
 //! Which part of a model each rank holds.
 //!
 //! Attention is split by groups of query heads that share a KV head, in contiguous uneven runs.
-//! More ranks than KV heads hold copies of them and split their query heads. Feed-forward columns
-//! are split where the weight format lets them be cut, vocabulary rows anywhere. No rank is idle.
+//! More ranks than KV heads hold copies of them and split their query heads. Every matrix is cut
+//! between rows, which any format allows. No rank is idle.
 
 use std::ops::Range;
 
 use kernels::Heads;
 
 use crate::{DecoderConfig, ModelError};
-
-/// Columns that belong together because a quantisation block may not be cut.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct SplitUnits {
-    /// Inputs of the attention output matrix.
-    pub attention: usize,
-    /// Inputs of the down matrix.
-    pub ffn: usize,
-}
-
-impl Default for SplitUnits {
-    fn default() -> Self {
-        Self { attention: 1, ffn: 1 }
-    }
-}
 
 /// One rank's part of every layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +19,9 @@ pub struct Shard {
     pub q_heads: Range<usize>,
     /// KV heads of the model; other ranks may hold the same one.
     pub kv_heads: Range<usize>,
+    /// Columns of the hidden state that the rank's rows of the attention output and down matrices
+    /// compute.
+    pub hidden: Range<usize>,
     /// Columns of the feed-forward layer.
     pub ffn: Range<usize>,
     /// Rows of the embedding table and of the output matrix.
@@ -44,17 +32,16 @@ pub struct Shard {
 impl Shard {
     pub(crate) fn new(
         config: &DecoderConfig,
-        units: SplitUnits,
         rank: usize,
         world_size: usize,
     ) -> Result<Self, ModelError> {
         if rank >= world_size {
             return Err(ModelError::Options(format!("there is no rank {rank} of {world_size}")));
         }
-        match split(config, units, world_size) {
+        match split(config, world_size) {
             Ok(mut shards) => Ok(shards.swap_remove(rank)),
             Err(reason) => {
-                let works = |n: &usize| split(config, units, *n).is_ok();
+                let works = |n: &usize| split(config, *n).is_ok();
                 let max = (1..=config.q_heads).rev().find(works).unwrap_or(1);
                 Err(ModelError::Ranks { world_size, max, reason })
             }
@@ -68,42 +55,32 @@ impl Shard {
 }
 
 /// The shards of every rank, or why there can be none.
-fn split(
-    config: &DecoderConfig,
-    units: SplitUnits,
-    world_size: usize,
-) -> Result<Vec<Shard>, String> {
-    let DecoderConfig { q_heads, kv_heads, head_dim, intermediate, vocab, .. } = *config;
-    if world_size > q_heads {
-        return Err(format!("the model has {q_heads} attention heads"));
+fn split(config: &DecoderConfig, world_size: usize) -> Result<Vec<Shard>, String> {
+    let DecoderConfig { q_heads, kv_heads, head_dim, hidden, intermediate, vocab, .. } = *config;
+    for (count, what) in [
+        (q_heads, "attention heads"),
+        (hidden, "hidden columns"),
+        (intermediate, "feed-forward columns"),
+        (vocab, "rows in its vocabulary"),
+    ] {
+        if world_size > count {
+            return Err(format!("the model has {count} {what}"));
+        }
     }
-    let ffn_unit = preferred_unit(intermediate, units.ffn, world_size).ok_or_else(|| {
-        format!("{intermediate} feed-forward columns can only be cut every {}", units.ffn)
-    })?;
-    let vocab_unit = preferred_unit(vocab, 1, world_size)
-        .ok_or_else(|| format!("the vocabulary has {vocab} rows"))?;
-    (0..world_size)
-        .map(|rank| {
-            let (q_heads, kv_heads) = heads(q_heads, kv_heads, rank, world_size);
-            let cut = q_heads.end * head_dim;
-            if !cut.is_multiple_of(units.attention) {
-                return Err(format!(
-                    "a cut at attention column {cut} would split a block of {}",
-                    units.attention
-                ));
-            }
-            let scaled = |share: Range<usize>, unit: usize| share.start * unit..share.end * unit;
-            Ok(Shard {
-                rank,
-                world_size,
-                q_heads,
-                kv_heads,
-                ffn: scaled(share(intermediate / ffn_unit, rank, world_size), ffn_unit),
-                vocab: scaled(share(vocab / vocab_unit, rank, world_size), vocab_unit),
-                head_dim,
-            })
-        })
-        .collect()
+    let shard = |rank| {
+        let (q_heads, kv_heads) = heads(q_heads, kv_heads, rank, world_size);
+        Shard {
+            rank,
+            world_size,
+            q_heads,
+            kv_heads,
+            hidden: run_share(hidden, rank, world_size),
+            ffn: run_share(intermediate, rank, world_size),
+            vocab: run_share(vocab, rank, world_size),
+            head_dim,
+        }
+    };
+    Ok((0..world_size).map(shard).collect())
 }
 
 /// The query and KV heads of one rank.
@@ -128,12 +105,13 @@ fn share(count: usize, rank: usize, world_size: usize) -> Range<usize> {
     start..start + each + usize::from(rank < more)
 }
 
-/// The widest run, up to 32 columns, that divides `count`, respects `unit` and leaves no rank
-/// without: vector instructions like whole runs.
-fn preferred_unit(count: usize, unit: usize, world_size: usize) -> Option<usize> {
-    [32, 16, 8, 4, 2, 1].into_iter().find(|wide| {
-        count.is_multiple_of(*wide) && wide.is_multiple_of(unit) && count / wide >= world_size
-    })
+/// As [`share`], in the widest runs, up to 16, that divide `count` and leave no rank without:
+/// vector instructions like whole runs.
+fn run_share(count: usize, rank: usize, world_size: usize) -> Range<usize> {
+    let fits = |run: &usize| count.is_multiple_of(*run) && count / run >= world_size;
+    let run = [16, 8, 4, 2].into_iter().find(fits).unwrap_or(1);
+    let runs = share(count / run, rank, world_size);
+    runs.start * run..runs.end * run
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use formats::{FormatError, Layout, Tensors};
 use kernels::WeightPart;
 
-use crate::{DecoderConfig, ModelError, Shard, config::RopeScaling, shard::SplitUnits};
+use crate::{DecoderConfig, ModelError, Shard, config::RopeScaling};
 pub(crate) use names::{GGUF_EMBED, Qkv, TensorNames};
 use slice::Cut;
 
@@ -27,7 +27,6 @@ pub struct Checkpoint {
     name: String,
     names: TensorNames,
     tensors: Tensors,
-    units: SplitUnits,
 }
 
 impl Checkpoint {
@@ -55,9 +54,7 @@ impl Checkpoint {
         };
         expected::check(&tensors, &config, &names)?;
         let name = model_name(&layout, path);
-        let mut checkpoint = Self { config, name, names, tensors, units: SplitUnits::default() };
-        checkpoint.units = checkpoint.split_units();
-        Ok(checkpoint)
+        Ok(Self { config, name, names, tensors })
     }
 
     pub fn config(&self) -> &DecoderConfig {
@@ -79,7 +76,7 @@ impl Checkpoint {
     /// # Errors
     /// `Ranks` where the model cannot be split so far, with the largest number that works.
     pub fn shard(&self, rank: usize, world_size: usize) -> Result<Shard, ModelError> {
-        Shard::new(&self.config, self.units, rank, world_size)
+        Shard::new(&self.config, rank, world_size)
     }
 
     /// Bytes that the rank's weights take as stored in the files; a tied table counts once.
@@ -144,7 +141,7 @@ impl Checkpoint {
         for (stem, cut) in self.projections(layer, shard) {
             let (rows, heads_of) = match cut {
                 Cut::Heads { rows, head_dim } => (rows, Some(head_dim)),
-                Cut::Rows(range) | Cut::Cols(range) => (range, None),
+                Cut::Rows(range) => (range, None),
             };
             let name = format!("{stem}.bias");
             bias.extend(slice::vector(&self.tensors, &name, rows, heads_of)?);
@@ -164,7 +161,7 @@ impl Checkpoint {
         self.config.qk_norm.then(norm).transpose()
     }
 
-    /// [H, q D]: the columns of the rank's query heads.
+    /// [H_local, q D]: the rows of `shard.hidden`.
     pub fn attn_out(
         &self,
         layer: usize,
@@ -182,7 +179,7 @@ impl Checkpoint {
         self.read(&self.gate_up_cuts(layer, shard))
     }
 
-    /// [H, I_local]: the columns of `shard.ffn`.
+    /// [H_local, I]: the rows of `shard.hidden`.
     pub fn down(
         &self,
         layer: usize,
@@ -232,9 +229,7 @@ impl Checkpoint {
     }
 
     fn attn_out_cut(&self, layer: usize, shard: &Shard) -> (String, Cut) {
-        let dim = self.config.head_dim;
-        let cols = shard.q_heads.start * dim..shard.q_heads.end * dim;
-        (self.names.of_layer(layer, self.names.attn_out), Cut::Cols(cols))
+        (self.names.of_layer(layer, self.names.attn_out), Cut::Rows(shard.hidden.clone()))
     }
 
     fn gate_up_cuts(&self, layer: usize, shard: &Shard) -> [(String, Cut); 2] {
@@ -243,20 +238,7 @@ impl Checkpoint {
     }
 
     fn down_cut(&self, layer: usize, shard: &Shard) -> (String, Cut) {
-        (self.names.of_layer(layer, self.names.down), Cut::Cols(shard.ffn.clone()))
-    }
-
-    /// Where columns may be cut, by the coarsest format of any layer.
-    fn split_units(&self) -> SplitUnits {
-        let coarsest = |name: &str| {
-            (0..self.config.layers)
-                .filter_map(|layer| self.tensors.get(&self.names.of_layer(layer, name)))
-                .filter_map(|info| expected::format(info.dtype))
-                .map(|format| format.split_elements())
-                .max()
-                .unwrap_or(1)
-        };
-        SplitUnits { attention: coarsest(self.names.attn_out), ffn: coarsest(self.names.down) }
+        (self.names.of_layer(layer, self.names.down), Cut::Rows(shard.hidden.clone()))
     }
 }
 

@@ -25,20 +25,14 @@ fn whole(tensors: &Tensors, name: &str) -> Vec<u8> {
     bytes
 }
 
-/// The bytes in use of each row; all these checkpoints are bf16.
-fn rows(part: &WeightPart<'_>) -> Vec<Vec<u8>> {
-    assert_eq!(part.data.len(), part.rows * part.stored_cols * 2);
-    let row = |bytes: &[u8]| bytes[part.cols.start * 2..part.cols.end * 2].to_vec();
-    part.data.chunks_exact(part.stored_cols * 2).map(row).collect()
-}
-
-fn side_by_side(parts: Vec<WeightPart<'static>>) -> Vec<u8> {
-    let parts: Vec<_> = parts.iter().map(rows).collect();
-    (0..parts[0].len()).flat_map(|row| parts.iter().flat_map(move |p| p[row].clone())).collect()
-}
-
+/// The bytes of parts on top of each other; all these checkpoints are bf16.
 fn stacked(parts: impl IntoIterator<Item = WeightPart<'static>>) -> Vec<u8> {
-    parts.into_iter().flat_map(|part| rows(&part).concat()).collect()
+    let whole_rows = |part: WeightPart<'static>| {
+        assert_eq!(part.cols, 0..part.stored_cols);
+        assert_eq!(part.data.len(), part.rows * part.stored_cols * 2);
+        part.data.into_owned()
+    };
+    parts.into_iter().flat_map(whole_rows).collect()
 }
 
 fn bf16(values: &[f32]) -> Vec<u8> {
@@ -74,11 +68,12 @@ impl Split<'_> {
         stacked(self.each(|c, s| c.gate_up(layer, s)).into_iter().map(|mut p| p.swap_remove(index)))
     }
 
-    fn columns(
+    /// The rows of every rank.
+    fn rows(
         &self,
         read: impl Fn(&Checkpoint, &Shard) -> Result<Vec<WeightPart<'static>>, ModelError>,
     ) -> Vec<u8> {
-        side_by_side(self.each(read).into_iter().flatten().collect())
+        stacked(self.each(read).into_iter().flatten())
     }
 }
 
@@ -111,10 +106,10 @@ fn check_layer(split: &Split<'_>, tensors: &Tensors, layer: usize) {
             assert_eq!(*found, whole(tensors, name), "{name}");
         }
     }
-    assert_eq!(split.columns(|c, s| c.attn_out(layer, s)), whole(tensors, &out));
+    assert_eq!(split.rows(|c, s| c.attn_out(layer, s)), whole(tensors, &out));
     assert_eq!(split.half_of_gate_up(layer, 0), whole(tensors, &gate));
     assert_eq!(split.half_of_gate_up(layer, 1), whole(tensors, &up));
-    assert_eq!(split.columns(|c, s| c.down(layer, s)), whole(tensors, &down));
+    assert_eq!(split.rows(|c, s| c.down(layer, s)), whole(tensors, &down));
 }
 
 #[test]
@@ -133,10 +128,8 @@ fn slices_of_all_ranks_are_the_whole_checkpoint() {
             let shard = |rank| checkpoint.shard(rank, world_size).unwrap();
             let shards = (0..world_size).map(shard).collect();
             let split = Split { checkpoint: &checkpoint, shards };
-            let table = split.each(Checkpoint::embed).into_iter().flatten();
-            assert_eq!(stacked(table), whole(&tensors, embed));
-            let output = split.each(Checkpoint::lm_head).into_iter().flatten();
-            assert_eq!(stacked(output), whole(&tensors, head));
+            assert_eq!(split.rows(Checkpoint::embed), whole(&tensors, embed));
+            assert_eq!(split.rows(Checkpoint::lm_head), whole(&tensors, head));
             for layer in 0..config.layers {
                 check_layer(&split, &tensors, layer);
             }

@@ -164,45 +164,35 @@ fn the_original_qwen_packs_q_k_and_v() {
 }
 
 #[test]
-fn columns_are_cut_inside_of_super_blocks() {
+fn rows_of_blocks_are_dealt_out_whole() {
     let mut tiny = Tiny::new("qwen2", 768);
-    tiny.rest().qkv();
-    let stored: Vec<u8> = (0..64 * 3 * 210usize).map(|n| (n * 31 % 251) as u8).collect();
-    tiny.file.tensor("blk.0.ffn_down.weight", &[768, 64], Q6_K, &stored);
-    let checkpoint = tiny.open().unwrap();
-    for (rank, blocks, cols) in [(0, 0..2, 0..384), (1, 1..3, 128..512)] {
-        let shard = checkpoint.shard(rank, 2).unwrap();
-        assert_eq!(shard.ffn, rank * 384..(rank + 1) * 384);
-        let down = checkpoint.down(0, &shard).unwrap();
-        let [part] = &down[..] else { panic!("{down:?}") };
-        assert_eq!((part.format, part.rows, part.stored_cols), (Format::Q6K, 64, 512));
-        assert_eq!(part.cols, cols);
-        let rows = stored.chunks_exact(630);
-        let expected: Vec<_> =
-            rows.flat_map(|r| &r[blocks.start * 210..blocks.end * 210]).collect();
-        assert!(part.data.iter().eq(expected));
-    }
-    let bytes = |rank, of| checkpoint.weight_bytes(&checkpoint.shard(rank, of).unwrap()).unwrap();
-    let shared = bytes(0, 2) + bytes(1, 2) - bytes(0, 1);
-    assert_eq!(shared, 64 * 210, "the super-block in the middle is held twice");
-}
-
-#[test]
-fn a_head_that_would_be_cut_inside_of_a_block_limits_the_ranks() {
-    let mut tiny = Tiny::new("qwen2", 96);
-    tiny.qkv().down();
     tiny.matrix("token_embd.weight", 10, 64).vector("output_norm.weight", 64);
     tiny.vector("blk.0.attn_norm.weight", 64).vector("blk.0.ffn_norm.weight", 64);
-    tiny.matrix("blk.0.ffn_gate.weight", 96, 64).matrix("blk.0.ffn_up.weight", 96, 64);
-    tiny.file.tensor("blk.0.attn_output.weight", &[64, 64], Q8_0, &[0; 64 * 2 * 34]);
+    tiny.matrix("blk.0.ffn_gate.weight", 768, 64).matrix("blk.0.ffn_up.weight", 768, 64).qkv();
+    let stored: Vec<u8> = (0..64 * 3 * 210usize).map(|n| (n * 31 % 251) as u8).collect();
+    tiny.file.tensor("blk.0.ffn_down.weight", &[768, 64], Q6_K, &stored);
+    // A head has half a block.
+    tiny.file.tensor("blk.0.attn_output.weight", &[64, 64], Q8_0, &stored[..64 * 2 * 34]);
     let checkpoint = tiny.open().unwrap();
-    checkpoint.shard(1, 2).unwrap();
-    let refused = checkpoint.shard(0, 4).unwrap_err().to_string();
-    assert_eq!(
-        refused,
-        "cannot split over 4 ranks: a cut at attention column 16 would split a block of 32; \
-         at most 2 ranks work"
-    );
+    let bytes = |rank, of| checkpoint.weight_bytes(&checkpoint.shard(rank, of).unwrap()).unwrap();
+    for world_size in 1..=4 {
+        let shards = (0..world_size).map(|rank| checkpoint.shard(rank, world_size).unwrap());
+        let (mut down, mut out) = (Vec::new(), Vec::new());
+        for shard in shards {
+            for (read, format, cols, all) in [
+                (checkpoint.down(0, &shard), Format::Q6K, 768, &mut down),
+                (checkpoint.attn_out(0, &shard), Format::Q8_0, 64, &mut out),
+            ] {
+                let [part] = &read.unwrap()[..] else { panic!("{shard:?}") };
+                assert_eq!((part.format, part.rows), (format, shard.hidden.len()));
+                assert_eq!((part.stored_cols, part.cols.clone()), (cols, 0..cols));
+                all.extend_from_slice(&part.data);
+            }
+        }
+        assert_eq!(down, stored);
+        assert_eq!(out, stored[..64 * 2 * 34]);
+    }
+    assert_eq!(bytes(0, 2) + bytes(1, 2), bytes(0, 1), "nothing is held twice");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Device tensors exchanged through host memory: for backends without a link of their own.
 //!
-//! Where activations are host floats already, sums are taken in place.
+//! Where activations are host floats already, nothing is copied on the way.
 
 use super::{Collective, CollectiveError, HostCollective};
 use crate::{Backend, KernelError, ShapeError, Tensor};
@@ -68,28 +68,21 @@ impl<B: Backend, H: HostCollective> Collective<B> for Staged<H> {
         if out.rows != rows || out.cols != total {
             return Err(misfit("out", out.rows, out.cols));
         }
-        self.fetch(device, x)?;
-        if cols.len() == 1 {
-            return Ok(device.write_floats(&mut out.data, &self.mine)?);
-        }
-        self.host.all_gather(&self.mine, &mut self.all)?;
-        if self.all.len() != rows * total {
-            let detail = format!("{} floats gathered for {rows} x {cols:?}", self.all.len());
-            return Err(CollectiveError::Mismatch(detail));
-        }
-        // Ranks lie one after the other; rows want them side by side.
-        self.mine.resize(rows * total, 0.0);
-        let mut shares = self.all.as_slice();
-        let mut first = 0;
-        for &width in cols {
-            let (share, rest) = shares.split_at(rows * width);
-            for row in 0..rows {
-                self.mine[row * total + first..][..width]
-                    .copy_from_slice(&share[row * width..][..width]);
+        let (mine, all) = (rows * x.cols, rows * total);
+        let share = match device.host_view(&x.data) {
+            Some(values) => values.get(..mine).ok_or_else(|| misfit("x", rows, x.cols))?,
+            None => {
+                self.fetch(device, x)?;
+                &self.mine
             }
-            (shares, first) = (rest, first + width);
+        };
+        if let Some(values) = device.host_floats(&mut out.data) {
+            let values = values.get_mut(..all).ok_or_else(|| misfit("out", rows, total))?;
+            return self.host.all_gather_cols(share, cols, values);
         }
-        Ok(device.write_floats(&mut out.data, &self.mine)?)
+        self.all.resize(all, 0.0);
+        self.host.all_gather_cols(share, cols, &mut self.all)?;
+        Ok(device.write_floats(&mut out.data, &self.all)?)
     }
 }
 

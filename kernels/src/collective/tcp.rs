@@ -9,7 +9,7 @@
 mod hello;
 mod link;
 
-use super::{CollectiveError, HostCollective, take_share};
+use super::{CollectiveError, HostCollective, take_cols, take_share};
 use hello::Hello;
 use link::{Kind, Link};
 use std::{
@@ -199,6 +199,32 @@ impl HostCollective for Tcp {
             for link in &mut group.links {
                 link.receive_floats(kind, &mut group.share, deadline)?;
                 all.extend_from_slice(&group.share);
+            }
+            group.links.iter_mut().try_for_each(|link| link.send_floats(kind, all, deadline))
+        })
+    }
+
+    fn all_gather_cols(
+        &mut self,
+        mine: &[f32],
+        cols: &[usize],
+        all: &mut [f32],
+    ) -> Result<(), CollectiveError> {
+        let ranks = self.world_size;
+        if ranks == 1 {
+            return take_cols(all, mine, cols, (0, ranks));
+        }
+        self.operate(|group, operation| {
+            let (kind, deadline) = ((Kind::Gather, operation), group.data_deadline);
+            if group.rank > 0 {
+                group.links[0].send_floats(kind, mine, deadline)?;
+                group.links[0].receive_floats(kind, &mut group.share, deadline)?;
+                return take_share(all, &group.share, 0, true);
+            }
+            take_cols(all, mine, cols, (0, ranks))?;
+            for link in &mut group.links {
+                link.receive_floats(kind, &mut group.share, deadline)?;
+                take_cols(all, &group.share, cols, (link.rank(), ranks))?;
             }
             group.links.iter_mut().try_for_each(|link| link.send_floats(kind, all, deadline))
         })

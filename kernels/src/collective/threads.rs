@@ -269,6 +269,30 @@ impl HostCollective for Threads {
         })
     }
 
+    fn all_gather_cols(
+        &mut self,
+        mine: &[f32],
+        cols: &[usize],
+        all: &mut [f32],
+    ) -> Result<(), CollectiveError> {
+        const OP: &str = "all_gather_cols";
+        let ranks = self.world_size();
+        if ranks == 1 {
+            return super::take_cols(all, mine, cols, (0, ranks));
+        }
+        self.operate(|group| {
+            let deadline = group.data_deadline;
+            group.post(OP, deadline, |slot| slot.share(Kind::Gather, mine))?;
+            super::take_cols(all, mine, cols, (group.rank, ranks))?;
+            for rank in (0..ranks).filter(|&rank| rank != group.rank) {
+                group.fetch(rank, (OP, Kind::Gather), deadline, |slot| {
+                    super::take_cols(all, &slot.floats, cols, (rank, ranks))
+                })?;
+            }
+            Ok(())
+        })
+    }
+
     fn all_reduce_sum(&mut self, values: &mut [f32]) -> Result<(), CollectiveError> {
         const OP: &str = "all_reduce_sum";
         if self.world_size() == 1 {

@@ -1,6 +1,6 @@
 //! Uploads one rank's part of a checkpoint, one matrix in memory at a time.
 
-use super::{Decoder, Layer};
+use super::{Decoder, Layer, Shares};
 use crate::{Checkpoint, ModelError, Shard, rope::RopeTables};
 use kernels::{Backend, Tensor, WeightPart};
 
@@ -41,9 +41,6 @@ impl<B: Backend> Decoder<B> {
         let config = checkpoint.config();
         let total = checkpoint.weight_bytes(shard)?;
         let mut upload = Upload { device, done: 0, total, progress };
-        let vocab_shares = (0..shard.world_size)
-            .map(|rank| Ok(checkpoint.shard(rank, shard.world_size)?.vocab.len()))
-            .collect::<Result<_, ModelError>>()?;
         let embedding = upload.weight(checkpoint.embed(shard)?)?;
         let layers = (0..config.layers)
             .map(|index| Layer::load(&mut upload, checkpoint, shard, index))
@@ -61,7 +58,22 @@ impl<B: Backend> Decoder<B> {
             cos_sin: Tensor::from_host(device, config.head_dim, &rope.cos_sin(config))?,
             heads: shard.heads(),
             norm_eps: config.norm_eps,
-            vocab_shares,
+            shares: Shares::of_ranks(checkpoint, shard.world_size)?,
+        })
+    }
+}
+
+impl Shares {
+    fn of_ranks(checkpoint: &Checkpoint, world_size: usize) -> Result<Self, ModelError> {
+        let shards = (0..world_size)
+            .map(|rank| checkpoint.shard(rank, world_size))
+            .collect::<Result<Vec<_>, _>>()?;
+        let each = |cols: fn(&Shard) -> usize| shards.iter().map(cols).collect();
+        Ok(Self {
+            attention: each(|shard| shard.heads().q * shard.heads().dim),
+            hidden: each(|shard| shard.hidden.len()),
+            intermediate: each(|shard| shard.ffn.len()),
+            vocab: each(|shard| shard.vocab.len()),
         })
     }
 }

@@ -11,12 +11,8 @@ fn config(heads: usize, kv: usize, dim: usize, ffn: usize, vocab: usize) -> Deco
     DecoderConfig::from_json(config.to_string().as_bytes()).unwrap()
 }
 
-fn blocks(unit: usize) -> SplitUnits {
-    SplitUnits { attention: unit, ffn: unit }
-}
-
-fn all(config: &DecoderConfig, units: SplitUnits, world_size: usize) -> Vec<Shard> {
-    (0..world_size).map(|rank| Shard::new(config, units, rank, world_size).unwrap()).collect()
+fn all(config: &DecoderConfig, world_size: usize) -> Vec<Shard> {
+    (0..world_size).map(|rank| Shard::new(config, rank, world_size).unwrap()).collect()
 }
 
 fn tile(ranges: impl IntoIterator<Item = Range<usize>>, whole: usize) {
@@ -40,13 +36,16 @@ fn every_split_covers_the_model_once() {
         (6, 1, 32, 224, 306),
     ] {
         let config = config(heads, kv, dim, ffn, vocab);
-        for world_size in 1..=heads.min(ffn / 32) {
-            let shards = all(&config, blocks(32), world_size);
+        for world_size in 1..=heads {
+            let shards = all(&config, world_size);
             tile(shards.iter().map(|s| s.q_heads.clone()), heads);
+            tile(shards.iter().map(|s| s.hidden.clone()), heads * dim);
             tile(shards.iter().map(|s| s.ffn.clone()), ffn);
             tile(shards.iter().map(|s| s.vocab.clone()), vocab);
             for shard in &shards {
-                assert!(shard.ffn.start.is_multiple_of(32));
+                for start in [shard.hidden.start, shard.ffn.start] {
+                    assert!(start.is_multiple_of(16), "{shard:?}");
+                }
                 let group = heads / kv;
                 for head in shard.q_heads.clone() {
                     assert!(shard.kv_heads.contains(&(head / group)), "{shard:?}");
@@ -61,50 +60,50 @@ fn every_split_covers_the_model_once() {
                 tile(shards.iter().map(|s| s.kv_heads.clone()), kv);
             }
             let sizes: Vec<_> = shards.iter().map(|s| s.ffn.len()).collect();
-            assert!(sizes[0] - sizes[world_size - 1] <= 32, "shares differ by a block at most");
+            assert!(sizes[0] - sizes[world_size - 1] <= 16, "shares differ by a run at most");
         }
     }
 }
 
 #[test]
 fn three_groups_over_two_ranks_are_two_and_one() {
-    let shards = all(&config(9, 3, 64, 1536, 49152), blocks(32), 2);
+    let shards = all(&config(9, 3, 64, 1536, 49152), 2);
     assert_eq!((shards[0].q_heads.clone(), shards[0].kv_heads.clone()), (0..6, 0..2));
     assert_eq!((shards[1].q_heads.clone(), shards[1].kv_heads.clone()), (6..9, 2..3));
 }
 
 #[test]
-fn a_width_of_231_groups_splits_over_four_ranks() {
-    let shards = all(&config(64, 8, 128, 29568, 152_064), blocks(32), 4);
+fn a_width_of_231_groups_splits_over_any_number_of_ranks() {
+    let shards = all(&config(64, 8, 128, 29568, 152_064), 4);
     assert!(shards.iter().all(|s| s.ffn.len() == 7392));
-    let shards = all(&config(64, 8, 128, 29568, 152_064), blocks(32), 5);
-    let widths: Vec<_> = shards.iter().map(|s| s.ffn.len() / 32).collect();
-    assert_eq!(widths, [185, 185, 185, 185, 184]);
+    let shards = all(&config(64, 8, 128, 29568, 152_064), 5);
+    let widths: Vec<_> = shards.iter().map(|s| s.ffn.len() / 16).collect();
+    assert_eq!(widths, [370, 370, 370, 369, 369]);
+}
+
+#[test]
+fn widths_without_whole_runs_are_cut_finer() {
+    let shards = all(&config(3, 1, 64, 200, 20), 3);
+    let ffn: Vec<_> = shards.iter().map(|s| s.ffn.len()).collect();
+    let vocab: Vec<_> = shards.iter().map(|s| s.vocab.len()).collect();
+    assert_eq!((ffn, vocab), (vec![72, 64, 64], vec![8, 8, 4]));
 }
 
 #[test]
 fn a_refusal_names_the_most_ranks_that_work() {
-    let refused = |config: &DecoderConfig, unit, world_size| match Shard::new(
-        config,
-        blocks(unit),
-        0,
-        world_size,
-    )
-    .unwrap_err()
-    {
-        ModelError::Ranks { max, reason, .. } => (max, reason),
-        other => panic!("{other}"),
-    };
-    let (max, reason) = refused(&config(9, 3, 64, 1536, 49152), 32, 10);
+    let refused =
+        |config: &DecoderConfig, world_size| match Shard::new(config, 0, world_size).unwrap_err() {
+            ModelError::Ranks { max, reason, .. } => (max, reason),
+            other => panic!("{other}"),
+        };
+    let (max, reason) = refused(&config(9, 3, 64, 1536, 49152), 10);
     assert_eq!((max, reason.as_str()), (9, "the model has 9 attention heads"));
-    let (max, reason) = refused(&config(8, 8, 64, 96, 512), 32, 4);
-    assert!(max == 3 && reason.contains("every 32"), "{max}: {reason}");
-    let (max, reason) = refused(&config(4, 4, 48, 256, 512), 32, 3);
-    assert!(max == 2 && reason.contains("column 96") || reason.contains("column 144"), "{reason}");
-    let (max, _) = refused(&config(8, 8, 64, 256, 3), 1, 4);
-    assert_eq!(max, 3);
+    let (max, reason) = refused(&config(8, 8, 64, 3, 512), 4);
+    assert_eq!((max, reason.as_str()), (3, "the model has 3 feed-forward columns"));
+    let (max, reason) = refused(&config(8, 8, 64, 256, 3), 4);
+    assert_eq!((max, reason.as_str()), (3, "the model has 3 rows in its vocabulary"));
     assert!(matches!(
-        Shard::new(&config(9, 3, 64, 1536, 49152), blocks(1), 2, 2),
+        Shard::new(&config(9, 3, 64, 1536, 49152), 2, 2),
         Err(ModelError::Options(_))
     ));
 }

@@ -1,4 +1,4 @@
-//! Reads parts of stored tensors: runs of rows, runs of columns, vectors.
+//! Reads parts of stored tensors: runs of rows, and vectors.
 
 use std::{borrow::Cow, ops::Range};
 
@@ -12,21 +12,18 @@ use crate::ModelError;
 /// Which part of a matrix [N, K] a rank holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Cut {
-    /// All columns of some rows.
+    /// Some rows.
     Rows(Range<usize>),
     /// As `Rows`, whole heads of this size, each put from interleaved into rotate-half order.
     Heads { rows: Range<usize>, head_dim: usize },
-    /// Some columns of all rows, at multiples of the format's `split_elements`.
-    Cols(Range<usize>),
 }
 
 /// A cut in terms of the file's bytes.
 struct Extent {
     format: Format,
     rows: Range<usize>,
-    /// Columns covered by whole blocks.
-    stored: Range<usize>,
-    /// Bytes of a whole row in the file.
+    /// K.
+    cols: usize,
     row_bytes: usize,
 }
 
@@ -39,70 +36,37 @@ impl Extent {
             ))
         };
         let format = format(info.dtype).ok_or_else(inconsistent)?;
-        let [all_rows, all_cols] = info.shape[..] else { return Err(inconsistent()) };
-        let (all_rows, all_cols) = (all_rows as usize, all_cols as usize);
-        let (rows, cols) = match cut {
-            Cut::Rows(rows) | Cut::Heads { rows, .. } => (rows.clone(), 0..all_cols),
-            Cut::Cols(cols) => (0..all_rows, cols.clone()),
-        };
-        let aligned = [cols.start, cols.end].iter().all(|c| c % format.split_elements() == 0);
-        if rows.end > all_rows || cols.end > all_cols || !aligned {
+        let [all_rows, cols] = info.shape[..] else { return Err(inconsistent()) };
+        let (Cut::Rows(rows) | Cut::Heads { rows, .. }) = cut;
+        let (all_rows, cols) = (all_rows as usize, cols as usize);
+        if rows.end > all_rows {
             return Err(inconsistent());
         }
-        let block = format.block_elements();
-        let stored = cols.start / block * block..cols.end.next_multiple_of(block);
-        let row_bytes = all_cols / block * format.block_bytes();
-        Ok(Self { format, rows, stored, row_bytes })
-    }
-
-    /// Bytes of the file before column `col`, a block's first, within a row.
-    fn bytes_before(&self, col: usize) -> usize {
-        col / self.format.block_elements() * self.format.block_bytes()
-    }
-
-    /// Bytes of each row that are read.
-    fn stored_bytes(&self) -> usize {
-        self.bytes_before(self.stored.end) - self.bytes_before(self.stored.start)
+        let row_bytes = cols / format.block_elements() * format.block_bytes();
+        Ok(Self { format, rows: rows.clone(), cols, row_bytes })
     }
 }
 
 /// Bytes that [`part`] would read.
 pub(super) fn part_bytes(tensors: &Tensors, name: &str, cut: &Cut) -> Result<u64, ModelError> {
     let extent = Extent::new(find(tensors, name)?, cut)?;
-    Ok(extent.rows.len() as u64 * extent.stored_bytes() as u64)
+    Ok(extent.rows.len() as u64 * extent.row_bytes as u64)
 }
 
-/// Reads one part of a matrix, and of the file only the blocks that it touches.
+/// Reads one part of a matrix, and no other bytes of the file.
 pub(super) fn part(
     tensors: &Tensors,
     name: &str,
     cut: &Cut,
 ) -> Result<WeightPart<'static>, ModelError> {
-    let extent = Extent::new(find(tensors, name)?, cut)?;
-    let stored_bytes = extent.stored_bytes();
-    let first = extent.bytes_before(extent.stored.start);
-    let mut data = vec![0; extent.rows.len() * stored_bytes];
-    if stored_bytes == extent.row_bytes {
-        tensors.read_at(name, (extent.rows.start * stored_bytes) as u64, &mut data)?;
-    } else {
-        for (row, into) in extent.rows.clone().zip(data.chunks_exact_mut(stored_bytes.max(1))) {
-            tensors.read_at(name, (row * extent.row_bytes + first) as u64, into)?;
-        }
-    }
+    let Extent { format, rows, cols, row_bytes } = Extent::new(find(tensors, name)?, cut)?;
+    let mut data = vec![0; rows.len() * row_bytes];
+    tensors.read_at(name, (rows.start * row_bytes) as u64, &mut data)?;
     if let Cut::Heads { head_dim, .. } = cut {
-        data = to_rotate_half(&data, *head_dim, stored_bytes);
+        data = to_rotate_half(&data, *head_dim, row_bytes);
     }
-    let cols = match cut {
-        Cut::Cols(cols) => cols.start - extent.stored.start..cols.end - extent.stored.start,
-        Cut::Rows(_) | Cut::Heads { .. } => 0..extent.stored.len(),
-    };
-    Ok(WeightPart {
-        format: extent.format,
-        rows: extent.rows.len(),
-        stored_cols: extent.stored.len(),
-        cols,
-        data: Cow::Owned(data),
-    })
+    let (rows, data) = (rows.len(), Cow::Owned(data));
+    Ok(WeightPart { format, rows, stored_cols: cols, cols: 0..cols, data })
 }
 
 /// Some numbers of a vector; `heads_of` as in [`Cut::Heads`].

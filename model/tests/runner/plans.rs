@@ -134,5 +134,13 @@ fn activation_memory_is_told_before_it_is_taken() {
     let token = 3 * 128 + 384 + 128 + 3 * 320;
     let rope = 240 * 64;
     assert_eq!(bytes(&OPTIONS), 4 * (256 * token + 64 * (2 * 128 + 384) + rope));
+    // Half of the heads, H, I and V on one of two ranks, and the four exchanged matrices whole.
+    let shard = checkpoint.shard(0, 2).unwrap();
+    let token = 2 * 128 + 192 + (64 + 128) + (64 + 128) + 2 * 160 + (160 + 320);
+    let logits = 2 * 128 + (192 + 384);
+    assert_eq!(
+        model::activation_bytes(checkpoint.config(), &shard, &OPTIONS),
+        4 * (256 * token + 64 * logits + rope)
+    );
     assert_eq!(bytes(&RunnerOptions { step_tokens_max: usize::MAX, ..OPTIONS }), usize::MAX);
 }
