@@ -230,7 +230,6 @@ fn widths_that_do_not_fit_are_found<H: HostCollective>(group: Vec<H>) {
     });
     let mismatch = |o: &thread::Result<_>| matches!(o, Ok(Err(CollectiveError::Mismatch(_))));
     assert!(outcomes.iter().any(mismatch), "{outcomes:?}");
-    assert!(outcomes.iter().all(|o| matches!(o, Ok(Err(_)))), "{outcomes:?}");
 }
 
 fn disorder_is_found<H: HostCollective>(group: Vec<H>) {
