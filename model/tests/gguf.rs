@@ -7,13 +7,31 @@ mod common;
 use std::{os::unix::fs::FileExt, path::PathBuf};
 
 use common::{GgufFile, safetensors};
-use kernels::Format;
-use model::{Checkpoint, ModelError, RopeScaling};
+use engine::plan::{Admission, Chunk, SamplingParams, StepPlan, Want};
+use kernels::{
+    Format,
+    collective::{Staged, Threads},
+    cpu::{Cpu, CpuConfig, Isa, Precision},
+};
+use model::{Checkpoint, ModelError, RopeScaling, Runner, RunnerOptions};
 
 const F32: u32 = 0;
 const Q8_0: u32 = 8;
 const Q2_K: u32 = 10;
 const Q6_K: u32 = 14;
+
+const GREEDY: SamplingParams = SamplingParams {
+    temperature: 0.0,
+    top_p: 1.0,
+    top_k: 0,
+    min_p: 0.0,
+    repetition_penalty: 1.0,
+    presence_penalty: 0.0,
+    frequency_penalty: 0.0,
+    seed: 0,
+    logit_bias: Vec::new(),
+    logprobs: None,
+};
 
 /// One layer: 4 query heads over 2 KV heads of 16 dimensions, hidden size 64, 10 tokens.
 struct Tiny {
@@ -319,4 +337,77 @@ fn safetensors_must_fit_their_configuration() {
         "num_hidden_layers":1,"num_attention_heads":1,"intermediate_size":8,
         "max_position_embeddings":16}"#;
     assert!(open(config).contains("tensor model.embed_tokens.weight [4, 8] is missing"));
+}
+
+/// As `Tiny::matrix`, in blocks of 32 pseudo-random bytes behind a scale.
+fn quantised(tiny: &mut Tiny, name: &str, rows: u64, cols: u64) {
+    let scale = half::f16::from_f32(1.0 / 512.0).to_le_bytes();
+    let mut state = name.len() as u32 + 1;
+    let mut byte = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 24) as u8
+    };
+    let mut block = || scale.into_iter().chain(std::array::from_fn::<u8, 32, _>(|_| byte()));
+    let data: Vec<u8> = (0..rows * cols / 32).flat_map(|_| block()).collect();
+    tiny.file.tensor(name, &[cols, rows], Q8_0, &data);
+}
+
+/// The bits of every logit of one prompt.
+fn logits(checkpoint: &Checkpoint, world_size: usize) -> Vec<u32> {
+    let chunk = Chunk {
+        sequence: 1,
+        start: 0,
+        tokens: (0..10).chain(0..9).collect(),
+        next: None,
+        blocks: vec![1, 0],
+        want: Want::Logits,
+        admission: Some(Box::new(Admission {
+            params: GREEDY,
+            tokens: (0..10).chain(0..9).collect(),
+            prompt_len: 19,
+        })),
+    };
+    let plan = StepPlan { chunks: vec![chunk], ..StepPlan::default() };
+    let options =
+        RunnerOptions { blocks: 2, step_tokens_max: 32, sequences_max: 1, context_max: 32 };
+    let config = CpuConfig { threads: 1, precision: Precision::Fast, isa: Isa::detect() };
+    let run = &|rank| {
+        let device = Cpu::new(config).unwrap();
+        let rank = Staged::new(rank);
+        let mut runner = Runner::load(device, rank, checkpoint, options, &mut |_, _| {}).unwrap();
+        runner.step(&plan).unwrap().logits
+    };
+    let outputs: Vec<_> = std::thread::scope(|scope| {
+        let start = |rank| scope.spawn(move || run(rank));
+        let ranks: Vec<_> = Threads::group(world_size).into_iter().map(start).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    });
+    outputs[0][0].1.iter().map(|logit| logit.to_bits()).collect()
+}
+
+#[test]
+fn quantised_logits_are_the_same_on_any_number_of_ranks() {
+    let mut tiny = Tiny::new("qwen2", 96);
+    tiny.vector("output_norm.weight", 64);
+    tiny.vector("blk.0.attn_norm.weight", 64).vector("blk.0.ffn_norm.weight", 64);
+    for (name, rows, cols) in [
+        ("token_embd", 10, 64),
+        ("blk.0.attn_q", 64, 64),
+        ("blk.0.attn_k", 32, 64),
+        ("blk.0.attn_v", 32, 64),
+        ("blk.0.attn_output", 64, 64),
+        ("blk.0.ffn_gate", 96, 64),
+        ("blk.0.ffn_up", 96, 64),
+        ("blk.0.ffn_down", 64, 96),
+    ] {
+        quantised(&mut tiny, &format!("{name}.weight"), rows, cols);
+    }
+    let (_folder, path) = tiny.write();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let one = logits(&checkpoint, 1);
+    assert_eq!(one.len(), 19 * 10);
+    assert!(one.iter().all(|&logit| f32::from_bits(logit).is_normal()));
+    for world_size in 2..=4 {
+        assert_eq!(one, logits(&checkpoint, world_size), "{world_size} ranks");
+    }
 }
