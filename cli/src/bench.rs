@@ -114,7 +114,7 @@ async fn run(args: BenchArgs) -> Result<()> {
     };
     let measured = load.run().await?;
     let report = report::Report::new(&load, &measured);
-    println!("{report}");
+    crate::print(&report)?;
     if let Some(path) = &args.json_out {
         let json = serde_json::to_string_pretty(&report)?;
         std::fs::write(path, json + "\n")

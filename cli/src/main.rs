@@ -21,9 +21,13 @@ mod source;
 mod up;
 mod worker;
 
-use std::process::ExitCode;
+use std::{
+    fmt::Display,
+    io::{ErrorKind, Write, stdout},
+    process::ExitCode,
+};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use cluster::telemetry;
 
@@ -91,6 +95,14 @@ fn dispatch(cli: Cli) -> Result<()> {
         Command::Chat(args) => chat::main(args),
         Command::Pull(args) => pull::main(args),
         Command::Bench(args) => bench::main(args),
+    }
+}
+
+/// Prints a result as a line. A reader that has left, as `head` does, is no fault.
+fn print(line: impl Display) -> Result<()> {
+    match writeln!(stdout(), "{line}") {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        result => result.context("standard output"),
     }
 }
 

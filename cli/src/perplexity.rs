@@ -71,9 +71,11 @@ pub fn main(args: PerplexityArgs) -> Result<()> {
             "perplexity": value, "error": error, "tokens": count, "windows": windows,
             "context": context,
         });
-        println!("{summary}");
+        crate::print(summary)?;
     } else {
-        println!("perplexity {value:.4} ± {error:.4} ({count} tokens, context {context})");
+        crate::print(format_args!(
+            "perplexity {value:.4} ± {error:.4} ({count} tokens, context {context})"
+        ))?;
     }
     Ok(())
 }

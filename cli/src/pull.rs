@@ -17,9 +17,8 @@ pub struct PullArgs {
 
 pub fn main(args: PullArgs) -> Result<()> {
     match (args.name, args.list) {
-        (_, true) => println!("{}", source::listing()),
-        (Some(name), false) => println!("{}", source::resolve(&name)?.display()),
+        (_, true) => crate::print(source::listing()),
+        (Some(name), false) => crate::print(source::resolve(&name)?.display()),
         (None, false) => bail!("name a model; `lockstep pull --list` shows short names"),
     }
-    Ok(())
 }

@@ -38,7 +38,7 @@ async fn run(args: RouterArgs) -> Result<()> {
     config.deadlines.drain = Duration::from_secs(args.drain_seconds);
     let router = Router::start(config, membership, stop.clone()).await?;
     if let (Some(http), Some(grpc)) = (router.http(), router.grpc()) {
-        println!("ready http=http://{http} grpc=http://{grpc}");
+        crate::print(format_args!("ready http=http://{http} grpc=http://{grpc}"))?;
     }
     shutdown::requested(&mut stop).await;
     router.join().await;

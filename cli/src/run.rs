@@ -107,9 +107,9 @@ pub fn main(args: RunArgs) -> Result<()> {
     let timings = generate(&mut direct, &args, &prompt, &params, &mut reader)?;
     let answer = reader.finish()?;
     if args.json {
-        println!("{}", serde_json::to_string(&answer)?);
+        crate::print(serde_json::to_string(&answer)?)?;
     } else {
-        println!();
+        crate::print("")?;
     }
     eprintln!("{timings}");
     Ok(())

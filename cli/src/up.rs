@@ -69,7 +69,7 @@ async fn start(args: &UpArgs, stop: watch::Receiver<bool>) -> Result<Up> {
     let mut config = router::RouterConfig::new(Some(args.listen.http), Some(args.listen.grpc));
     config.deadlines.drain = Duration::from_secs(args.drain_seconds);
     let router = router::Router::start(config, membership, ended).await?;
-    println!("{}", ready(&router, worker.info()));
+    crate::print(ready(&router, worker.info()))?;
     Ok(Up { worker, router, stop: sender })
 }
 

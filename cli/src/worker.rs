@@ -55,7 +55,8 @@ async fn run(args: WorkerArgs) -> Result<()> {
         }
     };
     load::tell(worker.info());
-    println!("ready worker=http://{} model={}", worker.addr(), worker.info().name);
+    let (addr, model) = (worker.addr(), &worker.info().name);
+    crate::print(format_args!("ready worker=http://{addr} model={model}"))?;
     worker.join().await?;
     tracing::info!("stopped");
     Ok(())
