@@ -69,7 +69,7 @@ async fn start(args: &UpArgs, stop: watch::Receiver<bool>) -> Result<Up> {
     let mut config = router::RouterConfig::new(Some(args.listen.http), Some(args.listen.grpc));
     config.deadlines.drain = Duration::from_secs(args.drain_seconds);
     let router = router::Router::start(config, membership, ended).await?;
-    crate::print(ready(&router, worker.info()))?;
+    crate::print(ready(&router, &worker))?;
     Ok(Up { worker, router, stop: sender })
 }
 
@@ -79,17 +79,18 @@ async fn ensure_free(flag: &str, address: SocketAddr) -> Result<()> {
 }
 
 /// The one line that says where to go.
-fn ready(router: &router::RouterHandle, info: &ModelInfo) -> String {
+fn ready(router: &router::RouterHandle, worker: &WorkerHandle) -> String {
     let address = |scheme: &str, address: Option<SocketAddr>| match address {
         Some(address) => format!("{scheme}://{address}"),
         None => "off".to_owned(),
     };
     let (http, grpc) = (address("http", router.http()), address("http", router.grpc()));
-    let ModelInfo { name, ranks, blocks, context_max, .. } = info;
+    let ModelInfo { name, ranks, blocks, context_max, .. } = worker.info();
+    let worker = worker.addr();
     let tokens = blocks * BLOCK_TOKENS;
     format!(
-        "ready http={http} grpc={grpc} model={name} ranks={ranks} kv={tokens} tokens \
-         ({blocks} blocks) context={context_max}"
+        "ready http={http} grpc={grpc} worker=http://{worker} model={name} ranks={ranks} \
+         kv={tokens} tokens ({blocks} blocks) context={context_max}"
     )
 }
 

@@ -66,7 +66,8 @@ pub type Roster = Arc<Vec<Instance>>;
 pub enum MembershipError {
     /// The registry did not answer; the remedy is in the message.
     #[error(
-        "etcd at {endpoints} is unreachable: {reason}; check --etcd and that the cluster has a leader"
+        "etcd at {endpoints} is unreachable: {reason}; check --etcd and that the cluster has a \
+         leader"
     )]
     Unreachable { endpoints: String, reason: String },
     /// The registry answered with a refusal.
@@ -87,7 +88,8 @@ pub trait Registration: Send + Sync {
 /// The registry. Implementations: in memory (one process), etcd.
 #[async_trait::async_trait]
 pub trait Membership: Send + Sync + 'static {
-    /// Puts the instance in the roster, follows its changes, and keeps it there through faults of the registry.
+    /// Puts the instance in the roster, follows its changes, and keeps it there through faults of
+    /// the registry.
     async fn announce(
         &self,
         instance: watch::Receiver<Instance>,

@@ -1,2 +1,33 @@
 #![forbid(unsafe_code)]
-//! Whole clusters: in one process, and of real processes with a real etcd.
+//! Real processes under test: starts them, waits for their ready line, speaks HTTP to them and ends
+//! them with the value. Every wait has a deadline; what goes wrong fails the test that asked.
+
+mod http;
+mod process;
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+pub use http::{Reply, exchange, request};
+pub use process::{Process, lockstep};
+
+/// Polls until it is so; a failure says what it waited for and what it saw last.
+pub fn wait_for<T: std::fmt::Debug>(
+    what: &str,
+    deadline: Duration,
+    look: impl Fn() -> T,
+    good: impl Fn(&T) -> bool,
+) {
+    let began = Instant::now();
+    loop {
+        let seen = look();
+        if good(&seen) {
+            return;
+        }
+        let waited = began.elapsed();
+        assert!(waited < deadline, "{what}: not within {deadline:?}, but {seen:?}");
+        thread::sleep(Duration::from_millis(100));
+    }
+}

@@ -92,7 +92,8 @@ impl Watcher {
                 };
                 if change.canceled() {
                     let compacted = change.compact_revision();
-                    tracing::info!(compacted, reason = change.cancel_reason(), "roster: listing anew");
+                    let reason = change.cancel_reason();
+                    tracing::info!(compacted, reason, "roster: listing anew");
                     // A refusal that is no compaction would come again at once.
                     return if compacted > 0 {
                         Ok(false)

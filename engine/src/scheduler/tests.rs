@@ -1,3 +1,5 @@
+//! Schedules as traces: each line is a step, `sequence:start+tokens`.
+
 use super::*;
 use crate::plan::SamplingParams;
 

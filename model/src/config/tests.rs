@@ -1,3 +1,5 @@
+//! Configurations of every family read, and lying ones refused.
+
 use serde_json::{Value, json};
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Sampling against distributions and by hand.
+
 use super::*;
 use engine::plan::Admission;
 

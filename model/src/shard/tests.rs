@@ -1,3 +1,5 @@
+//! Shares of every rank: whole, without overlap, whatever the number of ranks.
+
 use serde_json::json;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Products of every format against the plain oracle.
+
 use super::*;
 use crate::{Format, plain::dequant::dequantize_row};
 use half::{bf16, f16};

@@ -1,0 +1,105 @@
+//! A child process that lives no longer than its value.
+
+use std::{
+    io::{BufRead, BufReader},
+    path::PathBuf,
+    process::{Child, ChildStdout, Command, ExitStatus, Stdio},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+/// Fetching the demo model on a slow line is part of a start.
+const START_DEADLINE: Duration = Duration::from_secs(900);
+
+/// The binary beside the tests' own folder.
+pub fn lockstep() -> PathBuf {
+    let tests = std::env::current_exe().expect("the test's own path");
+    let build = tests.parent().and_then(|deps| deps.parent()).expect("a build folder");
+    let binary = build.join("lockstep");
+    assert!(binary.exists(), "no {}: run `./dev test`, which builds it", binary.display());
+    binary
+}
+
+/// A running child, killed with the value.
+pub struct Process {
+    child: Child,
+    /// The ready line of `lockstep`; empty for others.
+    ready: String,
+}
+
+impl Process {
+    /// Runs any program without input.
+    pub fn spawn(command: &mut Command) -> Self {
+        let child = command.stdin(Stdio::null()).spawn();
+        let child = child.unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        Self { child, ready: String::new() }
+    }
+
+    /// Runs `lockstep` and waits for its ready line.
+    pub fn lockstep(arguments: &[&str]) -> Self {
+        let mut process =
+            Self::spawn(Command::new(lockstep()).args(arguments).stdout(Stdio::piped()));
+        let output = process.child.stdout.take().expect("a pipe");
+        process.ready = first_line(output);
+        assert!(process.ready.starts_with("ready "), "{arguments:?}: {:?}", process.ready);
+        process
+    }
+
+    /// Runs `lockstep up` with the demo model on ports of its own.
+    pub fn up(flags: &[&str]) -> Self {
+        let up = ["up", "--model", "demo", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
+        Self::lockstep(&[&up, flags].concat())
+    }
+
+    /// `host:port` behind `name=http://` in the ready line.
+    pub fn address(&self, name: &str) -> &str {
+        let value = |word| str::strip_prefix(word, name)?.strip_prefix("=http://");
+        let found = self.ready.split_whitespace().find_map(value);
+        found.unwrap_or_else(|| panic!("no {name} in {:?}", self.ready))
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal by its short name, e.g. `INT`.
+    pub fn signal(&self, name: &str) {
+        let status =
+            Command::new("kill").arg(format!("-{name}")).arg(self.pid().to_string()).status();
+        assert!(status.expect("kill runs").success(), "no signal {name} to {}", self.pid());
+    }
+
+    /// How it ended.
+    pub fn wait(&mut self, deadline: Duration) -> ExitStatus {
+        let began = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("a child of ours") {
+                return status;
+            }
+            assert!(began.elapsed() < deadline, "no end within {deadline:?}");
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Fails only where it has ended already.
+        let _ended = self.child.kill();
+        let _status = self.child.wait();
+    }
+}
+
+/// The first line of the output. What follows is read too, so that the child never waits for us.
+fn first_line(output: ChildStdout) -> String {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        let mut output = BufReader::new(output);
+        let mut line = String::new();
+        let _ended = output.read_line(&mut line);
+        let _timed_out = sender.send(line);
+        let _ended = std::io::copy(&mut output, &mut std::io::sink());
+    });
+    receiver.recv_timeout(START_DEADLINE).expect("no ready line in time")
+}

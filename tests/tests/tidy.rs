@@ -1,0 +1,207 @@
+//! Keeps the floors apart and the rooms small: who may depend on whom, where `unsafe` and tokio may
+//! live, and how long files, functions and lines may grow. An exception is named with its reason.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use syn::{spanned::Spanned, visit::Visit};
+
+const FILE_LINES_MAX: usize = 400;
+const FUNCTION_LINES_MAX: usize = 70;
+const ARGUMENTS_MAX: usize = 6;
+const LINE_COLUMNS_MAX: usize = 100;
+
+/// Crates and the workspace crates that each may use.
+const FLOORS: &[(&str, &[&str])] = &[
+    ("proto", &[]),
+    ("formats", &[]),
+    ("engine", &[]),
+    ("kernels", &[]),
+    ("model", &["engine", "formats", "kernels"]),
+    ("text", &["formats"]),
+    ("cluster", &[]),
+    ("worker", &["cluster", "engine", "formats", "kernels", "model", "proto"]),
+    ("router", &["cluster", "proto", "text"]),
+];
+
+/// Crates that may use tokio; everything else is synchronous.
+const ASYNC: &[&str] = &["cluster", "router", "worker", "cli", "tests"];
+
+/// `path: what` — why it may exceed the guide.
+const EXCEPTIONS: &[(&str, &str)] = &[];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ has a parent").to_path_buf()
+}
+
+fn crates() -> Vec<String> {
+    let text = fs::read_to_string(root().join("Cargo.toml")).expect("workspace manifest");
+    let manifest: toml::Table = text.parse().expect("workspace manifest parses");
+    let members = manifest["workspace"]["members"].as_array().expect("members");
+    members.iter().map(|member| member.as_str().expect("a path").to_string()).collect()
+}
+
+fn dependencies(member: &str) -> Vec<String> {
+    let text = fs::read_to_string(root().join(member).join("Cargo.toml")).expect("manifest");
+    let manifest: toml::Table = text.parse().expect("manifest parses");
+    match manifest.get("dependencies").and_then(toml::Value::as_table) {
+        Some(table) => table.keys().cloned().collect(),
+        None => Vec::new(),
+    }
+}
+
+fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
+    let Ok(entries) = fs::read_dir(dir) else { return };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+/// Every Rust file of the workspace, with its path from the root.
+fn all_sources() -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    for member in crates() {
+        for room in ["src", "tests", "benches", "build.rs"] {
+            let path = root().join(&member).join(room);
+            if path.is_file() {
+                found.push(path);
+            } else {
+                sources(&path, &mut found);
+            }
+        }
+    }
+    assert!(found.len() > 20, "the source walk found only {} files", found.len());
+    let name = |path: &Path| path.strip_prefix(root()).expect("in the root").display().to_string();
+    found.iter().map(|path| (name(path), fs::read_to_string(path).expect("readable"))).collect()
+}
+
+fn excepted(what: &str) -> bool {
+    EXCEPTIONS.iter().any(|(name, _)| *name == what)
+}
+
+#[test]
+fn floors_know_only_what_is_below_them() {
+    let members = crates();
+    for (floor, allowed) in FLOORS {
+        for used in dependencies(floor) {
+            let inside = members.contains(&used);
+            assert!(!inside || allowed.contains(&used.as_str()), "{floor} may not use {used}");
+        }
+    }
+}
+
+#[test]
+fn tokio_stays_upstairs() {
+    for member in crates() {
+        if !ASYNC.contains(&member.as_str()) {
+            assert!(!dependencies(&member).contains(&"tokio".to_string()), "{member} uses tokio");
+        }
+    }
+}
+
+#[test]
+fn unsafe_lives_in_kernels_alone() {
+    for member in crates().iter().filter(|member| *member != "kernels") {
+        for file in ["src/lib.rs", "src/main.rs"] {
+            if let Ok(text) = fs::read_to_string(root().join(member).join(file)) {
+                assert!(text.contains("#![forbid(unsafe_code)]"), "{member}/{file}");
+            }
+        }
+    }
+}
+
+/// Collects functions that are too long or take too much, tests aside.
+struct Functions {
+    file: String,
+    faults: Vec<String>,
+}
+
+impl Functions {
+    fn check(&mut self, signature: &syn::Signature, lines: usize) {
+        let what = format!("{}: {}", self.file, signature.ident);
+        if excepted(&what) {
+            return;
+        }
+        if lines > FUNCTION_LINES_MAX {
+            self.faults.push(format!("{what} has {lines} lines"));
+        }
+        let arguments = signature.inputs.iter().filter(|i| matches!(i, syn::FnArg::Typed(_)));
+        let arguments = arguments.count();
+        if arguments > ARGUMENTS_MAX {
+            self.faults.push(format!("{what} takes {arguments} arguments"));
+        }
+    }
+}
+
+fn lines_of(node: &impl Spanned) -> usize {
+    node.span().end().line - node.span().start().line + 1
+}
+
+fn is_test(attributes: &[syn::Attribute]) -> bool {
+    attributes.iter().any(|attribute| {
+        attribute.path().is_ident("cfg")
+            && attribute.meta.require_list().is_ok_and(|list| list.tokens.to_string() == "test")
+    })
+}
+
+impl<'ast> Visit<'ast> for Functions {
+    fn visit_item_mod(&mut self, module: &'ast syn::ItemMod) {
+        if !is_test(&module.attrs) {
+            syn::visit::visit_item_mod(self, module);
+        }
+    }
+
+    fn visit_item_fn(&mut self, function: &'ast syn::ItemFn) {
+        self.check(&function.sig, lines_of(function));
+        syn::visit::visit_item_fn(self, function);
+    }
+
+    fn visit_impl_item_fn(&mut self, function: &'ast syn::ImplItemFn) {
+        self.check(&function.sig, lines_of(function));
+        syn::visit::visit_impl_item_fn(self, function);
+    }
+}
+
+/// Lines before the file's test module.
+fn lines_without_tests(text: &str) -> usize {
+    text.lines().take_while(|line| *line != "#[cfg(test)]").count()
+}
+
+#[test]
+fn files_and_functions_keep_to_the_size_guide() {
+    let mut faults = Vec::new();
+    for (file, text) in all_sources() {
+        let lines = lines_without_tests(&text);
+        let tests = file.contains("/tests/") || file.ends_with("tests.rs");
+        if lines > FILE_LINES_MAX && !tests && !excepted(&file) {
+            faults.push(format!("{file} has {lines} lines"));
+        }
+        for (number, line) in text.lines().enumerate() {
+            if line.chars().count() > LINE_COLUMNS_MAX && !excepted(&file) {
+                faults.push(format!("{file}:{} is {} wide", number + 1, line.chars().count()));
+            }
+        }
+        if !tests {
+            let parsed = syn::parse_file(&text).unwrap_or_else(|error| panic!("{file}: {error}"));
+            let mut functions = Functions { file, faults: Vec::new() };
+            functions.visit_file(&parsed);
+            faults.append(&mut functions.faults);
+        }
+    }
+    assert!(faults.is_empty(), "{} faults:\n{}", faults.len(), faults.join("\n"));
+}
+
+#[test]
+fn every_file_says_what_it_is() {
+    for (file, text) in all_sources() {
+        let start = text.trim_start().trim_start_matches("#![forbid(unsafe_code)]").trim_start();
+        assert!(start.starts_with("//!"), "{file} has no header");
+    }
+}
