@@ -67,7 +67,11 @@ impl Router {
             servers.spawn(serve_grpc(listener, routes, shared.drain.subscribe()));
             servers.spawn(report_health(shared.clone(), reporter));
         }
-        let task = tokio::spawn(run(shared, servers, shutdown));
+        let task = tokio::spawn(async move {
+            run(shared, servers, shutdown).await;
+            // The roster is followed only as long as the membership lives.
+            drop(membership);
+        });
         Ok(RouterHandle { http: addresses.0, grpc: addresses.1, task })
     }
 }
