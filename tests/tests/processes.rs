@@ -55,7 +55,7 @@ fn etcd() -> Option<(Process, String, tempfile::TempDir)> {
 #[test]
 fn separate_processes_answer_as_one_and_a_stopped_worker_leaves() {
     let Some((_etcd, endpoint, _data)) = etcd() else { return };
-    let up = Process::up(&["--tp", "2", "--threads", "1"]);
+    let up = Process::up(&["--tp", "1", "--threads", "2"]);
     let model = models(up.address("http")).pop().unwrap();
     let wanted = ask(up.address("http"), &model);
     drop(up);
