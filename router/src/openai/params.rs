@@ -106,7 +106,7 @@ pub(crate) fn neutral(fields: &mut Fields) -> Result<(), RouterError> {
     for name in ["user", "service_tier", "safety_identifier", "prompt_cache_key"] {
         fields.string(name)?;
     }
-    // llama.cpp's hint. A cached prefix changes no bit of an answer here, so both values mean the same.
+    // llama.cpp's hint. A cached prefix changes no bit of an answer, so both values mean the same.
     fields.boolean("cache_prompt")?;
     fields.object("metadata")?;
     fields.only("store", &[json!(false)])
