@@ -30,20 +30,6 @@ pub struct PerplexityArgs {
 /// Tokens of a window where `--context` does not say.
 const WINDOW: usize = 512;
 
-/// Only the distribution itself is wanted.
-const PLAIN: SamplingParams = SamplingParams {
-    temperature: 0.0,
-    top_p: 1.0,
-    top_k: 0,
-    min_p: 0.0,
-    repetition_penalty: 1.0,
-    presence_penalty: 0.0,
-    frequency_penalty: 0.0,
-    seed: 0,
-    logit_bias: Vec::new(),
-    logprobs: Some(0),
-};
-
 pub fn main(args: PerplexityArgs) -> Result<()> {
     let text = fs::read_to_string(&args.file)
         .with_context(|| format!("cannot read --file {}", args.file.display()))?;
@@ -58,8 +44,10 @@ pub fn main(args: PerplexityArgs) -> Result<()> {
     let windows = windows(&tokens, context, bos)?;
     let mut perplexity = Perplexity::new(context);
     let mut progress = Progress::new("windows", Unit::Items, windows.len() as u64);
+    // Only the distribution itself is wanted.
+    let plain = SamplingParams { logprobs: Some(0), ..SamplingParams::GREEDY };
     for window in &windows {
-        perplexity.add(&direct.score(window, &PLAIN)?)?;
+        perplexity.add(&direct.score(window, &plain)?)?;
         progress.add(1);
     }
     drop(progress);

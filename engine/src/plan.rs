@@ -37,6 +37,22 @@ pub struct SamplingParams {
     pub logprobs: Option<u32>,
 }
 
+impl SamplingParams {
+    /// The likeliest token, every filter and penalty off, no logprobs.
+    pub const GREEDY: Self = Self {
+        temperature: 0.0,
+        top_p: 1.0,
+        top_k: 0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        seed: 0,
+        logit_bias: Vec::new(),
+        logprobs: None,
+    };
+}
+
 /// What a sequence brings along when a runner first meets it, or meets it again after preemption.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Admission {

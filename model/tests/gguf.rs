@@ -20,18 +20,7 @@ const Q8_0: u32 = 8;
 const Q2_K: u32 = 10;
 const Q6_K: u32 = 14;
 
-const GREEDY: SamplingParams = SamplingParams {
-    temperature: 0.0,
-    top_p: 1.0,
-    top_k: 0,
-    min_p: 0.0,
-    repetition_penalty: 1.0,
-    presence_penalty: 0.0,
-    frequency_penalty: 0.0,
-    seed: 0,
-    logit_bias: Vec::new(),
-    logprobs: None,
-};
+const GREEDY: SamplingParams = SamplingParams::GREEDY;
 
 /// One layer: 4 query heads over 2 KV heads of 16 dimensions, hidden size 64, 10 tokens.
 struct Tiny {

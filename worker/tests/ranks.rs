@@ -106,15 +106,9 @@ fn answer(group: &mut Group) -> Vec<TokenLogprob> {
         generated: Vec::new(),
         params: SamplingParams {
             temperature: 0.9,
-            top_p: 1.0,
-            top_k: 0,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
             seed: 5,
-            logit_bias: Vec::new(),
             logprobs: Some(2),
+            ..SamplingParams::GREEDY
         },
         max_tokens: 20,
         stop_ids: Vec::new(),

@@ -3,18 +3,7 @@
 use super::*;
 use crate::plan::SamplingParams;
 
-const GREEDY: SamplingParams = SamplingParams {
-    temperature: 0.0,
-    top_p: 1.0,
-    top_k: 0,
-    min_p: 0.0,
-    repetition_penalty: 1.0,
-    presence_penalty: 0.0,
-    frequency_penalty: 0.0,
-    seed: 0,
-    logit_bias: Vec::new(),
-    logprobs: None,
-};
+const GREEDY: SamplingParams = SamplingParams::GREEDY;
 /// The stop id of these tests.
 const EOS: u32 = 9;
 

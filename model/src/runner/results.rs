@@ -92,18 +92,7 @@ mod tests {
     use crate::{rope::RopeTables, runner::Sequence};
     use engine::plan::{Admission, SamplingParams};
 
-    const GREEDY: SamplingParams = SamplingParams {
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: 0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        seed: 0,
-        logit_bias: Vec::new(),
-        logprobs: None,
-    };
+    const GREEDY: SamplingParams = SamplingParams::GREEDY;
 
     fn chunk(sequence: SequenceId, want: Want) -> Chunk {
         let admission = Admission { params: GREEDY, tokens: vec![0, 1, 2], prompt_len: 3 };

@@ -4,18 +4,7 @@ use super::*;
 use engine::plan::Admission;
 
 fn params() -> SamplingParams {
-    SamplingParams {
-        temperature: 1.0,
-        top_p: 1.0,
-        top_k: 0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        seed: 1,
-        logit_bias: Vec::new(),
-        logprobs: None,
-    }
+    SamplingParams { temperature: 1.0, seed: 1, ..SamplingParams::GREEDY }
 }
 
 fn seen(params: &SamplingParams, tokens: &[u32], prompt_len: usize) -> Seen {

@@ -15,18 +15,7 @@ use std::{
     thread::JoinHandle,
 };
 
-pub const GREEDY: SamplingParams = SamplingParams {
-    temperature: 0.0,
-    top_p: 1.0,
-    top_k: 0,
-    min_p: 0.0,
-    repetition_penalty: 1.0,
-    presence_penalty: 0.0,
-    frequency_penalty: 0.0,
-    seed: 0,
-    logit_bias: Vec::new(),
-    logprobs: None,
-};
+pub const GREEDY: SamplingParams = SamplingParams::GREEDY;
 
 pub const OPTIONS: RunnerOptions =
     RunnerOptions { blocks: 64, step_tokens_max: 256, sequences_max: 20, context_max: 240 };
