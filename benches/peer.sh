@@ -10,7 +10,7 @@ threads=${THREADS:-2} runs=${RUNS:-5}
 lockstep=target/release/lockstep llama=${LLAMA:-.cache/llama}/bin
 ids=$(seq -s, 1000 1511)
 rate='([\d.]+) tok/s'
-llama_bench() { echo "$llama/llama-bench -m $model -t $threads -r 1 -o csv $* | tail -1 | awk -F'\",\"' '{print \$(NF-1)}'"; }
+llama_bench() { echo "$llama/llama-bench -m $model -t $threads -r 1 -o csv $* 2>/dev/null | tail -1 | awk -F'\",\"' '{print \$(NF-1)}'"; }
 run() { echo "$lockstep run --model $model --temperature 0 --ignore-eos --json $*"; }
 
 for part in $what; do
