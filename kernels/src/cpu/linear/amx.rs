@@ -10,13 +10,17 @@
 
 use super::{
     Job,
-    activations::{Int8, Side},
-    avx512::{self, Scaled, lanes_of, step, unpack},
+    activations::{Int8, Int8Run, Side},
+    avx512::{self, Scaled, step, unpack},
     packed::{BLOCK, BlockFormat, LANES, Scales, Tile},
     row_runs,
     tiles::{Shapes, Tiles, int8_load_w, int8_load_x, int8_product, int8_store},
 };
-use std::{arch::x86_64::*, ops::Range};
+use std::{
+    arch::{asm, x86_64::*},
+    marker::PhantomData,
+    ops::Range,
+};
 
 /// Blocks unpacked at a time: 12 KiB.
 const CHUNK: usize = 24;
@@ -39,7 +43,7 @@ struct Buffers {
 /// All rows of `job` against the tiles `tiles` of its part.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(super) fn tiles<F: BlockFormat>(job: &Job<'_>, x: Int8<'_>, tiles: Range<usize>) {
-    if x.tile(job.rows.start).height < LANES {
+    if x.tile(job.rows.start).height < LANES || job.cols == 0 {
         return avx512::tiles::<F>(job, x, tiles);
     }
     let zero = _mm512_setzero_si512();
@@ -85,16 +89,8 @@ fn column<F: BlockFormat>(
         let range = start..(start + chunk).min(blocks);
         load::<F>(weights, range.clone(), buffers);
         if row_tiles > 0 {
-            let order = Order::new::<F>(x, rows.start, row_tiles, range.clone());
-            multiply::<F>(buffers, order);
-        }
-    }
-    for at in 0..row_tiles {
-        let first = rows.start + at * LANES;
-        for row in first..rows.end.min(first + LANES) {
-            let sums =
-                if blocks > 0 { lanes_of(buffers.sums[at][row - first]) } else { [0.0; LANES] };
-            job.store(row, tile, &sums);
+            let order = Order::new::<F>(x, rows.start, row_tiles, range);
+            multiply::<F>(job, tile, buffers, order);
         }
     }
     if few {
@@ -127,8 +123,12 @@ struct Order<'a> {
     /// Products of a row tile, an even number: blocks (the last twice where it has no second), or
     /// halves of blocks.
     products: usize,
-    /// The row tile and the product of it that comes next.
-    next: (usize, usize),
+    /// The values of all row tiles, and how many of them are one row tile's.
+    values: &'a [Int8Run],
+    stride: usize,
+    /// Where the chunk starts in the row tile that comes next, and the product that does.
+    start: usize,
+    product: usize,
 }
 
 impl<'a> Order<'a> {
@@ -140,24 +140,28 @@ impl<'a> Order<'a> {
     ) -> Self {
         let count = blocks.len();
         let products = if halves::<F>() { 2 * count } else { count.next_multiple_of(2) };
-        Self { x, first, row_tiles, blocks, products, next: (0, 0) }
+        let values = x.values(first, row_tiles);
+        let (stride, start) = (values.len() / row_tiles, blocks.start * LANES);
+        Self { x, first, row_tiles, blocks, products, values, stride, start, product: 0 }
     }
 
-    /// Where x and w of the next product lie; the last row tile's again after the end.
+    /// Where x and w of the next product lie; the first one's again after the last.
     #[inline(always)]
     fn next<F: BlockFormat>(&mut self, weights: &[[__m512i; 8]; CHUNK]) -> [*const i8; 2] {
-        let (row_tile, product) = self.next;
-        self.next = match product + 1 {
-            end if end == self.products => ((row_tile + 1).min(self.row_tiles - 1), 0),
-            product => (row_tile, product),
-        };
         let (block, half) = match halves::<F>() {
-            true => (product / 2, product % 2),
-            false => (product.min(self.blocks.len() - 1), 0),
+            true => (self.product / 2, self.product % 2),
+            false => (self.product.min(self.blocks.len() - 1), 0),
         };
-        let x = self.x.tile(self.first + row_tile * LANES).values;
-        let x = x[(self.blocks.start + block) * LANES..][..LANES].as_ptr().cast::<i8>();
+        let x = self.values[self.start + block * LANES..][..LANES].as_ptr().cast::<i8>();
         let w = weights[block].as_ptr().cast::<i8>();
+        self.product += 1;
+        if self.product == self.products {
+            self.product = 0;
+            self.start += self.stride;
+            if self.start >= self.values.len() {
+                self.start = self.blocks.start * LANES;
+            }
+        }
         // A half is 16 of the 32 bytes of each row of x, and 4 of the 8 rows of w.
         [x.wrapping_add(half * BLOCK / 2), w.wrapping_add(half * BLOCK / 2 * LANES)]
     }
@@ -167,10 +171,15 @@ fn halves<F: BlockFormat>() -> bool {
     F::SCALES == Scales::SuperHalves
 }
 
-/// The sums of each row tile += x · the unpacked blocks.
+/// The sums of each row tile += x · the unpacked blocks; written out after the last block.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn multiply<F: BlockFormat>(buffers: &mut Buffers, mut order: Order<'_>) {
+fn multiply<F: BlockFormat>(
+    job: &Job<'_>,
+    tile: usize,
+    buffers: &mut Buffers,
+    mut order: Order<'_>,
+) {
     let Buffers { weights, scales, sums, products } = buffers;
     // SAFETY: called with tiles of `shapes`. `Order` names blocks, or halves, of that size.
     unsafe {
@@ -182,12 +191,16 @@ fn multiply<F: BlockFormat>(buffers: &mut Buffers, mut order: Order<'_>) {
         load_tiles::<0>(order.next::<F>(weights));
     }
     let (count, mut made) = (order.blocks.len(), 0);
+    let pairs = order.products / 2;
+    let rows = order.first..job.rows.end.min(order.first + order.row_tiles * LANES);
+    let mut done = Done::new(job, tile, &rows, LANES.div_ceil(pairs));
     for at in 0..order.row_tiles {
-        let x = order.x.tile(order.first + at * LANES);
+        let first = order.first + at * LANES;
+        let x = order.x.tile(first);
         let sides = &x.sides.as_chunks::<LANES>().0[order.blocks.clone()];
         let start = order.blocks.start == 0;
         let mut acc = if start { [_mm512_setzero_ps(); LANES] } else { sums[at] };
-        for pair in 0..order.products / 2 {
+        for pair in 0..pairs {
             let (one, other) = if halves::<F>() { (pair, pair) } else { (2 * pair, 2 * pair + 1) };
             let mut stage = Stage { weights, products, order: &mut order, made };
             stage.step::<F, 0, 1>(&mut acc, scales[one], &sides[one]);
@@ -198,8 +211,92 @@ fn multiply<F: BlockFormat>(buffers: &mut Buffers, mut order: Order<'_>) {
                 stage.pass::<F, 1, 0>();
             }
             made += 2;
+            done.write(sums);
         }
         sums[at] = acc;
+        if order.blocks.end == job.part.layout.blocks {
+            done.begin(at, first..rows.end.min(first + LANES));
+        }
+    }
+    while !done.rows.is_empty() {
+        done.write(sums);
+    }
+}
+
+/// The rows of a finished row tile. They lie far apart, so that each costs a wait for its cache
+/// line: they are asked for early and written a few at a time while the next row tile is made.
+/// Nothing here calls a function: that would cost the vector registers in use.
+struct Done<'a> {
+    /// Where the tile's columns of row 0 lie, and from row to row.
+    start: *mut f32,
+    stride: usize,
+    /// The columns that exist.
+    mask: __mmask16,
+    bias: __m512,
+    borrow: PhantomData<&'a mut [f32]>,
+    /// Not yet written.
+    rows: Range<usize>,
+    /// The row tile in `Buffers::sums`.
+    at: usize,
+    /// Rows written at a time.
+    each: usize,
+}
+
+impl<'a> Done<'a> {
+    /// For some of the rows `rows`, `each` at a time.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn new(job: &Job<'a>, tile: usize, rows: &Range<usize>, each: usize) -> Self {
+        let (output, width) = (job.output, job.part.width(tile));
+        let col = job.part.first + tile * LANES;
+        let end = (rows.end - 1) * output.cols + col + width;
+        assert!(width <= LANES && col + width <= output.cols && end <= output.len);
+        let mask = u16::MAX >> (LANES - width);
+        let bias = match output.bias.map(|bias| &bias[col..col + width]) {
+            // SAFETY: `width` floats are there, and only those are read.
+            Some(bias) => unsafe { _mm512_maskz_loadu_ps(mask, bias.as_ptr()) },
+            // Leaves every sum as it is, a negative zero too.
+            None => _mm512_set1_ps(-0.0),
+        };
+        let start = output.start.wrapping_add(col);
+        let (stride, borrow) = (output.cols, PhantomData);
+        Self { start, stride, mask, bias, borrow, rows: 0..0, at: 0, each }
+    }
+
+    #[inline(always)]
+    fn begin(&mut self, at: usize, rows: Range<usize>) {
+        self.at = at;
+        self.prefetch(rows.start..rows.end.min(rows.start + 2 * self.each));
+        self.rows = rows;
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn write(&mut self, sums: &[[__m512; LANES]; ROW_TILES]) {
+        let ahead = self.rows.start + 2 * self.each;
+        self.prefetch(ahead..self.rows.end.min(ahead + self.each));
+        for _ in 0..self.each.min(self.rows.len()) {
+            let row = self.rows.start;
+            let sums = _mm512_add_ps(sums[self.at][row % LANES], self.bias);
+            let to = self.start.wrapping_add(row * self.stride);
+            // SAFETY: within the output by the assertion in `new`; no other thread has this row and
+            // tile.
+            unsafe { _mm512_mask_storeu_ps(to, self.mask, sums) };
+            self.rows.start += 1;
+        }
+    }
+
+    /// Asks for what will be written.
+    #[inline(always)]
+    fn prefetch(&self, rows: Range<usize>) {
+        let mut row = rows.start;
+        while row < rows.end {
+            let to = self.start.wrapping_add(row * self.stride);
+            // SAFETY: every x86-64 with tiles has the instruction; it changes nothing that the
+            // program sees and faults on no address.
+            unsafe { asm!("prefetchw [{}]", in(reg) to, options(nostack, preserves_flags)) };
+            row += 1;
+        }
     }
 }
 
