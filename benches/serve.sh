@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # 16 streaming clients against Lockstep and against llama-server, in turn, each freshly started.
-# usage: serve.sh MODEL.gguf THREADS RUNS
+# usage: [REQUESTS=2] serve.sh MODEL.gguf THREADS RUNS
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=$1 threads=$2 runs=$3
 llama=${LLAMA:-.cache/llama}/bin
-load="-c 16 -r 2 -w 96 -o 48"
+load="-c 16 -r ${REQUESTS:-2} -w 96 -o 48"
 
 once() { # NAME URL HEALTH COMMAND... : starts the server, runs the load, prints the client's line, stops the server
   local name=$1 url=$2; shift 2
