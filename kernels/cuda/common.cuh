@@ -1,0 +1,249 @@
+// What every kernel shares: number formats, vector loads, warp sums, tensor-core products and
+// asynchronous copies.
+//
+// Each function that needs a GPU instruction has two bodies: PTX for the device, and one for the
+// host emulation (`emulate/simt.h`), which runs the same kernels in tests on machines without a
+// GPU. Kernels themselves have one source and never ask which of the two they run on.
+//
+// A kernel is declared with KERNEL: one argument, a struct that the launcher mirrors with
+// `#[repr(C)]`. Shared memory is dynamic only (`shared_memory`), its size told by the launcher.
+#pragma once
+
+#include <cstdint>
+
+#ifdef LOCKSTEP_EMULATE
+#include "simt.h"
+#define DEVICE inline
+#else
+#define DEVICE __device__ __forceinline__
+// KERNEL(name, Args, threads) { body; `args` is the argument }
+#define KERNEL(name, Args, threads) \
+    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args)
+#endif
+
+constexpr int WARP = 32;
+constexpr uint32_t ALL_LANES = 0xffffffffu;
+// Tokens in one KV block; `BLOCK_TOKENS` of the crate.
+constexpr int BLOCK_TOKENS = 16;
+
+// ---- number formats -------------------------------------------------------------------------
+
+// bfloat16: the upper half of an f32.
+struct bf16 {
+    uint16_t bits;
+};
+
+DEVICE float to_float(bf16 x) {
+#ifdef LOCKSTEP_EMULATE
+    return simt::bits_to_float(static_cast<uint32_t>(x.bits) << 16);
+#else
+    return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
+#endif
+}
+
+DEVICE float to_float(float x) { return x; }
+
+// Two bf16 in one register, the first in the low half; round to nearest even.
+DEVICE uint32_t pack_bf16(float low, float high) {
+#ifdef LOCKSTEP_EMULATE
+    return simt::bf16_bits(low) | static_cast<uint32_t>(simt::bf16_bits(high)) << 16;
+#else
+    uint32_t packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+#endif
+}
+
+DEVICE bf16 to_bf16(float x) {
+#ifdef LOCKSTEP_EMULATE
+    return {simt::bf16_bits(x)};
+#else
+    uint16_t bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return {bits};
+#endif
+}
+
+DEVICE float low_bf16(uint32_t packed) { return to_float(bf16{static_cast<uint16_t>(packed)}); }
+DEVICE float high_bf16(uint32_t packed) { return to_float(bf16{static_cast<uint16_t>(packed >> 16)}); }
+
+template <typename T>
+DEVICE T from_float(float x);
+template <>
+DEVICE bf16 from_float<bf16>(float x) { return to_bf16(x); }
+template <>
+DEVICE float from_float<float>(float x) { return x; }
+
+// ---- memory ---------------------------------------------------------------------------------
+
+// 16 bytes: what one thread moves at a time.
+struct alignas(16) Bytes16 {
+    uint32_t words[4];
+};
+
+DEVICE Bytes16 load16(const void* from) {
+#ifdef LOCKSTEP_EMULATE
+    return *static_cast<const Bytes16*>(simt::aligned(from, 16));
+#else
+    const uint4 v = *static_cast<const uint4*>(from);
+    return {{v.x, v.y, v.z, v.w}};
+#endif
+}
+
+// As load16, for global memory that is read once and written by nobody meanwhile: past the L1.
+DEVICE Bytes16 load16_stream(const void* from) {
+#ifdef LOCKSTEP_EMULATE
+    return load16(from);
+#else
+    Bytes16 v;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+        : "l"(from));
+    return v;
+#endif
+}
+
+DEVICE void store16(void* to, const Bytes16& v) {
+#ifdef LOCKSTEP_EMULATE
+    *static_cast<Bytes16*>(const_cast<void*>(simt::aligned(to, 16))) = v;
+#else
+    *static_cast<uint4*>(to) = make_uint4(v.words[0], v.words[1], v.words[2], v.words[3]);
+#endif
+}
+
+// The block's dynamic shared memory, aligned to 1024 bytes. Its contents are undefined at first.
+template <typename T>
+DEVICE T* shared_memory() {
+#ifdef LOCKSTEP_EMULATE
+    return static_cast<T*>(simt::shared(sizeof(T)));
+#else
+    extern __shared__ __align__(1024) unsigned char dynamic_shared[];
+    return reinterpret_cast<T*>(dynamic_shared);
+#endif
+}
+
+#ifndef LOCKSTEP_EMULATE
+DEVICE uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+#endif
+
+// Copies 16 bytes from global to shared memory in the background; zeros where `valid` is false,
+// and then `from` is not read. Visible to this thread after cp_async_wait, to others after a
+// barrier behind it.
+DEVICE void cp_async_16(void* shared, const void* global, bool valid = true) {
+#ifdef LOCKSTEP_EMULATE
+    simt::cp_async(shared, global, 16, valid);
+#else
+    const int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(bytes)
+                 : "memory");
+#endif
+}
+
+// Ends a group of copies.
+DEVICE void cp_async_commit() {
+#ifdef LOCKSTEP_EMULATE
+    simt::cp_async_commit();
+#else
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most `pending` of this thread's groups are unfinished.
+template <int pending>
+DEVICE void cp_async_wait() {
+#ifdef LOCKSTEP_EMULATE
+    simt::cp_async_wait(pending);
+#else
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+// ---- barriers and warps ---------------------------------------------------------------------
+
+// A barrier of `threads` threads (whole warps) with a number of its own, 1 to 15.
+DEVICE void named_barrier(int id, int threads) {
+#ifdef LOCKSTEP_EMULATE
+    simt::named_barrier(id, threads);
+#else
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#endif
+}
+
+// Sum over the lanes of aligned groups of `width` lanes; every lane gets it. Every lane of the warp
+// takes part. The order is fixed.
+template <int width = WARP>
+DEVICE float warp_sum(float x) {
+#pragma unroll
+    for (int step = width / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+    return x;
+}
+
+template <int width = WARP>
+DEVICE float warp_max(float x) {
+#pragma unroll
+    for (int step = width / 2; step > 0; step /= 2)
+        x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
+    return x;
+}
+
+// Sum over a block of `threads` threads, a multiple of 32, in a fixed order; every thread gets it.
+// `scratch`: threads / 32 floats of shared memory, not in use by others.
+template <int threads>
+DEVICE float block_sum(float x, float* scratch) {
+    x = warp_sum(x);
+    if constexpr (threads > WARP) {
+        __syncthreads();
+        if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = x;
+        __syncthreads();
+        x = 0.0f;
+        for (int w = 0; w < threads / WARP; ++w) x += scratch[w];
+    }
+    return x;
+}
+
+// ---- tensor cores ---------------------------------------------------------------------------
+
+// Four 8×8 matrices of 16-bit elements from shared memory into a warp's registers: lane l gives the
+// address of row l % 8 of matrix l / 8, 16 bytes aligned; matrix i lands in r[i], where lane l has
+// row l / 4, columns 2 (l % 4) and the next (PTX ISA, ldmatrix).
+DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+#ifdef LOCKSTEP_EMULATE
+    simt::ldmatrix_x4(r, row, false);
+#else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+#endif
+}
+
+// As ldmatrix_x4, each matrix transposed.
+DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+#ifdef LOCKSTEP_EMULATE
+    simt::ldmatrix_x4(r, row, true);
+#else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+#endif
+}
+
+// d [16, 8] += a [16, 16] · b [16, 8] for a warp: bf16 in, f32 sums. Lane l with g = l / 4 and
+// t = l % 4 holds a: {(g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..)}, two columns a
+// register; b: {(2t.., g), (2t + 8.., g)}, two rows a register; d: {(g, 2t), (g, 2t + 1),
+// (g + 8, 2t), (g + 8, 2t + 1)} (PTX ISA, mma.m16n8k16).
+DEVICE void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#ifdef LOCKSTEP_EMULATE
+    simt::mma_16816(d, a, b0, b1);
+#else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}

@@ -1,0 +1,21 @@
+//! The CUDA backend: launchers of the kernels in `kernels/cuda`, bf16 activations.
+//!
+//! Launchers know kernels by name and talk to a [`Driver`]: the real one (`feature = "cuda"`) or
+//! the host emulation that tests use. They check shapes and indices, choose grids and pass one
+//! struct of arguments, laid out as the kernel's own. Nothing here waits for the device but reads.
+//!
+//! It refuses what no kernel was made for: odd head sizes, rows that are no multiple of 16 bytes.
+
+mod array;
+mod attention;
+mod backend;
+mod driver;
+mod elementwise;
+mod linear;
+mod norm;
+mod rope;
+
+pub use array::{Array, Element, Floats, Ints};
+pub use backend::{Cuda, CudaConfig};
+pub use driver::{Driver, Facts, Gemm, Launch};
+pub use rope::{CudaKv, KvFormat};
