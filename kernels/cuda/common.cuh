@@ -67,6 +67,102 @@ DEVICE bf16 to_bf16(float x) {
 DEVICE float low_bf16(uint32_t packed) { return to_float(bf16{static_cast<uint16_t>(packed)}); }
 DEVICE float high_bf16(uint32_t packed) { return to_float(bf16{static_cast<uint16_t>(packed >> 16)}); }
 
+// Products of two pairs of bf16, rounded to nearest even; subnormal factors count in full.
+DEVICE uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+#ifdef LOCKSTEP_EMULATE
+    return pack_bf16(low_bf16(a) * low_bf16(b), high_bf16(a) * high_bf16(b));
+#else
+    uint32_t product;
+    // Adding -0 keeps every product's sign.
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+    return product;
+#endif
+}
+
+// fp8 is e4m3: sign, 4 bits of exponent with bias 7, 3 of mantissa; ±448 at most, no infinities,
+// 0x7f and 0xff are NaN (Micikevicius et al., FP8 Formats for Deep Learning). Hopper converts in
+// one instruction, older devices and the emulation with integers, to the same bits.
+
+// Four e4m3, the first in the low byte, as two pairs of bf16. Exact.
+DEVICE void fp8x4_to_bf16(uint32_t packed, uint32_t (&pairs)[2]);
+
+// Four e4m3, the first in the low byte, as f32. Exact.
+DEVICE void unpack_fp8x4(uint32_t packed, float (&x)[4]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    uint32_t halves[2];
+    asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %2;\n\t"
+        "cvt.rn.f16x2.e4m3x2 %0, low;\n\tcvt.rn.f16x2.e4m3x2 %1, high;\n\t}"
+        : "=r"(halves[0]), "=r"(halves[1])
+        : "r"(packed));
+    for (int i = 0; i < 2; ++i) {
+        asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %2;\n\t"
+            "cvt.f32.f16 %0, low;\n\tcvt.f32.f16 %1, high;\n\t}"
+            : "=f"(x[2 * i]), "=f"(x[2 * i + 1])
+            : "r"(halves[i]));
+    }
+#else
+    uint32_t pairs[2];
+    fp8x4_to_bf16(packed, pairs);
+    for (int i = 0; i < 2; ++i) {
+        x[2 * i] = low_bf16(pairs[i]);
+        x[2 * i + 1] = high_bf16(pairs[i]);
+    }
+#endif
+}
+
+DEVICE void fp8x4_to_bf16(uint32_t packed, uint32_t (&pairs)[2]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    float x[4];
+    unpack_fp8x4(packed, x);
+    pairs[0] = pack_bf16(x[0], x[1]);
+    pairs[1] = pack_bf16(x[2], x[3]);
+#else
+    for (int i = 0; i < 2; ++i) {
+        // The two bytes at the top of the halves.
+        const uint32_t pair = packed >> 16 * i;
+        const uint32_t high = (pair & 0xff00u) << 16 | (pair & 0xffu) << 8;
+        // Exponent and mantissa where bf16 has its own: 2^-120 of the value, subnormals too.
+        const uint32_t magnitude = high >> 4 & 0x07f007f0u;
+        const uint32_t value = mul_bf16x2((high & 0x80008000u) | magnitude, 0x7b807b80u);
+        // A NaN's magnitude alone carries into bit 11; there the exponent becomes all ones.
+        const uint32_t nan = (magnitude + 0x00100010u) & 0x08000800u;
+        pairs[i] = value | ((nan << 4) - (nan >> 4));
+    }
+#endif
+}
+
+#if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// The e4m3 nearest to x, ties to even; beyond ±448 that, NaN for NaN.
+DEVICE uint32_t fp8_bits(float x) {
+    const uint32_t bits = __float_as_uint(x), sign = bits >> 24 & 0x80u;
+    uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return 0x7f;
+    magnitude = min(magnitude, 0x43e00000u);  // 448
+    if (magnitude < 0x3c800000u) {
+        // Below 2^-6 e4m3 counts in steps of 2^-9, as f32 does from 2^14 on.
+        const float rounded = __uint_as_float(magnitude) + 16384.0f;
+        return sign | (__float_as_uint(rounded) - 0x46800000u);
+    }
+    // 20 bits of mantissa go; the exponent's bias falls from 127 to 7.
+    return sign | (((magnitude + 0x7ffffu + (magnitude >> 20 & 1)) >> 20) - (120u << 3));
+}
+#endif
+
+// Four f32 as e4m3, the first in the low byte: nearest, ties to even; beyond ±448 that, NaN for
+// NaN.
+DEVICE uint32_t pack_fp8x4(const float (&x)[4]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    uint32_t packed;
+    asm("{\n\t.reg .b16 low, high;\n\tcvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n\t"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n\tmov.b32 %0, {low, high};\n\t}"
+        : "=r"(packed)
+        : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
+    return packed;
+#else
+    return fp8_bits(x[0]) | fp8_bits(x[1]) << 8 | fp8_bits(x[2]) << 16 | fp8_bits(x[3]) << 24;
+#endif
+}
+
 template <typename T>
 DEVICE T from_float(float x);
 template <>
