@@ -170,6 +170,17 @@ DEVICE bf16 from_float<bf16>(float x) { return to_bf16(x); }
 template <>
 DEVICE float from_float<float>(float x) { return x; }
 
+// 2^x within two units in the last place; 0 for -infinity and where the result would be subnormal.
+DEVICE float exp2_approx(float x) {
+#ifdef LOCKSTEP_EMULATE
+    return std::exp2(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
 // ---- memory ---------------------------------------------------------------------------------
 
 // 16 bytes: what one thread moves at a time.

@@ -2,6 +2,7 @@
 
 use super::Driver;
 use crate::{KernelError, ShapeError};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// How an array's numbers are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,6 +134,14 @@ impl<D: Driver> Floats<D> {
 pub struct Ints<D: Driver> {
     array: Array<D>,
     host: Vec<i32>,
+    last_write: u64,
+}
+
+/// Writes to indices so far, and arrays made: no two have the same number.
+static WRITES: AtomicU64 = AtomicU64::new(0);
+
+fn next_write() -> u64 {
+    WRITES.fetch_add(1, Ordering::Relaxed)
 }
 
 impl<D: Driver> Ints<D> {
@@ -142,7 +151,13 @@ impl<D: Driver> Ints<D> {
     /// `KernelError::Memory` where there is not enough.
     pub fn zeroed(driver: &D, len: usize) -> Result<Self, KernelError> {
         let array = Array::zeroed(driver, "indices", len.saturating_mul(size_of::<i32>()))?;
-        Ok(Self { array, host: crate::host::zeroed("indices", len)? })
+        let host = crate::host::zeroed("indices", len)?;
+        Ok(Self { array, host, last_write: next_write() })
+    }
+
+    /// A number that no other contents of any array has.
+    pub(super) fn last_write(&self) -> u64 {
+        self.last_write
     }
 
     /// The device's address of the first element.
@@ -155,6 +170,7 @@ impl<D: Driver> Ints<D> {
     /// # Errors
     /// `KernelError::Shape` where the values do not fit; the driver's own.
     pub fn write(&mut self, driver: &D, values: &[i32]) -> Result<(), KernelError> {
+        self.last_write = next_write();
         crate::host::write(&mut self.host, values)?;
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         self.array.write(driver, &bytes)

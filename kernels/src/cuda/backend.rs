@@ -2,7 +2,7 @@
 
 use super::{Array, CudaKv, Driver, Element, Floats, Ints, KvFormat, attention, linear};
 use crate::{Backend, Batch, Heads, KernelError, Rotation, Tensor, WeightPart, shape};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 /// How a device is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,7 +15,7 @@ pub struct Cuda<D: Driver> {
     pub(super) driver: D,
     pub(super) config: CudaConfig,
     /// What split attention and others leave for a second kernel; grows to the largest need seen.
-    pub(super) workspace: Mutex<Option<Array<D>>>,
+    workspace: Mutex<Option<Array<D>>>,
 }
 
 impl<D: Driver> Cuda<D> {
@@ -25,6 +25,21 @@ impl<D: Driver> Cuda<D> {
 
     pub fn driver(&self) -> &D {
         &self.driver
+    }
+
+    /// The address of at least `bytes` that the kernels of one op may use; the next op overwrites
+    /// them.
+    pub(super) fn workspace(&self, bytes: usize) -> Result<u64, KernelError> {
+        let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+        let large_enough = workspace.take().filter(|array| array.bytes() >= bytes);
+        let array = match large_enough {
+            Some(array) => array,
+            // To the next power of two, so that few steps come here.
+            None => Array::zeroed(&self.driver, "the workspace", bytes.next_power_of_two())?,
+        };
+        let address = array.address(&self.driver);
+        *workspace = Some(array);
+        Ok(address)
     }
 
     /// The address of a tensor's first element.
