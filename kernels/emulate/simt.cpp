@@ -1,6 +1,8 @@
 // The scheduler of the emulation: fibers, what they wait for, and the C interface.
 #include "simt.h"
 
+#include "races.h"
+
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -242,10 +244,12 @@ void start_block(const Thread& index, unsigned threads) {
         prepare(fiber);
         wake(t);
     }
+    races::begin(threads, block.shared, block.shared_bytes);
 }
 
 void land(std::vector<Copy>& copies) {
     for (const Copy& copy : copies) {
+        races::touch(copy.to, copy.bytes, true);
         if (copy.valid) {
             std::memcpy(copy.to, copy.from, copy.bytes);
         } else {
@@ -265,6 +269,8 @@ void at_barrier(int id, unsigned threads, const char* what) {
     std::vector<unsigned> waiting;
     waiting.swap(barrier.waiting);
     for (unsigned thread : waiting) wake(thread);
+    waiting.push_back(block.current);
+    races::join(waiting);
 }
 
 }  // namespace
@@ -321,6 +327,13 @@ void meet(const char* what, uint32_t mask, void* mine, void (*finish)(void* cons
         if (other != lane && (mask >> other & 1)) wake(thread / 32 * 32 + other);
 }
 
+void order_lanes(uint32_t mask) {
+    std::vector<unsigned> threads;
+    for (unsigned lane = 0; lane < 32; ++lane)
+        if (mask >> lane & 1) threads.push_back(self().thread.x / 32 * 32 + lane);
+    races::join(threads);
+}
+
 void meet_group(const char* what, void* mine, void (*finish)(void* const (&all)[128])) {
     const unsigned thread = self().thread.x, group = thread / 128;
     GroupMeeting& meeting = block.groups[group];
@@ -348,6 +361,8 @@ void cp_async(void* shared, const void* global, unsigned bytes, bool valid) {
     const auto to = reinterpret_cast<uintptr_t>(shared), first = reinterpret_cast<uintptr_t>(block.shared);
     if (to < first || to + bytes > first + block.shared_bytes) fail("copy outside shared memory");
     if (valid) aligned(global, bytes);
+    // It may land from now on.
+    races::touch(shared, bytes, true);
     current().copies.push_back({shared, global, bytes, valid});
 }
 
@@ -423,6 +438,7 @@ void multiply(void* const (&all)[32], uint32_t) {
 
 void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed) {
     Matrices mine{r, aligned(row, 16)};
+    races::touch(row, 16, false);
     if (transposed) {
         meet("ldmatrix.trans", 0xffffffffu, &mine, load_matrices<true>);
     } else {

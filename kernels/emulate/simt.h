@@ -47,6 +47,8 @@ void named_barrier(int id, int threads);
 // Lanes `mask` of a warp meet in `what`, each with `mine`; the last one to come calls `finish` with
 // everybody's (by lane) and all go on.
 void meet(const char* what, uint32_t mask, void* mine, void (*finish)(void* const (&all)[32], uint32_t mask));
+// Lanes `mask` of the running thread's warp see each other's writes from here on.
+void order_lanes(uint32_t mask);
 // As `meet`, for the 128 threads of an aligned group of four warps.
 void meet_group(const char* what, void* mine, void (*finish)(void* const (&all)[128]));
 // Waits until `ready(what)` holds, which another thread makes true.
@@ -128,7 +130,7 @@ inline int lane() { return static_cast<int>(self().thread.x % 32); }
 
 inline void __syncthreads() { simt::block_barrier("__syncthreads"); }
 inline void __syncwarp(uint32_t mask = 0xffffffffu) {
-    simt::meet("__syncwarp", mask, nullptr, [](void* const(&)[32], uint32_t) {});
+    simt::meet("__syncwarp", mask, nullptr, [](void* const(&)[32], uint32_t mask) { simt::order_lanes(mask); });
 }
 
 template <typename T>
@@ -169,43 +171,45 @@ inline uint32_t __ballot_sync(uint32_t mask, bool vote) {
 inline bool __any_sync(uint32_t mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
 inline bool __all_sync(uint32_t mask, bool vote) { return __ballot_sync(mask, vote) == mask; }
 
-// Threads are switched only where they wait: an atomic is a plain read and write.
-template <typename T>
+// Threads are switched only where they wait: an atomic is a plain read and write, and no race.
+#define ATOMIC template <typename T> __attribute__((noinline, no_sanitize("thread")))
+ATOMIC
 T atomicAdd(T* to, T value) {
     const T old = *to;
     *to = old + value;
     return old;
 }
-template <typename T>
+ATOMIC
 T atomicMax(T* to, T value) {
     const T old = *to;
     *to = std::max(old, value);
     return old;
 }
-template <typename T>
+ATOMIC
 T atomicMin(T* to, T value) {
     const T old = *to;
     *to = std::min(old, value);
     return old;
 }
-template <typename T>
+ATOMIC
 T atomicOr(T* to, T value) {
     const T old = *to;
     *to = old | value;
     return old;
 }
-template <typename T>
+ATOMIC
 T atomicExch(T* to, T value) {
     const T old = *to;
     *to = value;
     return old;
 }
-template <typename T>
+ATOMIC
 T atomicCAS(T* to, T expected, T value) {
     const T old = *to;
     if (old == expected) *to = value;
     return old;
 }
+#undef ATOMIC
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 

@@ -1,7 +1,8 @@
-//! Every check on the emulated device: in several orders of threads, and under AddressSanitizer.
+//! Every check on the emulated device: in several orders of threads, watched for races, and under
+//! AddressSanitizer.
 
 use checks::Check;
-use emulate::{ASAN, Emulator, LIBASAN, PLAIN, Schedule};
+use emulate::{ASAN, Emulator, LIBASAN, PLAIN, RACES, Schedule};
 use kernels::cuda::Cuda;
 use std::{env, path::Path, process::Command};
 
@@ -55,6 +56,11 @@ macro_rules! emulated {
             #[test]
             fn agrees_with_threads_at_random() {
                 run(&checks::$room::checks(), PLAIN, Schedule::Random(1));
+            }
+
+            #[test]
+            fn has_no_races() {
+                run(&checks::$room::checks(), RACES, Schedule::InTurn);
             }
 
             #[test]

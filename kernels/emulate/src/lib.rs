@@ -35,10 +35,16 @@ impl Schedule {
     }
 }
 
+pub mod compile;
+
 /// The library compiled plainly.
 pub const PLAIN: &str = env!("EMULATED_PLAIN");
 /// The library compiled with AddressSanitizer: the process must have [`LIBASAN`] preloaded.
 pub const ASAN: &str = env!("EMULATED_ASAN");
+/// The library that watches shared memory for races.
+pub const RACES: &str = env!("EMULATED_RACES");
+/// The C++ compiler that made them.
+pub const COMPILER: &str = env!("EMULATION_COMPILER");
 /// AddressSanitizer's run-time library.
 pub const LIBASAN: &str = env!("LIBASAN");
 
