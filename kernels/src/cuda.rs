@@ -16,6 +16,7 @@ mod norm;
 mod rope;
 
 pub use array::{Array, Element, Floats, Ints};
+pub use attention::PrefillKernel;
 pub use backend::{Cuda, CudaConfig};
 pub use driver::{Driver, Facts, Gemm, Launch};
 pub use rope::{CudaKv, KvFormat};

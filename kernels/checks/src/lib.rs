@@ -10,7 +10,7 @@ pub mod elementwise;
 
 pub use compare::{Tolerance, compare};
 
-use kernels::cuda::{Cuda, CudaConfig, Driver, KvFormat};
+use kernels::cuda::{Cuda, CudaConfig, Driver, KvFormat, PrefillKernel};
 
 /// One kernel on one family of shapes.
 pub struct Check<D: Driver> {
@@ -24,7 +24,8 @@ pub struct Check<D: Driver> {
 pub type Device<'a, D> = &'a dyn Fn(CudaConfig) -> Cuda<D>;
 
 /// bf16 caches.
-pub const BF16: CudaConfig = CudaConfig { kv_format: KvFormat::Bf16 };
+pub const BF16: CudaConfig =
+    CudaConfig { kv_format: KvFormat::Bf16, prefill: PrefillKernel::Fastest };
 
 /// Every check.
 pub fn all<D: Driver>() -> Vec<Check<D>> {

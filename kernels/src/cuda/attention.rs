@@ -8,6 +8,8 @@
 mod decode;
 mod prefill;
 
+pub use prefill::PrefillKernel;
+
 use super::{Cuda, CudaKv, Driver, Element, Ints};
 use crate::{Batch, Heads, KernelError, ShapeError, Tensor, host, shape::ensure};
 

@@ -1,6 +1,8 @@
 //! The ops of [`Backend`] on a [`Driver`].
 
-use super::{Array, CudaKv, Driver, Element, Floats, Ints, KvFormat, attention, linear};
+use super::{
+    Array, CudaKv, Driver, Element, Floats, Ints, KvFormat, PrefillKernel, attention, linear,
+};
 use crate::{Backend, Batch, Heads, KernelError, Rotation, Tensor, WeightPart, shape};
 use std::sync::{Mutex, PoisonError};
 
@@ -8,6 +10,7 @@ use std::sync::{Mutex, PoisonError};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CudaConfig {
     pub kv_format: KvFormat,
+    pub prefill: PrefillKernel,
 }
 
 /// One CUDA device, real or emulated.
