@@ -7,6 +7,8 @@
 
 mod compare;
 pub mod elementwise;
+pub mod paged;
+pub mod prefill;
 
 pub use compare::{Tolerance, compare};
 
@@ -29,7 +31,7 @@ pub const BF16: CudaConfig =
 
 /// Every check.
 pub fn all<D: Driver>() -> Vec<Check<D>> {
-    [elementwise::checks()].into_iter().flatten().collect()
+    [elementwise::checks(), prefill::checks()].into_iter().flatten().collect()
 }
 
 /// Reproducible values, about evenly spread over (-1, 1).

@@ -72,4 +72,4 @@ macro_rules! emulated {
     )*};
 }
 
-emulated!(elementwise);
+emulated!(elementwise, prefill);
