@@ -17,8 +17,10 @@
 #else
 #define DEVICE __device__ __forceinline__
 // KERNEL(name, Args, threads) { body; `args` is the argument }
-#define KERNEL(name, Args, threads) \
-    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args)
+// A fourth value is the number of blocks that an SM shall have room for: it limits registers.
+#define KERNEL(name, Args, ...)                                \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__) \
+        name(const __grid_constant__ Args args)
 #endif
 
 constexpr int WARP = 32;
@@ -76,6 +78,17 @@ DEVICE uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
     // Adding -0 keeps every product's sign.
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
     return product;
+#endif
+}
+
+// The larger of each of two pairs of bf16; of a number and a NaN, the number.
+DEVICE uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+#ifdef LOCKSTEP_EMULATE
+    return pack_bf16(fmaxf(low_bf16(a), low_bf16(b)), fmaxf(high_bf16(a), high_bf16(b)));
+#else
+    uint32_t larger;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    return larger;
 #endif
 }
 
@@ -215,6 +228,40 @@ DEVICE void store16(void* to, const Bytes16& v) {
     *static_cast<Bytes16*>(const_cast<void*>(simt::aligned(to, 16))) = v;
 #else
     *static_cast<uint4*>(to) = make_uint4(v.words[0], v.words[1], v.words[2], v.words[3]);
+#endif
+}
+
+// As store16, for global memory, and one instruction always: behind branches the compiler takes the
+// other one apart.
+DEVICE void store16_global(void* to, const Bytes16& v) {
+#ifdef LOCKSTEP_EMULATE
+    store16(to, v);
+#else
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.words[0]),
+                 "r"(v.words[1]), "r"(v.words[2]), "r"(v.words[3])
+                 : "memory");
+#endif
+}
+
+// 8 bytes, where 16 would be more than a thread has.
+struct alignas(8) Bytes8 {
+    uint32_t words[2];
+};
+
+DEVICE Bytes8 load8(const void* from) {
+#ifdef LOCKSTEP_EMULATE
+    return *static_cast<const Bytes8*>(simt::aligned(from, 8));
+#else
+    const uint2 v = *static_cast<const uint2*>(from);
+    return {{v.x, v.y}};
+#endif
+}
+
+DEVICE void store8(void* to, const Bytes8& v) {
+#ifdef LOCKSTEP_EMULATE
+    *static_cast<Bytes8*>(const_cast<void*>(simt::aligned(to, 8))) = v;
+#else
+    *static_cast<uint2*>(to) = make_uint2(v.words[0], v.words[1]);
 #endif
 }
 

@@ -39,6 +39,9 @@ struct Kernel {
     Kernel(const char* name, size_t args_size, unsigned threads, void (*run)(const void*));
 };
 
+// Of what KERNEL says after its argument: blocks an SM mean nothing here.
+constexpr unsigned threads_of(unsigned threads, unsigned = 0) { return threads; }
+
 // The block's shared memory, of which at least `least` bytes are needed.
 void* shared(size_t least);
 void block_barrier(const char* what);
@@ -112,10 +115,10 @@ inline int lane() { return static_cast<int>(self().thread.x % 32); }
 
 }  // namespace simt
 
-#define KERNEL(name, Args, threads)                                                              \
+#define KERNEL(name, Args, ...)                                                                  \
     static void name##_body(const Args& args);                                                   \
     static const simt::Kernel name##_kernel{                                                     \
-        #name, sizeof(Args), threads,                                                            \
+        #name, sizeof(Args), simt::threads_of(__VA_ARGS__),                                      \
         [](const void* args) { name##_body(*static_cast<const Args*>(args)); }};                 \
     static void name##_body(const Args& args)
 
