@@ -11,12 +11,15 @@ mod attention;
 mod backend;
 mod driver;
 mod elementwise;
+mod fp8;
 mod linear;
 mod norm;
 mod rope;
+mod rows;
 
 pub use array::{Array, Element, Floats, Ints};
 pub use attention::PrefillKernel;
 pub use backend::{Cuda, CudaConfig};
 pub use driver::{Driver, Facts, Gemm, Launch};
+pub use fp8::{Fp8, Fp8Scaling};
 pub use rope::{CudaKv, KvFormat};

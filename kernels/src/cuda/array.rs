@@ -83,6 +83,15 @@ impl<D: Driver> Floats<D> {
         Ok(Self { array, element })
     }
 
+    /// Elements it has room for.
+    pub fn len(&self) -> usize {
+        self.array.bytes() / self.element.bytes()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     pub fn element(&self) -> Element {
         self.element
     }

@@ -167,7 +167,7 @@ impl<D: Driver> Backend for Cuda<D> {
         heads: Heads,
     ) -> Result<(), KernelError> {
         shape::store_kv(qkv, kv.heads(), batch, heads)?;
-        self.store(kv, qkv, batch)
+        self.store(kv, qkv, batch, heads)
     }
 
     fn attention(
