@@ -18,62 +18,81 @@ DEVICE int swizzled(int row, int piece) {
     return row * (2 * D) + ((piece ^ (row & 7)) << 4);
 }
 
-// `offset`, of a row below 16 and piece 0 or 1, moved on by so many times 16 rows and 16 columns.
+// The address `at` of a row below 16 and piece 0 or 1 of a tile, moved on by so many times 16 rows
+// and 16 columns.
 template <int D>
-DEVICE int moved(int offset, int rows16, int columns16) {
-    return (offset ^ ((columns16 & 3) << 5)) + (columns16 >> 2) * 128 + rows16 * (32 * D);
+DEVICE SharedAddress moved(SharedAddress at, int rows16, int columns16) {
+    return (at ^ ((columns16 & 3) << 5)) + (columns16 >> 2) * 128 + rows16 * (32 * D);
+}
+
+// What a block works on. Kept in shared memory: the sums leave no registers for it.
+struct Work {
+    PrefillTile tile;
+    int head;
+    int kv_head;
+};
+
+// Neighbouring blocks work on the heads of one tile: those that share keys find them in L2.
+DEVICE Work work_of_block(const PrefillArgs& args) {
+    const int head = blockIdx.x % args.q_heads;
+    const int kv_head = head / (args.q_heads / args.kv_heads);
+    return {prefill_tile(args, blockIdx.x / args.q_heads), head, kv_head};
 }
 
 // The tiles that a block reads: K and V of a step in turn, 64 tokens each, through a ring. Warp w
 // moves the w-th block of 16 tokens, which the cache holds in one piece.
-template <int D>
+//
+// bf16 is read where it was copied to. e4m3 (STORED_BYTES 1) waits in the ring as stored; each
+// thread widens what it has copied itself into the one tile that is read.
+template <int D, int STORED_BYTES>
 struct Stream {
     static constexpr int TILE_BYTES = STEP_KEYS * 2 * D;
-    static constexpr int BLOCK_BYTES = BLOCK_TOKENS * 2 * D;
-    static constexpr int PIECES = 2 * D / 16;
-    // Rows that a warp moves at a time.
+    static constexpr int SLOT_BYTES = STEP_KEYS * STORED_BYTES * D;
+    static constexpr int BYTES = RING * SLOT_BYTES + (STORED_BYTES == 2 ? 0 : TILE_BYTES);
+    static constexpr int BLOCK_BYTES = BLOCK_TOKENS * STORED_BYTES * D;
+    // 16 bytes each, of a token as stored.
+    static constexpr int PIECES = STORED_BYTES * D / 16;
+    // Tokens that a warp moves at a time.
     static constexpr int COPY_ROWS = WARP / PIECES;
 
-    const PrefillTile& tile;
-    unsigned char* ring;
-    int steps_end;
-    int warp;
-    int row;             // of the first 16 bytes that this thread moves, in a block of tokens
-    int to;              // where in a tile they go
-    int64_t head_bytes;  // from the start of a cache's block to what this thread moves of it
-    int64_t block_bytes;  // from one block of the cache to the next
-    int block = 0;        // of the cache, that this warp moves next
-    int slot = 0;         // of the ring, that is filled next
+    const PrefillArgs& args;
+    const Work& work;
+    const SharedAddress ring;
+    int block = 0;  // of the cache, that this warp moves next
+    int slot = 0;   // of the ring, that is filled next
 
-    DEVICE Stream(const PrefillArgs& args, const PrefillTile& tile, unsigned char* ring, int head)
-        : tile(tile), ring(ring) {
-        const int lane = threadIdx.x % WARP;
-        steps_end = (tile.keys_end + STEP_KEYS - 1) / STEP_KEYS;
-        warp = threadIdx.x / WARP;
-        row = lane / PIECES;
-        to = swizzled<D>(warp * BLOCK_TOKENS + row, lane % PIECES);
-        head_bytes = head / (args.q_heads / args.kv_heads) * BLOCK_BYTES + lane * 16;
-        block_bytes = static_cast<int64_t>(args.kv_heads) * BLOCK_BYTES;
-    }
+    // `shared`: the tile of e4m3 once widened, then the ring.
+    DEVICE Stream(const PrefillArgs& args, const Work& work, SharedAddress shared)
+        : args(args), work(work), ring(STORED_BYTES == 2 ? shared : shared + TILE_BYTES) {}
 
     // Looks up the block that this warp moves in `step`.
     DEVICE void look_up(int step) {
-        const int index = step * (STEP_KEYS / BLOCK_TOKENS) + warp;
-        if (index * BLOCK_TOKENS < tile.keys_end) block = tile.blocks[index];
+        const int index = step * (STEP_KEYS / BLOCK_TOKENS) + threadIdx.x / WARP;
+        if (index * BLOCK_TOKENS < work.tile.keys_end) block = work.tile.blocks[index];
+    }
+
+    // Where in a slot this thread's first 16 bytes lie.
+    DEVICE SharedAddress place() const {
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+        if (STORED_BYTES == 1) return warp * BLOCK_BYTES + lane * 16;
+        return swizzled<D>(warp * BLOCK_TOKENS + lane / PIECES, lane % PIECES);
     }
 
     // Begins to copy the tokens of `step`, with zeros past the last key: nobody has written there,
     // and a NaN would survive a weight of zero.
     DEVICE void load(const void* pool, int step) {
-        const auto* from = static_cast<const unsigned char*>(pool) + block * block_bytes;
-        from += head_bytes;
-        unsigned char* target = ring + slot * TILE_BYTES;
-        const int valid = tile.keys_end - step * STEP_KEYS - warp * BLOCK_TOKENS - row;
-        if (step < steps_end) {
+        if (step * STEP_KEYS < work.tile.keys_end) {
+            const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+            const int64_t at = static_cast<int64_t>(block) * args.kv_heads + work.kv_head;
+            const auto* from = static_cast<const char*>(pool) + at * BLOCK_BYTES + lane * 16;
+            const SharedAddress to = ring + slot * SLOT_BYTES + place();
+            const int valid =
+                work.tile.keys_end - step * STEP_KEYS - warp * BLOCK_TOKENS - lane / PIECES;
 #pragma unroll
             for (int rows = 0; rows < BLOCK_TOKENS; rows += COPY_ROWS) {
-                cp_async_16(target + (to ^ ((rows & 7) << 4)) + rows * (2 * D),
-                            from + rows * (2 * D), rows < valid);
+                const int swizzle = STORED_BYTES == 2 ? (rows & 7) << 4 : 0;
+                const int bytes = rows * (STORED_BYTES * D);
+                cp_async_16((to ^ swizzle) + bytes, from + bytes, rows < valid);
             }
         }
         cp_async_commit();
@@ -81,11 +100,32 @@ struct Stream {
     }
 
     // The oldest tile, once it is there; in place of the one before, `step`'s is begun.
-    DEVICE const unsigned char* turn(const void* pool, int step) {
+    DEVICE SharedAddress turn(const void* pool, int step) {
         cp_async_wait<RING - 2>();
         __syncthreads();
         load(pool, step);
-        return ring + slot * TILE_BYTES;
+        const SharedAddress oldest = ring + slot * SLOT_BYTES;
+        if (STORED_BYTES == 2) return oldest;
+        widen(oldest + place());
+        __syncthreads();
+        return ring - TILE_BYTES;
+    }
+
+    DEVICE void widen(SharedAddress from) {
+        const int lane = threadIdx.x % WARP;
+        const int row = threadIdx.x / WARP * BLOCK_TOKENS + lane / PIECES;
+#pragma unroll
+        for (int rows = 0; rows < BLOCK_TOKENS; rows += COPY_ROWS) {
+            const Bytes16 stored = load16_shared(from + rows * D);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                uint32_t low[2], high[2];
+                fp8x4_to_bf16(stored.words[2 * half], low);
+                fp8x4_to_bf16(stored.words[2 * half + 1], high);
+                const int to = swizzled<D>(row + rows, lane % PIECES * 2 + half);
+                store16_shared(ring - TILE_BYTES + to, {{low[0], low[1], high[0], high[1]}});
+            }
+        }
     }
 };
 
@@ -102,10 +142,10 @@ struct WarpRows {
 
 // scores = Q · Kᵀ, unscaled. `queries`: this warp's rows in shared memory.
 template <int D>
-DEVICE void score(WarpRows<D>& rows, const unsigned char* queries, const unsigned char* keys) {
+DEVICE void score(WarpRows<D>& rows, SharedAddress queries, SharedAddress keys) {
     const int lane = threadIdx.x % WARP;
-    const int query_at = swizzled<D>(lane % 16, lane / 16);
-    const int key_at = swizzled<D>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    queries += swizzled<D>(lane % 16, lane / 16);
+    keys += swizzled<D>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
     for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -115,12 +155,12 @@ DEVICE void score(WarpRows<D>& rows, const unsigned char* queries, const unsigne
 #pragma unroll
     for (int d = 0; d < D / 16; ++d) {
         uint32_t q[2][4];
-        ldmatrix_x4(q[0], queries + moved<D>(query_at, 0, d));
-        ldmatrix_x4(q[1], queries + moved<D>(query_at, 1, d));
+        ldmatrix_x4(q[0], moved<D>(queries, 0, d));
+        ldmatrix_x4(q[1], moved<D>(queries, 1, d));
 #pragma unroll
         for (int n = 0; n < STEP_KEYS / 16; ++n) {
             uint32_t k[4];
-            ldmatrix_x4(k, keys + moved<D>(key_at, n, d));
+            ldmatrix_x4(k, moved<D>(keys, n, d));
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
                 mma_16816(rows.scores[m][2 * n], q[m], k[0], k[1]);
@@ -193,9 +233,9 @@ DEVICE uint32_t weigh(WarpRows<D>& rows, float scale, int m, int keys16, int i) 
 // out += weights · V. The next keys' weights are made between the products of these, so that the
 // exponentials run beside the tensor cores.
 template <int D>
-DEVICE void add_values(WarpRows<D>& rows, const unsigned char* values, float scale) {
+DEVICE void add_values(WarpRows<D>& rows, SharedAddress values, float scale) {
     const int lane = threadIdx.x % WARP;
-    const int at = swizzled<D>(lane % 16, lane / 16);
+    values += swizzled<D>(lane % 16, lane / 16);
     constexpr int PRODUCTS = D / 16;
     uint32_t weights[2][2][4];
 #pragma unroll
@@ -207,7 +247,7 @@ DEVICE void add_values(WarpRows<D>& rows, const unsigned char* values, float sca
 #pragma unroll
         for (int d = 0; d < PRODUCTS; ++d) {
             uint32_t v[4];
-            ldmatrix_x4_trans(v, values + moved<D>(at, keys16, d));
+            ldmatrix_x4_trans(v, moved<D>(values, keys16, d));
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
                 mma_16816(rows.out[m][2 * d], now[m], v[0], v[1]);
@@ -222,16 +262,16 @@ DEVICE void add_values(WarpRows<D>& rows, const unsigned char* values, float sca
     }
 }
 
-// Writes a warp's rows of one head, by way of the room of its queries.
+// Writes a warp's rows, by way of the room of its queries.
 template <int D>
-DEVICE void write(WarpRows<D>& rows, unsigned char* room, bf16* out, int64_t stride, int rows_len,
-                  float value_scale) {
+DEVICE void write(WarpRows<D>& rows, unsigned char* room, const PrefillArgs& args,
+                  const Work& work) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const float factor = value_scale / warp_sum<4>(rows.sum[m][h]);
+            const float factor = args.value_scale / warp_sum<4>(rows.sum[m][h]);
             const int row = m * 16 + h * 8 + lane / 4;
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
@@ -241,38 +281,43 @@ DEVICE void write(WarpRows<D>& rows, unsigned char* room, bf16* out, int64_t str
         }
     __syncwarp();
     constexpr int PIECES = D / 8, COPY_ROWS = WARP / PIECES;
-    for (int first = 0; first < WARP_ROWS; first += COPY_ROWS) {
-        const int row = first + lane / PIECES, piece = lane % PIECES;
-        if (row < rows_len)
-            store16(out + row * stride + piece * 8, load16(room + swizzled<D>(row, piece)));
-    }
+    const int64_t stride = static_cast<int64_t>(args.q_heads) * D;
+    const int piece = lane % PIECES, first = threadIdx.x / WARP * WARP_ROWS;
+    bf16* out = args.out + work.tile.first_row * stride + work.head * D + piece * 8;
+    for (int r = lane / PIECES; r < WARP_ROWS && first + r < work.tile.rows; r += COPY_ROWS)
+        store16(out + (first + r) * stride, load16(room + swizzled<D>(r, piece)));
 }
 
-// Begins to copy a warp's queries, zeros for rows that there are not.
+// Begins to copy a warp's queries, zeros for rows that there are not. `from`: the tile's first.
 template <int D>
-DEVICE void load_queries(unsigned char* to, const bf16* from, int64_t stride, int rows_len) {
+DEVICE void load_queries(SharedAddress to, const bf16* from, int64_t stride, int rows_len) {
     constexpr int PIECES = D / 8, COPY_ROWS = WARP / PIECES;
     const int lane = threadIdx.x % WARP, piece = lane % PIECES;
-    for (int first = 0; first < WARP_ROWS; first += COPY_ROWS) {
-        const int row = first + lane / PIECES;
-        const bool valid = row < rows_len;
-        const bf16* source = from + (valid ? row * stride + piece * 8 : 0);
-        cp_async_16(to + swizzled<D>(row, piece), source, valid);
+    const int first = threadIdx.x / WARP * WARP_ROWS;
+    for (int r = lane / PIECES; r < WARP_ROWS; r += COPY_ROWS) {
+        const bool valid = first + r < rows_len;
+        const bf16* source = from + (valid ? (first + r) * stride + piece * 8 : 0);
+        cp_async_16(to + swizzled<D>(r, piece), source, valid);
     }
 }
 
-template <int D>
+template <int D, int STORED_BYTES>
 DEVICE void prefill(const PrefillArgs& args) {
-    const int head = blockIdx.x % args.q_heads;
-    const PrefillTile tile = prefill_tile(args, blockIdx.x / args.q_heads);
-    const int first = threadIdx.x / WARP * WARP_ROWS;
-    const int rows_len = max(tile.rows - first, 0);
-    auto* queries = shared_memory<unsigned char>() + first * (2 * D);
-    Stream<D> stream(args, tile, shared_memory<unsigned char>() + TILE_ROWS * (2 * D), head);
+    using Tiles = Stream<D, STORED_BYTES>;
+    // Queries, later results; tiles of keys and values; the work.
+    auto* shared = shared_memory<unsigned char>();
+    unsigned char* tiles = shared + TILE_ROWS * 2 * D;
+    auto& work = *reinterpret_cast<Work*>(tiles + Tiles::BYTES);
+    if (threadIdx.x == 0) work = work_of_block(args);
+    __syncthreads();
 
-    const int64_t row = rows_len > 0 ? tile.first_row + first : tile.first_row;
+    const PrefillTile& tile = work.tile;
+    const int first = threadIdx.x / WARP * WARP_ROWS;
+    unsigned char* room = shared + first * (2 * D);
+    const SharedAddress queries = shared_address(room);
+    Tiles stream(args, work, shared_address(tiles));
     const int64_t stride = static_cast<int64_t>(args.q_heads + 2 * args.kv_heads) * D;
-    load_queries<D>(queries, args.qkv + row * stride + head * D, stride, rows_len);
+    load_queries<D>(queries, args.qkv + tile.first_row * stride + work.head * D, stride, tile.rows);
     int step = tile.first_key / STEP_KEYS;
     stream.look_up(step);
     stream.load(args.keys, step);
@@ -281,26 +326,27 @@ DEVICE void prefill(const PrefillArgs& args) {
 
     WarpRows<D> rows;
     for (int i = 0; i < 4; ++i) rows.most[i / 2][i % 2] = minus_infinity();
-    for (; step < stream.steps_end; ++step) {
-        // Of the warp's first row and its last, from the step's first key.
+    for (; step * STEP_KEYS < tile.keys_end; ++step) {
+        const SharedAddress keys = stream.turn(args.keys, step + 1);
+        // Of the warp's first row and of the sequence's last one, from the step's first key.
         const int ahead = tile.position + first - step * STEP_KEYS;
-        const int last = ahead + min(rows_len, WARP_ROWS) - 1;
-        const bool seen = rows_len > 0 && last >= 0 && ahead - args.window < STEP_KEYS - 1;
-        const unsigned char* keys = stream.turn(args.keys, step + 1);
+        const int last = tile.keys_end - 1 - step * STEP_KEYS;
+        const bool seen = ahead <= last && ahead > -WARP_ROWS &&
+                          ahead - args.window < STEP_KEYS - 1;
         if (seen) {
             score(rows, queries, keys);
             if (ahead < STEP_KEYS - 1 || ahead + WARP_ROWS > args.window)
                 mask(rows, ahead, args.window);
             look(rows, args.score_scale);
         }
-        const unsigned char* values = stream.turn(args.values, step + 1);
+        const SharedAddress values = stream.turn(args.values, step + 1);
         stream.look_up(step + 2);
         if (seen) add_values(rows, values, args.score_scale);
     }
-    const int64_t out_stride = static_cast<int64_t>(args.q_heads) * D;
-    bf16* out = args.out + row * out_stride + head * D;
-    if (rows_len > 0) write(rows, queries, out, out_stride, rows_len, args.value_scale);
+    write(rows, room, args, work);
 }
 
-KERNEL(attention_prefill_d64_bf16, PrefillArgs, THREADS) { prefill<64>(args); }
-KERNEL(attention_prefill_d128_bf16, PrefillArgs, THREADS) { prefill<128>(args); }
+KERNEL(attention_prefill_d64_bf16, PrefillArgs, THREADS) { prefill<64, 2>(args); }
+KERNEL(attention_prefill_d64_fp8, PrefillArgs, THREADS) { prefill<64, 1>(args); }
+KERNEL(attention_prefill_d128_bf16, PrefillArgs, THREADS) { prefill<128, 2>(args); }
+KERNEL(attention_prefill_d128_fp8, PrefillArgs, THREADS) { prefill<128, 1>(args); }

@@ -276,24 +276,55 @@ DEVICE T* shared_memory() {
 #endif
 }
 
-#ifndef LOCKSTEP_EMULATE
-DEVICE uint32_t shared_address(const void* p) {
+// An address in shared memory, for arithmetic in 32 bits.
+#ifdef LOCKSTEP_EMULATE
+using SharedAddress = uintptr_t;
+DEVICE SharedAddress shared_address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
+#else
+using SharedAddress = uint32_t;
+DEVICE SharedAddress shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 #endif
 
+DEVICE Bytes16 load16_shared(SharedAddress from) {
+#ifdef LOCKSTEP_EMULATE
+    return load16(reinterpret_cast<const void*>(from));
+#else
+    Bytes16 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+                 : "r"(from)
+                 : "memory");
+    return v;
+#endif
+}
+
+DEVICE void store16_shared(SharedAddress to, const Bytes16& v) {
+#ifdef LOCKSTEP_EMULATE
+    store16(reinterpret_cast<void*>(to), v);
+#else
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.words[0]),
+                 "r"(v.words[1]), "r"(v.words[2]), "r"(v.words[3])
+                 : "memory");
+#endif
+}
+
 // Copies 16 bytes from global to shared memory in the background; zeros where `valid` is false,
 // and then `from` is not read. Visible to this thread after cp_async_wait, to others after a
 // barrier behind it.
-DEVICE void cp_async_16(void* shared, const void* global, bool valid = true) {
+DEVICE void cp_async_16(SharedAddress shared, const void* global, bool valid = true) {
 #ifdef LOCKSTEP_EMULATE
-    simt::cp_async(shared, global, 16, valid);
+    simt::cp_async(reinterpret_cast<void*>(shared), global, 16, valid);
 #else
     const int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(bytes)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+                 "r"(bytes)
                  : "memory");
 #endif
+}
+DEVICE void cp_async_16(void* shared, const void* global, bool valid = true) {
+    cp_async_16(shared_address(shared), global, valid);
 }
 
 // Ends a group of copies.
@@ -363,27 +394,33 @@ DEVICE float block_sum(float x, float* scratch) {
 // Four 8×8 matrices of 16-bit elements from shared memory into a warp's registers: lane l gives the
 // address of row l % 8 of matrix l / 8, 16 bytes aligned; matrix i lands in r[i], where lane l has
 // row l / 4, columns 2 (l % 4) and the next (PTX ISA, ldmatrix).
-DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) {
 #ifdef LOCKSTEP_EMULATE
-    simt::ldmatrix_x4(r, row, false);
+    simt::ldmatrix_x4(r, reinterpret_cast<const void*>(row), false);
 #else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 #endif
 }
+DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+    ldmatrix_x4(r, shared_address(row));
+}
 
 // As ldmatrix_x4, each matrix transposed.
-DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress row) {
 #ifdef LOCKSTEP_EMULATE
-    simt::ldmatrix_x4(r, row, true);
+    simt::ldmatrix_x4(r, reinterpret_cast<const void*>(row), true);
 #else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 #endif
+}
+DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+    ldmatrix_x4_trans(r, shared_address(row));
 }
 
 // d [16, 8] += a [16, 16] · b [16, 8] for a warp: bf16 in, f32 sums. Lane l with g = l / 4 and
