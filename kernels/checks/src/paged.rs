@@ -15,6 +15,9 @@ use kernels::{
 /// the loss of one shows.
 const SHARPNESS: f32 = 6.0;
 
+/// Of the keys and of the values of an e4m3 cache; what they scale stays exact in bf16.
+const SCALES: [f32; 2] = [0.5, 1.5];
+
 /// Rows of one sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rows {
@@ -76,7 +79,10 @@ impl Case {
     /// The device's own.
     pub fn run<D: Driver>(&self, device: &Cuda<D>) -> Result<Vec<f32>, KernelError> {
         let mut kv = device.kv(self.layout().1, self.heads)?;
-        self.fill(device, &mut kv)?;
+        if self.format == KvFormat::Fp8 {
+            kv.set_scales(SCALES[0], SCALES[1])?;
+        }
+        self.fill(device, &kv)?;
         self.attend(device, &kv)
     }
 
@@ -112,17 +118,20 @@ impl Case {
 
     /// Every token's packed row, as the cache's format holds keys and values.
     fn tokens_of(&self, rows: &Rows) -> Vec<f32> {
-        let Heads { q, dim, .. } = self.heads;
+        let Heads { q, kv, dim } = self.heads;
         let cols = self.heads.qkv_cols();
         let mut all = rounded(&noise(rows.seed, rows.context() * cols));
         for row in all.chunks_exact_mut(cols) {
             let (queries, cached) = row.split_at_mut(q * dim);
-            queries.iter_mut().for_each(|v| *v *= SHARPNESS);
+            queries.iter_mut().for_each(|v| *v = rounded(&[*v * SHARPNESS])[0]);
             if self.format == KvFormat::Fp8 {
-                cached.iter_mut().for_each(|v| *v = e4m3_value(e4m3_nearest(*v)));
+                for (cached, scale) in cached.chunks_exact_mut(kv * dim).zip(SCALES) {
+                    let held = |v: f32| e4m3_value(e4m3_nearest(v / scale)) * scale;
+                    cached.iter_mut().for_each(|v| *v = held(*v));
+                }
             }
         }
-        rounded(&all)
+        all
     }
 
     /// [T, (q + 2 kv) D]
@@ -187,7 +196,7 @@ impl Case {
     }
 
     /// Writes the cache's own bytes: NaNs, then the tokens.
-    fn fill<D: Driver>(&self, device: &Cuda<D>, kv: &mut CudaKv<D>) -> Result<(), KernelError> {
+    fn fill<D: Driver>(&self, device: &Cuda<D>, kv: &CudaKv<D>) -> Result<(), KernelError> {
         let Heads { q, kv: kv_heads, dim } = self.heads;
         let width = self.format.element_bytes();
         let (tables, _) = self.layout();
@@ -203,7 +212,7 @@ impl Case {
                         let at = (block * BLOCK_TOKENS + p % BLOCK_TOKENS) * dim * width;
                         let from = &row[(q + which * kv_heads + head) * dim..][..dim];
                         let to = bytes[at..][..dim * width].chunks_exact_mut(width);
-                        to.zip(from).for_each(|(to, &v)| self.store(to, v));
+                        to.zip(from).for_each(|(to, &v)| self.store(to, v, SCALES[which]));
                     }
                 }
             }
@@ -212,12 +221,12 @@ impl Case {
         Ok(())
     }
 
-    fn store(&self, to: &mut [u8], value: f32) {
+    fn store(&self, to: &mut [u8], value: f32, scale: f32) {
         match self.format {
             KvFormat::Bf16 => {
                 to.copy_from_slice(&half::bf16::from_f32(value).to_le_bytes());
             }
-            KvFormat::Fp8 => to[0] = e4m3_nearest(value),
+            KvFormat::Fp8 => to[0] = e4m3_nearest(value / scale),
         }
     }
 }

@@ -27,6 +27,8 @@ const THREADS: u32 = 128;
 /// Tiles of 64 keys or values in its ring.
 const RING: usize = 3;
 const STEP_KEYS: usize = 64;
+/// And what a block knows of its tile.
+const WORK_BYTES: usize = 64;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -80,7 +82,6 @@ impl<D: Driver> Cuda<D> {
             format!("block tables for {context_max} tokens, at most {UNBOUNDED} can be counted")
         })?;
         let driver = &self.driver;
-        let (key_scale, value_scale) = (1.0, 1.0);
         Ok(PrefillArgs {
             out: self.at(out),
             qkv: self.at(call.qkv),
@@ -94,8 +95,8 @@ impl<D: Driver> Cuda<D> {
             q_heads: heads.q as i32,
             kv_heads: heads.kv as i32,
             window: window.unwrap_or(UNBOUNDED).min(UNBOUNDED) as i32,
-            score_scale: std::f32::consts::LOG2_E / (heads.dim as f32).sqrt() * key_scale,
-            value_scale,
+            score_scale: std::f32::consts::LOG2_E / (heads.dim as f32).sqrt() * kv.key_scale(),
+            value_scale: kv.value_scale(),
         })
     }
 
@@ -135,5 +136,5 @@ fn mma_kernel(dim: usize, format: KvFormat) -> (&'static str, usize) {
         // As stored, and one tile of bf16.
         KvFormat::Fp8 => RING * tile + 2 * tile,
     };
-    (name, TILE_ROWS * 2 * dim + ring)
+    (name, TILE_ROWS * 2 * dim + ring + WORK_BYTES)
 }
