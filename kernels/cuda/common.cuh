@@ -176,6 +176,15 @@ DEVICE uint32_t pack_fp8x4(const float (&x)[4]) {
 #endif
 }
 
+// Bytes 0, 2, 1, 3.
+DEVICE uint32_t swap_middle_bytes(uint32_t x) {
+#ifdef LOCKSTEP_EMULATE
+    return (x & 0xff0000ffu) | (x >> 8 & 0xff00u) | (x << 8 & 0xff0000u);
+#else
+    return __byte_perm(x, 0, 0x3120);
+#endif
+}
+
 template <typename T>
 DEVICE T from_float(float x);
 template <>
@@ -220,6 +229,15 @@ DEVICE Bytes16 load16_stream(const void* from) {
         : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
         : "l"(from));
     return v;
+#endif
+}
+
+// Two neighbouring bf16.
+DEVICE uint32_t load_pair(const bf16* from) {
+#ifdef LOCKSTEP_EMULATE
+    return *static_cast<const uint32_t*>(simt::aligned(from, 4));
+#else
+    return *reinterpret_cast<const uint32_t*>(from);
 #endif
 }
 

@@ -18,6 +18,9 @@ pub const SPLIT_TOKENS: usize = 512;
 /// Rows of one sequence that one block of the prefill kernels works on.
 pub const TILE_ROWS: usize = 128;
 
+/// What a row's window is where there is none, and more than any position.
+const UNBOUNDED: usize = 1 << 30;
+
 /// One call.
 pub(super) struct Call<'a, D: Driver> {
     pub qkv: &'a Tensor<Cuda<D>>,
@@ -148,6 +151,11 @@ impl<D: Driver> Call<'_, D> {
         ensure(OP, dim == 64 || dim == 128, || {
             format!("head_dim {dim}: there are kernels for 64 and 128")
         })?;
+        // Positions and their differences stay far from the ends of i32.
+        let context_max = self.batch.block_table_cols.saturating_mul(crate::BLOCK_TOKENS);
+        ensure(OP, context_max <= UNBOUNDED, || {
+            format!("block tables for {context_max} tokens, at most {UNBOUNDED} can be counted")
+        })?;
         let cut = self.batch.cuts.of;
         let blocks_end = cut.map_or(0, |stamp| stamp.blocks_end);
         ensure(OP, cut == Some(Stamp::of(self.batch, blocks_end)), || {
@@ -156,6 +164,11 @@ impl<D: Driver> Call<'_, D> {
         ensure(OP, blocks_end <= self.kv.blocks(), || {
             format!("block {} of a cache of {}", blocks_end - 1, self.kv.blocks())
         })
+    }
+
+    /// Keys that a row sees at most, itself included.
+    fn keys_seen(&self) -> i32 {
+        self.window.unwrap_or(UNBOUNDED).min(UNBOUNDED) as i32
     }
 }
 

@@ -4,7 +4,6 @@ use super::{Call, TILE_ROWS};
 use crate::{
     KernelError, Tensor,
     cuda::{Cuda, Driver, KvFormat, Launch},
-    shape::ensure,
 };
 
 /// Which kernel prefills.
@@ -18,9 +17,6 @@ pub enum PrefillKernel {
     /// Warpgroups' wgmma: on compute capability 9.0, for bf16 caches.
     Wgmma,
 }
-
-/// What a row's window is where there is none, and more than any position.
-const UNBOUNDED: usize = 1 << 30;
 
 /// Threads in a block of the mma.sync kernels.
 const THREADS: u32 = 128;
@@ -55,7 +51,7 @@ impl<D: Driver> Cuda<D> {
         out: &mut Tensor<Self>,
         call: &Call<'_, D>,
     ) -> Result<(), KernelError> {
-        let args = self.prefill_args(out, call)?;
+        let args = self.prefill_args(out, call);
         // One block a tile and head; heads that share keys are neighbours.
         let blocks = call.batch.cuts.tiles_len * call.heads.q;
         let blocks = u32::try_from(blocks).ok().filter(|&blocks| blocks <= i32::MAX as u32);
@@ -74,15 +70,10 @@ impl<D: Driver> Cuda<D> {
         &self,
         out: &Tensor<Self>,
         call: &Call<'_, D>,
-    ) -> Result<PrefillArgs, KernelError> {
-        let Call { batch, kv, heads, window, .. } = *call;
-        // Positions and their differences stay far from the ends of i32.
-        let context_max = batch.block_table_cols * crate::BLOCK_TOKENS;
-        ensure("attention", context_max <= UNBOUNDED, || {
-            format!("block tables for {context_max} tokens, at most {UNBOUNDED} can be counted")
-        })?;
+    ) -> PrefillArgs {
+        let Call { batch, kv, heads, .. } = *call;
         let driver = &self.driver;
-        Ok(PrefillArgs {
+        PrefillArgs {
             out: self.at(out),
             qkv: self.at(call.qkv),
             keys: kv.keys().address(driver),
@@ -94,10 +85,10 @@ impl<D: Driver> Cuda<D> {
             block_table_cols: batch.block_table_cols as i32,
             q_heads: heads.q as i32,
             kv_heads: heads.kv as i32,
-            window: window.unwrap_or(UNBOUNDED).min(UNBOUNDED) as i32,
+            window: call.keys_seen(),
             score_scale: std::f32::consts::LOG2_E / (heads.dim as f32).sqrt() * kv.key_scale(),
             value_scale: kv.value_scale(),
-        })
+        }
     }
 
     /// Which of the two kernels prefills here.
