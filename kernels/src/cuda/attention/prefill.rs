@@ -66,11 +66,7 @@ impl<D: Driver> Cuda<D> {
         self.driver.launch(launch.shared(shared as u32))
     }
 
-    fn prefill_args(
-        &self,
-        out: &Tensor<Self>,
-        call: &Call<'_, D>,
-    ) -> PrefillArgs {
+    fn prefill_args(&self, out: &Tensor<Self>, call: &Call<'_, D>) -> PrefillArgs {
         let Call { batch, kv, heads, .. } = *call;
         let driver = &self.driver;
         PrefillArgs {
