@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod compare;
+pub mod decode;
 pub mod elementwise;
 pub mod paged;
 pub mod prefill;
@@ -31,7 +32,7 @@ pub const BF16: CudaConfig =
 
 /// Every check.
 pub fn all<D: Driver>() -> Vec<Check<D>> {
-    [elementwise::checks(), prefill::checks()].into_iter().flatten().collect()
+    [elementwise::checks(), prefill::checks(), decode::checks()].into_iter().flatten().collect()
 }
 
 /// Reproducible values, about evenly spread over (-1, 1).

@@ -10,6 +10,7 @@ use kernels::{
     cuda::{Cuda, CudaKv, Driver, KvFormat},
     plain::Plain,
 };
+use std::sync::LazyLock;
 
 /// Queries are as much larger than keys and values, so that few keys have most of the weight and
 /// the loss of one shows.
@@ -17,6 +18,9 @@ const SHARPNESS: f32 = 6.0;
 
 /// Of the keys and of the values of an e4m3 cache; what they scale stays exact in bf16.
 const SCALES: [f32; 2] = [0.5, 1.5];
+
+/// Keys in a split of the decode kernel.
+pub const SPLIT_TOKENS: usize = 512;
 
 /// Rows of one sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +49,8 @@ pub struct Case {
     pub window: Option<usize>,
     pub format: KvFormat,
     pub sequences: Vec<Rows>,
+    /// Each query is near to one key, at an edge of what its row sees.
+    pub needles: bool,
 }
 
 impl Case {
@@ -53,7 +59,21 @@ impl Case {
         let sequences = sequences.iter().zip(1..);
         let sequences = sequences.map(|(&(prefix, rows), seed)| Rows { seed, prefix, rows });
         let heads = Heads { q, kv, dim };
-        Self { heads, window: None, format: KvFormat::Bf16, sequences: sequences.collect() }
+        Self {
+            heads,
+            window: None,
+            format: KvFormat::Bf16,
+            sequences: sequences.collect(),
+            needles: false,
+        }
+    }
+
+    /// Queries that find one key each: at the start, the end and the edges of blocks and splits,
+    /// and right before a window. One key too few or too many shows, in contexts of any length.
+    #[must_use]
+    pub fn needles(mut self) -> Self {
+        self.needles = true;
+        self
     }
 
     #[must_use]
@@ -131,7 +151,31 @@ impl Case {
                 }
             }
         }
+        if self.needles {
+            self.point(&mut all, rows.prefix);
+        }
         all
+    }
+
+    /// Makes the queries of rows from `first` on needles.
+    fn point(&self, all: &mut [f32], first: usize) {
+        let Heads { q, kv, dim } = self.heads;
+        let cols = self.heads.qkv_cols();
+        for p in first..all.len() / cols {
+            let start = self.window.map_or(0, |window| (p + 1).saturating_sub(window));
+            let (block, split) = (p - p % BLOCK_TOKENS, p - p % SPLIT_TOKENS);
+            let edges = [start, p, block, split, start + 1, p / 2, start + 15, p - p % 3];
+            let places = edges.into_iter().flat_map(|edge| [edge, edge.saturating_sub(1)]);
+            let places: Vec<usize> = places.map(|place| place.min(p)).collect();
+            for h in 0..q {
+                let key = places[(p + h) % places.len()] * cols + (q + h / (q / kv)) * dim;
+                for d in 0..dim {
+                    let (near, noise) = (all[key + d], all[p * cols + h * dim + d] / SHARPNESS);
+                    let query = half::bf16::from_f32(3.0 * near + noise);
+                    all[p * cols + h * dim + d] = query.to_f32();
+                }
+            }
+        }
     }
 
     /// [T, (q + 2 kv) D]
@@ -243,8 +287,11 @@ fn e4m3_value(code: u8) -> f32 {
 
 /// A code whose value is no further from `value` than any other's.
 fn e4m3_nearest(value: f32) -> u8 {
+    static VALUES: LazyLock<Vec<f32>> = LazyLock::new(|| (0..0x7f).map(e4m3_value).collect());
     let magnitude = value.abs();
-    let distance = |code: &u8| (e4m3_value(*code) - magnitude).abs();
-    let code = (0..0x7f).min_by(|a, b| distance(a).total_cmp(&distance(b))).unwrap_or(0);
+    let above = VALUES.partition_point(|v| *v < magnitude).min(VALUES.len() - 1);
+    let below = above.saturating_sub(1);
+    let nearer = magnitude - VALUES[below] < VALUES[above] - magnitude;
+    let code = if nearer { below } else { above } as u8;
     if value < 0.0 { code | 0x80 } else { code }
 }

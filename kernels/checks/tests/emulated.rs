@@ -72,4 +72,4 @@ macro_rules! emulated {
     )*};
 }
 
-emulated!(elementwise, prefill);
+emulated!(elementwise, prefill, decode);
