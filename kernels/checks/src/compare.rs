@@ -7,6 +7,8 @@ pub enum Tolerance {
     Rounded,
     /// At most this many steps of bf16 between the two.
     Ulps(u32),
+    /// As `Ulps`, or at most this apart.
+    UlpsOr(u32, f32),
     /// At most this, absolutely.
     Absolute(f32),
 }
@@ -27,6 +29,8 @@ pub fn compare(
     let excess = |got: f32, wanted: f32| match tolerance {
         Tolerance::Rounded => f64::from(ulps(got, wanted)),
         Tolerance::Ulps(most) => f64::from(ulps(got, wanted)) - f64::from(most),
+        Tolerance::UlpsOr(_, near) if (got - wanted).abs() <= near => 0.0,
+        Tolerance::UlpsOr(most, _) => f64::from(ulps(got, wanted)) - f64::from(most),
         Tolerance::Absolute(most) if got.is_nan() || wanted.is_nan() => {
             if got.is_nan() == wanted.is_nan() { 0.0 } else { f64::from(most) + f64::INFINITY }
         }
@@ -69,6 +73,9 @@ mod tests {
         assert!(compare("x", &[1.0], &[1.0078125], Tolerance::Rounded).is_err());
         assert!(compare("x", &[f32::NAN], &[1.0], Tolerance::Absolute(1.0)).is_err());
         assert!(compare("x", &[0.5], &[1.0], Tolerance::Absolute(0.25)).is_err());
+        assert!(compare("x", &[1e-7], &[2e-7], Tolerance::UlpsOr(1, 1e-6)).is_ok());
+        assert!(compare("x", &[1.0], &[1.1], Tolerance::UlpsOr(1, 1e-6)).is_err());
+        assert!(compare("x", &[f32::NAN], &[1.0], Tolerance::UlpsOr(1, 1e-6)).is_err());
         assert!(compare("x", &[0.9], &[1.0], Tolerance::Absolute(0.25)).is_ok());
     }
 }

@@ -7,9 +7,14 @@
 
 mod compare;
 pub mod decode;
+mod e4m3;
 pub mod elementwise;
+mod flat;
+pub mod fp8;
+pub mod norm;
 pub mod paged;
 pub mod prefill;
+pub mod rope;
 
 pub use compare::{Tolerance, compare};
 
@@ -32,7 +37,17 @@ pub const BF16: CudaConfig =
 
 /// Every check.
 pub fn all<D: Driver>() -> Vec<Check<D>> {
-    [elementwise::checks(), prefill::checks(), decode::checks()].into_iter().flatten().collect()
+    [
+        elementwise::checks(),
+        fp8::checks(),
+        norm::checks(),
+        rope::checks(),
+        prefill::checks(),
+        decode::checks(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// Reproducible values, about evenly spread over (-1, 1).

@@ -72,4 +72,4 @@ macro_rules! emulated {
     )*};
 }
 
-emulated!(elementwise, prefill, decode);
+emulated!(elementwise, fp8, norm, rope, prefill, decode);
