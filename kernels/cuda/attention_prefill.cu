@@ -9,7 +9,9 @@ constexpr int STEP_KEYS = 64;
 // Tiles of keys or values in shared memory.
 constexpr int RING = 3;
 
+// What a score that does not count becomes, and below any scaled score that does.
 DEVICE float minus_infinity() { return __uint_as_float(0xff800000u); }
+constexpr float LOWEST = -3e38f;
 
 // Offset of the 16 bytes `piece` of row `row` in a tile of rows of D bf16. Pieces are exchanged
 // within 128 bytes so that the same piece of eight rows lies in all banks.
@@ -135,9 +137,8 @@ template <int D>
 struct WarpRows {
     float scores[2][STEP_KEYS / 8][4];
     float out[2][D / 8][4] = {};  // not yet divided by `sum`
-    float most[2][2];             // largest score
+    float most[2][2];             // largest score, scaled; LOWEST where there was none
     float sum[2][2] = {};         // of weights, of this thread's columns
-    float base[2][2];             // what is taken from scaled scores
 };
 
 // scores = Q · Kᵀ, unscaled. `queries`: this warp's rows in shared memory.
@@ -192,31 +193,30 @@ DEVICE void mask(WarpRows<D>& rows, int ahead, int window) {
 // Takes the step's largest scores into account; what was summed with smaller ones shrinks.
 template <int D>
 DEVICE void look(WarpRows<D>& rows, float scale) {
+    float shrink[2][2];
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
-        float shrink[2];
+    for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            float most = rows.most[m][h];
+            float most = rows.scores[m][0][2 * h];
 #pragma unroll
             for (int n = 0; n < STEP_KEYS / 8; ++n)
                 most = fmaxf(most, fmaxf(rows.scores[m][n][2 * h], rows.scores[m][n][2 * h + 1]));
-            most = warp_max<4>(most);
-            // Nothing seen so far: any finite number gives weights of zero.
-            const float finite = most == minus_infinity() ? 0.0f : most;
-            // Exactly 1 where the largest is the same: steps that a row does not see leave no trace.
-            shrink[h] = exp2_approx((rows.most[m][h] - finite) * scale);
+            most = fmaxf(warp_max<4>(most) * scale, rows.most[m][h]);
+            // Exactly 1 where the largest is the same: a step that a row does not see leaves no
+            // trace in it.
+            shrink[m][h] = exp2_approx(rows.most[m][h] - most);
             rows.most[m][h] = most;
-            rows.base[m][h] = finite * scale;
-            rows.sum[m][h] *= shrink[h];
+            rows.sum[m][h] *= shrink[m][h];
         }
-        // Rarely after the first steps: then the multiplications are spared.
-        if (__any_sync(ALL_LANES, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
 #pragma unroll
-            for (int n = 0; n < D / 8; ++n)
+    for (int m = 0; m < 2; ++m) {
+        // Rare after the first steps: the multiplications are spared, to the same bits.
+        if (!__any_sync(ALL_LANES, shrink[m][0] != 1.0f || shrink[m][1] != 1.0f)) continue;
 #pragma unroll
-                for (int i = 0; i < 4; ++i) rows.out[m][n][i] *= shrink[i / 2];
-        }
+        for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) rows.out[m][n][i] *= shrink[m][i / 2];
     }
 }
 
@@ -224,13 +224,13 @@ DEVICE void look(WarpRows<D>& rows, float scale) {
 template <int D>
 DEVICE uint32_t weigh(WarpRows<D>& rows, float scale, int m, int keys16, int i) {
     const int h = i % 2, n = 2 * keys16 + i / 2;
-    const float low = exp2_approx(fmaf(rows.scores[m][n][2 * h], scale, -rows.base[m][h]));
-    const float high = exp2_approx(fmaf(rows.scores[m][n][2 * h + 1], scale, -rows.base[m][h]));
+    const float low = exp2_approx(fmaf(rows.scores[m][n][2 * h], scale, -rows.most[m][h]));
+    const float high = exp2_approx(fmaf(rows.scores[m][n][2 * h + 1], scale, -rows.most[m][h]));
     rows.sum[m][h] += low + high;
     return pack_bf16(low, high);
 }
 
-// out += weights · V. The next keys' weights are made between the products of these, so that the
+// out += weights · V. The next 16 keys' weights are made between the products of these: the
 // exponentials run beside the tensor cores.
 template <int D>
 DEVICE void add_values(WarpRows<D>& rows, SharedAddress values, float scale) {
@@ -253,11 +253,10 @@ DEVICE void add_values(WarpRows<D>& rows, SharedAddress values, float scale) {
                 mma_16816(rows.out[m][2 * d], now[m], v[0], v[1]);
                 mma_16816(rows.out[m][2 * d + 1], now[m], v[2], v[3]);
             }
-            if (keys16 + 1 < STEP_KEYS / 16) {
+            if (keys16 + 1 == STEP_KEYS / 16) continue;
 #pragma unroll
-                for (int i = d * 8 / PRODUCTS; i < (d + 1) * 8 / PRODUCTS; ++i)
-                    next[i / 4][i % 4] = weigh(rows, scale, i / 4, keys16 + 1, i % 4);
-            }
+            for (int i = d * 8 / PRODUCTS; i < (d + 1) * 8 / PRODUCTS; ++i)
+                next[i / 4][i % 4] = weigh(rows, scale, i / 4, keys16 + 1, i % 4);
         }
     }
 }
@@ -325,7 +324,7 @@ DEVICE void prefill(const PrefillArgs& args) {
     stream.look_up(step + 1);
 
     WarpRows<D> rows;
-    for (int i = 0; i < 4; ++i) rows.most[i / 2][i % 2] = minus_infinity();
+    for (int i = 0; i < 4; ++i) rows.most[i / 2][i % 2] = LOWEST;
     for (; step * STEP_KEYS < tile.keys_end; ++step) {
         const SharedAddress keys = stream.turn(args.keys, step + 1);
         // Of the warp's first row and of the sequence's last one, from the step's first key.
@@ -346,7 +345,7 @@ DEVICE void prefill(const PrefillArgs& args) {
     write(rows, room, args, work);
 }
 
-KERNEL(attention_prefill_d64_bf16, PrefillArgs, THREADS) { prefill<64, 2>(args); }
-KERNEL(attention_prefill_d64_fp8, PrefillArgs, THREADS) { prefill<64, 1>(args); }
-KERNEL(attention_prefill_d128_bf16, PrefillArgs, THREADS) { prefill<128, 2>(args); }
-KERNEL(attention_prefill_d128_fp8, PrefillArgs, THREADS) { prefill<128, 1>(args); }
+KERNEL(attention_prefill_d64_bf16, PrefillArgs, THREADS, 3) { prefill<64, 2>(args); }
+KERNEL(attention_prefill_d64_fp8, PrefillArgs, THREADS, 3) { prefill<64, 1>(args); }
+KERNEL(attention_prefill_d128_bf16, PrefillArgs, THREADS, 2) { prefill<128, 2>(args); }
+KERNEL(attention_prefill_d128_fp8, PrefillArgs, THREADS, 2) { prefill<128, 1>(args); }
