@@ -1,3 +1,34 @@
+// Attention of sequences with several rows over the paged cache, with mma.sync (sm_80 and later).
+//
+//   out [T, q heads · D] = softmax(Q Kᵀ / sqrt(D)) V, row by row over the keys at positions up to
+//   the row's own and inside its window. Q from packed rows qkv [T, (q heads + 2 kv heads) · D],
+//   K and V from the cache alone (this step's are stored already), each [blocks, kv heads, 16, D],
+//   bf16 or e4m3; D 64 or 128. f32 sums, weights rounded to bf16 for the second product.
+//
+// FlashAttention-2 (Dao 2023): a block has 128 rows of one sequence and one head, a warp 32 of them;
+// scores of 64 keys at a time stay in registers, the softmax runs relative to the largest score so
+// far, in powers of two. Steps begin at multiples of 64 keys and a step that a row does not see
+// leaves its bits alone: a row's result depends neither on the batch nor on how the prompt was cut.
+// A warp skips steps that none of its rows sees and masks only those that some row sees in part.
+//
+// Moves Q and out once, and 4 D bytes a key (2 D in e4m3) for every 128 rows, from L2 where blocks
+// of neighbouring heads and tiles run together: 128 FLOP a byte. Bound by the tensor cores. For a
+// warp and step of D = 128 (halve products and loads for D = 64), counted in the machine code:
+// 256 HMMA.16816, 80 LDSM, 64 EX2, about 880 instructions without mask and shrinking.
+//   - tensor cores: 4 cycles an HMMA at wgmma's rate, about 6.5 at what mma.sync reaches on Hopper:
+//     1660 cycles (8 on sm_80: 2050)
+//   - shared memory: 32 rows a warp make a fragment of K or V serve two products; 80 · 4 cycles for
+//     each of the SM's four quarters and 256 for the copies: 1540, the next limit
+//   - exponentials: 16 lanes a cycle and SM, 512 cycles, placed between the second products
+//   - issue: 880 cycles
+// Two blocks an SM (three for D = 64) give each quarter two warps, one's softmax beside the other's
+// products. Were nothing else lost, 62 % of wgmma's peak; with what the softmax leaves uncovered
+// about 400 TFLOP/s on an H200 is to be expected.
+//
+// Registers: 128 sums, 64 scores, 8 a fragment (255 in all, D = 64: 168). Shared memory: queries
+// 256 D bytes, a ring of three tiles of K or V, 128 D bytes each, so that two are on the way while
+// one is read (81 KiB, D = 64: 41; two and three blocks fit an sm_80's 164). e4m3 is copied as it
+// is and widened into one tile of bf16 before it is read: a barrier more.
 #include "prefill.cuh"
 
 constexpr int THREADS = 128;
