@@ -9,6 +9,8 @@
 mod array;
 mod attention;
 mod backend;
+#[cfg(feature = "cuda")]
+mod device;
 mod driver;
 mod elementwise;
 mod fp8;
@@ -20,6 +22,8 @@ mod rows;
 pub use array::{Array, Element, Floats, Ints};
 pub use attention::PrefillKernel;
 pub use backend::{Cuda, CudaConfig};
+#[cfg(feature = "cuda")]
+pub use device::{Gpu, GpuConfig};
 pub use driver::{Driver, Facts, Gemm, Launch};
 pub use fp8::{Fp8, Fp8Scaling};
 pub use rope::{CudaKv, KvFormat};

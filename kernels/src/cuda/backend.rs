@@ -13,6 +13,13 @@ pub struct CudaConfig {
     pub prefill: PrefillKernel,
 }
 
+impl Default for CudaConfig {
+    /// bf16 caches, the fastest kernels.
+    fn default() -> Self {
+        Self { kv_format: KvFormat::Bf16, prefill: PrefillKernel::Fastest }
+    }
+}
+
 /// One CUDA device, real or emulated.
 pub struct Cuda<D: Driver> {
     pub(super) driver: D,
