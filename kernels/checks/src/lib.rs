@@ -5,6 +5,7 @@
 //! Tests run the checks on the host emulation, `gpu-check` on a device.
 #![forbid(unsafe_code)]
 
+pub mod bench;
 mod compare;
 pub mod decode;
 mod e4m3;
