@@ -49,13 +49,6 @@ constexpr size_t STACK_BYTES = 64 << 10;
 constexpr unsigned THREADS_MAX = 1024;
 constexpr size_t SHARED_MAX = 227 << 10;
 
-struct Copy {
-    void* to;
-    const void* from;
-    unsigned bytes;
-    bool valid;
-};
-
 struct Fiber {
     Thread index;
     void* stack = nullptr;
@@ -90,6 +83,9 @@ struct GroupMeeting {
 struct Barrier {
     const char* what = nullptr;
     std::vector<unsigned> waiting;
+    // Threads that came without waiting, and what they knew.
+    unsigned arrived = 0;
+    races::Clock clock;
 };
 
 struct Block {
@@ -108,6 +104,7 @@ struct Block {
     const Kernel* kernel = nullptr;
     const void* args = nullptr;
     uint32_t schedule = 0;
+    uint64_t serial = 0;
     uint64_t random = 0;
     char error[512];
 #if defined(__x86_64__)
@@ -231,6 +228,7 @@ bool run_block() {
 void start_block(const Thread& index, unsigned threads) {
     block.fibers.resize(threads);
     block.live = threads;
+    ++block.serial;
     block.runnable.clear();
     block.polling.clear();
     block.warps.assign((threads + 31) / 32, {});
@@ -250,27 +248,31 @@ void start_block(const Thread& index, unsigned threads) {
 void land(std::vector<Copy>& copies) {
     for (const Copy& copy : copies) {
         races::touch(copy.to, copy.bytes, true);
-        if (copy.valid) {
-            std::memcpy(copy.to, copy.from, copy.bytes);
-        } else {
-            std::memset(copy.to, 0, copy.bytes);
-        }
+        copy_now(copy);
+        note_landing(copy, block.current);
     }
     copies.clear();
 }
 
-void at_barrier(int id, unsigned threads, const char* what) {
+void at_barrier(int id, unsigned threads, const char* what, bool waits) {
     Barrier& barrier = block.barriers[id];
-    if (barrier.waiting.size() + 1 < threads) {
+    if (waits) {
         barrier.waiting.push_back(block.current);
-        sleep(what);
+    } else {
+        ++barrier.arrived;
+        races::release(block.current, barrier.clock);
+    }
+    if (barrier.waiting.size() + barrier.arrived < threads) {
+        if (waits) sleep(what);
         return;
     }
-    std::vector<unsigned> waiting;
-    waiting.swap(barrier.waiting);
-    for (unsigned thread : waiting) wake(thread);
-    waiting.push_back(block.current);
-    races::join(waiting);
+    Barrier done;
+    std::swap(done, barrier);
+    races::join(done.waiting);
+    for (unsigned thread : done.waiting) {
+        races::acquire(thread, done.clock);
+        if (thread != block.current) wake(thread);
+    }
 }
 
 }  // namespace
@@ -300,12 +302,27 @@ void* shared(size_t least) {
     return block.shared;
 }
 
-void block_barrier(const char* what) { at_barrier(0, static_cast<unsigned>(block.fibers.size()), what); }
+void block_barrier(const char* what) { at_barrier(0, static_cast<unsigned>(block.fibers.size()), what, true); }
+
+namespace {
+void check_barrier(int id, int threads) {
+    if (id < 1 || id > 15 || threads % 32 != 0) fail("barrier %d of %d threads", id, threads);
+}
+}  // namespace
 
 void named_barrier(int id, int threads) {
-    if (id < 1 || id > 15 || threads % 32 != 0) fail("barrier %d of %d threads", id, threads);
-    at_barrier(id, static_cast<unsigned>(threads), "a named barrier");
+    check_barrier(id, threads);
+    at_barrier(id, static_cast<unsigned>(threads), "a named barrier", true);
 }
+
+void named_barrier_arrive(int id, int threads) {
+    check_barrier(id, threads);
+    at_barrier(id, static_cast<unsigned>(threads), "a named barrier", false);
+}
+
+size_t shared_bytes() { return block.shared_bytes; }
+uint32_t schedule() { return block.schedule; }
+uint64_t block_serial() { return block.serial; }
 
 void meet(const char* what, uint32_t mask, void* mine, void (*finish)(void* const (&all)[32], uint32_t mask)) {
     const unsigned thread = self().thread.x, lane = thread % 32;
@@ -380,9 +397,22 @@ void cp_async_wait(int pending) {
     }
 }
 
-void cp_async_land() {
-    cp_async_wait(0);
-    land(current().copies);
+std::vector<Copy> cp_async_take() {
+    Fiber& fiber = current();
+    std::vector<Copy> all;
+    for (const auto& group : fiber.groups) all.insert(all.end(), group.begin(), group.end());
+    all.insert(all.end(), fiber.copies.begin(), fiber.copies.end());
+    fiber.groups.clear();
+    fiber.copies.clear();
+    return all;
+}
+
+void copy_now(const Copy& copy) {
+    if (copy.valid) {
+        std::memcpy(copy.to, copy.from, copy.bytes);
+    } else {
+        std::memset(copy.to, 0, copy.bytes);
+    }
 }
 
 namespace {

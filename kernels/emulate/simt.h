@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace simt {
 
@@ -46,6 +47,7 @@ constexpr unsigned threads_of(unsigned threads, unsigned = 0) { return threads; 
 void* shared(size_t least);
 void block_barrier(const char* what);
 void named_barrier(int id, int threads);
+void named_barrier_arrive(int id, int threads);
 
 // Lanes `mask` of a warp meet in `what`, each with `mine`; the last one to come calls `finish` with
 // everybody's (by lane) and all go on.
@@ -57,11 +59,28 @@ void meet_group(const char* what, void* mine, void (*finish)(void* const (&all)[
 // Waits until `ready(what)` holds, which another thread makes true.
 void wait_until(const char* name, bool (*ready)(const void*), const void* what);
 
+// An asynchronous copy.
+struct Copy {
+    void* to;
+    const void* from;
+    unsigned bytes;
+    bool valid;
+};
+
 void cp_async(void* shared, const void* global, unsigned bytes, bool valid);
 void cp_async_commit();
 void cp_async_wait(int pending);
-// Lands every copy that this thread has begun, committed or not.
-void cp_async_land();
+// Every copy that this thread has begun, committed or not, for somebody else to land.
+std::vector<Copy> cp_async_take();
+void copy_now(const Copy& copy);
+// A copy of `thread` has landed; see `simt_hopper.h`.
+void note_landing(const Copy& copy, unsigned thread);
+
+// Of the running block: bytes of shared memory, the order of its threads (0 in turn, 1 backwards,
+// more: seeds), and a number that no other block has.
+size_t shared_bytes();
+uint32_t schedule();
+uint64_t block_serial();
 
 void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed);
 void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
