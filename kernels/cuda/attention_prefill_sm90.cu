@@ -38,22 +38,22 @@
 #include "hopper.cuh"
 #include "prefill.cuh"
 
-constexpr int GROUPS = 2;       // warpgroups that compute
-constexpr int GROUP_ROWS = 64;  // of one of them
-constexpr int STEP_KEYS = 128;
-constexpr int STEP_BLOCKS = STEP_KEYS / BLOCK_TOKENS;
-constexpr int SLOTS = 3;  // of each ring
-constexpr int COMPUTING = GROUPS * WARPGROUP;
-constexpr int THREADS = WARPGROUP + COMPUTING;
+inline constexpr int GROUPS = 2;       // warpgroups that compute
+inline constexpr int GROUP_ROWS = 64;  // of one of them
+inline constexpr int STEP_KEYS = 128;
+inline constexpr int STEP_BLOCKS = STEP_KEYS / BLOCK_TOKENS;
+inline constexpr int SLOTS = 3;  // of each ring
+inline constexpr int COMPUTING = GROUPS * WARPGROUP;
+inline constexpr int THREADS = WARPGROUP + COMPUTING;
 // What setmaxnreg gives: (40 + 2 · 232) · 128 of the multiprocessor's 65536.
-constexpr int COPY_REGISTERS = 40;
-constexpr int COMPUTE_REGISTERS = 232;
+inline constexpr int COPY_REGISTERS = 40;
+inline constexpr int COMPUTE_REGISTERS = 232;
 // Named barriers: the turns of the two computing warpgroups, and each one's own.
-constexpr int TURN = 1;
-constexpr int WITHIN = TURN + GROUPS;
+inline constexpr int TURN = 1;
+inline constexpr int WITHIN = TURN + GROUPS;
 
-constexpr int Q_PANEL_BYTES = GROUP_ROWS * PANEL_ROW_BYTES;
-constexpr int KV_PANEL_BYTES = STEP_KEYS * PANEL_ROW_BYTES;
+inline constexpr int Q_PANEL_BYTES = GROUP_ROWS * PANEL_ROW_BYTES;
+inline constexpr int KV_PANEL_BYTES = STEP_KEYS * PANEL_ROW_BYTES;
 
 // Phases of a ring's slots.
 struct Ring {

@@ -13,28 +13,15 @@
 
 #include "common.cuh"
 
-#ifdef LOCKSTEP_EMULATE
-#include "simt_hopper.h"
-#endif
-
 // HOPPER_KERNEL(name, Args, threads, body): a kernel that calls body(args) on sm_90a and is a trap
-// elsewhere; launchers choose it by the device's compute capability. One block a multiprocessor:
-// setmaxnreg needs to know.
-#if defined(LOCKSTEP_EMULATE)
+// elsewhere; launchers choose it by the device's compute capability. One block an SM: setmaxnreg
+// wants to be told.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define HOPPER_KERNEL(name, Args, threads, body) \
-    KERNEL(name, Args, threads) { body(args); }
-#elif !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define HOPPER_KERNEL(name, Args, threads, body)                   \
-    extern "C" __global__ void __launch_bounds__(threads, 1)       \
-        name(const __grid_constant__ Args args) {                  \
-        body(args);                                                \
-    }
+    KERNEL(name, Args, threads, 1) { body(args); }
 #else
-#define HOPPER_KERNEL(name, Args, threads, body)                   \
-    extern "C" __global__ void __launch_bounds__(threads, 1)       \
-        name(const __grid_constant__ Args) {                       \
-        __trap();                                                  \
-    }
+#define HOPPER_KERNEL(name, Args, threads, body) \
+    KERNEL(name, Args, threads, 1) { __trap(); }
 #endif
 
 constexpr int WARPGROUP = 128;

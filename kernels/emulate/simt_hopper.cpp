@@ -1,5 +1,5 @@
 // Warpgroup products and barriers in shared memory.
-#include "simt_hopper.h"
+#include "simt.h"
 
 #include "races.h"
 

@@ -16,7 +16,7 @@
 // the wgmma.fence, more registers than setmaxnreg leaves, the order in which a tensor core adds.
 #pragma once
 
-#include "simt.h"
+#include <cstdint>
 
 namespace simt {
 

@@ -15,6 +15,7 @@ pub mod fp8;
 pub mod norm;
 pub mod paged;
 pub mod prefill;
+pub mod prefill_sm90;
 pub mod rope;
 
 pub use compare::{Tolerance, compare};
@@ -44,6 +45,7 @@ pub fn all<D: Driver>() -> Vec<Check<D>> {
         norm::checks(),
         rope::checks(),
         prefill::checks(),
+        prefill_sm90::checks(),
         decode::checks(),
     ]
     .into_iter()

@@ -29,7 +29,7 @@ fn run<D: Driver>(
     case.run(&device).map_err(|error| format!("{case:?}: {error}"))
 }
 
-fn agree<D: Driver>(
+pub(crate) fn agree<D: Driver>(
     device: Device<'_, D>,
     kernel: PrefillKernel,
     case: &Case,
@@ -39,7 +39,10 @@ fn agree<D: Driver>(
     compare(&format!("{case:?}"), &got, &wanted, NEAR)
 }
 
-fn lengths<D: Driver>(device: Device<'_, D>, kernel: PrefillKernel) -> Result<(), String> {
+pub(crate) fn lengths<D: Driver>(
+    device: Device<'_, D>,
+    kernel: PrefillKernel,
+) -> Result<(), String> {
     for (heads, sequences) in [
         ((9, 3, 64), &[(0, 2), (1, 15), (15, 16), (16, 17)][..]),
         ((14, 2, 64), &[(49, 15)]),
@@ -52,12 +55,15 @@ fn lengths<D: Driver>(device: Device<'_, D>, kernel: PrefillKernel) -> Result<()
     Ok(())
 }
 
-fn tiles<D: Driver>(device: Device<'_, D>, kernel: PrefillKernel) -> Result<(), String> {
+pub(crate) fn tiles<D: Driver>(device: Device<'_, D>, kernel: PrefillKernel) -> Result<(), String> {
     agree(device, kernel, &Case::new((2, 1, 64), &[(0, 300), (500, 128), (15, 127)]))?;
     agree(device, kernel, &Case::new((1, 1, 128), &[(16, 129), (1, 300)]))
 }
 
-fn windows<D: Driver>(device: Device<'_, D>, kernel: PrefillKernel) -> Result<(), String> {
+pub(crate) fn windows<D: Driver>(
+    device: Device<'_, D>,
+    kernel: PrefillKernel,
+) -> Result<(), String> {
     for window in [1, 7, 64, 1000] {
         agree(device, kernel, &Case::new((1, 1, 64), &[(60, 129), (500, 20)]).window(window))?;
         agree(device, kernel, &Case::new((2, 2, 128), &[(90, 70)]).window(window))?;
@@ -67,7 +73,10 @@ fn windows<D: Driver>(device: Device<'_, D>, kernel: PrefillKernel) -> Result<()
 
 /// Bit for bit, beside sequences that decode: keys are looked at in steps that begin at fixed
 /// positions, and a step that a row does not see leaves no trace in it.
-fn company<D: Driver>(device: Device<'_, D>, kernel: PrefillKernel) -> Result<(), String> {
+pub(crate) fn company<D: Driver>(
+    device: Device<'_, D>,
+    kernel: PrefillKernel,
+) -> Result<(), String> {
     for window in [None, Some(50)] {
         let mut case = Case::new((2, 1, 64), &[(0, 150), (600, 1), (37, 40), (0, 1), (0, 20)]);
         case.window = window;

@@ -26,6 +26,15 @@ const STEP_KEYS: usize = 64;
 /// And what a block knows of its tile.
 const WORK_BYTES: usize = 64;
 
+/// Of the wgmma kernels.
+mod wgmma {
+    /// One warpgroup that copies, two that compute.
+    pub const THREADS: u32 = 384;
+    /// Of the ring of keys, and of that of values.
+    pub const SLOTS: usize = 3;
+    pub const STEP_KEYS: usize = 128;
+}
+
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct PrefillArgs {
@@ -100,12 +109,20 @@ impl<D: Driver> Cuda<D> {
                 capability.1
             ))),
             PrefillKernel::Wgmma => Ok(true),
-            PrefillKernel::Fastest | PrefillKernel::Mma => Ok(false),
+            PrefillKernel::Fastest => Ok(fits),
+            PrefillKernel::Mma => Ok(false),
         }
     }
 
-    fn prefill_wgmma(&self, _: &PrefillArgs, _: u32, _: usize) -> Result<(), KernelError> {
-        Err(KernelError::Device("no kernel yet".into()))
+    fn prefill_wgmma(
+        &self,
+        args: &PrefillArgs,
+        blocks: u32,
+        dim: usize,
+    ) -> Result<(), KernelError> {
+        let (name, shared) = wgmma_kernel(dim);
+        let launch = Launch::new(name, [blocks, 1, 1], wgmma::THREADS, args);
+        self.driver.launch(launch.shared(shared as u32))
     }
 }
 
@@ -124,4 +141,11 @@ fn mma_kernel(dim: usize, format: KvFormat) -> (&'static str, usize) {
         KvFormat::Fp8 => RING * tile + 2 * tile,
     };
     (name, TILE_ROWS * 2 * dim + ring + WORK_BYTES)
+}
+
+/// As [`mma_kernel`]: queries, two rings, and their barriers in what is left of 1024 bytes.
+fn wgmma_kernel(dim: usize) -> (&'static str, usize) {
+    let name = if dim == 64 { "attention_prefill_sm90_d64" } else { "attention_prefill_sm90_d128" };
+    let rings = 2 * wgmma::SLOTS * wgmma::STEP_KEYS;
+    (name, (TILE_ROWS + rings) * 2 * dim + 1024)
 }
