@@ -14,13 +14,13 @@
 // Moves Q and out once, and 4 D bytes a key (2 D in e4m3) for every 128 rows, from L2 where blocks
 // of neighbouring heads and tiles run together: 128 FLOP a byte. Bound by the tensor cores. For a
 // warp and step of D = 128 (halve products and loads for D = 64), counted in the machine code:
-// 256 HMMA.16816, 80 LDSM, 64 EX2, about 880 instructions without mask and shrinking.
+// 256 HMMA.16816, 80 LDSM, 64 EX2, about 860 instructions without mask and shrinking.
 //   - tensor cores: 4 cycles an HMMA at wgmma's rate, about 6.5 at what mma.sync reaches on Hopper:
 //     1660 cycles (8 on sm_80: 2050)
 //   - shared memory: 32 rows a warp make a fragment of K or V serve two products; 80 · 4 cycles for
 //     each of the SM's four quarters and 256 for the copies: 1540, the next limit
 //   - exponentials: 16 lanes a cycle and SM, 512 cycles, placed between the second products
-//   - issue: 880 cycles
+//   - issue: 860 cycles (D = 64: 660, and products of 830)
 // Two blocks an SM (three for D = 64) give each quarter two warps, one's softmax beside the other's
 // products. Were nothing else lost, 62 % of wgmma's peak; with what the softmax leaves uncovered
 // about 400 TFLOP/s on an H200 is to be expected.
