@@ -92,6 +92,41 @@ DEVICE uint32_t max_bf16x2(uint32_t a, uint32_t b) {
 #endif
 }
 
+// Differences of two pairs of bf16, rounded to nearest even.
+DEVICE uint32_t sub_bf16x2(uint32_t a, uint32_t b) {
+#ifdef LOCKSTEP_EMULATE
+    return pack_bf16(low_bf16(a) - low_bf16(b), high_bf16(a) - high_bf16(b));
+#else
+    uint32_t difference;
+    // b · -1 + a: sm_80 has no subtraction of its own.
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(difference) : "r"(b), "r"(0xbf80bf80u), "r"(a));
+    return difference;
+#endif
+}
+
+// (x & mask) | bits in one instruction, which the compiler makes two of where both are constants.
+template <uint32_t mask, uint32_t bits>
+DEVICE uint32_t and_or(uint32_t x) {
+#ifdef LOCKSTEP_EMULATE
+    return (x & mask) | bits;
+#else
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(x), "n"(mask), "r"(bits));
+    return result;
+#endif
+}
+
+// The f16 in the low half of `bits`. Exact.
+DEVICE float half_to_float(uint32_t bits) {
+#ifdef LOCKSTEP_EMULATE
+    return simt::half_to_float(static_cast<uint16_t>(bits));
+#else
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(bits)));
+    return x;
+#endif
+}
+
 // fp8 is e4m3: sign, 4 bits of exponent with bias 7, 3 of mantissa; ±448 at most, no infinities,
 // 0x7f and 0xff are NaN (Micikevicius et al., FP8 Formats for Deep Learning). Hopper converts in
 // one instruction, older devices and the emulation with integers, to the same bits.
@@ -238,6 +273,20 @@ DEVICE uint32_t load_pair(const bf16* from) {
     return *static_cast<const uint32_t*>(simt::aligned(from, 4));
 #else
     return *reinterpret_cast<const uint32_t*>(from);
+#endif
+}
+
+// As load16, for global memory that other blocks of this kernel have written: past the L1.
+DEVICE Bytes16 load16_shared_by_blocks(const void* from) {
+#ifdef LOCKSTEP_EMULATE
+    return load16(from);
+#else
+    Bytes16 v;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+                 : "l"(from)
+                 : "memory");
+    return v;
 #endif
 }
 

@@ -104,6 +104,13 @@ inline uint16_t bf16_bits(float x) {
     return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
+inline float half_to_float(uint16_t bits) {
+    const uint32_t sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
+    if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+    // The exponent's bias grows from 15 to 127; subnormals too.
+    return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
+}
+
 inline const void* aligned(const void* p, size_t bytes) {
     if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("%zu-byte access at %p", bytes, p);
     return p;

@@ -12,6 +12,7 @@ mod e4m3;
 pub mod elementwise;
 mod flat;
 pub mod fp8;
+pub mod int4;
 pub mod norm;
 pub mod paged;
 pub mod prefill;
@@ -42,6 +43,7 @@ pub fn all<D: Driver>() -> Vec<Check<D>> {
     [
         elementwise::checks(),
         fp8::checks(),
+        int4::checks(),
         norm::checks(),
         rope::checks(),
         prefill::checks(),

@@ -1,14 +1,20 @@
 //! Weights and the matrix product.
 
-use super::{Array, Cuda, Driver, Element, Floats, Gemm};
+use super::{Array, Cuda, Driver, Element, Floats, Gemm, int4::Int4};
 use crate::{KernelError, Tensor, WeightPart, plain::dequant, shape::ensure};
 
 /// A weight [N, K] on the device.
 pub struct Weight<D: Driver> {
     rows: usize,
     cols: usize,
-    /// bf16, row-major.
-    values: Array<D>,
+    stored: Stored<D>,
+}
+
+/// What the device holds.
+enum Stored<D: Driver> {
+    /// Row-major.
+    Bf16(Array<D>),
+    Int4(Int4<D>),
 }
 
 impl<D: Driver> Weight<D> {
@@ -28,7 +34,7 @@ impl<D: Driver> Weight<D> {
                 at += bytes.len();
             }
         }
-        Ok(Self { rows, cols, values })
+        Ok(Self { rows, cols, stored: Stored::Bf16(values) })
     }
 
     /// N.
@@ -41,8 +47,22 @@ impl<D: Driver> Weight<D> {
         self.cols
     }
 
-    pub(super) fn address(&self, driver: &D) -> u64 {
-        self.values.address(driver)
+    pub(super) fn int4(values: Int4<D>) -> Self {
+        let (rows, cols) = values.shape();
+        Self { rows, cols, stored: Stored::Int4(values) }
+    }
+
+    /// Where the rows [N, K] lie as bf16.
+    ///
+    /// # Errors
+    /// `KernelError::Weight` where they do not.
+    pub(super) fn address(&self, driver: &D) -> Result<u64, KernelError> {
+        match &self.stored {
+            Stored::Bf16(values) => Ok(values.address(driver)),
+            Stored::Int4(_) => Err(KernelError::Weight(
+                "int4 rows cannot be looked up; store the table in bf16".into(),
+            )),
+        }
     }
 }
 
@@ -60,11 +80,14 @@ impl<D: Driver> Cuda<D> {
         if x.rows == 0 {
             return Ok(());
         }
+        if let Stored::Int4(values) = &weight.stored {
+            return self.int4_product(out, x, values, bias);
+        }
         self.driver.gemm(Gemm {
             out: self.at(out),
             out_element: out.data.element(),
             x: self.at(x),
-            weight: weight.address(&self.driver),
+            weight: weight.address(&self.driver)?,
             bias: bias.map(|bias| self.at(bias)),
             m: x.rows,
             n: weight.rows,
