@@ -399,6 +399,7 @@ struct Computer {
             if (group == 0 || i + 1 < steps.count) named_barrier_arrive(TURN + 1 - group, COMPUTING);
             wgmma_wait<1>();
             take_scores(steps.last - i);
+            settle(rows.sum[0] + rows.sum[1], &shared);
             wgmma_wait<0>();
             hold_registers(out);
             give_back(&shared.value_ring.free[value_place.slot]);

@@ -186,6 +186,21 @@ DEVICE void hold_registers(uint32_t (&x)[n][m]) {
 #endif
 }
 
+// `x`, which is not negative, is computed before what follows: on it hangs a store to `shared` that
+// never happens. Else the assembler, which sees no reason against it, moves a wait for products
+// above arithmetic that was meant to run beside them.
+DEVICE void settle(float x, void* shared) {
+#ifdef LOCKSTEP_EMULATE
+    static_cast<void>(x), static_cast<void>(shared);
+#else
+    asm volatile(
+        "{\n.reg .pred below;\nsetp.lt.f32 below, %0, 0f00000000;\n"
+        "@below st.shared.f32 [%1], %0;\n}" ::"f"(x),
+        "r"(shared_address(shared))
+        : "memory");
+#endif
+}
+
 // The descriptor of an operand in panels from `start` on, 128-byte swizzle. `group_bytes` from
 // eight rows to the next eight; `panel_bytes` from a panel to the next one: used where rows run
 // along K (transposed), and without meaning where they do not, for there the sixteen K of one
