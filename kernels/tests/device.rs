@@ -8,29 +8,25 @@ use kernels::{
 };
 use std::{
     env,
-    path::Path,
+    path::{Path, PathBuf},
     process::Command,
-    sync::OnceLock,
     time::{Duration, Instant},
 };
 
 /// Set for the process that runs on the fake driver.
 const ON_THE_FAKE: &str = "LOCKSTEP_ON_THE_FAKE_DRIVER";
 
-/// Compiles the fake driver, once for this process; the folder that it is in.
-fn fake() -> &'static Path {
-    static BUILT: OnceLock<&'static Path> = OnceLock::new();
-    BUILT.get_or_init(|| {
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/driver/libcuda.c");
-        let name = format!("driver.{}", std::process::id());
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-        std::fs::create_dir_all(&folder).expect("a writable folder");
-        let mut command = Command::new("cc");
-        command.args(["-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o"]);
-        let done = command.arg(folder.join("libcuda.so")).arg(source).status();
-        assert!(done.expect("cc runs").success(), "the fake driver does not compile");
-        Box::leak(folder.into_boxed_path())
-    })
+/// Compiles the fake driver for one test; the folder that it is in.
+fn fake(test: &str) -> PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/driver/libcuda.c");
+    let name = format!("{test}.{}", std::process::id());
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    std::fs::create_dir_all(&folder).expect("a writable folder");
+    let mut command = Command::new("cc");
+    command.args(["-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o"]);
+    let done = command.arg(folder.join("libcuda.so")).arg(source).status();
+    assert!(done.expect("cc runs").success(), "the fake driver does not compile");
+    folder
 }
 
 /// Runs `body` in a process of its own that finds the fake driver.
@@ -38,12 +34,12 @@ fn on_the_fake(test: &str, settings: &[(&str, &str)], body: impl FnOnce()) {
     if env::var_os(ON_THE_FAKE).is_some() {
         return body();
     }
-    let folder = fake();
+    let folder = fake(test);
     let done = Command::new(env::current_exe().expect("the test's own path"))
         .args(["--exact", test, "--nocapture"])
         .envs(settings.iter().copied())
         .env(ON_THE_FAKE, "1")
-        .env("LD_LIBRARY_PATH", folder)
+        .env("LD_LIBRARY_PATH", &folder)
         .output()
         .expect("the test runs again");
     std::fs::remove_dir_all(folder).expect("the fake driver goes");
