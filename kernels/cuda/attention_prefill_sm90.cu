@@ -396,7 +396,8 @@ struct Computer {
             named_barrier(TURN + group, COMPUTING);
             begin_next_scores(q, keys);
             begin_next_output(values);
-            if (group == 0 || i + 1 < steps.count) named_barrier_arrive(TURN + 1 - group, COMPUTING);
+            const bool awaited = group == 0 || i + 1 < steps.count;
+            if (awaited) named_barrier_arrive(TURN + 1 - group, COMPUTING);
             wgmma_wait<1>();
             take_scores(steps.last - i);
             settle(rows.sum[0] + rows.sum[1], &shared);
