@@ -6,12 +6,12 @@
 //   factors  [128 / group][2 halves][8][4 words]: f16 scale below, bf16 128 + zero above
 // A lane's 16 bytes of a slot are its A fragments of four mma.m16n8k16: word 2 m + s is step s of
 // the 16-row matrix m, nibble i its register i's even column, nibble i + 4 the odd one. Lane l with
-// g = l / 4 and t = l % 4 has rows 16 m + g and 16 m + g + 8. Which column of W the hardware calls k
-// is free as long as both factors agree: here lane t's are 8 t to 8 t + 7, four a step, so that its
+// g = l / 4 and t = l % 4 has rows 16 m + g and 16 m + g + 8. Which column of W the hardware calls
+// k is free as long as both factors agree: here lane t's are 8 t to 8 t + 7, four a step, so that its
 // B fragments of a slot are 16 consecutive bytes of a row of x. Factor word 2 m + r of place g
 // belongs to row 16 m + g + 8 r. Bytes an element: (64 + 4 · 128 / group) / 128; 0.53 at 128.
 //
-// W is the M side of the product and the tokens are its N side, in eights: few tokens waste nothing.
+// W is the M side of the product and the tokens are its N side, in eights: few waste nothing.
 //
 // Dequantisation (the magic-number trick of Kim et al., Who Says Elephants Can't Run, for bf16): an
 // integer below 128 in the mantissa of 0x4300 is 128 + q exactly, of which 128 + zero is subtracted
@@ -106,7 +106,7 @@ template <int tokens, int group>
 struct Feed {
     const unsigned char* weight;  // its first 16 bytes of the next record; null past the last row
     const bf16* x;                // its token's row
-    uint32_t col;                 // its first column there; those before the row's wrap to large ones
+    uint32_t col;                 // its first column there; those before the row wrap around
     uint32_t cols;                // of the row; none past the last token
     uint32_t left;                // stages
 
@@ -221,7 +221,7 @@ DEVICE void join_halves(float* total, const Sums<tokens>& sums) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     float* mine = total + lane % 4 * 2 * SUMS_STRIDE + warp / 2 * STRIP + lane / 4;
     for (int half = 1; half >= 0; --half) {
-        // First that nobody multiplies any more, where the sums go; then that the others' are there.
+        // First that nobody multiplies any more where sums go; then that the others' are there.
         __syncthreads();
         if (warp % 2 != half) continue;
 #pragma unroll
@@ -279,7 +279,7 @@ DEVICE void write_out(const Int4LinearArgs& args, uint32_t token, uint32_t row, 
     }
 }
 
-// Leaves this split's total in `sums`; true in the block that came last, which then sees everyone's.
+// Leaves this split's total in `sums`; true in the block that came last, which then sees all.
 template <int tokens>
 DEVICE bool leave_sums(const Int4LinearArgs& args, float* sums, float* total) {
     for (uint32_t i = threadIdx.x; i < tokens * TILE / 8; i += THREADS) {

@@ -174,6 +174,7 @@ fn run<D: Driver>(
         out.rows = tokens;
         // Twice: what the first one leaves behind must not reach the second.
         device.linear(&mut out, &x, &weight, bias.as_ref())?;
+        device.write_floats(&mut out.data, &canaries)?;
         device.linear(&mut out, &x, &weight, bias.as_ref())?;
         let mut got = canaries;
         device.read_floats(&mut got, &out.data)?;
