@@ -7,8 +7,8 @@
 // A lane's 16 bytes of a slot are its A fragments of four mma.m16n8k16: word 2 m + s is step s of
 // the 16-row matrix m, nibble i its register i's even column, nibble i + 4 the odd one. Lane l with
 // g = l / 4 and t = l % 4 has rows 16 m + g and 16 m + g + 8. Which column of W the hardware calls
-// k is free as long as both factors agree: here lane t's are 8 t to 8 t + 7, four a step, so that its
-// B fragments of a slot are 16 consecutive bytes of a row of x. Factor word 2 m + r of place g
+// k is free as long as both factors agree: here lane t's are 8 t to 8 t + 7, four a step, so that
+// its B fragments of a slot are 16 consecutive bytes of a row of x. Factor word 2 m + r of place g
 // belongs to row 16 m + g + 8 r. Bytes an element: (64 + 4 · 128 / group) / 128; 0.53 at 128.
 //
 // W is the M side of the product and the tokens are its N side, in eights: few waste nothing.
