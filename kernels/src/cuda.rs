@@ -19,6 +19,7 @@ mod linear;
 mod norm;
 mod rope;
 mod rows;
+mod sampling;
 
 pub use array::{Array, Element, Floats, Ints};
 pub use attention::PrefillKernel;
@@ -29,3 +30,4 @@ pub use driver::{Driver, Facts, Gemm, Launch};
 pub use fp8::{Fp8, Fp8Scaling};
 pub use int4::{FUSED_ROWS_MAX, Int4Layout, Int4Part};
 pub use rope::{CudaKv, KvFormat};
+pub use sampling::{NextToken, Refused, SampleRequest, SampleRoom, Sampled, TOP_MAX, Wanted};

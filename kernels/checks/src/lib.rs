@@ -18,6 +18,7 @@ pub mod paged;
 pub mod prefill;
 pub mod prefill_sm90;
 pub mod rope;
+pub mod sampling;
 
 pub use compare::{Tolerance, compare};
 
@@ -49,6 +50,8 @@ pub fn all<D: Driver>() -> Vec<Check<D>> {
         prefill::checks(),
         prefill_sm90::checks(),
         decode::checks(),
+        sampling::checks(),
+        sampling::long_checks(),
     ]
     .into_iter()
     .flatten()

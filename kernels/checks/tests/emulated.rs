@@ -72,4 +72,4 @@ macro_rules! emulated {
     )*};
 }
 
-emulated!(elementwise, fp8, int4, norm, rope, prefill, prefill_sm90, decode);
+emulated!(elementwise, fp8, int4, norm, rope, prefill, prefill_sm90, decode, sampling);
