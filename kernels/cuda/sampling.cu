@@ -1,4 +1,4 @@
-// Sampling, last part: the draw, and logprobs. (First: sampling_scan.cu, then sampling_filter.cu.)
+// Sampling, third part: the draw.
 //
 // sample_draw, a block a row: settles where the head of a filtered row ends, adds what that keeps
 // to the masses of the spans, and walks them in the order of ids to where the uniform number falls:
@@ -8,19 +8,14 @@
 // ids) and 512 logits; bound by the latency of some 20 barriers, about 5 µs. Where more than 4096
 // ids are in doubt (flat rows, filters that keep thousands) it passes over the whole row instead,
 // up to some 10 times, each about 20 µs of one multiprocessor: exact, and rare.
-//
-// sample_report, a block a row, where logprobs are wanted: the chosen token's and the `top`
-// likeliest, of the unmodified logits. The n likeliest ids lie in the n spans whose best ids are
-// likeliest, so that 20 · 512 ids are looked at, one of each span a thread, and taken best by best.
 #include "sampling.cuh"
 
-constexpr uint32_t DRAW_THREADS = 512;
 // Parts into which an interval of ranks is cut at a time.
 constexpr uint32_t CUTS = 256;
 constexpr uint32_t NO_TOKEN = 0xffffffffu;
 
 struct DrawShared {
-    uint64_t scratch[DRAW_THREADS / WARP];
+    uint64_t scratch[ROW_THREADS / WARP];
     uint64_t least;
     uint64_t most;
     uint64_t needed;
@@ -63,10 +58,10 @@ struct Draw {
 template <typename F>
 DEVICE void each_candidate(const Draw& d, F&& f) {
     if (d.candidates <= CANDIDATES) {
-        for (uint32_t i = threadIdx.x; i < d.candidates; i += DRAW_THREADS) f(d.s.ranks[i]);
+        for (uint32_t i = threadIdx.x; i < d.candidates; i += ROW_THREADS) f(d.s.ranks[i]);
         return;
     }
-    for (uint32_t span = threadIdx.x / WARP; span < d.args.spans; span += DRAW_THREADS / WARP) {
+    for (uint32_t span = threadIdx.x / WARP; span < d.args.spans; span += ROW_THREADS / WARP) {
         float v[LANE_IDS];
         load_span(v, d.args, d.row, span);
         forbid(v, d.args, d.wanted.mask_row, span);
@@ -91,13 +86,13 @@ DEVICE void rank_range(const Draw& d, uint64_t limit) {
     if (threadIdx.x % WARP == 0) d.s.scratch[warp] = least;
     __syncthreads();
     if (threadIdx.x == 0)
-        for (uint32_t w = 1; w < DRAW_THREADS / WARP; ++w)
+        for (uint32_t w = 1; w < ROW_THREADS / WARP; ++w)
             least = d.s.scratch[w] < least ? d.s.scratch[w] : least;
     __syncthreads();
     if (threadIdx.x % WARP == 0) d.s.scratch[warp] = most;
     __syncthreads();
     if (threadIdx.x == 0) {
-        for (uint32_t w = 1; w < DRAW_THREADS / WARP; ++w)
+        for (uint32_t w = 1; w < ROW_THREADS / WARP; ++w)
             most = d.s.scratch[w] > most ? d.s.scratch[w] : most;
         d.s.least = least;
         d.s.most = most;
@@ -174,7 +169,7 @@ DEVICE uint64_t mass_up_to(const Draw& d, uint64_t limit) {
     if (threadIdx.x % WARP == 0) d.s.scratch[threadIdx.x / WARP] = mass;
     __syncthreads();
     mass = 0;
-    for (uint32_t w = 0; w < DRAW_THREADS / WARP; ++w) mass += d.s.scratch[w];
+    for (uint32_t w = 0; w < ROW_THREADS / WARP; ++w) mass += d.s.scratch[w];
     __syncthreads();
     return mass;
 }
@@ -186,7 +181,7 @@ DEVICE uint64_t settle(const Draw& d) {
     if (d.candidates <= CANDIDATES) {
         const uint32_t* ids = d.args.candidates + static_cast<uint64_t>(d.row) * CANDIDATES;
         const float* logits = d.args.logits + static_cast<uint64_t>(d.row) * d.args.vocab;
-        for (uint32_t i = threadIdx.x; i < d.candidates; i += DRAW_THREADS)
+        for (uint32_t i = threadIdx.x; i < d.candidates; i += ROW_THREADS)
             d.s.ranks[i] = rank_of(logits[ids[i]], ids[i]);
         __syncthreads();
     }
@@ -194,7 +189,9 @@ DEVICE uint64_t settle(const Draw& d) {
     if (bounds.counted != 0)
         limit = head_end<false>(d, d.wanted.top_k - bounds.above_count, limit);
     if (d.wanted.top_p != 0) {
-        const uint64_t mass = bounds.above_mass + mass_up_to(d, limit);
+        // Of what top-k keeps, which no bin behind those in doubt adds to.
+        const bool counted = bounds.counted != 0;
+        const uint64_t mass = counted ? bounds.above_mass + mass_up_to(d, limit) : bounds.mass;
         const uint64_t needed = share(d.wanted.top_p, mass) - bounds.above_mass;
         limit = head_end<true>(d, needed, limit);
     }
@@ -228,7 +225,7 @@ DEVICE uint64_t philox(uint64_t seed, uint64_t position) {
 // share there; in s.span and s.rest.
 DEVICE void choose_span(const Draw& d) {
     DrawShared& s = d.s;
-    constexpr uint32_t EACH = SPANS_MAX / DRAW_THREADS;
+    constexpr uint32_t EACH = SPANS_MAX / ROW_THREADS;
     uint64_t masses[EACH];
     uint64_t sum = 0;
     for (uint32_t i = 0; i < EACH; ++i) {
@@ -236,8 +233,8 @@ DEVICE void choose_span(const Draw& d) {
         masses[i] = joined(s.span_low[span], s.span_high[span]);
         sum += masses[i];
     }
-    const uint64_t end = block_prefix<DRAW_THREADS>(sum, s.scratch);
-    if (threadIdx.x == DRAW_THREADS - 1) s.rest = end;
+    const uint64_t end = block_prefix<ROW_THREADS>(sum, s.scratch);
+    if (threadIdx.x == ROW_THREADS - 1) s.rest = end;
     __syncthreads();
     const uint64_t total = s.rest;
     __syncthreads();
@@ -260,8 +257,8 @@ DEVICE void choose_id(const Draw& d, uint64_t limit) {
     const uint32_t id = d.s.span * SPAN + threadIdx.x;
     bool allowed = id < d.args.drawable;
     if (allowed && d.wanted.mask_row >= 0) {
-        const uint64_t word = static_cast<uint64_t>(d.wanted.mask_row) * d.args.mask_words + id / 32;
-        allowed = (d.args.masks[word] >> id % 32 & 1) != 0;
+        const uint64_t first = static_cast<uint64_t>(d.wanted.mask_row) * d.args.mask_words;
+        allowed = (d.args.masks[first + id / 32] >> id % 32 & 1) != 0;
     }
     uint64_t mass = 0;
     if (allowed) {
@@ -274,7 +271,7 @@ DEVICE void choose_id(const Draw& d, uint64_t limit) {
             if (head && weight >= d.wanted.min_p) mass = mass_of(weight);
         }
     }
-    const uint64_t end = block_prefix<DRAW_THREADS>(mass, d.s.scratch);
+    const uint64_t end = block_prefix<ROW_THREADS>(mass, d.s.scratch);
     if (end - mass <= d.s.rest && d.s.rest < end) d.s.token = id;
 }
 
@@ -287,9 +284,10 @@ DEVICE void draw(const SampleArgs& args, const SampleRow& wanted, const RowState
         d.last = args.bounds[row].last;
         d.candidates = args.bounds[row].candidates;
     }
-    for (uint32_t span = threadIdx.x; span < SPANS_MAX; span += DRAW_THREADS) {
+    for (uint32_t span = threadIdx.x; span < SPANS_MAX; span += ROW_THREADS) {
         uint64_t mass = 0;
-        if (span < args.spans) mass = args.span_masses[static_cast<uint64_t>(row) * args.spans + span];
+        const uint64_t at = static_cast<uint64_t>(row) * args.spans + span;
+        if (span < args.spans) mass = args.span_masses[at];
         s.span_low[span] = static_cast<uint32_t>(mass);
         s.span_high[span] = static_cast<uint32_t>(mass >> 32);
     }
@@ -324,101 +322,4 @@ KERNEL(sample_draw, SampleArgs, 512) {
     out.status = status;
     out.logprob = 0.0f;
     out.top_len = 0;
-}
-
-struct ReportShared {
-    double scratch[DRAW_THREADS / WARP];
-    uint64_t keys[SPANS_MAX];
-    uint64_t best[DRAW_THREADS / WARP];
-    // The likeliest spans, in whatever order.
-    uint32_t spans[TOP_MAX];
-    uint32_t spans_len;
-};
-
-// ln of the sum of exp over the row; every thread gets it. A fixed order of sums.
-DEVICE double log_normalizer(const SampleArgs& args, const SpanPart* parts, ReportShared& s) {
-    uint64_t best = 0;
-    for (uint32_t i = threadIdx.x; i < args.spans; i += DRAW_THREADS)
-        best = parts[i].best > best ? parts[i].best : best;
-    best = warp_max_key(best);
-    if (threadIdx.x % WARP == 0) s.best[threadIdx.x / WARP] = best;
-    __syncthreads();
-    for (uint32_t w = 0; w < DRAW_THREADS / WARP; ++w) best = s.best[w] > best ? s.best[w] : best;
-    const double peak = best_logit(best);
-    double sum = 0.0;
-    for (uint32_t i = threadIdx.x; i < args.spans; i += DRAW_THREADS) {
-        const double below = static_cast<double>(best_logit(parts[i].best)) - peak;
-        sum += static_cast<double>(parts[i].mass) * exp(below);
-    }
-#pragma unroll
-    for (int step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
-    if (threadIdx.x % WARP == 0) s.scratch[threadIdx.x / WARP] = sum;
-    __syncthreads();
-    sum = 0.0;
-    for (uint32_t w = 0; w < DRAW_THREADS / WARP; ++w) sum += s.scratch[w];
-    return peak + log(sum / 35184372088832.0);  // 2^45
-}
-
-// The spans that hold the `top` likeliest ids.
-DEVICE void likeliest_spans(const SampleArgs& args, const SpanPart* parts, uint32_t top,
-                            ReportShared& s) {
-    for (uint32_t i = threadIdx.x; i < args.spans; i += DRAW_THREADS) s.keys[i] = parts[i].best;
-    if (threadIdx.x == 0) s.spans_len = min(top, args.spans);
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < args.spans; i += DRAW_THREADS) {
-        uint32_t better = 0;
-        for (uint32_t other = 0; other < args.spans; ++other)
-            better += s.keys[other] > s.keys[i] ? 1 : 0;
-        if (better < top) s.spans[better] = i;
-    }
-    __syncthreads();
-}
-
-DEVICE void report_top(const SampleArgs& args, const SpanPart* parts, double normalizer,
-                       ReportShared& s) {
-    const uint32_t row = blockIdx.x;
-    const uint32_t top = min(static_cast<uint32_t>(args.rows[row].top), min(TOP_MAX, args.vocab));
-    likeliest_spans(args, parts, top, s);
-    uint64_t mine[TOP_MAX];
-#pragma unroll
-    for (uint32_t i = 0; i < TOP_MAX; ++i) {
-        mine[i] = 0;
-        if (i >= s.spans_len) continue;
-        const uint32_t id = s.spans[i] * SPAN + threadIdx.x;
-        if (id >= args.vocab) continue;
-        mine[i] = best_key(args.logits[static_cast<uint64_t>(row) * args.vocab + id], id);
-    }
-    uint64_t before = ~0ull;
-    for (uint32_t n = 0; n < top; ++n) {
-        uint64_t best = 0;
-#pragma unroll
-        for (uint32_t i = 0; i < TOP_MAX; ++i)
-            best = mine[i] < before && mine[i] > best ? mine[i] : best;
-        best = warp_max_key(best);
-        __syncthreads();
-        if (threadIdx.x % WARP == 0) s.best[threadIdx.x / WARP] = best;
-        __syncthreads();
-        for (uint32_t w = 0; w < DRAW_THREADS / WARP; ++w) best = s.best[w] > best ? s.best[w] : best;
-        before = best;
-        if (threadIdx.x != 0) continue;
-        args.out[row].ids[n] = best_id(best);
-        args.out[row].logprobs[n] =
-            static_cast<float>(static_cast<double>(best_logit(best)) - normalizer);
-    }
-    if (threadIdx.x == 0) args.out[row].top_len = top;
-}
-
-KERNEL(sample_report, SampleArgs, 512) {
-    const uint32_t row = blockIdx.x;
-    if (args.rows[row].top < 0 || args.out[row].status != SAMPLED) return;
-    ReportShared& s = *shared_memory<ReportShared>();
-    const SpanPart* parts = args.span_parts + static_cast<uint64_t>(row) * args.spans;
-    const double normalizer = log_normalizer(args, parts, s);
-    if (threadIdx.x == 0) {
-        const uint64_t at = static_cast<uint64_t>(row) * args.vocab +
-                            static_cast<uint32_t>(args.out[row].token);
-        args.out[row].logprob =
-            static_cast<float>(static_cast<double>(args.logits[at]) - normalizer);
-    }
-    report_top(args, parts, normalizer, s);
 }

@@ -19,6 +19,8 @@ constexpr uint32_t SPANS_MAX = 1024;
 // Threads of the kernels that pass over whole rows, and spans of one block.
 constexpr uint32_t PASS_THREADS = 256;
 constexpr uint32_t PASS_SPANS = PASS_THREADS / WARP;
+// Threads of the kernels that give a row one block.
+constexpr uint32_t ROW_THREADS = 512;
 // Bins of the histogram of a row, and spans that one block of it takes.
 constexpr uint32_t BINS = 512;
 constexpr uint32_t HISTOGRAM_THREADS = 256;
@@ -86,6 +88,8 @@ struct SpanPart {
 
 // Where a filtered row's head ends, as far as the histogram tells.
 struct RowBounds {
+    // Of the whole row.
+    uint64_t mass;
     // Of all bins before `first`.
     uint64_t above_mass;
     uint32_t above_count;

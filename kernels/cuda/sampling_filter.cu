@@ -122,6 +122,7 @@ KERNEL(sample_bounds, SampleArgs, 512) {
     __syncthreads();
     if (t != 0) return;
     RowBounds& bounds = args.bounds[row];
+    bounds.mass = s.masses[BINS - 1];
     bounds.first = s.first;
     bounds.last = s.last;
     bounds.counted = counted ? 1 : 0;

@@ -19,7 +19,7 @@ pub(super) const CANDIDATES: usize = 4096;
 /// Bytes of structs there.
 const SCAN_PART: usize = 16;
 const SPAN_PART: usize = 16;
-const BOUNDS: usize = 32;
+const BOUNDS: usize = 40;
 const OUT: usize = 16 + 8 * TOP_MAX;
 
 /// The most rows of one launch.
