@@ -12,8 +12,8 @@ use kernels::cuda::Driver;
 pub fn checks<D: Driver>() -> Vec<Check<D>> {
     vec![
         Check { name: "greedy", run: greedy },
-        Check { name: "every filter draws what the host draws", run: every_filter },
-        Check { name: "draws follow the distribution", run: distribution::follows::<D, 1200> },
+        Check { name: "every filter draws what the host draws", run: every_filter::<D, 1> },
+        Check { name: "draws follow the distribution", run: distribution::follows::<D, 60> },
         Check { name: "ties and flat rows", run: ties },
         Check { name: "extreme temperatures and outliers", run: extremes },
         Check { name: "bias, penalties and masks", run: adjusted },
@@ -27,14 +27,17 @@ pub fn checks<D: Driver>() -> Vec<Check<D>> {
 
 /// Those that take minutes where the device is emulated.
 pub fn long_checks<D: Driver>() -> Vec<Check<D>> {
-    vec![Check {
-        name: "100,000 draws follow the distribution",
-        run: distribution::follows::<D, 100_000>,
-    }]
+    vec![
+        Check {
+            name: "100,000 draws follow the distribution",
+            run: distribution::follows::<D, 100_000>,
+        },
+        Check { name: "every filter, many draws", run: every_filter::<D, 24> },
+    ]
 }
 
 /// Row lengths around the sizes that kernels cut at, and no multiples of four.
-const LENGTHS: [usize; 9] = [1, 2, 33, 511, 512, 513, 4096, 4099, 12_290];
+const LENGTHS: [usize; 5] = [1, 33, 512, 513, 4099];
 
 fn greedy<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let device = device(BF16);
@@ -53,16 +56,15 @@ fn greedy<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     Ok(())
 }
 
-fn every_filter<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+fn every_filter<D: Driver, const DRAWS: usize>(device: Device<'_, D>) -> Result<(), String> {
     let device = device(BF16);
-    for len in [1, 5, 64, 700, 1537, 4099] {
+    for len in [1, 64, 1537] {
         let rows: Vec<_> = (0..4).map(|seed| normal_row(len, seed)).collect();
         let mut cases = Vec::new();
         for (index, filter) in filters().into_iter().enumerate() {
-            for temperature in [0.05, 0.7, 1.0, 30.0] {
+            for temperature in [0.7, 30.0] {
                 let params = SamplingParams { temperature, ..filter.clone() };
-                let draws = if len < 1000 { 4 } else { 2 };
-                let positions = (0..draws).map(|at| index + 1000 * at);
+                let positions = (0..DRAWS).map(|at| index + 1000 * at);
                 cases.extend(
                     positions.map(|at| Case { position: at, ..Case::new(&params, at % 4) }),
                 );
@@ -80,19 +82,10 @@ fn ties<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let steps: Vec<f32> = noise(3, len).iter().map(|v| (v * 2.0).round()).collect();
     let rows = [vec![0.25; len], steps, normal_row(len, 4)];
     let mut cases = Vec::new();
-    for (index, (top_k, top_p)) in [
-        (3, 1.0),
-        (1, 0.5),
-        (600, 1.0),
-        (4999, 1.0),
-        (0, 0.5),
-        (0, 0.999_999),
-        (0, 1e-7),
-        (4500, 0.75),
-        (2500, 0.3),
-    ]
-    .into_iter()
-    .enumerate()
+    for (index, (top_k, top_p)) in
+        [(3, 1.0), (1, 0.5), (600, 1.0), (0, 0.5), (0, 0.999_999), (0, 1e-7), (4500, 0.75)]
+            .into_iter()
+            .enumerate()
     {
         let params = SamplingParams { top_k, top_p, ..params() };
         cases.extend((0..3).map(|row| Case { position: index, ..Case::new(&params, row) }));
@@ -100,7 +93,7 @@ fn ties<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     agree(&device, len, &rows, &cases)?;
     // Every id that a small head may hold comes up, and no other.
     let three = SamplingParams { top_k: 3, ..params() };
-    let cases: Vec<_> = (0..40).map(|position| Case { position, ..Case::new(&three, 0) }).collect();
+    let cases: Vec<_> = (0..8).map(|position| Case { position, ..Case::new(&three, 0) }).collect();
     agree(&device, 40, &[vec![1.0; 40]], &cases)
 }
 
@@ -117,7 +110,7 @@ fn extremes<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let rows = [outlier, low, subnormal];
     let mut cases = Vec::new();
     for (index, filter) in filters().into_iter().enumerate() {
-        for temperature in [1e-44, 1e-3, 1.0, f32::MAX] {
+        for temperature in [1e-44, f32::MAX] {
             let params = SamplingParams { temperature, ..filter.clone() };
             let row = (index + cases.len()) % 3;
             cases.push(Case { position: index, ..Case::new(&params, row) });
@@ -132,7 +125,7 @@ fn adjusted<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let rows: Vec<_> = (0..2).map(|seed| normal_row(len, 20 + seed)).collect();
     let answer: Vec<u32> = (0..900).map(|i| i * i % 1499).collect();
     let mut cases = Vec::new();
-    for (index, filter) in filters().into_iter().enumerate() {
+    for (index, filter) in filters().into_iter().enumerate().step_by(2) {
         let logit_bias = vec![(1401, 3.0), (3, 0.1), (600, -9.0), (3, 0.7), (0, 1.5), (599, 4.0)];
         let adjusted = SamplingParams {
             repetition_penalty: if index % 2 == 0 { 1.3 } else { 1.0 },
@@ -160,7 +153,7 @@ fn adjusted<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
 
 fn logprobs<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let device = device(BF16);
-    for len in [1, 7, 515, 12_000] {
+    for len in [7, 515] {
         let mut rows: Vec<_> = (0..2).map(|seed| normal_row(len, 40 + seed)).collect();
         rows.push(vec![-2.5; len]);
         // The likeliest all in one span, and padding among them.
