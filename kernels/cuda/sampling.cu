@@ -114,6 +114,8 @@ DEVICE void find_part(DrawShared& s) {
     const uint64_t end = warp_prefix(sum), needed = s.needed;
     const uint32_t lanes = __ballot_sync(ALL_LANES, end >= needed);
     const int chosen = lanes == 0 ? WARP - 1 : __ffs(static_cast<int>(lanes)) - 1;
+    // Everybody has read what the chosen lane writes.
+    __syncwarp();
     if (static_cast<int>(threadIdx.x) != chosen) return;
     uint64_t before = end - sum;
     uint32_t part = first;
