@@ -26,11 +26,14 @@
 // thread blocks fit an SM, and 12 warps keep 3 of 4 tiles in flight: 144 KB (a warp alone goes
 // through 16 tokens in about 700 cycles, in which an SM's share of the bandwidth is 13 KB and its
 // 12 warps could take 96 KB). Per 16 tokens of D = 128 a warp issues 32 products (128 of the 450
-// cycles that the data takes), 16 ldmatrix, 16 cp.async and about 150 other instructions, of 1800
-// issue slots. Tiles are swizzled by the row's number, so that 8 rows of one 16-byte column lie in
+// cycles that the data takes), 16 ldmatrix, 16 cp.async and about 320 other instructions, of 1800
+// issue slots (e4m3 on sm_90a: about 400 in all of 900; on sm_80, which converts with integers, about
+// 1200, which bound it there). Tiles are swizzled by the row's number, so that 8 rows of one 16-byte column lie in
 // 8 different bank groups: neither ldmatrix nor the copies have conflicts.
 //
-// e4m3: a lane's 4 bytes of ldmatrix become two registers of bf16, bytes 0 and 2, bytes 1 and 3.
+// e4m3: products are of f16, which holds e4m3 exactly and is two conversions away; queries are
+// brought into its range by a power of two a head, weights below 1 are in it.
+// A lane's 4 bytes of ldmatrix become two registers, bytes 0 and 2, bytes 1 and 3.
 // For K those are 4 consecutive dimensions, which Q's fragments take in the same order; for V (a
 // transposed load of pairs of bytes) they are two tokens of an even and of an odd dimension. So
 // nothing is exchanged between lanes. The scales are in `score_scale` and `value_scale`.
@@ -87,17 +90,27 @@ struct Tile {
 
     // Where 16 bytes of a row lie: 8 rows of one chunk are in 8 different groups of 4 banks.
     static DEVICE int offset(int row, int chunk) {
-        const int turn = CHUNKS >= 8 ? row % 8 : row / 2 % 4;
-        return row * ROW + (chunk ^ turn) * 16;
+        return row * ROW + (chunk ^ turn(row)) * 16;
     }
+    static DEVICE int turn(int row) { return CHUNKS >= 8 ? row % 8 : row / 2 % 4; }
 
     // Copies rows from..to of a warp's tile, and makes the others zero: 0 · NaN must not be.
     static DEVICE void fetch(unsigned char* tile, const unsigned char* block, int from, int to) {
+        constexpr int COPIES = BYTES / 16 / WARP, ROWS = WARP / CHUNKS;
+        const int lane = static_cast<int>(threadIdx.x) % WARP, first = lane / CHUNKS;
+        const int start = offset(first, lane % CHUNKS);
+        const bool whole = from <= 0 && to >= BLOCK_TOKENS;
 #pragma unroll
-        for (int i = 0; i < BYTES / 16 / WARP; ++i) {
-            const int at = i * WARP + static_cast<int>(threadIdx.x) % WARP;
-            const int row = at / CHUNKS;
-            cp_async_16(tile + offset(row, at % CHUNKS), block + at * 16, row >= from && row < to);
+        for (int i = 0; i < COPIES; ++i) {
+            // As offset(first + i * ROWS, ..): the two parts of the row have no bit in common.
+            unsigned char* at = tile + (start ^ turn(i * ROWS) * 16) + i * ROWS * ROW;
+            const unsigned char* source = block + (i * WARP + lane) * 16;
+            const int row = first + i * ROWS;
+            if (whole) {
+                cp_async_16(at, source);
+            } else {
+                cp_async_16(at, source, row >= from && row < to);
+            }
         }
     }
 };
@@ -117,9 +130,9 @@ DEVICE Split split_of(const DecodeArgs& args) {
             context <= SPLIT_TOKENS};
 }
 
-// Four e4m3 as bf16: bytes 0 and 2, then bytes 1 and 3.
+// Four e4m3 as f16: bytes 0 and 2, then bytes 1 and 3.
 DEVICE void widen(uint32_t packed, uint32_t (&pairs)[2]) {
-    fp8x4_to_bf16(swap_middle_bytes(packed), pairs);
+    fp8x4_to_f16(swap_middle_bytes(packed), pairs);
 }
 
 // A warp's share of a split, in the layout of mma_16816: lane l has rows (heads) g = l / 4 and
@@ -133,9 +146,11 @@ struct Lane {
     // Columns are dimensions: 8n.. of tile n in order; of e4m3, 16 of tiles 2n and 2n + 1 in turn.
     float sums[D / 8][4];
     float max[2], total[2];
+    // What makes products logarithms of weights.
+    float scale[2];
 
     // The products' left side: heads `first` and the next of a row, zero from `heads` on.
-    DEVICE void load_q(const bf16* first, int heads) {
+    DEVICE void load_q(const bf16* first, int heads, float score_scale) {
         const int g = static_cast<int>(threadIdx.x) % WARP / 4, t = static_cast<int>(threadIdx.x) % 4;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -157,6 +172,42 @@ struct Lane {
                 q[k][half] = low;
                 q[k][2 + half] = high;
             }
+            scale[half] = score_scale;
+            if constexpr (!WIDE) scale[half] *= narrow_q(half);
+        }
+    }
+
+    // Makes q f16, each head divided by the greatest power of two that is no greater than its
+    // greatest element, so that nothing overflows; returns that power.
+    DEVICE float narrow_q(int half) {
+        float most = 0.0f;
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k) {
+            for (int i = half; i < 4; i += 2) {
+                most = fmaxf(most, fabsf(low_bf16(q[k][i])));
+                most = fmaxf(most, fabsf(high_bf16(q[k][i])));
+            }
+        }
+        most = warp_max<4>(most);
+        const uint32_t exponent = min(__float_as_uint(most) >> 23, 253u);
+        const float divisor = __uint_as_float((254 - exponent) << 23);
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k) {
+            for (int i = half; i < 4; i += 2)
+                q[k][i] = pack_f16(low_bf16(q[k][i]) * divisor, high_bf16(q[k][i]) * divisor);
+        }
+        return __uint_as_float(exponent << 23);
+    }
+
+    static DEVICE uint32_t pack(float low, float high) {
+        return WIDE ? pack_bf16(low, high) : pack_f16(low, high);
+    }
+
+    static DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        if constexpr (WIDE) {
+            mma_16816(d, a, b0, b1);
+        } else {
+            mma_16816_f16(d, a, b0, b1);
         }
     }
 
@@ -181,14 +232,14 @@ struct Lane {
             uint32_t k[4];
             ldmatrix_x4(k, keys + Shape::offset(row, 2 * pair + side));
             if constexpr (WIDE) {
-                mma_16816(scores[0], q[pair], k[0], k[1]);
-                mma_16816(scores[1], q[pair], k[2], k[3]);
+                multiply(scores[0], q[pair], k[0], k[1]);
+                multiply(scores[1], q[pair], k[2], k[3]);
             } else {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     uint32_t pairs[2];
                     widen(k[i], pairs);
-                    mma_16816(scores[i / 2], q[2 * pair + i % 2], pairs[0], pairs[1]);
+                    multiply(scores[i / 2], q[2 * pair + i % 2], pairs[0], pairs[1]);
                 }
             }
         }
@@ -196,13 +247,13 @@ struct Lane {
 
     // Takes 16 tokens' scores, of which those at from..to count, into maximum and total, and makes
     // them weights, the right side's partner in multiply_values.
-    DEVICE void soften(float (&scores)[2][4], float scale, int from, int to, uint32_t (&p)[4]) {
+    DEVICE void soften(float (&scores)[2][4], int from, int to, uint32_t (&p)[4]) {
         const int t = static_cast<int>(threadIdx.x) % 4;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const int token = i / 4 * 8 + 2 * t + i % 2;
             float& score = scores[i / 4][i % 4];
-            score = token >= from && token < to ? score * scale : -INFINITY;
+            score = token >= from && token < to ? score * scale[i / 2 % 2] : -INFINITY;
         }
         float shrink[2];
 #pragma unroll
@@ -218,8 +269,8 @@ struct Lane {
                 high[j] = exp2_approx(high[j] - next);
             }
             total[half] = total[half] * shrink[half] + ((low[0] + low[1]) + (high[0] + high[1]));
-            p[half] = pack_bf16(low[0], low[1]);
-            p[2 + half] = pack_bf16(high[0], high[1]);
+            p[half] = pack(low[0], low[1]);
+            p[2 + half] = pack(high[0], high[1]);
         }
 #pragma unroll
         for (int n = 0; n < D / 8; ++n)
@@ -234,16 +285,16 @@ struct Lane {
             uint32_t v[4];
             ldmatrix_x4_trans(v, values + Shape::offset(lane % 16, 2 * pair + lane / 16));
             if constexpr (WIDE) {
-                mma_16816(sums[2 * pair], p, v[0], v[1]);
-                mma_16816(sums[2 * pair + 1], p, v[2], v[3]);
+                multiply(sums[2 * pair], p, v[0], v[1]);
+                multiply(sums[2 * pair + 1], p, v[2], v[3]);
             } else {
 #pragma unroll
                 for (int chunk = 0; chunk < 2; ++chunk) {
                     uint32_t low[2], high[2];
                     widen(v[2 * chunk], low);
                     widen(v[2 * chunk + 1], high);
-                    mma_16816(sums[4 * pair + 2 * chunk], p, low[0], high[0]);
-                    mma_16816(sums[4 * pair + 2 * chunk + 1], p, low[1], high[1]);
+                    multiply(sums[4 * pair + 2 * chunk], p, low[0], high[0]);
+                    multiply(sums[4 * pair + 2 * chunk + 1], p, low[1], high[1]);
                 }
             }
         }
@@ -270,7 +321,9 @@ template <typename T, int D>
 DEVICE void walk(const DecodeArgs& args, const Split& split, Lane<T, D>& mine) {
     using Shape = Tile<T, D>;
     constexpr int STAGES = Shape::STAGES;
-    const int warp = static_cast<int>(threadIdx.x) / WARP, lane = static_cast<int>(threadIdx.x) % WARP;
+    const int lane = static_cast<int>(threadIdx.x) % WARP;
+    // From one lane, so that the compiler knows that the whole warp goes the same way.
+    const int warp = __shfl_sync(ALL_LANES, static_cast<int>(threadIdx.x) / WARP, 0);
     unsigned char* ring = shared_memory<unsigned char>() + warp * STAGES * 2 * Shape::BYTES;
 
     const int first_block = split.first / BLOCK_TOKENS;
@@ -292,14 +345,15 @@ DEVICE void walk(const DecodeArgs& args, const Split& split, Lane<T, D>& mine) {
         }
         cp_async_commit();
     };
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < STAGES; ++i) {
         fetch(i, 0);
         fetch(i, 1);
     }
     const uint64_t row = static_cast<uint64_t>(args.row_starts[split.sequence]) * args.qkv_cols;
     const int tile = static_cast<int>(blockIdx.z) * TILE_HEADS;
-    mine.load_q(args.qkv + row + (blockIdx.y * args.group + tile) * D, min(args.group - tile, TILE_HEADS));
+    mine.load_q(args.qkv + row + (blockIdx.y * args.group + tile) * D, min(args.group - tile, TILE_HEADS),
+                args.score_scale);
 
     for (int i = 0; i < count; ++i) {
         const unsigned char* keys = ring + i % STAGES * 2 * Shape::BYTES;
@@ -312,7 +366,7 @@ DEVICE void walk(const DecodeArgs& args, const Split& split, Lane<T, D>& mine) {
         mine.multiply_keys(scores, keys);
         __syncwarp();
         fetch(i + STAGES, 0);
-        mine.soften(scores, args.score_scale, split.first - token, split.end - token, p);
+        mine.soften(scores, split.first - token, split.end - token, p);
         // As many: the keys of the stage after the last are newer than these values.
         cp_async_wait<2 * STAGES - 1>();
         __syncwarp();

@@ -179,6 +179,51 @@ DEVICE void fp8x4_to_bf16(uint32_t packed, uint32_t (&pairs)[2]) {
 #endif
 }
 
+// Two f16 in one register, the first in the low half; round to nearest even.
+DEVICE uint32_t pack_f16(float low, float high) {
+#ifdef LOCKSTEP_EMULATE
+    return simt::f16_bits(low) | static_cast<uint32_t>(simt::f16_bits(high)) << 16;
+#else
+    uint32_t packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+#endif
+}
+
+// Products of two pairs of f16, as mul_bf16x2.
+DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
+#ifdef LOCKSTEP_EMULATE
+    const auto half = [](uint32_t x, int i) {
+        return simt::half_to_float(static_cast<uint16_t>(x >> 16 * i));
+    };
+    return pack_f16(half(a, 0) * half(b, 0), half(a, 1) * half(b, 1));
+#else
+    uint32_t product;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+    return product;
+#endif
+}
+
+// As fp8x4_to_bf16, to f16: exact, and fewer instructions.
+DEVICE void fp8x4_to_f16(uint32_t packed, uint32_t (&pairs)[2]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %2;\n\t"
+        "cvt.rn.f16x2.e4m3x2 %0, low;\n\tcvt.rn.f16x2.e4m3x2 %1, high;\n\t}"
+        : "=r"(pairs[0]), "=r"(pairs[1])
+        : "r"(packed));
+#else
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t pair = packed >> 16 * i;
+        const uint32_t high = (pair & 0xff00u) << 16 | (pair & 0xffu) << 8;
+        // 2^-8 of the value, subnormals too.
+        const uint32_t magnitude = high >> 1 & 0x3f803f80u;
+        const uint32_t value = mul_f16x2((high & 0x80008000u) | magnitude, 0x5c005c00u);
+        const uint32_t nan = (magnitude + 0x00800080u) & 0x40004000u;
+        pairs[i] = value | ((nan << 1) - (nan >> 5));
+    }
+#endif
+}
+
 #if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
 // The e4m3 nearest to x, ties to even; beyond ±448 that, NaN for NaN.
 DEVICE uint32_t fp8_bits(float x) {
@@ -500,6 +545,19 @@ DEVICE void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32
 #else
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// As mma_16816, of f16.
+DEVICE void mma_16816_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#ifdef LOCKSTEP_EMULATE
+    simt::mma_16816_f16(d, a, b0, b1);
+#else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
         "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

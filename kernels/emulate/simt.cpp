@@ -442,17 +442,22 @@ struct Product {
     uint32_t b[2];
 };
 
-float half_of(uint32_t packed, int which) { return bits_to_float(which ? packed & 0xffff0000u : packed << 16); }
+template <bool f16>
+float half_of(uint32_t packed, int which) {
+    if (f16) return half_to_float(static_cast<uint16_t>(which ? packed >> 16 : packed));
+    return bits_to_float(which ? packed & 0xffff0000u : packed << 16);
+}
 
+template <bool f16>
 void multiply(void* const (&all)[32], uint32_t) {
     float a[16][16], b[16][8];
     for (int lane = 0; lane < 32; ++lane) {
         const auto* p = static_cast<Product*>(all[lane]);
         const int g = lane / 4, t = lane % 4;
         for (int i = 0; i < 4; ++i)
-            for (int j = 0; j < 2; ++j) a[g + i % 2 * 8][2 * t + i / 2 * 8 + j] = half_of(p->a[i], j);
+            for (int j = 0; j < 2; ++j) a[g + i % 2 * 8][2 * t + i / 2 * 8 + j] = half_of<f16>(p->a[i], j);
         for (int i = 0; i < 2; ++i)
-            for (int j = 0; j < 2; ++j) b[2 * t + i * 8 + j][g] = half_of(p->b[i], j);
+            for (int j = 0; j < 2; ++j) b[2 * t + i * 8 + j][g] = half_of<f16>(p->b[i], j);
     }
     for (int lane = 0; lane < 32; ++lane) {
         auto* p = static_cast<Product*>(all[lane]);
@@ -478,7 +483,12 @@ void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed) {
 
 void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     Product mine{d, a, {b0, b1}};
-    meet("mma.m16n8k16", 0xffffffffu, &mine, multiply);
+    meet("mma.m16n8k16", 0xffffffffu, &mine, multiply<false>);
+}
+
+void mma_16816_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    Product mine{d, a, {b0, b1}};
+    meet("mma.m16n8k16.f16", 0xffffffffu, &mine, multiply<true>);
 }
 
 }  // namespace simt

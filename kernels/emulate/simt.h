@@ -84,6 +84,8 @@ uint64_t block_serial();
 
 void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed);
 void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+// As mma_16816, of f16.
+void mma_16816_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 inline float bits_to_float(uint32_t bits) {
     float x;
@@ -109,6 +111,21 @@ inline float half_to_float(uint16_t bits) {
     if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
     // The exponent's bias grows from 15 to 127; subnormals too.
     return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
+}
+
+// f16: round to nearest even, beyond 65504 infinity; NaNs stay NaNs.
+inline uint16_t f16_bits(float x) {
+    const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return 0x7fff;
+    if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00);
+    if (magnitude < 0x38800000u) {
+        // Below 2^-14 in steps of 2^-24, as f32 counts from 0.5 on.
+        const float rounded = bits_to_float(magnitude) + 0.5f;
+        return static_cast<uint16_t>(sign | (float_to_bits(rounded) - 0x3f000000u));
+    }
+    const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
+    return static_cast<uint16_t>(sign | ((rounded >> 13) - (112u << 10)));
 }
 
 inline const void* aligned(const void* p, size_t bytes) {
