@@ -12,7 +12,7 @@
 // warps go through the split's KV blocks in turn (warp w has blocks w, w + 4, ...), each on its
 // own: own copies, own running maximum and sums, no barrier in the loop. At the end they are
 // merged through shared memory in the order of the warps. A sequence of one split is finished
-// there; others leave f32 sums, which attention_combine adds in the order of the splits. How a
+// there; others leave f32 sums, which attention_combine adds in a fixed order. How a
 // sequence is cut depends on its context alone, so its bits do not depend on the batch.
 //
 // Moves 2 · context · D · element bytes a key head, and 8 (D + 2) bytes for each query head and
@@ -23,20 +23,20 @@
 // Bound by memory. An H200 needs about 4.3 TB/s · 800 ns / 132 = 26 KB in flight an SM. A warp's
 // ring holds two K and two V tiles of 4 KB (four and four where a tile is smaller) and refills each
 // as soon as it was used: with 64 KB of shared memory and at most 168 registers a thread, three
-// thread blocks fit an SM, and 12 warps keep 3 of 4 tiles in flight: 144 KB (a warp alone goes
-// through 16 tokens in about 700 cycles, in which an SM's share of the bandwidth is 13 KB and its
-// 12 warps could take 96 KB). Per 16 tokens of D = 128 a warp issues 32 products (128 of the 450
-// cycles that the data takes), 16 ldmatrix, 16 cp.async and about 320 other instructions, of 1800
-// issue slots (e4m3 on sm_90a: about 400 in all of 900; on sm_80, which converts with integers, about
-// 1200, which bound it there). Tiles are swizzled by the row's number, so that 8 rows of one 16-byte column lie in
-// 8 different bank groups: neither ldmatrix nor the copies have conflicts.
+// thread blocks fit an SM, and 12 warps keep 3 of 4 tiles in flight: 144 KB. By count, not measured:
+// a warp alone goes through 16 tokens of D = 128 in about 800 cycles, in which an SM's share of the
+// bandwidth is 15 KB and its 12 warps could take 96 KB. For them it issues about 380 instructions
+// (32 products: 128 of the 450 cycles that the data takes) of 1800 slots; of e4m3 about 410 of 900
+// on sm_90a. On sm_80, which converts with integers, e4m3 is bound by issue: about 1200.
+// Tiles are swizzled by the row's number, so that 8 rows of one 16-byte column lie in 8 different
+// bank groups: neither ldmatrix nor the copies have conflicts.
 //
-// e4m3: products are of f16, which holds e4m3 exactly and is two conversions away; queries are
-// brought into its range by a power of two a head, weights below 1 are in it.
-// A lane's 4 bytes of ldmatrix become two registers, bytes 0 and 2, bytes 1 and 3.
-// For K those are 4 consecutive dimensions, which Q's fragments take in the same order; for V (a
-// transposed load of pairs of bytes) they are two tokens of an even and of an odd dimension. So
-// nothing is exchanged between lanes. The scales are in `score_scale` and `value_scale`.
+// e4m3: products are of f16, which holds e4m3 exactly and is two conversions away; queries come
+// into its range by a power of two a head, weights are in it. A lane's 4 bytes of ldmatrix become
+// two registers, bytes 0 and 2, bytes 1 and 3. For K those are 4 consecutive dimensions, which Q's
+// fragments take in the same order; for V (a transposed load of pairs of bytes) they are two tokens
+// of an even and of an odd dimension. So nothing is exchanged between lanes. The scales are in
+// `score_scale` and `value_scale`.
 #include "common.cuh"
 
 // Keys of one thread block; the launcher cuts by the same number.
@@ -151,7 +151,7 @@ struct Lane {
 
     // The products' left side: heads `first` and the next of a row, zero from `heads` on.
     DEVICE void load_q(const bf16* first, int heads, float score_scale) {
-        const int g = static_cast<int>(threadIdx.x) % WARP / 4, t = static_cast<int>(threadIdx.x) % 4;
+        const int lane = static_cast<int>(threadIdx.x) % WARP, g = lane / 4, t = lane % 4;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int head = g + 8 * half;
@@ -352,8 +352,8 @@ DEVICE void walk(const DecodeArgs& args, const Split& split, Lane<T, D>& mine) {
     }
     const uint64_t row = static_cast<uint64_t>(args.row_starts[split.sequence]) * args.qkv_cols;
     const int tile = static_cast<int>(blockIdx.z) * TILE_HEADS;
-    mine.load_q(args.qkv + row + (blockIdx.y * args.group + tile) * D, min(args.group - tile, TILE_HEADS),
-                args.score_scale);
+    mine.load_q(args.qkv + row + (blockIdx.y * args.group + tile) * D,
+                min(args.group - tile, TILE_HEADS), args.score_scale);
 
     for (int i = 0; i < count; ++i) {
         const unsigned char* keys = ring + i % STAGES * 2 * Shape::BYTES;
@@ -379,7 +379,8 @@ DEVICE void walk(const DecodeArgs& args, const Split& split, Lane<T, D>& mine) {
 // Adds up what the warps have and writes it: the result, or the split's sums.
 template <typename T, int D>
 DEVICE void merge(const DecodeArgs& args, const Split& split, const Lane<T, D>& mine) {
-    const int warp = static_cast<int>(threadIdx.x) / WARP, lane = static_cast<int>(threadIdx.x) % WARP;
+    const int warp = static_cast<int>(threadIdx.x) / WARP;
+    const int lane = static_cast<int>(threadIdx.x) % WARP;
     const int tile = static_cast<int>(blockIdx.z) * TILE_HEADS;
     const int heads = min(args.group - tile, TILE_HEADS);
     auto* all = shared_memory<Merge<T, D>>();
@@ -412,8 +413,9 @@ DEVICE void merge(const DecodeArgs& args, const Split& split, const Lane<T, D>& 
         }
         if (split.alone) {
             const float scale = args.value_scale / weight.sum;
-            store8(args.out + (row + first + head) * D + d,
-                   {{pack_bf16(x[0] * scale, x[1] * scale), pack_bf16(x[2] * scale, x[3] * scale)}});
+            const Bytes8 result{{pack_bf16(x[0] * scale, x[1] * scale),
+                                 pack_bf16(x[2] * scale, x[3] * scale)}};
+            store8(args.out + (row + first + head) * D + d, result);
             continue;
         }
         const uint64_t slot = static_cast<uint64_t>(split.slot) * args.q_heads + first + head;
@@ -441,9 +443,9 @@ KERNEL(attention_decode_d64_fp8, DecodeArgs, THREADS, BLOCKS) { decode<e4m3, 64>
 KERNEL(attention_decode_d128_fp8, DecodeArgs, THREADS, BLOCKS) { decode<e4m3, 128>(args); }
 
 // out = Σ 2^(max - greatest max) · sums / Σ 2^(max - greatest max) · sum over the splits of one
-// sequence and head, in the order of the splits. A thread block has one sequence and head; its
-// warps take splits in turn, a lane D / 32 dimensions. Moves 4 (D + 2) bytes a split and head, which
-// the kernel before left in the L2.
+// sequence and head, in an order that their number alone decides. A thread block has one sequence
+// and head; its warps take splits in turn, a lane D / 32 dimensions. Moves 4 (D + 2) bytes a split
+// and head, which the kernel before left in the L2: bound by latency.
 struct CombineArgs {
     bf16* out;                // [T, q_heads * D]
     const float* sums;        // [slots, q_heads, D]
@@ -460,7 +462,8 @@ DEVICE void combine(const CombineArgs& args) {
     struct alignas(D / 8) Part {
         float x[D / WARP];
     };
-    const int warp = static_cast<int>(threadIdx.x) / WARP, lane = static_cast<int>(threadIdx.x) % WARP;
+    const int warp = static_cast<int>(threadIdx.x) / WARP;
+    const int lane = static_cast<int>(threadIdx.x) % WARP;
     const int* cut = args.decoding + 3 * static_cast<uint64_t>(blockIdx.x);
     const int sequence = cut[0], count = cut[1];
     const int context = args.context_lens[sequence];
@@ -495,8 +498,8 @@ DEVICE void combine(const CombineArgs& args) {
     if (d >= D) return;
     float x = 0.0f;
     for (int w = 0; w < WARPS; ++w) x += shared[w * D + d];
-    const uint64_t row = static_cast<uint64_t>(args.row_starts[sequence]) * args.q_heads + blockIdx.y;
-    args.out[row * D + d] = to_bf16(x / total);
+    const uint64_t row = static_cast<uint64_t>(args.row_starts[sequence]);
+    args.out[(row * args.q_heads + blockIdx.y) * D + d] = to_bf16(x / total);
 }
 
 KERNEL(attention_combine_d64, CombineArgs, THREADS) { combine<64>(args); }
