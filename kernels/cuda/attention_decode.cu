@@ -23,7 +23,7 @@
 // Bound by memory. An H200 needs about 4.3 TB/s · 800 ns / 132 = 26 KB in flight an SM. A warp's
 // ring holds two K and two V tiles of 4 KB (four and four where a tile is smaller) and refills each
 // as soon as it was used: with 64 KB of shared memory and at most 168 registers a thread, three
-// thread blocks fit an SM, and 12 warps keep 3 of 4 tiles in flight: 144 KB. By count, not measured:
+// thread blocks fit an SM, and 12 warps keep 3 of 4 tiles in flight: 144 KB. Counted, unmeasured:
 // a warp alone goes through 16 tokens of D = 128 in about 800 cycles, in which an SM's share of the
 // bandwidth is 15 KB and its 12 warps could take 96 KB. For them it issues about 380 instructions
 // (32 products: 128 of the 450 cycles that the data takes) of 1800 slots; of e4m3 about 410 of 900
