@@ -6,6 +6,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -51,7 +52,7 @@ constexpr size_t SHARED_MAX = 227 << 10;
 
 struct Fiber {
     Thread index;
-    void* stack = nullptr;
+    std::unique_ptr<char[]> stack;
 #if defined(__x86_64__)
     void* at = nullptr;
 #else
@@ -114,17 +115,18 @@ struct Block {
 #endif
 };
 
-thread_local Block block;
+// What runs on this thread of the host. A bare pointer, which no access has to initialise first.
+thread_local Block* block = nullptr;
 const Kernel* kernels = nullptr;
 
-Fiber& current() { return block.fibers[block.current]; }
+Fiber& current() { return block->fibers[block->current]; }
 
 #if defined(__x86_64__)
-void to_scheduler() { simt_switch(&current().at, block.scheduler); }
-void to_fiber(Fiber& fiber) { simt_switch(&block.scheduler, fiber.at); }
+void to_scheduler() { simt_switch(&current().at, block->scheduler); }
+void to_fiber(Fiber& fiber) { simt_switch(&block->scheduler, fiber.at); }
 #else
-void to_scheduler() { swapcontext(&current().at, &block.scheduler); }
-void to_fiber(Fiber& fiber) { swapcontext(&block.scheduler, &fiber.at); }
+void to_scheduler() { swapcontext(&current().at, &block->scheduler); }
+void to_fiber(Fiber& fiber) { swapcontext(&block->scheduler, &fiber.at); }
 #endif
 
 // Lets others run until somebody wakes this thread.
@@ -134,21 +136,20 @@ void sleep(const char* what) {
     current().waits = nullptr;
 }
 
-void wake(unsigned thread) { block.runnable.push_back(thread); }
+void wake(unsigned thread) { block->runnable.push_back(thread); }
 
 void fiber_main() {
-    block.kernel->run(block.args);
+    block->kernel->run(block->args);
     current().ended = true;
-    --block.live;
+    --block->live;
     to_scheduler();
     abort();
 }
 
 void prepare(Fiber& fiber) {
-    if (fiber.stack == nullptr) fiber.stack = std::malloc(STACK_BYTES);
-    if (fiber.stack == nullptr) abort();
+    if (fiber.stack == nullptr) fiber.stack.reset(new char[STACK_BYTES]);
 #if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(fiber.stack, STACK_BYTES);
+    __asan_unpoison_memory_region(fiber.stack.get(), STACK_BYTES);
 #endif
     fiber.ended = false;
     fiber.waits = nullptr;
@@ -157,14 +158,14 @@ void prepare(Fiber& fiber) {
     fiber.groups.clear();
 #if defined(__x86_64__)
     // As if simt_switch had been called at the start of fiber_main: six registers and the address.
-    auto top = reinterpret_cast<uintptr_t>(fiber.stack) + STACK_BYTES;
+    auto top = reinterpret_cast<uintptr_t>(fiber.stack.get()) + STACK_BYTES;
     auto** at = reinterpret_cast<void**>(top / 16 * 16 - 8);
     *--at = reinterpret_cast<void*>(&fiber_main);
     for (int i = 0; i < 6; ++i) *--at = nullptr;
     fiber.at = at;
 #else
     getcontext(&fiber.at);
-    fiber.at.uc_stack.ss_sp = fiber.stack;
+    fiber.at.uc_stack.ss_sp = fiber.stack.get();
     fiber.at.uc_stack.ss_size = STACK_BYTES;
     fiber.at.uc_link = nullptr;
     makecontext(&fiber.at, &fiber_main, 0);
@@ -173,14 +174,14 @@ void prepare(Fiber& fiber) {
 
 // The next thread to run: in turn, backwards, or drawn.
 unsigned take_runnable() {
-    auto& r = block.runnable;
+    auto& r = block->runnable;
     size_t at = 0;
-    if (block.schedule == 1) at = r.size() - 1;
-    if (block.schedule > 1) {
-        block.random ^= block.random << 13;
-        block.random ^= block.random >> 7;
-        block.random ^= block.random << 17;
-        at = block.random % r.size();
+    if (block->schedule == 1) at = r.size() - 1;
+    if (block->schedule > 1) {
+        block->random ^= block->random << 13;
+        block->random ^= block->random >> 7;
+        block->random ^= block->random << 17;
+        at = block->random % r.size();
     }
     const unsigned thread = r[at];
     r.erase(r.begin() + static_cast<std::ptrdiff_t>(at));
@@ -188,79 +189,79 @@ unsigned take_runnable() {
 }
 
 void describe_deadlock() {
-    for (const Fiber& fiber : block.fibers) {
+    for (const Fiber& fiber : block->fibers) {
         if (fiber.ended) continue;
-        const size_t ended = block.fibers.size() - block.live;
-        std::snprintf(block.error, sizeof block.error,
+        const size_t ended = block->fibers.size() - block->live;
+        std::snprintf(block->error, sizeof block->error,
                       "deadlock: thread %u of block (%u, %u, %u) waits in %s; %u threads wait, %zu have ended",
                       fiber.index.thread.x, fiber.index.block.x, fiber.index.block.y, fiber.index.block.z,
-                      fiber.waits ? fiber.waits : "nothing", block.live, ended);
+                      fiber.waits ? fiber.waits : "nothing", block->live, ended);
         return;
     }
 }
 
 void wake_polling() {
     std::vector<unsigned> still;
-    for (unsigned thread : block.polling) {
-        Fiber& fiber = block.fibers[thread];
+    for (unsigned thread : block->polling) {
+        Fiber& fiber = block->fibers[thread];
         if (fiber.ready(fiber.ready_for)) {
             wake(thread);
         } else {
             still.push_back(thread);
         }
     }
-    block.polling.swap(still);
+    block->polling.swap(still);
 }
 
 bool run_block() {
-    while (block.live > 0 && !block.failed) {
-        if (!block.polling.empty()) wake_polling();
-        if (block.runnable.empty()) {
+    while (block->live > 0 && !block->failed) {
+        if (!block->polling.empty()) wake_polling();
+        if (block->runnable.empty()) {
             describe_deadlock();
             return false;
         }
-        block.current = take_runnable();
+        block->current = take_runnable();
         to_fiber(current());
     }
-    return !block.failed;
+    return !block->failed;
 }
 
 void start_block(const Thread& index, unsigned threads) {
-    block.fibers.resize(threads);
-    block.live = threads;
-    ++block.serial;
-    block.runnable.clear();
-    block.polling.clear();
-    block.warps.assign((threads + 31) / 32, {});
-    block.groups.assign((threads + 127) / 128, {});
-    for (Barrier& barrier : block.barriers) barrier = {};
-    block.random = 0x9e3779b97f4a7c15ull * (block.schedule + 1);
+    block->fibers.resize(threads);
+    block->live = threads;
+    ++block->serial;
+    block->runnable.clear();
+    block->polling.clear();
+    block->warps.assign((threads + 31) / 32, {});
+    block->groups.assign((threads + 127) / 128, {});
+    for (Barrier& barrier : block->barriers) barrier = {};
+    block->random = 0x9e3779b97f4a7c15ull * (block->schedule + 1);
     for (unsigned t = 0; t < threads; ++t) {
-        Fiber& fiber = block.fibers[t];
+        Fiber& fiber = block->fibers[t];
         fiber.index = index;
         fiber.index.thread = {t, 0, 0};
         prepare(fiber);
         wake(t);
     }
-    races::begin(threads, block.shared, block.shared_bytes);
+    races::begin(threads, block->shared, block->shared_bytes);
 }
 
 void land(std::vector<Copy>& copies) {
     for (const Copy& copy : copies) {
         races::touch(copy.to, copy.bytes, true);
         copy_now(copy);
-        note_landing(copy, block.current);
+        note_landing(copy, block->current);
     }
     copies.clear();
 }
 
 void at_barrier(int id, unsigned threads, const char* what, bool waits) {
-    Barrier& barrier = block.barriers[id];
+    Barrier& barrier = block->barriers[id];
     if (waits) {
-        barrier.waiting.push_back(block.current);
+        barrier.waiting.push_back(block->current);
     } else {
         ++barrier.arrived;
-        races::release(block.current, barrier.clock);
+        races::release(block->current, barrier.clock);
     }
     if (barrier.waiting.size() + barrier.arrived < threads) {
         if (waits) sleep(what);
@@ -271,7 +272,7 @@ void at_barrier(int id, unsigned threads, const char* what, bool waits) {
     races::join(done.waiting);
     for (unsigned thread : done.waiting) {
         races::acquire(thread, done.clock);
-        if (thread != block.current) wake(thread);
+        if (thread != block->current) wake(thread);
     }
 }
 
@@ -286,23 +287,23 @@ const Thread& self() { return current().index; }
 
 void fail(const char* format, ...) {
     const Thread& t = self();
-    const int used = std::snprintf(block.error, sizeof block.error, "thread %u of block (%u, %u, %u): ", t.thread.x,
+    const int used = std::snprintf(block->error, sizeof block->error, "thread %u of block (%u, %u, %u): ", t.thread.x,
                                    t.block.x, t.block.y, t.block.z);
     va_list args;
     va_start(args, format);
-    std::vsnprintf(block.error + used, sizeof block.error - static_cast<size_t>(used), format, args);
+    std::vsnprintf(block->error + used, sizeof block->error - static_cast<size_t>(used), format, args);
     va_end(args);
-    block.failed = true;
+    block->failed = true;
     to_scheduler();
     abort();
 }
 
 void* shared(size_t least) {
-    if (least > block.shared_bytes) fail("%zu bytes of shared memory given, %zu used", block.shared_bytes, least);
-    return block.shared;
+    if (least > block->shared_bytes) fail("%zu bytes of shared memory given, %zu used", block->shared_bytes, least);
+    return block->shared;
 }
 
-void block_barrier(const char* what) { at_barrier(0, static_cast<unsigned>(block.fibers.size()), what, true); }
+void block_barrier(const char* what) { at_barrier(0, static_cast<unsigned>(block->fibers.size()), what, true); }
 
 namespace {
 void check_barrier(int id, int threads) {
@@ -320,14 +321,14 @@ void named_barrier_arrive(int id, int threads) {
     at_barrier(id, static_cast<unsigned>(threads), "a named barrier", false);
 }
 
-size_t shared_bytes() { return block.shared_bytes; }
-uint32_t schedule() { return block.schedule; }
-uint64_t block_serial() { return block.serial; }
+size_t shared_bytes() { return block->shared_bytes; }
+uint32_t schedule() { return block->schedule; }
+uint64_t block_serial() { return block->serial; }
 
 void meet(const char* what, uint32_t mask, void* mine, void (*finish)(void* const (&all)[32], uint32_t mask)) {
     const unsigned thread = self().thread.x, lane = thread % 32;
     if (!(mask >> lane & 1)) fail("lane %u is not in the mask %08x of %s", lane, mask, what);
-    auto& meetings = block.warps[thread / 32];
+    auto& meetings = block->warps[thread / 32];
     size_t at = 0;
     while (at < meetings.size() && !(meetings[at].mask & mask)) ++at;
     if (at == meetings.size()) meetings.push_back({what, mask, 0, {}});
@@ -353,7 +354,7 @@ void order_lanes(uint32_t mask) {
 
 void meet_group(const char* what, void* mine, void (*finish)(void* const (&all)[128])) {
     const unsigned thread = self().thread.x, group = thread / 128;
-    GroupMeeting& meeting = block.groups[group];
+    GroupMeeting& meeting = block->groups[group];
     if (meeting.arrived == 0) meeting.what = what;
     if (std::strcmp(meeting.what, what) != 0) fail("warps diverge: %s, others %s", what, meeting.what);
     meeting.mine[thread % 128] = mine;
@@ -369,14 +370,14 @@ void wait_until(const char* name, bool (*ready)(const void*), const void* what) 
     if (ready(what)) return;
     current().ready = ready;
     current().ready_for = what;
-    block.polling.push_back(block.current);
+    block->polling.push_back(block->current);
     sleep(name);
 }
 
 void cp_async(void* shared, const void* global, unsigned bytes, bool valid) {
     aligned(shared, bytes);
-    const auto to = reinterpret_cast<uintptr_t>(shared), first = reinterpret_cast<uintptr_t>(block.shared);
-    if (to < first || to + bytes > first + block.shared_bytes) fail("copy outside shared memory");
+    const auto to = reinterpret_cast<uintptr_t>(shared), first = reinterpret_cast<uintptr_t>(block->shared);
+    if (to < first || to + bytes > first + block->shared_bytes) fail("copy outside shared memory");
     if (valid) aligned(global, bytes);
     // It may land from now on.
     races::touch(shared, bytes, true);
@@ -512,24 +513,26 @@ int simt_launch(const char* name, const uint32_t grid[3], uint32_t threads, size
     if (shared > SHARED_MAX) return refuse("shared memory", shared, SHARED_MAX);
     if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0 || grid[1] > 65535 || grid[2] > 65535)
         return refuse("no valid grid", grid[1], 65535);
-    block.kernel = kernel;
-    block.args = args;
-    block.schedule = schedule;
-    block.shared_bytes = shared;
-    block.failed = false;
+    thread_local Block storage;
+    block = &storage;
+    block->kernel = kernel;
+    block->args = args;
+    block->schedule = schedule;
+    block->shared_bytes = shared;
+    block->failed = false;
     const size_t blocks = static_cast<size_t>(grid[0]) * grid[1] * grid[2];
     for (size_t i = 0; i < blocks; ++i) {
         // An order of blocks that is not the obvious one finds kernels that rely on it.
         const size_t at = schedule == 1 ? blocks - 1 - i : i;
         const Index index{static_cast<unsigned>(at % grid[0]), static_cast<unsigned>(at / grid[0] % grid[1]),
                           static_cast<unsigned>(at / grid[0] / grid[1])};
-        if (posix_memalign(&block.shared, 1024, shared > 0 ? shared : 1) != 0) return refuse("out of memory", shared, 0);
-        std::memset(block.shared, 0xff, shared);
+        if (posix_memalign(&block->shared, 1024, shared > 0 ? shared : 1) != 0) return refuse("out of memory", shared, 0);
+        std::memset(block->shared, 0xff, shared);
         start_block({{0, 0, 0}, index, {threads, 1, 1}, {grid[0], grid[1], grid[2]}}, threads);
         const bool good = run_block();
-        std::free(block.shared);
+        std::free(block->shared);
         if (!good) {
-            std::snprintf(error, error_size, "%s: %s", name, block.error);
+            std::snprintf(error, error_size, "%s: %s", name, block->error);
             return 1;
         }
     }
