@@ -94,7 +94,7 @@ impl Emulator {
     pub fn load(library: &Path, schedule: Schedule) -> Result<Self, KernelError> {
         // SAFETY: the library's initialisers only list its kernels.
         let library = unsafe { Library::new(library) };
-        let library = library.map_err(|error| KernelError::Device(error.to_string()))?;
+        let library = library.map_err(|error| KernelError::Device(format!("{error:?}")))?;
         let facts = Facts {
             name: "emulated".into(),
             compute_capability: (9, 0),
