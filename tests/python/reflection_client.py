@@ -9,10 +9,8 @@ import unittest
 import urllib.request
 
 import grpc
-from google.protobuf import descriptor_pool, message_factory
-from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
-    ProtoReflectionDescriptorDatabase,
-)
+
+from reflection import Caller
 
 ADDRESS = os.environ["LOCKSTEP_TEST_GRPC"].removeprefix("http://")
 HTTP = os.environ["LOCKSTEP_TEST_HTTP"]
@@ -22,29 +20,13 @@ QUESTION = "What is the capital of France? Answer in one word."
 class Reflection(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.channel = grpc.insecure_channel(ADDRESS)
-        cls.database = ProtoReflectionDescriptorDatabase(cls.channel)
-        cls.pool = descriptor_pool.DescriptorPool(cls.database)
+        cls.caller = Caller(ADDRESS)
+        cls.call = cls.caller.call
         cls.model = cls.call("lockstep.v1.Inference/ListModels").models[0].id
 
     @classmethod
     def tearDownClass(cls):
-        cls.channel.close()
-
-    @classmethod
-    def call(cls, name, **fields):
-        service, method = name.split("/")
-        found = cls.pool.FindServiceByName(service).FindMethodByName(method)
-        request = message_factory.GetMessageClass(found.input_type)(**fields)
-        answer = message_factory.GetMessageClass(found.output_type)
-        kind = cls.channel.unary_stream if found.server_streaming else cls.channel.unary_unary
-        invoke = kind(
-            "/" + name,
-            request_serializer=lambda message: message.SerializeToString(),
-            response_deserializer=answer.FromString,
-        )
-        outcome = invoke(request, timeout=120)
-        return list(outcome) if found.server_streaming else outcome
+        cls.caller.close()
 
     def refused(self, code, word, name, **fields):
         with self.assertRaises(grpc.RpcError) as caught:
@@ -53,7 +35,7 @@ class Reflection(unittest.TestCase):
         self.assertIn(word, caught.exception.details())
 
     def test_services_are_listed(self):
-        services = set(self.database.get_services())
+        services = set(self.caller.services())
         self.assertLessEqual({"lockstep.v1.Inference", "grpc.health.v1.Health"}, services)
 
     def test_health(self):

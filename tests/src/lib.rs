@@ -2,6 +2,7 @@
 //! Real processes under test: starts them, waits for their ready line, speaks HTTP to them and ends
 //! them with the value. Every wait has a deadline; what goes wrong fails the test that asked.
 
+mod client;
 mod http;
 mod process;
 
@@ -10,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use client::client;
 pub use http::{Reply, exchange, request};
 pub use process::{Process, lockstep};
 

@@ -40,8 +40,7 @@ impl Process {
     pub fn lockstep(arguments: &[&str]) -> Self {
         let mut process =
             Self::spawn(Command::new(lockstep()).args(arguments).stdout(Stdio::piped()));
-        let output = process.child.stdout.take().expect("a pipe");
-        process.ready = first_line(output);
+        process.ready = first_line(process.output());
         assert!(process.ready.starts_with("ready "), "{arguments:?}: {:?}", process.ready);
         process
     }
@@ -57,6 +56,10 @@ impl Process {
         let value = |word| str::strip_prefix(word, name)?.strip_prefix("=http://");
         let found = self.ready.split_whitespace().find_map(value);
         found.unwrap_or_else(|| panic!("no {name} in {:?}", self.ready))
+    }
+
+    pub(crate) fn output(&mut self) -> ChildStdout {
+        self.child.stdout.take().expect("a pipe")
     }
 
     pub fn pid(&self) -> u32 {

@@ -1,39 +1,19 @@
 //! Clients that people use, unmodified, against the real binary with the demo model on two ranks.
 
 use std::{
-    path::Path,
-    process::{Command, ExitStatus, Stdio},
+    process::{Command, Stdio},
     time::Duration,
 };
 
-use tests::{Process, lockstep};
+use tests::{Process, client, lockstep};
 
-const CLIENT_DEADLINE: Duration = Duration::from_secs(600);
 const STOP_DEADLINE: Duration = Duration::from_secs(20);
-
-/// What the script made of the server; `None` without the clients it needs.
-fn client(up: &Process, script: &str) -> Option<ExitStatus> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let python = root.join(".venv/bin/python");
-    if !python.exists() {
-        eprintln!("SKIPPED: no {}; `./dev test` makes it and runs this", python.display());
-        return None;
-    }
-    let mut command = Command::new(python);
-    command
-        .arg(root.join("tests/python").join(script))
-        .env("LOCKSTEP_TEST_HTTP", format!("http://{}", up.address("http")))
-        .env("LOCKSTEP_TEST_GRPC", format!("http://{}", up.address("grpc")));
-    Some(Process::spawn(&mut command).wait(CLIENT_DEADLINE))
-}
 
 #[test]
 fn the_openai_client_and_a_reflection_client_are_served() {
     let mut up = Process::up(&["--tp", "2", "--threads", "1"]);
     for script in ["openai_client.py", "reflection_client.py"] {
-        if let Some(status) = client(&up, script) {
-            assert!(status.success(), "{script}: {status}");
-        }
+        client(&up, script);
     }
     up.signal("INT");
     let status = up.wait(STOP_DEADLINE);

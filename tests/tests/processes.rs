@@ -6,8 +6,7 @@ use std::{
     time::Duration,
 };
 
-use serde_json::json;
-use tests::{Process, exchange, wait_for};
+use tests::{Process, client, exchange, wait_for};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -15,16 +14,6 @@ fn models(address: &str) -> Vec<String> {
     let listed = exchange(address, "GET", "/v1/models", b"").json();
     let ids = listed["data"].as_array().cloned().unwrap_or_default();
     ids.iter().map(|model| model["id"].as_str().unwrap().to_owned()).collect()
-}
-
-fn ask(address: &str, model: &str) -> String {
-    let body = json!({
-        "model": model, "prompt": "The sun rises in the", "max_tokens": 24, "temperature": 0,
-        "ignore_eos": true,
-    });
-    let reply = exchange(address, "POST", "/v1/completions", body.to_string().as_bytes());
-    assert_eq!(reply.status, 200, "{reply:?}");
-    reply.json()["choices"][0]["text"].as_str().unwrap().to_owned()
 }
 
 /// A registry of one member: the process, its URL and its data.
@@ -52,28 +41,34 @@ fn etcd() -> Option<(Process, String, tempfile::TempDir)> {
     Some((process, client, data))
 }
 
+/// Ten answers of 64 tokens over HTTP and gRPC.
+fn answers(router: &Process) -> Option<String> {
+    client(router, "answers.py")
+}
+
 #[test]
-fn separate_processes_answer_as_one_and_a_stopped_worker_leaves() {
+fn any_number_of_ranks_in_any_number_of_processes_answers_alike() {
     let Some((_etcd, endpoint, _data)) = etcd() else { return };
-    let up = Process::up(&["--tp", "1", "--threads", "2"]);
-    let model = models(up.address("http")).pop().unwrap();
-    let wanted = ask(up.address("http"), &model);
-    drop(up);
+    let up = |tp| answers(&Process::up(&["--tp", tp, "--threads", "1"]));
+    let Some(wanted) = up("1") else { return };
+    for tp in ["2", "3"] {
+        assert_eq!(up(tp).as_ref(), Some(&wanted), "--tp {tp}");
+    }
 
     let ports = ["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
     let router = Process::lockstep(&[&["router", "--etcd", &endpoint], &ports[..]].concat());
-    let router = router.address("http");
-    assert!(models(router).is_empty());
+    let roster = |what: &str, len: usize| {
+        let look = || models(router.address("http"));
+        wait_for(what, DEADLINE, look, |seen| seen.len() == len);
+    };
+    roster("an empty roster", 0);
     let worker = ["worker", "--model", "demo", "--etcd", &endpoint, "--tp", "2", "--threads", "1"];
     let mut worker = Process::lockstep(&worker);
-    let wait = |what: &str, good: &[String]| {
-        wait_for(what, DEADLINE, || models(router), |seen| seen == good);
-    };
-    wait("the worker in the roster", std::slice::from_ref(&model));
-    assert_eq!(ask(router, &model), wanted);
+    roster("the worker in the roster", 1);
+    assert_eq!(answers(&router), Some(wanted), "separate processes");
 
     worker.signal("TERM");
-    wait("the worker out of the roster", &[]);
+    roster("the worker out of the roster", 0);
     let status = worker.wait(DEADLINE);
     assert!(status.success(), "after a signal: {status}");
 }

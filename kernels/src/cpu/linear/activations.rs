@@ -89,6 +89,11 @@ impl<'a> Int8<'a> {
         let range = first * self.blocks..(first + height) * self.blocks;
         Int8Tile { values: &self.values[range.clone()], sides: &self.sides[range], height }
     }
+
+    /// [row_tiles][blocks][16] runs of `row_tiles` whole row tiles, the first at row `first`.
+    pub fn values(&self, first: usize, row_tiles: usize) -> &'a [Int8Run] {
+        &self.values[first * self.blocks..(first + row_tiles * LANES) * self.blocks]
+    }
 }
 
 /// All row tiles of bf16 activations; none is filled up.

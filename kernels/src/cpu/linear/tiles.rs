@@ -3,7 +3,10 @@
 //! The intrinsics are not stable, so these are assembly. A thread configures its tiles at the start
 //! of its share of a product and releases them at the end.
 
-use std::{arch::asm, marker::PhantomData};
+use std::{
+    arch::{asm, x86_64::__m512i},
+    marker::PhantomData,
+};
 
 /// Rows and bytes a row of each of the eight tiles.
 pub(super) type Shapes = [(usize, usize); 8];
@@ -50,42 +53,79 @@ impl Drop for Tiles {
     }
 }
 
-/// Addresses of one integer product: x in rows of 32 bytes, w and out in rows of 64.
-#[derive(Clone, Copy)]
-pub(super) struct Int8Product {
-    pub x: *const i8,
-    pub w: *const i8,
-    pub out: *mut i32,
-}
+// Integer products alternate between two sets of registers, so that one product is loaded while
+// another is made and a third is stored: sums in tile SET, x in 2 + SET, w in 4 + SET. None of
+// these promises the compiler that it leaves memory alone: they stay where they were put among the
+// vector instructions that hide their latency.
 
-/// out = x · w for two products, on tiles 0, 2, 4 and 1, 3, 5.
+/// Loads an x, in rows of 32 bytes.
 ///
 /// # Safety
-/// `Tiles` are configured so that 0 and 1 have rows × 64 bytes, 2 and 3 the x and 4 and 5 the w;
-/// all addresses have that much behind them.
+/// `Tiles` are configured and the tile's x lies at the address.
 #[inline(always)]
-pub(super) unsafe fn int8_pair(first: Int8Product, second: Int8Product) {
+pub(super) unsafe fn int8_load_x<const SET: usize>(x: *const i8) {
     // SAFETY: as the caller promises.
     unsafe {
         asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tileloadd tmm4, [{w0} + {wide}]",
-            "tileloadd tmm2, [{x0} + {narrow}]",
-            "tdpbssd tmm0, tmm2, tmm4",
-            "tileloadd tmm5, [{w1} + {wide}]",
-            "tileloadd tmm3, [{x1} + {narrow}]",
-            "tdpbssd tmm1, tmm3, tmm5",
-            "tilestored [{out0} + {wide}], tmm0",
-            "tilestored [{out1} + {wide}], tmm1",
-            x0 = in(reg) first.x,
-            w0 = in(reg) first.w,
-            out0 = in(reg) first.out,
-            x1 = in(reg) second.x,
-            w1 = in(reg) second.w,
-            out1 = in(reg) second.out,
-            wide = in(reg) 64usize,
-            narrow = in(reg) 32usize,
+            "tileloadd tmm{tile}, [{x} + {stride}]",
+            tile = const 2 + SET,
+            x = in(reg) x,
+            stride = in(reg) 32usize,
+            options(nostack, preserves_flags),
+        );
+    }
+}
+
+/// Loads a w, in rows of 64 bytes.
+///
+/// # Safety
+/// `Tiles` are configured and the tile's w lies at the address.
+#[inline(always)]
+pub(super) unsafe fn int8_load_w<const SET: usize>(w: *const i8) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        asm!(
+            "tileloadd tmm{tile}, [{w} + {stride}]",
+            tile = const 4 + SET,
+            w = in(reg) w,
+            stride = in(reg) 64usize,
+            options(nostack, preserves_flags),
+        );
+    }
+}
+
+/// sums = x · w.
+///
+/// # Safety
+/// `Tiles` are configured so that the shapes fit.
+#[inline(always)]
+pub(super) unsafe fn int8_product<const SET: usize>() {
+    // SAFETY: as the caller promises.
+    unsafe {
+        asm!(
+            "tilezero tmm{out}",
+            "tdpbssd tmm{out}, tmm{x}, tmm{w}",
+            out = const SET,
+            x = const 2 + SET,
+            w = const 4 + SET,
+            options(nostack, preserves_flags),
+        );
+    }
+}
+
+/// Stores the sums in rows of 64 bytes.
+///
+/// # Safety
+/// `Tiles` are configured with at most 16 rows of 64 bytes for the sums.
+#[inline(always)]
+pub(super) unsafe fn int8_store<const SET: usize>(out: &mut [__m512i; 16]) {
+    // SAFETY: 1 KiB is there; the rest is the caller's promise.
+    unsafe {
+        asm!(
+            "tilestored [{out} + {stride}], tmm{tile}",
+            tile = const SET,
+            out = in(reg) out.as_mut_ptr(),
+            stride = in(reg) 64usize,
             options(nostack, preserves_flags),
         );
     }

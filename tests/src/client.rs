@@ -1,0 +1,37 @@
+//! The Python clients in `tests/python`, run against a router.
+
+use crate::Process;
+use std::{
+    io::Read,
+    path::Path,
+    process::{Command, Stdio},
+    thread,
+    time::Duration,
+};
+
+const DEADLINE: Duration = Duration::from_secs(600);
+
+/// What `script` printed, once it ended well; `None` without the packages it needs.
+pub fn client(router: &Process, script: &str) -> Option<String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ has a parent");
+    let python = root.join(".venv/bin/python");
+    if !python.exists() {
+        eprintln!("SKIPPED: no {}; `./dev test` makes it and runs this", python.display());
+        return None;
+    }
+    let mut command = Command::new(python);
+    command
+        .arg(root.join("tests/python").join(script))
+        .env("LOCKSTEP_TEST_HTTP", format!("http://{}", router.address("http")))
+        .env("LOCKSTEP_TEST_GRPC", format!("http://{}", router.address("grpc")))
+        .stdout(Stdio::piped());
+    let mut process = Process::spawn(&mut command);
+    let mut output = process.output();
+    let reader = thread::spawn(move || {
+        let mut text = String::new();
+        output.read_to_string(&mut text).map(|_| text)
+    });
+    let status = process.wait(DEADLINE);
+    assert!(status.success(), "{script}: {status}");
+    Some(reader.join().expect("the reader ends").expect("text"))
+}
