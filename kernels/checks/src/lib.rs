@@ -39,7 +39,7 @@ pub type Device<'a, D> = &'a dyn Fn(CudaConfig) -> Cuda<D>;
 pub const BF16: CudaConfig =
     CudaConfig { kv_format: KvFormat::Bf16, prefill: PrefillKernel::Fastest };
 
-/// Every check.
+/// Every check that a sanitizer has time for.
 pub fn all<D: Driver>() -> Vec<Check<D>> {
     [
         elementwise::checks(),
@@ -50,12 +50,17 @@ pub fn all<D: Driver>() -> Vec<Check<D>> {
         prefill::checks(),
         prefill_sm90::checks(),
         decode::checks(),
+        decode::long_checks(),
         sampling::checks(),
-        sampling::long_checks(),
     ]
     .into_iter()
     .flatten()
     .collect()
+}
+
+/// The others.
+pub fn long<D: Driver>() -> Vec<Check<D>> {
+    sampling::long_checks()
 }
 
 /// Reproducible values, about evenly spread over (-1, 1).

@@ -72,4 +72,9 @@ macro_rules! emulated {
     )*};
 }
 
+#[test]
+fn decode_agrees_on_a_long_context() {
+    run(&checks::decode::long_checks(), PLAIN, Schedule::InTurn);
+}
+
 emulated!(elementwise, fp8, int4, norm, rope, prefill, prefill_sm90, decode, sampling);

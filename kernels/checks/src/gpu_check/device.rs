@@ -1,6 +1,9 @@
 //! The device: opened, described, timed; and the checks on it.
 
-use checks::bench::{About, Run};
+use checks::{
+    Check,
+    bench::{About, Run},
+};
 use kernels::{
     KernelError,
     cuda::{Cuda, CudaConfig, Driver, Gpu, GpuConfig},
@@ -65,8 +68,12 @@ pub fn clock(ordinal: usize) -> Result<Clock, KernelError> {
     }))
 }
 
-/// Runs every check, and says so in one line of JSON each; whether all hold.
-pub fn checks(ordinal: usize, within: Duration, patience: Duration) -> Result<bool, String> {
+/// Runs checks, and says so in one line of JSON each; whether all hold.
+pub fn checks(
+    ordinal: usize,
+    checks: &[Check<Gpu>],
+    (within, patience): (Duration, Duration),
+) -> Result<bool, String> {
     let make = |config| {
         let gpu = open(ordinal, patience);
         Cuda::new(gpu.unwrap_or_else(|error| panic!("{error}")), config)
@@ -74,7 +81,7 @@ pub fn checks(ordinal: usize, within: Duration, patience: Duration) -> Result<bo
     open(ordinal, patience).map_err(|error| error.to_string())?;
     let start = Instant::now();
     let mut all_hold = true;
-    for check in checks::all::<Gpu>() {
+    for check in checks {
         if start.elapsed() > within {
             println!("{}", json!({ "name": check.name, "skipped": true }));
             continue;

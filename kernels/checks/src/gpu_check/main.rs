@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
-//! `gpu-check`: every check on a real device, under compute-sanitizer too, then every bench; one
-//! report as JSON and Markdown. Needs a CUDA device and its driver, nothing else.
+//! `gpu-check`: every check on a real device, under compute-sanitizer too but for the long ones,
+//! then every bench; one report as JSON and Markdown. Needs a CUDA device and its driver, nothing
+//! else.
 
 mod device;
 mod peer;
@@ -44,15 +45,22 @@ enum Command {
         /// Seconds that the device may take for a piece of work
         #[arg(long, default_value_t = 30)]
         patience: u64,
+        /// The long ones too
+        #[arg(long)]
+        long: bool,
     },
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
     let done = match args.command {
-        Some(Command::Checks { within, patience }) => {
+        Some(Command::Checks { within, patience, long }) => {
+            let mut checks = checks::all();
+            if long {
+                checks.extend(checks::long());
+            }
             let seconds = Duration::from_secs;
-            device::checks(args.device, seconds(within), seconds(patience))
+            device::checks(args.device, &checks, (seconds(within), seconds(patience)))
         }
         None => run(&args),
     };

@@ -25,7 +25,8 @@ pub type Checks = Vec<(String, Option<String>)>;
 pub fn plain(device: usize, seconds: u64) -> Result<Checks, String> {
     let this = env::current_exe().map_err(|error| error.to_string())?;
     let mut command = Command::new(this);
-    let (status, output) = run(arguments(&mut command, device, seconds), seconds)?;
+    let command = arguments(&mut command, device, seconds).arg("--long");
+    let (status, output) = run(command, seconds)?;
     let mut checks = read(&output);
     if !status.success() && checks.iter().all(|(_, error)| error.is_none()) {
         checks.push(("all".into(), Some(format!("the process of the checks ended ({status})"))));
