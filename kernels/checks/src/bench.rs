@@ -7,9 +7,12 @@
 
 mod attention;
 mod elementwise;
+mod fp8;
+mod int4;
 mod linear;
 mod measure;
 mod report;
+mod sampling;
 
 pub use linear::ceiling;
 pub use measure::{Clock, Outcome, measure};
@@ -93,10 +96,17 @@ pub struct Bench<D: Driver> {
 
 /// Every bench.
 pub fn all<D: Driver>(scale: Scale) -> Vec<Bench<D>> {
-    [elementwise::benches(scale), linear::benches(scale), attention::benches(scale)]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        elementwise::benches(scale),
+        fp8::benches(scale),
+        linear::benches(scale),
+        int4::benches(scale),
+        attention::benches(scale),
+        sampling::benches(scale),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// [rows, cols] of noise. Arithmetic on zeros takes less power, and so less time.

@@ -5,7 +5,8 @@ mod distribution;
 mod refusals;
 
 use crate::{BF16, Check, Device, noise};
-use cases::{Case, agree, filters, normal_row, params, run};
+pub(crate) use cases::normal_row;
+use cases::{Case, agree, filters, params, run};
 use engine::plan::SamplingParams;
 use kernels::cuda::Driver;
 
@@ -25,7 +26,7 @@ pub fn checks<D: Driver>() -> Vec<Check<D>> {
     ]
 }
 
-/// Those that take minutes where the device is emulated.
+/// Those that take minutes where the device is emulated, or a sanitizer watches it.
 pub fn long_checks<D: Driver>() -> Vec<Check<D>> {
     vec![
         Check {

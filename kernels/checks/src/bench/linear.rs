@@ -1,6 +1,6 @@
 //! Products in bf16: the device's ceiling for arithmetic, and the shapes of a model's layers.
 
-use super::{Bar, Bench, Peer, Scale, Work, noisy};
+use super::{Bar, Bench, Peer, Prepare, Scale, Work, noisy};
 use crate::{BF16, noise};
 use kernels::{
     Backend, Format, Tensor, WeightPart,
@@ -32,15 +32,20 @@ fn product<D: Driver>((m, n, k): (usize, usize, usize)) -> Bench<D> {
         work: if m < 256 { Work::Bytes(bytes) } else { Work::Flops(flops) },
         bar: Bar::None,
         peer: Some(Peer::Product { m, n, k }),
-        prepare: Box::new(move |device| {
-            let row: Vec<u8> =
-                noise(9, k).iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
-            let (data, format) = (row.repeat(n).into(), Format::Bf16);
-            let part = WeightPart { format, rows: n, stored_cols: k, cols: 0..k, data };
-            let weight = device.weight(&[part])?;
-            let (x, mut out) = (noisy(device, m, k)?, Tensor::zeros(device, m, n)?);
-            Ok(Box::new(move |device: &Cuda<D>| device.linear(&mut out, &x, &weight, None)))
-        }),
+        prepare: prepared((m, n, k)),
         baseline: None,
     }
+}
+
+/// x [m, k] · weight [n, k]ᵀ.
+pub(super) fn prepared<D: Driver>((m, n, k): (usize, usize, usize)) -> Prepare<D> {
+    Box::new(move |device| {
+        let row: Vec<u8> =
+            noise(9, k).iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
+        let (data, format) = (row.repeat(n).into(), Format::Bf16);
+        let part = WeightPart { format, rows: n, stored_cols: k, cols: 0..k, data };
+        let weight = device.weight(&[part])?;
+        let (x, mut out) = (noisy(device, m, k)?, Tensor::zeros(device, m, n)?);
+        Ok(Box::new(move |device: &Cuda<D>| device.linear(&mut out, &x, &weight, None)))
+    })
 }

@@ -120,11 +120,13 @@ impl Report {
             Some(false) => "**no**",
             None => "",
         };
+        let times = outcome.baseline_seconds.map(|base| base / outcome.seconds);
+        let times = times.map_or(String::new(), |times| format!(", {times:.1} × the baseline"));
         let peer = outcome.peer_seconds.map_or(String::new(), |s| format!("{:.1}", s * 1e6));
         let Outcome { op, shape, seconds, .. } = outcome;
         let (us, percent, bar) = (seconds * 1e6, 100.0 * share, bar(outcome.bar));
         format!(
-            "| {op} | {shape} | {us:.1} | {rate} | {percent:.0} % of {of} | {bar} | {holds} | {peer} |\n"
+            "| {op} | {shape} | {us:.1} | {rate} | {percent:.0} % of {of}{times} | {bar} | {holds} | {peer} |\n"
         )
     }
 
@@ -191,7 +193,12 @@ mod tests {
     fn whatever_is_wrong_is_told_and_the_report_does_not_hold() {
         let report = Report { copy_rate: 100.0, product_rate: 1.0, ..Report::default() };
         let good = Report { outcomes: vec![outcome(Bar::OfCopy(0.8), 1.0)], ..report.clone() };
-        assert!(good.holds() && good.markdown().contains("80 % of copy | ≥ 80 % of copy | yes | "));
+        assert!(
+            good.holds()
+                && good
+                    .markdown()
+                    .contains("80 % of copy, 4.0 × the baseline | ≥ 80 % of copy | yes | ")
+        );
         let slow = Report { outcomes: vec![outcome(Bar::OfCopy(0.8), 2.0)], ..report.clone() };
         assert!(!slow.holds() && slow.markdown().contains("**no**"));
         let wrong = vec![("rope".to_owned(), Some("element 3".to_owned()))];
