@@ -4,7 +4,7 @@ use super::{Bar, Bench, Run, Scale, Work, batch, noisy};
 use crate::BF16;
 use kernels::{
     BLOCK_TOKENS, Backend, Format, Heads, KernelError, Rotation, Tensor, WeightPart,
-    cuda::{Cuda, Driver},
+    cuda::{Cuda, CudaConfig, Driver, KvFormat},
 };
 
 /// Rows, then the widths of a 72B model.
@@ -40,7 +40,8 @@ pub fn benches<D: Driver>(scale: Scale) -> Vec<Bench<D>> {
         bench("silu_mul", gate, gate_bytes, Box::new(move |d| silu_mul(d, gate))),
         bench("embed", whole, 2.0 * row_bytes, Box::new(move |d| embed(d, whole, vocab))),
         bench("gather_rows", whole, 2.0 * row_bytes, Box::new(move |d| gather(d, whole))),
-        rotation(scale),
+        rotation(scale, KvFormat::Bf16),
+        rotation(scale, KvFormat::Fp8),
     ]
 }
 
@@ -95,17 +96,20 @@ fn gather<D: Driver>(
 }
 
 /// Reads packed rows, writes queries and keys back, and keys and values to the cache.
-fn rotation<D: Driver>(scale: Scale) -> Bench<D> {
+fn rotation<D: Driver>(scale: Scale, kv_format: KvFormat) -> Bench<D> {
     let rows = scale.of(8192, 5);
     let heads = scale.of(Heads { q: 64, kv: 8, dim: 128 }, Heads { q: 4, kv: 2, dim: 64 });
     let Heads { q, kv, dim } = heads;
-    let written = q + kv + 2 * kv;
-    let elements = rows * (heads.qkv_cols() + written * dim);
+    let packed = 2 * (heads.qkv_cols() + (q + kv) * dim);
+    let cached = 2 * kv * dim * kv_format.element_bytes();
     Bench {
-        op: "rotate_and_store",
+        op: match kv_format {
+            KvFormat::Bf16 => "rotate_and_store",
+            KvFormat::Fp8 => "rotate_and_store, fp8 cache",
+        },
         shape: format!("{rows} × ({q} + 2·{kv}) heads of {dim}, with head norms"),
-        config: BF16,
-        work: Work::Bytes((2 * elements + 4 * rows * dim) as f64),
+        config: CudaConfig { kv_format, ..BF16 },
+        work: Work::Bytes((rows * (packed + cached + 4 * dim)) as f64),
         bar: Bar::OfCopy(0.80),
         peer: None,
         prepare: Box::new(move |device| {
