@@ -1,4 +1,5 @@
-//! embed, gather_rows, silu_mul, add, rms_norm, add_rms_norm, rotate_and_store: all bound by memory.
+//! embed, gather_rows, silu_mul, add, rms_norm, add_rms_norm, rotate_and_store: all bound by
+//! memory.
 
 use super::{Bar, Bench, Run, Scale, Work, batch, noisy};
 use crate::BF16;

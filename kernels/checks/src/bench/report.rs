@@ -126,8 +126,8 @@ impl Report {
         let Outcome { op, shape, seconds, .. } = outcome;
         let (us, percent, bar) = (seconds * 1e6, 100.0 * share, bar(outcome.bar));
         format!(
-            "| {op} | {shape} | {us:.1} | {rate} | {percent:.0} % of {of}{times} | {bar} | {holds} | \
-             {peer} |\n"
+            "| {op} | {shape} | {us:.1} | {rate} | {percent:.0} % of {of}{times} | {bar} \
+             | {holds} | {peer} |\n"
         )
     }
 
