@@ -8,15 +8,9 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use cluster::{Etcd, EtcdOptions, telemetry::LogFormat};
 use kernels::cpu::{Isa, Precision};
-use worker::{GroupConfig, RankMode};
+use worker::{Device, GroupConfig, RankMode};
 
 use crate::source;
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum DeviceName {
-    Cpu,
-    Cuda,
-}
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum PrecisionName {
@@ -69,9 +63,10 @@ pub struct GroupArgs {
     /// Compute threads of each rank [default: the machine's, shared evenly]
     #[arg(long, env = "LOCKSTEP_THREADS")]
     threads: Option<usize>,
-    /// What computes
-    #[arg(long, value_enum, default_value = "cpu", env = "LOCKSTEP_DEVICE")]
-    device: DeviceName,
+    /// What computes: cpu, cuda, or cuda:N for cards from N on, one for each rank where there are
+    /// as many
+    #[arg(long, value_parser = device, default_value = "cpu", env = "LOCKSTEP_DEVICE")]
+    device: Device,
     /// Whether activations may be rounded for speed
     #[arg(long, value_enum, default_value = "fast", env = "LOCKSTEP_PRECISION")]
     precision: PrecisionName,
@@ -95,9 +90,6 @@ pub struct GroupArgs {
 impl GroupArgs {
     /// Finds the model, fetching it if need be, and checks the rest.
     pub fn resolve(&self, rank_mode: RankMode) -> Result<GroupConfig> {
-        if matches!(self.device, DeviceName::Cuda) {
-            bail!("this build has no CUDA backend; use --device cpu");
-        }
         for (flag, value) in [
             ("--tp", Some(self.tp)),
             ("--threads", self.threads),
@@ -111,6 +103,7 @@ impl GroupArgs {
         }
         let mut config = GroupConfig::new(source::resolve(&self.model)?);
         config.ranks = self.tp;
+        config.device = self.device;
         config.threads_per_rank = self.threads;
         config.precision = match self.precision {
             PrecisionName::Fast => Precision::Fast,
@@ -175,6 +168,17 @@ impl EtcdArgs {
     }
 }
 
+/// `cpu`, `cuda` or `cuda:N`.
+fn device(text: &str) -> Result<Device, String> {
+    let wrong = || format!("{text:?} is no device; write cpu, cuda or cuda:N");
+    match text.split_once(':') {
+        None if text == "cpu" => Ok(Device::Cpu),
+        None if text == "cuda" => Ok(Device::Cuda { first: 0 }),
+        Some(("cuda", number)) => Ok(Device::Cuda { first: number.parse().map_err(|_| wrong())? }),
+        _ => Err(wrong()),
+    }
+}
+
 /// A number of bytes, with K, M, G or T for powers of 1024.
 fn bytes(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is no amount of memory; write e.g. 512M or 4G");
@@ -194,6 +198,16 @@ fn bytes(text: &str) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn devices_are_read_with_their_number() {
+        assert_eq!(device("cpu"), Ok(Device::Cpu));
+        assert_eq!(device("cuda"), Ok(Device::Cuda { first: 0 }));
+        assert_eq!(device("cuda:3"), Ok(Device::Cuda { first: 3 }));
+        for text in ["", "gpu", "cpu:0", "cuda:", "cuda:-1", "cuda:x"] {
+            assert!(device(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn memory_is_read_with_its_unit() {

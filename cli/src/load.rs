@@ -41,14 +41,14 @@ pub fn tell_machine() {
 
 /// One line for each fact about a group.
 pub fn tell(info: &ModelInfo) {
-    let ModelInfo { ranks, threads_per_rank, isa, precision, .. } = info;
+    let ModelInfo { ranks, device, threads_per_rank, isa, precision, .. } = info;
     tracing::info!(
         name = info.name,
         vocabulary = info.vocab,
         weights_mib = info.weights_bytes >> 20,
         "model"
     );
-    tracing::info!(ranks, threads_per_rank, isa, ?precision, "ranks");
+    tracing::info!(ranks, device, threads_per_rank, isa, ?precision, "ranks");
     tracing::info!(
         blocks = info.blocks,
         tokens = info.blocks * engine::plan::BLOCK_TOKENS,

@@ -58,6 +58,7 @@ fn batch(
         block_table_cols: cols,
         logit_rows: ints(vec![])?,
         q_scale: None,
+        cuts: (),
     })
 }
 

@@ -120,6 +120,7 @@ impl Backend for Cpu {
     type Ints = Vec<i32>;
     type Weight = CpuWeight;
     type Kv = CpuKv;
+    type Cuts = ();
 
     fn floats(&self, len: usize) -> Result<Aligned<f32>, KernelError> {
         Aligned::zeroed("activations", len)
@@ -167,6 +168,14 @@ impl Backend for Cpu {
             Precision::Exact => size_of::<f32>(),
         };
         kv::block_elements(heads) * element
+    }
+
+    fn cuts(&self, _tokens_max: usize, _sequences_max: usize) -> Result<(), KernelError> {
+        Ok(())
+    }
+
+    fn cut(&self, _batch: &mut Batch<Self>) -> Result<(), KernelError> {
+        Ok(())
     }
 
     fn embed(
@@ -248,7 +257,8 @@ impl Backend for Cpu {
     ) -> Result<(), KernelError> {
         const COST: usize = 2;
         shape::rope(qkv, cos_sin, batch, heads)?;
-        let (table_rows, q_scale) = host::rope_rows(batch, cos_sin.rows)?;
+        let table_rows = host::rope_rows(batch, cos_sin.rows)?;
+        let q_scale = host::q_scale(batch)?;
         let (cols, cos_sin) = (qkv.cols, used(cos_sin));
         rows::split(&self.pool, used_mut(qkv), (cols, COST), &|first, qkv| {
             let (table_rows, q_scale) = (&table_rows[first..], q_scale.map(|s| &s[first..]));

@@ -57,39 +57,45 @@ fn below(op: &'static str, name: &str, values: &[i32], end: usize) -> Result<(),
 }
 
 /// [T] token ids.
-pub(crate) fn ids<B: Backend<Ints = Vec<i32>>>(batch: &Batch<B>) -> Result<&[i32], ShapeError> {
-    first("embed", "ids", &batch.ids, batch.tokens)
+pub(crate) fn ids<B: Backend<Ints: AsRef<[i32]>>>(batch: &Batch<B>) -> Result<&[i32], ShapeError> {
+    first("embed", "ids", batch.ids.as_ref(), batch.tokens)
 }
 
-/// [T] rows of a cos/sin table with `table_rows`, and the factor on each query.
-pub(crate) fn rope_rows<B: Backend<Ints = Vec<i32>, Floats: AsRef<[f32]>>>(
+/// [T] rows of a cos/sin table with `table_rows`.
+pub(crate) fn rope_rows<B: Backend<Ints: AsRef<[i32]>>>(
     batch: &Batch<B>,
     table_rows: usize,
-) -> Result<(&[i32], Option<&[f32]>), ShapeError> {
-    let rows = first("rope", "rope_rows", &batch.rope_rows, batch.tokens)?;
+) -> Result<&[i32], ShapeError> {
+    let rows = first("rope", "rope_rows", batch.rope_rows.as_ref(), batch.tokens)?;
     below("rope", "table row", rows, table_rows)?;
+    Ok(rows)
+}
+
+/// [T] the factor on each query.
+pub(crate) fn q_scale<B: Backend<Floats: AsRef<[f32]>>>(
+    batch: &Batch<B>,
+) -> Result<Option<&[f32]>, ShapeError> {
     let scale = batch.q_scale.as_ref();
-    let scale = scale.map(|s| first("rope", "q_scale", s.as_ref(), batch.tokens)).transpose()?;
-    Ok((rows, scale))
+    scale.map(|s| first("rope", "q_scale", s.as_ref(), batch.tokens)).transpose()
 }
 
 /// [T] slots of a cache with `blocks` blocks.
-pub(crate) fn slots<B: Backend<Ints = Vec<i32>>>(
+pub(crate) fn slots<B: Backend<Ints: AsRef<[i32]>>>(
     batch: &Batch<B>,
     blocks: usize,
 ) -> Result<&[i32], ShapeError> {
-    let slots = first("store_kv", "slots", &batch.slots, batch.tokens)?;
+    let slots = first("store_kv", "slots", batch.slots.as_ref(), batch.tokens)?;
     below("store_kv", "slot", slots, blocks * BLOCK_TOKENS)?;
     Ok(slots)
 }
 
 /// [len] rows of a tensor with `rows` rows whose logits are wanted.
-pub(crate) fn logit_rows<B: Backend<Ints = Vec<i32>>>(
+pub(crate) fn logit_rows<B: Backend<Ints: AsRef<[i32]>>>(
     batch: &Batch<B>,
     range: Range<usize>,
     rows: usize,
 ) -> Result<&[i32], ShapeError> {
-    let wanted = first("gather_rows", "logit_rows", &batch.logit_rows, range.end)?;
+    let wanted = first("gather_rows", "logit_rows", batch.logit_rows.as_ref(), range.end)?;
     let wanted = &wanted[range];
     below("gather_rows", "logit row", wanted, rows)?;
     Ok(wanted)
@@ -107,22 +113,22 @@ pub(crate) struct Sequence<'a> {
 }
 
 /// The batch's sequences, every index within a cache of `blocks` blocks.
-pub(crate) fn sequences<B: Backend<Ints = Vec<i32>>>(
+pub(crate) fn sequences<B: Backend<Ints: AsRef<[i32]>>>(
     batch: &Batch<B>,
     blocks: usize,
 ) -> Result<Vec<Sequence<'_>>, ShapeError> {
     const OP: &str = "attention";
     let (tokens, count, cols) = (batch.tokens, batch.sequences, batch.block_table_cols);
-    let starts = first(OP, "row_starts", &batch.row_starts, count + 1)?;
+    let starts = first(OP, "row_starts", batch.row_starts.as_ref(), count + 1)?;
     below(OP, "row start", starts, tokens + 1)?;
     let ends = starts[0] == 0 && starts[count] as usize == tokens;
     ensure(OP, ends && starts.is_sorted(), || {
         format!("row_starts {starts:?} do not rise from 0 to {tokens}")
     })?;
-    let lens = first(OP, "context_lens", &batch.context_lens, count)?;
+    let lens = first(OP, "context_lens", batch.context_lens.as_ref(), count)?;
     below(OP, "context length", lens, cols * BLOCK_TOKENS + 1)?;
-    let tables = first(OP, "block_tables", &batch.block_tables, count * cols)?;
-    let positions = first(OP, "positions", &batch.positions, tokens)?;
+    let tables = first(OP, "block_tables", batch.block_tables.as_ref(), count * cols)?;
+    let positions = first(OP, "positions", batch.positions.as_ref(), tokens)?;
     let mut found = Vec::with_capacity(count);
     for s in 0..count {
         let rows = starts[s] as usize..starts[s + 1] as usize;

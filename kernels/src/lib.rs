@@ -7,6 +7,7 @@
 
 pub mod collective;
 pub mod cpu;
+pub mod cuda;
 mod host;
 pub mod plain;
 pub mod shape;
@@ -65,11 +66,25 @@ impl<B: Backend> Tensor<B> {
         Ok(Self { data, rows: rows_max, cols, rows_max })
     }
 
+    /// As [`Self::zeros`], in f32 whatever the device's activations are.
+    pub fn exact_zeros(device: &B, rows_max: usize, cols: usize) -> Result<Self, KernelError> {
+        let data = device.exact_floats(rows_max * cols)?;
+        Ok(Self { data, rows: rows_max, cols, rows_max })
+    }
+
     /// `values` row-major; `rows` follows from their number.
     pub fn from_host(device: &B, cols: usize, values: &[f32]) -> Result<Self, KernelError> {
-        let mut tensor = Self::zeros(device, values.len() / cols.max(1), cols)?;
-        device.write_floats(&mut tensor.data, values)?;
-        Ok(tensor)
+        Self::zeros(device, values.len() / cols.max(1), cols)?.with(device, values)
+    }
+
+    /// As [`Self::from_host`], in f32 whatever the device's activations are.
+    pub fn exact_from_host(device: &B, cols: usize, values: &[f32]) -> Result<Self, KernelError> {
+        Self::exact_zeros(device, values.len() / cols.max(1), cols)?.with(device, values)
+    }
+
+    fn with(mut self, device: &B, values: &[f32]) -> Result<Self, KernelError> {
+        device.write_floats(&mut self.data, values)?;
+        Ok(self)
     }
 }
 
@@ -98,8 +113,19 @@ pub struct Batch<B: Backend> {
     pub block_table_cols: usize,
     /// [R] rows whose logits are wanted.
     pub logit_rows: B::Ints,
-    /// [T] factor on the query of each token (logn attention); `None` is 1 everywhere.
+    /// [T] factor on the query of each token (logn attention), in f32; `None` is 1 everywhere.
     pub q_scale: Option<B::Floats>,
+    /// How the device cuts this step's attention; made by [`Backend::cut`].
+    pub cuts: B::Cuts,
+}
+
+/// What happens to packed rows between the product that makes them and attention.
+pub struct Rotation<'a, B: Backend> {
+    /// Weights [1, D] of the query heads' norm and of the key heads', and its epsilon.
+    pub norm: Option<(&'a Tensor<B>, &'a Tensor<B>, f32)>,
+    /// [P, D], in f32: D/2 cosines, then D/2 sines.
+    pub cos_sin: &'a Tensor<B>,
+    pub heads: Heads,
 }
 
 /// What one device can do. A row's result never depends on the batch's other rows, on how a prompt
@@ -113,9 +139,15 @@ pub trait Backend: Send + Sync + Sized + 'static {
     type Weight: Send + Sync;
     /// The K and V blocks of one layer.
     type Kv: Send;
+    /// How a step's attention is cut; `()` where nothing is made beforehand.
+    type Cuts: Send + Sync;
 
     /// Zeroed.
     fn floats(&self, len: usize) -> Result<Self::Floats, KernelError>;
+    /// As [`Self::floats`], in f32 whatever the device's activations are: for tables and logits.
+    fn exact_floats(&self, len: usize) -> Result<Self::Floats, KernelError> {
+        self.floats(len)
+    }
     /// Zeroed.
     fn ints(&self, len: usize) -> Result<Self::Ints, KernelError>;
     /// Writes the first `values.len()` elements.
@@ -138,6 +170,10 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn kv(&self, blocks: usize, heads: Heads) -> Result<Self::Kv, KernelError>;
     /// Bytes that `kv` takes for one block of one layer.
     fn kv_block_bytes(&self, heads: Heads) -> usize;
+    /// Room for the cuts of steps of up to `tokens_max` tokens of `sequences_max` sequences.
+    fn cuts(&self, tokens_max: usize, sequences_max: usize) -> Result<Self::Cuts, KernelError>;
+    /// Makes `batch.cuts` of the rest of the batch, once for all layers of a step.
+    fn cut(&self, batch: &mut Batch<Self>) -> Result<(), KernelError>;
 
     /// out [T, H] = row `ids[t] - first_id` of `table` [V_local, H]; zeros where that is outside
     /// the table.
@@ -207,6 +243,35 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn silu_mul(&self, out: &mut Tensor<Self>, x: &Tensor<Self>) -> Result<(), KernelError>;
     /// x [T, H] += delta [T, H].
     fn add(&self, x: &mut Tensor<Self>, delta: &Tensor<Self>) -> Result<(), KernelError>;
+    /// x [T, H] += delta [T, H], then out [T, H] = x / sqrt(mean(x²) + eps) · weight [1, H]: what
+    /// ends one half of a layer and begins the next.
+    fn add_rms_norm(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &mut Tensor<Self>,
+        delta: &Tensor<Self>,
+        weight: &Tensor<Self>,
+        eps: f32,
+    ) -> Result<(), KernelError> {
+        self.add(x, delta)?;
+        self.rms_norm(out, x, weight, eps)
+    }
+    /// Norms (where there are weights) and rotates the query and key heads of qkv in place, then
+    /// stores keys and values at `batch.slots`.
+    fn rotate_and_store(
+        &self,
+        kv: &mut Self::Kv,
+        qkv: &mut Tensor<Self>,
+        rotation: &Rotation<'_, Self>,
+        batch: &Batch<Self>,
+    ) -> Result<(), KernelError> {
+        let heads = rotation.heads;
+        if let Some((q, k, eps)) = rotation.norm {
+            self.qk_norm(qkv, q, k, eps, heads)?;
+        }
+        self.rope(qkv, rotation.cos_sin, batch, heads)?;
+        self.store_kv(kv, qkv, batch, heads)
+    }
     /// out [len, H] = rows `batch.logit_rows[first..first + len]` of x.
     fn gather_rows(
         &self,

@@ -96,6 +96,7 @@ impl Backend for Plain {
     type Ints = Vec<i32>;
     type Weight = PlainWeight;
     type Kv = PlainKv;
+    type Cuts = ();
 
     fn floats(&self, len: usize) -> Result<Vec<f32>, KernelError> {
         host::zeroed("activations", len)
@@ -150,6 +151,14 @@ impl Backend for Plain {
 
     fn kv_block_bytes(&self, heads: Heads) -> usize {
         2 * BLOCK_TOKENS * heads.kv * heads.dim * size_of::<f32>()
+    }
+
+    fn cuts(&self, _tokens_max: usize, _sequences_max: usize) -> Result<(), KernelError> {
+        Ok(())
+    }
+
+    fn cut(&self, _batch: &mut Batch<Self>) -> Result<(), KernelError> {
+        Ok(())
     }
 
     fn embed(
@@ -235,7 +244,8 @@ impl Backend for Plain {
         heads: Heads,
     ) -> Result<(), KernelError> {
         shape::rope(qkv, cos_sin, batch, heads)?;
-        let (table_rows, q_scale) = host::rope_rows(batch, cos_sin.rows)?;
+        let table_rows = host::rope_rows(batch, cos_sin.rows)?;
+        let q_scale = host::q_scale(batch)?;
         for (t, &table_row) in table_rows.iter().enumerate() {
             let (cos, sin) = row(cos_sin, table_row as usize).split_at(heads.dim / 2);
             let rotated = row_mut(qkv, t).chunks_exact_mut(heads.dim).take(heads.q + heads.kv);

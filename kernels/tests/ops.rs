@@ -78,6 +78,7 @@ fn no_batch<B: Backend>(device: &B) -> Batch<B> {
         block_table_cols: 0,
         logit_rows: ints(),
         q_scale: None,
+        cuts: device.cuts(0, 0).unwrap(),
     }
 }
 

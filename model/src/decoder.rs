@@ -9,7 +9,7 @@ mod load;
 mod scratch;
 
 use crate::ModelError;
-use kernels::{Backend, Batch, Heads, Tensor, collective::Collective};
+use kernels::{Backend, Batch, Heads, Rotation, Tensor, collective::Collective};
 pub use scratch::{Scratch, ScratchShape, Width};
 
 /// This rank's part of a model.
@@ -87,7 +87,8 @@ impl<B: Backend> Decoder<B> {
             layer.attend(cx, index, self, batch)?;
             layer.feed_forward(cx, self)?;
         }
-        Ok(())
+        let Scratch { hidden, delta, .. } = &mut *cx.scratch;
+        Ok(cx.device.add(hidden, delta.gathered())?)
     }
 
     /// Logits [len, V] of the batch's wanted rows `first..first + len`, after [`Self::forward`].
@@ -110,7 +111,7 @@ impl<B: Backend> Decoder<B> {
 }
 
 impl<B: Backend> Layer<B> {
-    /// hidden [T, H] in place: x + attention(norm(x)).
+    /// delta [T, H] = attention(norm(hidden)), once hidden has taken up the delta before it.
     fn attend<C: Collective<B>>(
         &self,
         cx: &mut Context<'_, B, C>,
@@ -119,35 +120,37 @@ impl<B: Backend> Layer<B> {
         batch: &Batch<B>,
     ) -> Result<(), ModelError> {
         let (d, s, kv, heads) = (cx.device, &mut *cx.scratch, &mut cx.kv[index], model.heads);
-        d.rms_norm(&mut s.normed, &s.hidden, &self.input_norm, model.norm_eps)?;
-        d.linear(&mut s.qkv, &s.normed, &self.qkv, self.qkv_bias.as_ref())?;
-        if let Some((q, k)) = &self.qk_norm {
-            d.qk_norm(&mut s.qkv, q, k, model.norm_eps, heads)?;
+        let (norm, eps) = (&self.input_norm, model.norm_eps);
+        match index {
+            0 => d.rms_norm(&mut s.normed, &s.hidden, norm, eps)?,
+            _ => d.add_rms_norm(&mut s.normed, &mut s.hidden, s.delta.gathered(), norm, eps)?,
         }
-        d.rope(&mut s.qkv, &model.cos_sin, batch, heads)?;
-        d.store_kv(kv, &s.qkv, batch, heads)?;
+        d.linear(&mut s.qkv, &s.normed, &self.qkv, self.qkv_bias.as_ref())?;
+        let norm = self.qk_norm.as_ref().map(|(q, k)| (q, k, eps));
+        let rotation = Rotation { norm, cos_sin: &model.cos_sin, heads };
+        d.rotate_and_store(kv, &mut s.qkv, &rotation, batch)?;
         d.attention(&mut s.attention.local, &s.qkv, kv, batch, heads, self.window)?;
         let attention = s.attention.gather(d, cx.group, &model.shares.attention)?;
         d.linear(&mut s.delta.local, attention, &self.attention_out, None)?;
-        let delta = s.delta.gather(d, cx.group, &model.shares.hidden)?;
-        d.add(&mut s.hidden, delta)?;
+        s.delta.gather(d, cx.group, &model.shares.hidden)?;
         Ok(())
     }
 
-    /// hidden [T, H] in place: x + down(silu(gate(norm(x))) · up(norm(x))).
+    /// delta [T, H] = down(silu(gate(norm(hidden))) · up(norm(hidden))), once hidden has taken up
+    /// the delta before it.
     fn feed_forward<C: Collective<B>>(
         &self,
         cx: &mut Context<'_, B, C>,
         model: &Decoder<B>,
     ) -> Result<(), ModelError> {
         let (d, s) = (cx.device, &mut *cx.scratch);
-        d.rms_norm(&mut s.normed, &s.hidden, &self.post_norm, model.norm_eps)?;
+        let delta = s.delta.gathered();
+        d.add_rms_norm(&mut s.normed, &mut s.hidden, delta, &self.post_norm, model.norm_eps)?;
         d.linear(&mut s.gate_up, &s.normed, &self.gate_up, None)?;
         d.silu_mul(&mut s.activation.local, &s.gate_up)?;
         let activation = s.activation.gather(d, cx.group, &model.shares.intermediate)?;
         d.linear(&mut s.delta.local, activation, &self.down, None)?;
-        let delta = s.delta.gather(d, cx.group, &model.shares.hidden)?;
-        d.add(&mut s.hidden, delta)?;
+        s.delta.gather(d, cx.group, &model.shares.hidden)?;
         Ok(())
     }
 }

@@ -17,6 +17,7 @@ mod weights;
 
 pub use config::{DecoderConfig, Rope, RopeScaling};
 pub use error::ModelError;
-pub use runner::{Runner, RunnerOptions, activation_bytes, kv_block_bytes, prefix_reuse_max};
+pub use runner::{Runner, RunnerOptions, activation_bytes, prefix_reuse_max};
+pub use sampler::{SampleError, Sampler, Seen};
 pub use shard::Shard;
 pub use weights::Checkpoint;

@@ -76,11 +76,6 @@ pub struct Runner<B: Backend, C: Collective<B>> {
     sampler: Option<Sampler>,
 }
 
-/// Bytes of KV cache that one block takes on a rank with `shard`, all layers together.
-pub fn kv_block_bytes<B: Backend>(device: &B, config: &DecoderConfig, shard: &Shard) -> usize {
-    config.layers * device.kv_block_bytes(shard.heads())
-}
-
 /// Bytes that a rank with `shard` allocates beside weights and KV cache, at f32 activations.
 pub fn activation_bytes(config: &DecoderConfig, shard: &Shard, options: &RunnerOptions) -> usize {
     let tables = RopeTables::new(&config.rope, options.context_max);

@@ -84,6 +84,12 @@ impl Checkpoint {
     /// # Errors
     /// A shard of another model.
     pub fn weight_bytes(&self, shard: &Shard) -> Result<u64, ModelError> {
+        let bytes = |(name, cut): &(String, Cut)| slice::part_bytes(&self.tensors, name, cut);
+        self.weight_cuts(shard).iter().map(bytes).sum()
+    }
+
+    /// Every matrix of a shard.
+    fn weight_cuts(&self, shard: &Shard) -> Vec<(String, Cut)> {
         let mut cuts = vec![self.table(self.names.embed, shard)];
         if !self.config.tied {
             cuts.push(self.table(self.names.lm_head, shard));
@@ -94,7 +100,16 @@ impl Checkpoint {
             cuts.extend(self.gate_up_cuts(layer, shard));
             cuts.push(self.down_cut(layer, shard));
         }
-        cuts.iter().map(|(name, cut)| slice::part_bytes(&self.tensors, name, cut)).sum()
+        cuts
+    }
+
+    /// Numbers in the matrices that `shard` reads.
+    ///
+    /// # Errors
+    /// A shard of another model.
+    pub fn weight_elements(&self, shard: &Shard) -> Result<u64, ModelError> {
+        let count = |(name, cut): &(String, Cut)| slice::part_elements(&self.tensors, name, cut);
+        self.weight_cuts(shard).iter().map(count).sum()
     }
 
     /// [V_local, H]: the embedding rows of `shard.vocab`.

@@ -1,9 +1,10 @@
 //! One group: the ranks that hold one model between them, and the leader that drives them.
 //!
-//! Rank 0 is the leader and lives where the engine does; the others only follow. `Group::start`
-//! holds the one choice of backend and exchange; everything behind it is generic over both.
+//! Rank 0 is the leader and lives where the engine does; the others only follow. Backends are
+//! chosen in `devices` and exchanges in `GroupPlan::start`; everything behind is generic over both.
 
 mod casualties;
+mod devices;
 mod follower;
 mod leader;
 mod memory;
@@ -19,7 +20,18 @@ use kernels::cpu::{Isa, Precision};
 pub use process::{RANK_TOKEN_VARIABLE, RankConfig, run_rank};
 
 use crate::WorkerError;
+use devices::{Devices, Task, on_devices};
 use sizing::Sizing;
+
+/// What computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    Cpu,
+    /// Cards from `first` on, one a rank where there are as many, else `first` for all ranks.
+    Cuda {
+        first: usize,
+    },
+}
 
 /// How the ranks of a group live.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +49,7 @@ pub struct GroupConfig {
     pub model: PathBuf,
     /// Tensor-parallel ranks, at least 1.
     pub ranks: usize,
+    pub device: Device,
     /// Compute threads of each rank. Default: the machine's, shared evenly.
     pub threads_per_rank: Option<usize>,
     pub precision: Precision,
@@ -45,8 +58,8 @@ pub struct GroupConfig {
     /// Tokens of prompt and answer together. Default: the model's, as far as the KV pool holds
     /// them.
     pub context_max: Option<usize>,
-    /// Bytes of the KV pool, all ranks together. Default: 16 contexts or a quarter of the free
-    /// memory, whichever is less.
+    /// Bytes of the KV pool, all ranks together. Default: of the memory that weights and scratch
+    /// leave, a quarter or 16 contexts, whichever is less, on the CPU; 90 % on CUDA devices.
     pub kv_memory: Option<u64>,
     /// Tokens in one step.
     pub step_tokens_max: usize,
@@ -64,6 +77,7 @@ impl GroupConfig {
         Self {
             model: model.into(),
             ranks: 1,
+            device: Device::Cpu,
             threads_per_rank: None,
             precision: Precision::Fast,
             isa_cap: None,
@@ -87,15 +101,17 @@ pub struct ModelInfo {
     /// Tokens of prompt and answer together.
     pub context_max: usize,
     pub ranks: usize,
+    /// What computes, for people.
+    pub device: String,
     pub threads_per_rank: usize,
-    /// Instruction set in use.
+    /// Instruction set in use on the CPU.
     pub isa: &'static str,
     pub precision: Precision,
     /// KV pool, in blocks of 16 tokens.
     pub blocks: usize,
     /// KV pool of all ranks together.
     pub kv_bytes: u64,
-    /// Weights of all ranks together, as stored.
+    /// Weights of all ranks together, as the device holds them.
     pub weights_bytes: u64,
     /// Longest prompt whose blocks may be shared; `None` is any.
     pub prefix_reuse_max: Option<usize>,
@@ -142,11 +158,28 @@ impl GroupPlan {
 
     /// Loads the weights on every rank. Blocks until all are ready.
     pub fn start(self, progress: Progress<'_>) -> Result<Group, WorkerError> {
-        let executor = match self.sizing.config.rank_mode {
-            RankMode::Threads => threads::start(&self.sizing, progress)?,
-            RankMode::Processes => process::start(&self.sizing, progress)?,
-        };
+        let options = self.sizing.rank_options();
+        let (device, ranks) = (self.sizing.config.device, self.sizing.config.ranks);
+        let start = Start { sizing: &self.sizing, progress };
+        let executor = on_devices(device, ranks, options.cpu, start)?;
         Ok(Group { info: self.sizing.info, executor })
+    }
+}
+
+/// Starts the ranks on devices that are chosen.
+struct Start<'a> {
+    sizing: &'a Sizing,
+    progress: Progress<'a>,
+}
+
+impl Task for Start<'_> {
+    type Out = Box<dyn Executor>;
+
+    fn on<D: Devices>(self, devices: D) -> Result<Box<dyn Executor>, WorkerError> {
+        match self.sizing.config.rank_mode {
+            RankMode::Threads => threads::start(self.sizing, devices, self.progress),
+            RankMode::Processes => process::start(self.sizing, devices, self.progress),
+        }
     }
 }
 

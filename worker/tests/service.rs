@@ -93,6 +93,7 @@ async fn world(waiting_max: usize) -> World {
         vocab: VOCAB,
         context_max: 512,
         ranks: 1,
+        device: "none".into(),
         threads_per_rank: 1,
         isa: "none",
         precision: Precision::Exact,

@@ -55,7 +55,7 @@ impl<B: Backend> Decoder<B> {
             layers,
             final_norm: upload.vector(&checkpoint.final_norm()?)?,
             lm_head,
-            cos_sin: Tensor::from_host(device, config.head_dim, &rope.cos_sin(config))?,
+            cos_sin: Tensor::exact_from_host(device, config.head_dim, &rope.cos_sin(config))?,
             heads: shard.heads(),
             norm_eps: config.norm_eps,
             shares: Shares::of_ranks(checkpoint, shard.world_size)?,

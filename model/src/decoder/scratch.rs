@@ -26,7 +26,7 @@ pub struct Scratch<B: Backend> {
     pub(super) last: Tensor<B>,
     /// [R, H]
     pub(super) last_normed: Tensor<B>,
-    /// [R, V]
+    /// [R, V], in f32.
     pub(super) logits: Gathered<B>,
     /// A copy of the logits, empty while the host reads the device's own.
     host_logits: Vec<f32>,
@@ -41,10 +41,17 @@ pub(super) struct Gathered<B: Backend> {
 }
 
 impl<B: Backend> Gathered<B> {
-    fn new(device: &B, rows_max: usize, width: Width) -> Result<Self, KernelError> {
-        let tensor = |cols| Tensor::zeros(device, rows_max, cols);
+    fn new(
+        width: Width,
+        tensor: impl Fn(usize) -> Result<Tensor<B>, KernelError>,
+    ) -> Result<Self, KernelError> {
         let whole = width.is_split().then(|| tensor(width.whole)).transpose()?;
         Ok(Self { local: tensor(width.local)?, whole })
+    }
+
+    /// All columns, as the last `gather` left them.
+    pub fn gathered(&self) -> &Tensor<B> {
+        self.whole.as_ref().unwrap_or(&self.local)
     }
 
     fn set_rows(&mut self, rows: usize) {
@@ -73,18 +80,19 @@ impl<B: Backend> Scratch<B> {
         let (tokens, rows) = (shape.tokens_max, shape.logit_rows_max());
         let hidden = shape.hidden.whole;
         let tensor = |rows, cols| Tensor::zeros(device, rows, cols);
-        let gathered = |rows, width| Gathered::new(device, rows, width);
+        let gathered = |width| Gathered::new(width, |cols| tensor(tokens, cols));
+        let exact = |cols| Tensor::exact_zeros(device, rows, cols);
         Ok(Self {
             hidden: tensor(tokens, hidden)?,
             normed: tensor(tokens, hidden)?,
             qkv: tensor(tokens, shape.heads.qkv_cols())?,
-            attention: gathered(tokens, shape.attention)?,
-            delta: gathered(tokens, shape.hidden)?,
+            attention: gathered(shape.attention)?,
+            delta: gathered(shape.hidden)?,
             gate_up: tensor(tokens, 2 * shape.intermediate.local)?,
-            activation: gathered(tokens, shape.intermediate)?,
+            activation: gathered(shape.intermediate)?,
             last: tensor(rows, hidden)?,
             last_normed: tensor(rows, hidden)?,
-            logits: gathered(rows, shape.vocab)?,
+            logits: Gathered::new(shape.vocab, exact)?,
             host_logits: Vec::new(),
         })
     }
@@ -92,7 +100,7 @@ impl<B: Backend> Scratch<B> {
     /// The logits [R, V] that [`super::Decoder::logits`] left, copied only where the host cannot
     /// read them in place.
     pub fn read_logits(&mut self, device: &B) -> Result<&[f32], ModelError> {
-        let logits = self.logits.whole.as_ref().unwrap_or(&self.logits.local);
+        let logits = self.logits.gathered();
         let len = logits.rows * logits.cols;
         if let Some(values) = device.host_view(&logits.data) {
             return Ok(&values[..len]);

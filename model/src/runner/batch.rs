@@ -55,7 +55,8 @@ impl<B: Backend> BatchBuilder<B> {
             block_tables: ints(sequences * table_cols)?,
             block_table_cols: table_cols,
             logit_rows: ints(tokens)?,
-            q_scale: logn.map(|_| device.floats(tokens)).transpose()?,
+            q_scale: logn.map(|_| device.exact_floats(tokens)).transpose()?,
+            cuts: device.cuts(tokens, sequences)?,
         };
         Ok(Self {
             batch,
@@ -148,10 +149,10 @@ impl<B: Backend> BatchBuilder<B> {
         device.write_ints(&mut batch.context_lens, &self.context_lens)?;
         device.write_ints(&mut batch.block_tables, &self.block_tables)?;
         device.write_ints(&mut batch.logit_rows, &self.logit_rows)?;
-        match &mut batch.q_scale {
-            Some(q_scale) => device.write_floats(q_scale, &self.q_scale),
-            None => Ok(()),
+        if let Some(q_scale) = &mut batch.q_scale {
+            device.write_floats(q_scale, &self.q_scale)?;
         }
+        device.cut(batch)
     }
 }
 

@@ -40,6 +40,14 @@ impl Seen {
     pub fn is_empty(&self) -> bool {
         self.in_answer.is_empty()
     }
+
+    /// Each token in ascending order, and its occurrences in the answer.
+    pub fn ascending(&self) -> Vec<(u32, u32)> {
+        let mut tokens: Vec<_> =
+            self.in_answer.iter().map(|(&token, &count)| (token, count)).collect();
+        tokens.sort_unstable();
+        tokens
+    }
 }
 
 /// Bias first, then each seen token's penalties.

@@ -53,6 +53,12 @@ pub(super) fn part_bytes(tensors: &Tensors, name: &str, cut: &Cut) -> Result<u64
     Ok(extent.rows.len() as u64 * extent.row_bytes as u64)
 }
 
+/// Numbers in what [`part`] would read.
+pub(super) fn part_elements(tensors: &Tensors, name: &str, cut: &Cut) -> Result<u64, ModelError> {
+    let extent = Extent::new(find(tensors, name)?, cut)?;
+    Ok(extent.rows.len() as u64 * extent.cols as u64)
+}
+
 /// Reads one part of a matrix, and no other bytes of the file.
 pub(super) fn part(
     tensors: &Tensors,

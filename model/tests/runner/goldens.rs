@@ -1,24 +1,39 @@
 //! The forward pass against the reference implementations, on every family and every rank count.
 
 use crate::{
-    cases::{NAMES, continuations, prompts},
+    cases::{Continuation, NAMES, continuations, prompts},
     common::{Driven, GREEDY, Group, OPTIONS, exact, open},
 };
+use emulate::{Emulator, Schedule};
 use engine::plan::Want;
-use kernels::{Backend, plain::Plain};
+use kernels::{
+    Backend,
+    cuda::{Cuda, CudaConfig, KvFormat, PrefillKernel},
+    plain::Plain,
+};
 use model::Checkpoint;
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
-const LOGIT_TOLERANCE: f32 = 1e-3;
-/// Below this distance of the two best logits, either may win.
-const MARGIN: f64 = 0.002;
+/// How near the reference a backend comes.
+#[derive(Clone, Copy)]
+struct Closeness {
+    /// Of every logit; their standard deviation is about 1.
+    logits: f32,
+    /// Below this distance of the two best logits, either may win.
+    margin: f64,
+}
+
+const F32: Closeness = Closeness { logits: 1e-3, margin: 0.002 };
+/// Activations and cache in bf16, rounded to 8 bits at every step of the way. Measured: at most
+/// 0.173 off, 0.029 in the root of the mean square; other tokens only at margins up to 0.055.
+const BF16: Closeness = Closeness { logits: 0.2, margin: 0.06 };
 
 /// Every rank count up to 3 that the model can be split over.
 fn world_sizes(checkpoint: &Checkpoint) -> Vec<usize> {
     (1..=3).filter(|&world_size| checkpoint.shard(0, world_size).is_ok()).collect()
 }
 
-fn check<B: Backend>(device: fn() -> B) {
+fn check<B: Backend>(device: fn() -> B, close: Closeness) {
     for name in NAMES {
         let checkpoint = Arc::new(open(name));
         let world_sizes = world_sizes(&checkpoint);
@@ -26,28 +41,22 @@ fn check<B: Backend>(device: fn() -> B) {
         for world_size in world_sizes {
             let mut group = Group::load(&checkpoint, world_size, OPTIONS, device);
             let case = format!("{name} on {world_size} ranks");
-            let mut id = 0;
-            for chunk in [256, 7] {
-                check_logits(&mut group, name, chunk, &mut id, &case);
-            }
-            check_continuations(&mut group, name, &mut id, &case);
+            check_logits(&mut group, name, (close, &case));
+            check_continuations(&mut group, name, (close, &case));
         }
     }
 }
 
-/// Logits at every position of every prompt, `chunk` tokens at a time.
-fn check_logits<B: Backend>(
-    group: &mut Group<B>,
-    name: &str,
-    chunk: usize,
-    id: &mut u64,
-    case: &str,
-) {
-    for prompt in prompts(name) {
-        *id += 1;
+/// Logits at every position of every prompt, in one chunk and in several.
+fn check_logits<B: Backend>(group: &mut Group<B>, name: &str, (close, case): (Closeness, &str)) {
+    let mut id = 0;
+    for (chunk, prompt) in
+        [256, 7].iter().flat_map(|c| prompts(name).into_iter().map(move |p| (*c, p)))
+    {
+        id += 1;
         // Blocks in no order, so that nothing depends on one.
         let blocks = (0..16).map(|i| (i * 7 + 3) % 64).collect();
-        let mut sequence = Driven::new(*id, &prompt.ids, GREEDY, blocks);
+        let mut sequence = Driven::new(id, &prompt.ids, GREEDY, blocks);
         let mut logits = Vec::new();
         while sequence.remaining() > 0 {
             let output = group.step(vec![sequence.chunk(chunk, Want::Logits)]).unwrap();
@@ -58,53 +67,61 @@ fn check_logits<B: Backend>(
         let worst = off.fold(0.0f32, |worst, off| if off > worst { off } else { worst });
         let finite = logits.iter().all(|logit| logit.is_finite());
         assert!(
-            finite && worst <= LOGIT_TOLERANCE,
+            finite && worst <= close.logits,
             "{case}, prompt of {}, chunks of {chunk}: logits are {worst} off",
             prompt.ids.len()
         );
     }
 }
 
-/// All greedy continuations side by side: prompts in chunks, then token by token.
-fn check_continuations<B: Backend>(group: &mut Group<B>, name: &str, id: &mut u64, case: &str) {
+/// All greedy continuations side by side: prompts in chunks, then token by token. Where a token
+/// differs that may, the reference's goes on.
+fn check_continuations<B: Backend>(
+    group: &mut Group<B>,
+    name: &str,
+    (close, case): (Closeness, &str),
+) {
     let expected = continuations(name);
-    let mut sequences = Vec::new();
-    for (index, continuation) in expected.iter().enumerate() {
-        *id += 1;
+    let sequence = |(index, continuation): (usize, &Continuation)| {
         let blocks = (0..12).map(|i| index as u32 + 5 * i).collect();
-        sequences.push(Driven::new(*id, &continuation.prompt, GREEDY, blocks));
-    }
+        Driven::new(1000 + index as u64, &continuation.prompt, GREEDY, blocks)
+    };
+    let mut sequences: Vec<Driven> = expected.iter().enumerate().map(sequence).collect();
     let answer = |s: &Driven| s.tokens.len() - s.prompt_len;
     while sequences.iter().any(|s| answer(s) < 32) {
         let unfinished = sequences.iter_mut().filter(|s| s.tokens.len() - s.prompt_len < 32);
         let chunks = unfinished.map(|s| s.chunk(16, Want::Sample)).collect();
         for (id, sampled) in group.step(chunks).unwrap().sampled {
-            let sequence = sequences.iter_mut().find(|s| s.id == id).unwrap();
-            sequence.tokens.push(sampled.token);
-        }
-    }
-    for (sequence, expected) in sequences.iter().zip(&expected) {
-        let got = &sequence.tokens[sequence.prompt_len..];
-        let differs = (0..32).find(|&i| got[i] != expected.tokens[i]);
-        if let Some(at) = differs {
-            let margin = expected.margins[at];
+            let index = sequences.iter().position(|s| s.id == id).unwrap();
+            let (sequence, expected) = (&mut sequences[index], &expected[index]);
+            let at = answer(sequence);
+            let (wanted, margin) = (expected.tokens[at], expected.margins[at]);
             assert!(
-                margin <= MARGIN,
-                "{case}, prompt of {}: token {at} is {}, not {}, margin {margin}",
+                sampled.token == wanted || margin <= close.margin,
+                "{case}, prompt of {}: token {at} is {}, not {wanted}, margin {margin}",
                 sequence.prompt_len,
-                got[at],
-                expected.tokens[at]
+                sampled.token,
             );
+            sequence.tokens.push(wanted);
         }
     }
 }
 
 #[test]
 fn the_plain_backend_agrees_with_the_reference_implementations() {
-    check(|| Plain);
+    check(|| Plain, F32);
 }
 
 #[test]
 fn the_cpu_backend_agrees_with_the_reference_implementations() {
-    check(exact);
+    check(exact, F32);
+}
+
+#[test]
+fn the_cuda_kernels_agree_with_the_reference_implementations() {
+    let device = || {
+        let emulator = Emulator::load(Path::new(emulate::PLAIN), Schedule::InTurn).unwrap();
+        Cuda::new(emulator, CudaConfig { kv_format: KvFormat::Bf16, prefill: PrefillKernel::Mma })
+    };
+    check(device, BF16);
 }

@@ -5,12 +5,13 @@ use std::time::Duration;
 use kernels::{
     Backend,
     collective::{Collective, HostCollective, Staged},
-    cpu::{Cpu, CpuConfig, Isa, Precision},
+    cpu::CpuConfig,
 };
 use model::{Checkpoint, ModelError, Runner, RunnerOptions};
 
 use super::{
     Progress,
+    devices::Devices,
     leader::{CONTROL_DEADLINE, Received},
 };
 use crate::WorkerError;
@@ -21,22 +22,20 @@ pub(super) const LOAD_DEADLINE: Duration = Duration::from_secs(3600);
 /// What a rank needs to know besides its place.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RankOptions {
-    pub threads: usize,
-    pub precision: Precision,
-    pub isa: Isa,
+    pub cpu: CpuConfig,
     pub runner: RunnerOptions,
 }
 
-/// Loads this rank's share for the CPU.
-pub(super) fn load<H: HostCollective>(
+/// Loads this rank's share on its device.
+pub(super) fn load<D: Devices, H: HostCollective>(
+    devices: &D,
     data: H,
     checkpoint: &Checkpoint,
-    options: RankOptions,
+    options: RunnerOptions,
     progress: Progress<'_>,
-) -> Result<Runner<Cpu, Staged<H>>, WorkerError> {
-    let RankOptions { threads, precision, isa, runner } = options;
-    let device = Cpu::new(CpuConfig { threads, precision, isa }).map_err(ModelError::from)?;
-    Ok(Runner::load(device, Staged::new(data), checkpoint, runner, progress)?)
+) -> Result<Runner<D::Backend, Staged<H>>, WorkerError> {
+    let device = devices.open(data.rank())?;
+    Ok(Runner::load(device, Staged::new(data), checkpoint, options, progress)?)
 }
 
 /// Waits until every rank has loaded.

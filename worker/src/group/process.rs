@@ -10,7 +10,7 @@ use std::{
     fs::File,
     io::{self, BufRead, BufReader, Read},
     net::{Ipv4Addr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, ChildStderr, Command, ExitStatus, Stdio},
     sync::{
         Arc, Mutex, PoisonError,
@@ -24,14 +24,15 @@ use std::{
 use engine::plan::Executor;
 use kernels::{
     collective::{CollectiveError, HostCollective, Tcp, TcpDoor},
-    cpu::{Isa, Precision},
+    cpu::{CpuConfig, Isa, Precision},
 };
 use model::{Checkpoint, ModelError, RunnerOptions};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Progress,
+    Device, Progress,
     casualties::Casualties,
+    devices::{Devices, Task, on_devices},
     follower::{LOAD_DEADLINE, RankOptions, follow, load, meet},
     leader::{Crew, Leader},
     sizing::Sizing,
@@ -68,6 +69,8 @@ pub struct RankConfig {
 #[derive(Serialize, Deserialize)]
 struct Settings {
     model: PathBuf,
+    /// The first CUDA device; `None` is the CPU.
+    cuda: Option<usize>,
     threads: usize,
     exact: bool,
     isa: String,
@@ -81,9 +84,14 @@ struct Settings {
 
 impl Settings {
     fn new(sizing: &Sizing, data: SocketAddr) -> Self {
-        let RankOptions { threads, precision, isa, runner } = sizing.rank_options();
+        let RankOptions { cpu: CpuConfig { threads, precision, isa }, runner } =
+            sizing.rank_options();
         Self {
             model: sizing.config.model.clone(),
+            cuda: match sizing.config.device {
+                Device::Cpu => None,
+                Device::Cuda { first } => Some(first),
+            },
             threads,
             exact: precision == Precision::Exact,
             isa: isa.name().to_owned(),
@@ -99,10 +107,9 @@ impl Settings {
         let isa = Isa::ALL.into_iter().find(|isa| isa.name() == self.isa).ok_or_else(|| {
             WorkerError::Config(format!("the leader's instruction set {} is unknown", self.isa))
         })?;
+        let precision = if self.exact { Precision::Exact } else { Precision::Fast };
         Ok(RankOptions {
-            threads: self.threads,
-            precision: if self.exact { Precision::Exact } else { Precision::Fast },
-            isa,
+            cpu: CpuConfig { threads: self.threads, precision, isa },
             runner: RunnerOptions {
                 blocks: self.blocks,
                 step_tokens_max: self.step_tokens_max,
@@ -133,10 +140,29 @@ pub fn run_rank(config: RankConfig) -> Result<(), WorkerError> {
     let options = settings.rank_options()?;
     let data = Tcp::connect(&settings.data, place, &config.token, JOIN_DEADLINE)
         .map_err(ModelError::from)?;
-    let checkpoint = Checkpoint::open(&settings.model)?;
-    let mut runner = load(data, &checkpoint, options, &mut |_, _| {})?;
-    meet(&mut control)?;
-    follow(&mut runner, &mut control)
+    let device = settings.cuda.map_or(Device::Cpu, |first| Device::Cuda { first });
+    let follower = Follower { control, data, model: &settings.model, runner: options.runner };
+    on_devices(device, config.world_size, options.cpu, follower)
+}
+
+/// A rank that has joined, and has nothing loaded yet.
+struct Follower<'a> {
+    control: Tcp,
+    data: Tcp,
+    model: &'a Path,
+    runner: RunnerOptions,
+}
+
+impl Task for Follower<'_> {
+    type Out = ();
+
+    fn on<D: Devices>(mut self, devices: D) -> Result<(), WorkerError> {
+        let checkpoint = Checkpoint::open(self.model)?;
+        let progress: Progress<'_> = &mut |_, _| {};
+        let mut runner = load(&devices, self.data, &checkpoint, self.runner, progress)?;
+        meet(&mut self.control)?;
+        follow(&mut runner, &mut self.control)
+    }
 }
 
 /// Returns never: either the parent lives, or this process ends.
@@ -147,8 +173,9 @@ fn end_with_parent() {
 }
 
 /// Starts and watches the other ranks; this process is rank 0.
-pub(super) fn start(
+pub(super) fn start<D: Devices>(
     sizing: &Sizing,
+    devices: D,
     progress: Progress<'_>,
 ) -> Result<Box<dyn Executor>, WorkerError> {
     let ranks = sizing.config.ranks;
@@ -168,7 +195,8 @@ pub(super) fn start(
             .map_err(|error| WorkerError::Config(format!("settings for the ranks: {error}")))?;
         control.broadcast(&mut message, JOIN_DEADLINE).map_err(ModelError::from)?;
         let data = accept(data_door, ranks, &token, &casualties)?;
-        let runner = load(data, &sizing.checkpoint, sizing.rank_options(), progress)?;
+        let options = sizing.rank_options().runner;
+        let runner = load(&devices, data, &sizing.checkpoint, options, progress)?;
         meet(&mut control)?;
         Ok((control, runner))
     };

@@ -4,31 +4,24 @@ use std::{sync::Arc, thread};
 
 use kernels::{
     BLOCK_TOKENS,
-    cpu::{Cpu, CpuConfig, Isa},
+    cpu::{CpuConfig, Isa, Precision},
 };
-use model::{
-    Checkpoint, ModelError, RunnerOptions, Shard, activation_bytes, kv_block_bytes,
-    prefix_reuse_max,
-};
+use model::{Checkpoint, ModelError, RunnerOptions, Shard, activation_bytes, prefix_reuse_max};
 
 use super::{
-    GroupConfig, ModelInfo,
+    Device, GroupConfig, ModelInfo,
+    devices::{Devices, KvShare, Task, on_devices},
     follower::RankOptions,
-    memory::{Available, available, human},
+    memory::{Available, human},
 };
 use crate::WorkerError;
-
-/// Contexts that the default KV pool holds, where memory allows.
-const CONTEXTS_DEFAULT: u64 = 16;
-/// The default KV pool takes at most this part of the free memory.
-const MEMORY_PART_DEFAULT: u64 = 4;
 
 /// A group before it is loaded.
 pub(super) struct Sizing {
     pub config: GroupConfig,
     pub checkpoint: Arc<Checkpoint>,
     pub info: ModelInfo,
-    isa: Isa,
+    cpu: CpuConfig,
     runner: RunnerOptions,
 }
 
@@ -40,21 +33,25 @@ impl Sizing {
             .map(|rank| checkpoint.shard(rank, config.ranks))
             .collect::<Result<Vec<_>, _>>()?;
         let isa = config.isa_cap.map_or(Isa::detect(), |cap| cap.min(Isa::detect()));
-        let threads_per_rank = threads(&config);
-        let mut weights_bytes = 0;
-        for shard in &shards {
-            weights_bytes += checkpoint.weight_bytes(shard)?;
-        }
-        let pool = Pool::new(&config, &checkpoint, &shards, isa, weights_bytes)?;
-        let runner = RunnerOptions {
-            blocks: pool.blocks as usize,
+        let (threads, precision) = (threads(&config), config.precision);
+        let cpu = CpuConfig { threads, precision, isa };
+        let survey = Survey { checkpoint: &checkpoint, shards: &shards };
+        let means = on_devices(config.device, config.ranks, cpu, survey)?;
+        let options = |blocks, context_max| RunnerOptions {
+            blocks,
             step_tokens_max: config.step_tokens_max,
             sequences_max: config.sequences_max,
-            context_max: pool.context_max,
+            context_max,
         };
-        let scratch: usize =
-            shards.iter().map(|shard| activation_bytes(checkpoint.config(), shard, &runner)).sum();
-        pool.check_memory(weights_bytes, scratch as u64)?;
+        let scratch = |options: &RunnerOptions| -> u64 {
+            let of = |shard| activation_bytes(checkpoint.config(), shard, options) as u64;
+            shards.iter().map(of).sum()
+        };
+        let context_most = config.context_max.unwrap_or(checkpoint.config().context_max);
+        let reserved = means.weights_bytes + scratch(&options(1, context_most));
+        let pool = Pool::new(&config, checkpoint.config().context_max, &means, reserved)?;
+        let runner = options(pool.blocks as usize, pool.context_max);
+        pool.check_memory(&means, scratch(&runner))?;
         let text_files = formats::text_files(&config.model)
             .map_err(|error| ModelError::Checkpoint(error.to_string()))?;
         let info = ModelInfo {
@@ -62,27 +59,23 @@ impl Sizing {
             vocab: checkpoint.config().vocab,
             context_max: pool.context_max,
             ranks: config.ranks,
-            threads_per_rank,
+            device: means.device,
+            threads_per_rank: threads,
             isa: isa.name(),
             precision: config.precision,
             blocks: pool.blocks as usize,
-            kv_bytes: pool.blocks * pool.block_bytes,
-            weights_bytes,
+            kv_bytes: pool.blocks * means.block_bytes,
+            weights_bytes: means.weights_bytes,
             prefix_reuse_max: prefix_reuse_max(checkpoint.config()),
             step_tokens_max: config.step_tokens_max,
             sequences_max: config.sequences_max,
             text_files,
         };
-        Ok(Self { config, checkpoint: Arc::new(checkpoint), info, isa, runner })
+        Ok(Self { config, checkpoint: Arc::new(checkpoint), info, cpu, runner })
     }
 
     pub fn rank_options(&self) -> RankOptions {
-        RankOptions {
-            threads: self.info.threads_per_rank,
-            precision: self.config.precision,
-            isa: self.isa,
-            runner: self.runner,
-        }
+        RankOptions { cpu: self.cpu, runner: self.runner }
     }
 }
 
@@ -99,6 +92,10 @@ fn check(config: &GroupConfig) -> Result<(), WorkerError> {
             return Err(WorkerError::Config(format!("0 {what}: at least 1 is needed")));
         }
     }
+    if config.device != Device::Cpu && config.precision == Precision::Exact {
+        let text = "--precision exact is the CPU's: CUDA devices compute in bf16; leave it out";
+        return Err(WorkerError::Config(text.into()));
+    }
     Ok(())
 }
 
@@ -107,40 +104,62 @@ fn threads(config: &GroupConfig) -> usize {
     config.threads_per_rank.unwrap_or_else(|| (machine() / config.ranks).max(1))
 }
 
+/// What the devices hold and need, all ranks together.
+struct Means {
+    device: String,
+    weights_bytes: u64,
+    /// One block on every rank.
+    block_bytes: u64,
+    available: Option<Available>,
+    kv_share: KvShare,
+}
+
+/// Asks the devices.
+struct Survey<'a> {
+    checkpoint: &'a Checkpoint,
+    shards: &'a [Shard],
+}
+
+impl Task for Survey<'_> {
+    type Out = Means;
+
+    fn on<D: Devices>(self, devices: D) -> Result<Means, WorkerError> {
+        let (mut weights_bytes, mut block_bytes) = (0, 0);
+        let layers = self.checkpoint.config().layers as u64;
+        for shard in self.shards {
+            weights_bytes += devices.weight_bytes(self.checkpoint, shard)?;
+            block_bytes += layers * devices.kv_block_bytes(shard.heads())? as u64;
+        }
+        let (available, kv_share) = (devices.available()?, devices.kv_share());
+        let device = devices.describe()?;
+        Ok(Means { device, weights_bytes, block_bytes, available, kv_share })
+    }
+}
+
 /// The KV pool of all ranks together.
 struct Pool {
     blocks: u64,
-    /// One block on every rank.
-    block_bytes: u64,
     context_max: usize,
-    available: Option<Available>,
 }
 
 impl Pool {
+    /// `reserved` bytes are weights and scratch.
     fn new(
         config: &GroupConfig,
-        checkpoint: &Checkpoint,
-        shards: &[Shard],
-        isa: Isa,
-        weights_bytes: u64,
+        model_context: usize,
+        means: &Means,
+        reserved: u64,
     ) -> Result<Self, WorkerError> {
-        // Only asked for sizes: it never computes.
-        let cpu = CpuConfig { threads: 1, precision: config.precision, isa };
-        let device = Cpu::new(cpu).map_err(ModelError::from)?;
-        let block_bytes: u64 = shards
-            .iter()
-            .map(|shard| kv_block_bytes(&device, checkpoint.config(), shard) as u64)
-            .sum();
-        let model_context = checkpoint.config().context_max;
-        let available = available();
+        let block_bytes = means.block_bytes;
         let blocks_of = |context: usize| context.div_ceil(BLOCK_TOKENS) as u64;
         let blocks = match config.kv_memory {
             Some(bytes) => bytes / block_bytes.max(1),
             None => {
+                let KvShare { part, contexts_max } = means.kv_share;
                 let wanted = blocks_of(config.context_max.unwrap_or(model_context));
-                let free = available.map_or(u64::MAX, |available| available.bytes);
-                let part = free.saturating_sub(weights_bytes) / MEMORY_PART_DEFAULT;
-                let fits = (part / block_bytes.max(1)).min(wanted * CONTEXTS_DEFAULT);
+                let free = means.available.map_or(u64::MAX, |available| available.bytes);
+                let fits = free.saturating_sub(reserved) / part / block_bytes.max(1);
+                let fits = fits.min(wanted.saturating_mul(contexts_max));
                 // Who asks for a context gets it, or hears why not.
                 if config.context_max.is_some() { fits.max(wanted) } else { fits.max(1) }
             }
@@ -166,14 +185,18 @@ impl Pool {
                 "a context of {context_max} is more than the model's {model_context}"
             )));
         }
-        Ok(Self { blocks, block_bytes, context_max, available })
+        Ok(Self { blocks, context_max })
     }
 
-    fn check_memory(&self, weights: u64, scratch: u64) -> Result<(), WorkerError> {
-        let Some(available) = self.available else { return Ok(()) };
-        let kv = self.blocks * self.block_bytes;
+    /// Tells the arithmetic, and refuses what cannot be.
+    fn check_memory(&self, means: &Means, scratch: u64) -> Result<(), WorkerError> {
+        let Some(available) = means.available else { return Ok(()) };
+        let (weights, kv) = (means.weights_bytes, self.blocks * means.block_bytes);
         let needed = weights + kv + scratch;
         if needed <= available.bytes {
+            let (weights, kv_pool, scratch) = (human(weights), human(kv), human(scratch));
+            let (needed, free, of) = (human(needed), human(available.bytes), available.source);
+            tracing::info!(weights, kv_pool, scratch, needed, free, of, "memory");
             return Ok(());
         }
         Err(WorkerError::Memory(format!(
@@ -182,7 +205,7 @@ impl Pool {
             human(weights),
             human(kv),
             self.blocks * BLOCK_TOKENS as u64,
-            self.block_bytes / BLOCK_TOKENS as u64,
+            means.block_bytes / BLOCK_TOKENS as u64,
             human(scratch),
             human(needed),
             human(available.bytes),

@@ -12,12 +12,13 @@ use kernels::collective::{HostCollective, Threads};
 use super::{
     Progress,
     casualties::Casualties,
-    follower::{LOAD_DEADLINE, RankOptions, follow, load, meet},
+    devices::Devices,
+    follower::{LOAD_DEADLINE, follow, load, meet},
     leader::{Crew, Leader},
     sizing::Sizing,
 };
 use crate::{WorkerError, panic_text};
-use model::Checkpoint;
+use model::{Checkpoint, RunnerOptions};
 
 /// The follower threads of a group.
 struct ThreadCrew(Vec<JoinHandle<()>>);
@@ -32,13 +33,14 @@ impl Crew for ThreadCrew {
 }
 
 /// Loads all ranks; this thread's is rank 0.
-pub(super) fn start(
+pub(super) fn start<D: Devices>(
     sizing: &Sizing,
+    devices: D,
     progress: Progress<'_>,
 ) -> Result<Box<dyn Executor>, WorkerError> {
     let casualties = Casualties::default();
     let ranks = sizing.config.ranks;
-    let options = sizing.rank_options();
+    let options = sizing.rank_options().runner;
     // Loading takes as long as it takes; later, broadcasts bring their own deadline.
     let mut controls = Threads::group_with_deadline(ranks, LOAD_DEADLINE).into_iter();
     let mut datas = Threads::group(ranks).into_iter();
@@ -49,8 +51,9 @@ pub(super) fn start(
     for (control, data) in controls.zip(datas) {
         let rank = control.rank();
         let (casualties, checkpoint) = (casualties.clone(), Arc::clone(&sizing.checkpoint));
+        let devices = devices.clone();
         let body = move || {
-            let ranked = || follow_as_thread(control, data, &checkpoint, options);
+            let ranked = || follow_as_thread(&devices, (control, data), &checkpoint, options);
             match catch_unwind(AssertUnwindSafe(ranked)) {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => casualties.report(rank, error.to_string()),
@@ -60,24 +63,25 @@ pub(super) fn start(
         let thread = thread::Builder::new().name(format!("rank-{rank}")).spawn(body);
         crew.0.push(thread.map_err(WorkerError::io("starting a rank's thread"))?);
     }
-    let loaded = load(data, &sizing.checkpoint, options, progress).and_then(|runner| {
+    let loaded = load(&devices, data, &sizing.checkpoint, options, progress);
+    let met = loaded.and_then(|runner| {
         meet(&mut control)?;
         Ok(runner)
     });
-    let runner = loaded.map_err(|error| casualties.behind(error))?;
+    let runner = met.map_err(|error| casualties.behind(error))?;
     let control = (ranks > 1).then(|| Box::new(control) as Box<dyn HostCollective>);
     let (crew, runner) = (Box::new(crew), Some(runner));
     let (submitted, message) = (None, Vec::new());
     Ok(Box::new(Leader { runner, control, casualties, crew, submitted, message }))
 }
 
-fn follow_as_thread(
-    mut control: Threads,
-    data: Threads,
+fn follow_as_thread<D: Devices>(
+    devices: &D,
+    (mut control, data): (Threads, Threads),
     checkpoint: &Checkpoint,
-    options: RankOptions,
+    options: RunnerOptions,
 ) -> Result<(), WorkerError> {
-    let mut runner = load(data, checkpoint, options, &mut |_, _| {})?;
+    let mut runner = load(devices, data, checkpoint, options, &mut |_, _| {})?;
     meet(&mut control)?;
     follow(&mut runner, &mut control)
 }

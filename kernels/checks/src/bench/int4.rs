@@ -1,0 +1,63 @@
+//! Products with 4-bit weights, beside those with the same weight in bf16.
+
+use super::{Bar, Bench, Prepare, Scale, Work, linear, noisy};
+use crate::{BF16, noise};
+use kernels::{
+    Backend, Tensor,
+    cuda::{Cuda, Driver, FUSED_ROWS_MAX, Int4Layout, Int4Part},
+};
+
+/// Columns with one scale.
+const GROUP: usize = 128;
+/// One as f16.
+const SCALE: [u8; 2] = 0x3c00_u16.to_le_bytes();
+/// GPTQ's eight zero points, each one less than it is.
+const ZEROS: [u8; 4] = 0x7777_7777_u32.to_le_bytes();
+
+pub fn benches<D: Driver>(scale: Scale) -> Vec<Bench<D>> {
+    // A 72B model's query, key and value, and its down.
+    let shapes: &[_] = scale.of(&[(10240, 8192), (8192, 29568)], &[(16, 256)]);
+    let tokens: &[usize] = scale.of(&[1, 8, 16, 128], &[1, FUSED_ROWS_MAX + 1]);
+    let shapes = shapes.iter().flat_map(|&(n, k)| tokens.iter().map(move |&m| (m, n, k)));
+    shapes.map(product).collect()
+}
+
+fn product<D: Driver>((m, n, k): (usize, usize, usize)) -> Bench<D> {
+    let fused = m <= FUSED_ROWS_MAX;
+    // A number in half a byte, and 4 bytes of scale and zero point for each group of a row.
+    let weight = n * k / 2 + 4 * n * k.div_ceil(GROUP);
+    // As bf16 it is written, then read.
+    let unpacked = if fused { 0 } else { 2 * 2 * n * k };
+    Bench {
+        op: if fused { "int4 linear" } else { "int4 linear, dequantised" },
+        shape: format!("{m} × [{n}, {k}], groups of {GROUP}"),
+        config: BF16,
+        work: Work::Bytes((weight + unpacked + 2 * m * (k + n)) as f64),
+        bar: if m <= 16 { Bar::Times(3.0) } else { Bar::None },
+        peer: None,
+        prepare: prepared((m, n, k)),
+        baseline: Some(linear::prepared((m, n, k))),
+    }
+}
+
+fn prepared<D: Driver>((m, n, k): (usize, usize, usize)) -> Prepare<D> {
+    Box::new(move |device| {
+        let byte = |v: &f32| ((v + 1.0) * 128.0) as u8;
+        // Noise for one row of words, again and again.
+        let row: Vec<u8> = noise(9, 4 * n).iter().map(byte).collect();
+        let part = Int4Part {
+            layout: Int4Layout::Gptq,
+            rows: n,
+            cols: k,
+            group: GROUP,
+            first_col: 0,
+            qweight: &row.repeat(k / 8),
+            qzeros: &ZEROS.repeat(k.div_ceil(GROUP) * n / 8),
+            scales: &SCALE.repeat(k.div_ceil(GROUP) * n),
+            column_groups: None,
+        };
+        let weight = device.int4_weight(&[part])?;
+        let (x, mut out) = (noisy(device, m, k)?, Tensor::zeros(device, m, n)?);
+        Ok(Box::new(move |device: &Cuda<D>| device.linear(&mut out, &x, &weight, None)))
+    })
+}

@@ -1,0 +1,51 @@
+//! Products in bf16: the device's ceiling for arithmetic, and the shapes of a model's layers.
+
+use super::{Bar, Bench, Peer, Prepare, Scale, Work, noisy};
+use crate::{BF16, noise};
+use kernels::{
+    Backend, Format, Tensor, WeightPart,
+    cuda::{Cuda, Driver},
+};
+
+/// What the device multiplies at best.
+pub fn ceiling<D: Driver>(scale: Scale) -> Bench<D> {
+    product(scale.of((8192, 8192, 8192), (5, 16, 24)))
+}
+
+pub fn benches<D: Driver>(scale: Scale) -> Vec<Bench<D>> {
+    let shapes: &[_] = scale.of(
+        // Rows of a decode and of a prefill by a 72B model's gate and up, and by its down.
+        &[(16, 49152, 8192), (64, 49152, 8192), (8192, 49152, 8192), (8192, 8192, 24576)],
+        &[(3, 8, 16)],
+    );
+    shapes.iter().copied().map(product).collect()
+}
+
+fn product<D: Driver>((m, n, k): (usize, usize, usize)) -> Bench<D> {
+    let bytes = 2.0 * (m * k + n * k + m * n) as f64;
+    let flops = 2.0 * (m * n) as f64 * k as f64;
+    Bench {
+        op: "linear",
+        shape: format!("{m} × [{n}, {k}]"),
+        config: BF16,
+        // Below some hundred rows the weight's bytes bound it.
+        work: if m < 256 { Work::Bytes(bytes) } else { Work::Flops(flops) },
+        bar: Bar::None,
+        peer: Some(Peer::Product { m, n, k }),
+        prepare: prepared((m, n, k)),
+        baseline: None,
+    }
+}
+
+/// x [m, k] · weight [n, k]ᵀ.
+pub(super) fn prepared<D: Driver>((m, n, k): (usize, usize, usize)) -> Prepare<D> {
+    Box::new(move |device| {
+        let row: Vec<u8> =
+            noise(9, k).iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
+        let (data, format) = (row.repeat(n).into(), Format::Bf16);
+        let part = WeightPart { format, rows: n, stored_cols: k, cols: 0..k, data };
+        let weight = device.weight(&[part])?;
+        let (x, mut out) = (noisy(device, m, k)?, Tensor::zeros(device, m, n)?);
+        Ok(Box::new(move |device: &Cuda<D>| device.linear(&mut out, &x, &weight, None)))
+    })
+}

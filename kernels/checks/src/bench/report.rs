@@ -1,0 +1,212 @@
+//! One report of one run on one device: as JSON for programs, as Markdown for people.
+
+use super::{Bar, Outcome, Work};
+use serde_json::{Value, json};
+use std::fmt::Write;
+
+/// Where and when.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct About {
+    pub device: String,
+    pub compute_capability: String,
+    /// CUDA release that the driver speaks.
+    pub driver: String,
+    /// e.g. `2026-02-28`.
+    pub date: String,
+    /// What PyTorch says of itself, where there is one.
+    pub peer: Option<String>,
+}
+
+/// All that a run has found out.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Report {
+    pub about: About,
+    /// The device's own copy, bytes read and written per second.
+    pub copy_rate: f64,
+    /// The device's own bf16 product, FLOP/s.
+    pub product_rate: f64,
+    /// Name of each check, and what was wrong.
+    pub checks: Vec<(String, Option<String>)>,
+    /// Name of each sanitizer's tool, and what came of it: `Ok` says how much ran.
+    pub sanitizer: Vec<(String, Result<String, String>)>,
+    pub outcomes: Vec<Outcome>,
+    /// Benches that did not run, and why.
+    pub failed: Vec<(String, String)>,
+}
+
+impl Report {
+    /// Whether nothing is wrong and every bar holds.
+    pub fn holds(&self) -> bool {
+        let bars = self.outcomes.iter().all(|o| o.holds(self.copy_rate) != Some(false));
+        let sanitizer = self.sanitizer.iter().all(|(_, result)| result.is_ok());
+        bars && sanitizer && self.failed.is_empty() && self.checks.iter().all(|c| c.1.is_none())
+    }
+
+    /// What the rate is a share of, and the share.
+    fn share(&self, outcome: &Outcome) -> (&'static str, f64) {
+        match outcome.work {
+            Work::Bytes(_) => ("copy", outcome.rate() / self.copy_rate),
+            Work::Flops(_) => ("product", outcome.rate() / self.product_rate),
+        }
+    }
+
+    pub fn json(&self) -> Value {
+        let About { device, compute_capability, driver, date, peer } = &self.about;
+        let figures: Vec<Value> = self.outcomes.iter().map(|o| self.figure(o)).collect();
+        let checks: Vec<Value> = self.checks.iter().map(|(n, e)| json!([n, e])).collect();
+        let sanitizer = self.sanitizer.iter().map(|(tool, result)| match result {
+            Ok(ran) => json!({ "tool": tool, "clean": true, "detail": ran }),
+            Err(why) => json!({ "tool": tool, "clean": false, "detail": why }),
+        });
+        json!({
+            "device": device,
+            "compute_capability": compute_capability,
+            "driver_cuda": driver,
+            "date": date,
+            "peer": peer,
+            "copy_bytes_per_second": self.copy_rate,
+            "product_flops_per_second": self.product_rate,
+            "holds": self.holds(),
+            "checks": checks,
+            "sanitizer": sanitizer.collect::<Vec<_>>(),
+            "figures": figures,
+            "failed": self.failed,
+        })
+    }
+
+    fn figure(&self, outcome: &Outcome) -> Value {
+        let (of, share) = self.share(outcome);
+        json!({
+            "op": outcome.op,
+            "shape": outcome.shape,
+            "seconds": outcome.seconds,
+            "rate": outcome.rate(),
+            "ceiling": of,
+            "share": share,
+            "bar": bar(outcome.bar),
+            "holds": outcome.holds(self.copy_rate),
+            "baseline_seconds": outcome.baseline_seconds,
+            "peer_seconds": outcome.peer_seconds,
+        })
+    }
+
+    pub fn markdown(&self) -> String {
+        let About { device, compute_capability, driver, date, peer } = &self.about;
+        let peer = peer.as_deref().unwrap_or("not there: no figures of a peer");
+        let mut text = format!(
+            "# {device}, {date}\n\nCompute capability {compute_capability}, driver for CUDA \
+             {driver}. Copy {:.2} TB/s (bytes read and written), bf16 product {:.0} TFLOP/s, both \
+             measured in this run. PyTorch: {peer}.\n\n",
+            self.copy_rate / 1e12,
+            self.product_rate / 1e12
+        );
+        self.faults(&mut text);
+        text += "| op | shape | µs | rate | of ceiling | bar | holds | PyTorch µs |\n\
+                 |---|---|---:|---:|---:|---|---|---:|\n";
+        for outcome in &self.outcomes {
+            text += &self.row(outcome);
+        }
+        text
+    }
+
+    fn row(&self, outcome: &Outcome) -> String {
+        let (of, share) = self.share(outcome);
+        let rate = match outcome.work {
+            Work::Bytes(_) => format!("{:.2} TB/s", outcome.rate() / 1e12),
+            Work::Flops(_) => format!("{:.0} TFLOP/s", outcome.rate() / 1e12),
+        };
+        let holds = match outcome.holds(self.copy_rate) {
+            Some(true) => "yes",
+            Some(false) => "**no**",
+            None => "",
+        };
+        let times = outcome.baseline_seconds.map(|base| base / outcome.seconds);
+        let times = times.map_or(String::new(), |times| format!(", {times:.1} × the baseline"));
+        let peer = outcome.peer_seconds.map_or(String::new(), |s| format!("{:.1}", s * 1e6));
+        let Outcome { op, shape, seconds, .. } = outcome;
+        let (us, percent, bar) = (seconds * 1e6, 100.0 * share, bar(outcome.bar));
+        format!(
+            "| {op} | {shape} | {us:.1} | {rate} | {percent:.0} % of {of}{times} | {bar} \
+             | {holds} | {peer} |\n"
+        )
+    }
+
+    /// What was checked, and what was wrong with it.
+    fn faults(&self, text: &mut String) {
+        let wrong: Vec<_> = self.checks.iter().filter(|(_, error)| error.is_some()).collect();
+        let (right, all) = (self.checks.len() - wrong.len(), self.checks.len());
+        let mut line = |words: String| writeln!(text, "- {words}").unwrap_or_default();
+        line(format!("{right} of {all} checks against the oracle hold"));
+        for (name, error) in wrong {
+            line(format!("**{name}**: {}", error.as_deref().unwrap_or_default()));
+        }
+        for (tool, result) in &self.sanitizer {
+            line(match result {
+                Ok(ran) => format!("compute-sanitizer {tool}: clean, {ran}"),
+                Err(why) => format!("**compute-sanitizer {tool}**: {why}"),
+            });
+        }
+        for (bench, why) in &self.failed {
+            line(format!("**{bench}** did not run: {why}"));
+        }
+        text.push('\n');
+    }
+}
+
+fn bar(bar: Bar) -> String {
+    match bar {
+        Bar::OfCopy(share) => format!("≥ {:.0} % of copy", 100.0 * share),
+        Bar::Tflops(least) => format!("≥ {least} TFLOP/s"),
+        Bar::Microseconds(most) => format!("≤ {most} µs"),
+        Bar::Times(least) => format!("≥ {least} × the baseline"),
+        Bar::None => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(bar: Bar, seconds: f64) -> Outcome {
+        Outcome {
+            op: "add",
+            shape: "1 × 8".into(),
+            work: Work::Bytes(80.0),
+            bar,
+            seconds,
+            baseline_seconds: Some(4.0),
+            peer_seconds: Some(2.0),
+        }
+    }
+
+    #[test]
+    fn bars_are_judged_against_the_run_s_own_ceiling() {
+        let holds = |bar, seconds| outcome(bar, seconds).holds(100.0);
+        assert_eq!(holds(Bar::OfCopy(0.85), 1.0), Some(false));
+        assert_eq!(holds(Bar::OfCopy(0.80), 1.0), Some(true));
+        assert_eq!(holds(Bar::Times(3.0), 1.0), Some(true));
+        assert_eq!(holds(Bar::Times(5.0), 1.0), Some(false));
+        assert_eq!(holds(Bar::Microseconds(100.0), 1e-4), Some(true));
+        assert_eq!(holds(Bar::None, 1.0), None);
+    }
+
+    #[test]
+    fn whatever_is_wrong_is_told_and_the_report_does_not_hold() {
+        let report = Report { copy_rate: 100.0, product_rate: 1.0, ..Report::default() };
+        let good = Report { outcomes: vec![outcome(Bar::OfCopy(0.8), 1.0)], ..report.clone() };
+        assert!(
+            good.holds()
+                && good
+                    .markdown()
+                    .contains("80 % of copy, 4.0 × the baseline | ≥ 80 % of copy | yes | ")
+        );
+        let slow = Report { outcomes: vec![outcome(Bar::OfCopy(0.8), 2.0)], ..report.clone() };
+        assert!(!slow.holds() && slow.markdown().contains("**no**"));
+        let wrong = vec![("rope".to_owned(), Some("element 3".to_owned()))];
+        let wrong = Report { checks: wrong, ..report.clone() };
+        assert!(!wrong.holds() && wrong.markdown().contains("**rope**: element 3"));
+        let racy = vec![("racecheck".to_owned(), Err("a race".to_owned()))];
+        let racy = Report { sanitizer: racy, ..report };
+        assert!(!racy.holds() && racy.json()["sanitizer"][0]["clean"] == false);
+    }
+}

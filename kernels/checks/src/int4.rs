@@ -1,0 +1,355 @@
+//! Products with 4-bit weights: stored layouts, groups, ranges that begin inside one, permuted
+//! columns; the same bits in every batch up to the fused kernel's limit.
+
+use crate::{BF16, Check, Device, Tolerance, compare, noise, rounded};
+use half::{bf16, f16};
+use kernels::{
+    Backend, KernelError, Tensor,
+    cuda::{Cuda, Driver, FUSED_ROWS_MAX, Int4Layout, Int4Part},
+};
+
+pub fn checks<D: Driver>() -> Vec<Check<D>> {
+    vec![
+        Check { name: "int4 layouts", run: layouts },
+        Check { name: "int4 many columns", run: many_columns },
+        Check { name: "int4 ranges", run: ranges },
+        Check { name: "int4 stacked parts", run: stacked },
+        Check { name: "int4 permuted columns", run: permuted },
+        Check { name: "int4 extreme numbers", run: extremes },
+        Check { name: "int4 batches", run: batches },
+    ]
+}
+
+/// Written where no op may write.
+const CANARY: f32 = 77.0;
+
+/// A quantised matrix [rows, cols], and where its columns lie in the groups.
+#[derive(Clone)]
+struct Matrix {
+    rows: usize,
+    cols: usize,
+    group: usize,
+    first_col: usize,
+    /// Of each column, where they are permuted.
+    column_groups: Option<Vec<usize>>,
+    /// [rows, cols]
+    quants: Vec<u8>,
+    /// [groups, rows]
+    zeros: Vec<u8>,
+    /// [groups, rows]
+    scales: Vec<f16>,
+}
+
+/// A matrix as a checkpoint stores it.
+struct Stored {
+    layout: Int4Layout,
+    qweight: Vec<u8>,
+    qzeros: Vec<u8>,
+    scales: Vec<u8>,
+    column_groups: Option<Vec<u8>>,
+}
+
+/// Which row of eight is in each nibble of an AWQ word, the lowest first.
+const AWQ: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
+const IN_ORDER: [usize; 8] = [0, 1, 2, 3, 4, 5, 6, 7];
+
+/// Eight nibbles, the lowest first.
+fn word(nibbles: [u8; 8]) -> [u8; 4] {
+    std::array::from_fn(|i| nibbles[2 * i] | nibbles[2 * i + 1] << 4)
+}
+
+impl Matrix {
+    fn new(seed: u64, [rows, cols, group, first_col]: [usize; 4]) -> Self {
+        let groups = (first_col + cols).div_ceil(group);
+        let nibbles = |seed, len| -> Vec<u8> {
+            noise(seed, len).iter().map(|v| ((v + 1.0) * 8.0) as u8 & 15).collect()
+        };
+        let scale = |v: &f32| f16::from_f32((v + 1.5) / 64.0);
+        Self {
+            rows,
+            cols,
+            group,
+            first_col,
+            column_groups: None,
+            quants: nibbles(seed, rows * cols),
+            zeros: nibbles(seed + 1, groups * rows),
+            scales: noise(seed + 2, groups * rows).iter().map(scale).collect(),
+        }
+    }
+
+    fn group_of(&self, col: usize) -> usize {
+        match &self.column_groups {
+            Some(groups) => groups[col],
+            None => (self.first_col + col) / self.group,
+        }
+    }
+
+    /// Exact in f32.
+    fn weight(&self, row: usize, col: usize) -> f32 {
+        let at = self.group_of(col) * self.rows + row;
+        let steps = f32::from(self.quants[row * self.cols + col]) - f32::from(self.zeros[at]);
+        steps * self.scales[at].to_f32()
+    }
+
+    /// x · Wᵀ + bias in f64, the weights rounded to bf16 where `rounding`.
+    fn product(&self, x: &[f32], bias: &[f32], rounding: bool) -> Vec<f32> {
+        let round = |w: f32| if rounding { bf16::from_f32(w).to_f32() } else { w };
+        let weights: Vec<f64> = (0..self.rows * self.cols)
+            .map(|i| f64::from(round(self.weight(i / self.cols, i % self.cols))))
+            .collect();
+        let sum = |x: &[f32], row: usize| -> f32 {
+            let weights = &weights[row * self.cols..][..self.cols];
+            let sum: f64 = x.iter().zip(weights).map(|(x, w)| f64::from(*x) * w).sum();
+            (sum + f64::from(bias[row])) as f32
+        };
+        x.chunks_exact(self.cols)
+            .flat_map(|x| (0..self.rows).map(move |r| (x, r)))
+            .map(|(x, r)| sum(x, r))
+            .collect()
+    }
+
+    fn store(&self, layout: Int4Layout) -> Stored {
+        let (rows, cols) = (self.rows, self.cols);
+        let order = if layout == Int4Layout::Awq { AWQ } else { IN_ORDER };
+        let quant = |row: usize, col: usize| self.quants[row * cols + col];
+        let qweight = if layout == Int4Layout::Awq {
+            let at = |i: usize| (i / (rows / 8), i % (rows / 8) * 8);
+            (0..cols * rows / 8)
+                .map(at)
+                .flat_map(|(col, row)| word(order.map(|i| quant(row + i, col))))
+                .collect()
+        } else {
+            let at = |i: usize| (i / rows * 8, i % rows);
+            (0..cols * rows / 8)
+                .map(at)
+                .flat_map(|(col, row)| word(order.map(|i| quant(row, col + i))))
+                .collect()
+        };
+        let one = u8::from(layout == Int4Layout::Gptq);
+        let zeros = self.zeros.as_chunks::<8>().0;
+        let qzeros = zeros.iter().flat_map(|z| word(order.map(|i| z[i] - one))).collect();
+        let scales = self.scales.iter().flat_map(|s| s.to_le_bytes()).collect();
+        let groups = |groups: &Vec<usize>| {
+            groups.iter().flat_map(|&group| (group as i32).to_le_bytes()).collect()
+        };
+        let column_groups = self.column_groups.as_ref().map(groups);
+        Stored { layout, qweight, qzeros, scales, column_groups }
+    }
+
+    fn part<'a>(&self, stored: &'a Stored) -> Int4Part<'a> {
+        Int4Part {
+            layout: stored.layout,
+            rows: self.rows,
+            cols: self.cols,
+            group: self.group,
+            first_col: self.first_col,
+            qweight: &stored.qweight,
+            qzeros: &stored.qzeros,
+            scales: &stored.scales,
+            column_groups: stored.column_groups.as_deref(),
+        }
+    }
+}
+
+/// A product on the device in f32 and in bf16; rows past the last are looked at too.
+fn run<D: Driver>(
+    device: &Cuda<D>,
+    parts: &[Int4Part<'_>],
+    (x, cols): (&[f32], usize),
+    bias: Option<&[f32]>,
+) -> Result<Vec<f32>, String> {
+    let rows: usize = parts.iter().map(|part| part.rows).sum();
+    let tokens = x.len() / cols;
+    let product = |exact: bool| -> Result<Vec<f32>, KernelError> {
+        let weight = device.int4_weight(parts)?;
+        let mut x = Tensor::from_host(device, cols, &[x, &vec![f32::NAN; cols]].concat())?;
+        x.rows = tokens;
+        let bias = bias.map(|bias| Tensor::from_host(device, rows, bias)).transpose()?;
+        let canaries = vec![CANARY; (tokens + 1) * rows];
+        let mut out = if exact {
+            Tensor::exact_from_host(device, rows, &canaries)?
+        } else {
+            Tensor::from_host(device, rows, &canaries)?
+        };
+        out.rows = tokens;
+        // Twice: what the first one leaves behind must not reach the second.
+        device.linear(&mut out, &x, &weight, bias.as_ref())?;
+        device.write_floats(&mut out.data, &canaries)?;
+        device.linear(&mut out, &x, &weight, bias.as_ref())?;
+        let mut got = canaries;
+        device.read_floats(&mut got, &out.data)?;
+        Ok(got)
+    };
+    let mut exact = product(true).map_err(|error| error.to_string())?;
+    let narrow = product(false).map_err(|error| error.to_string())?;
+    compare("bf16 beside f32", &narrow, &exact, Tolerance::Rounded)?;
+    let past = exact.split_off(tokens * rows);
+    if past.iter().any(|&v| v != CANARY) {
+        return Err("a row past the last was written".into());
+    }
+    Ok(exact)
+}
+
+/// The product of `tokens` rows against the oracle.
+fn check<D: Driver>(
+    device: &Cuda<D>,
+    matrix: &Matrix,
+    layout: Int4Layout,
+    tokens: usize,
+) -> Result<(), String> {
+    let what = format!(
+        "{layout:?} [{}, {}] in groups of {} from {}, {tokens} tokens",
+        matrix.rows, matrix.cols, matrix.group, matrix.first_col
+    );
+    let x = rounded(&noise(9, tokens * matrix.cols));
+    let bias = rounded(&noise(10, matrix.rows));
+    let stored = matrix.store(layout);
+    let parts = [matrix.part(&stored)];
+    let got = run(device, &parts, (&x, matrix.cols), Some(&bias));
+    let got = got.map_err(|error| format!("{what}: {error}"))?;
+    let wanted = matrix.product(&x, &bias, tokens > FUSED_ROWS_MAX);
+    // f32 sums of values of order 1: the order of the additions is all that differs.
+    compare(&what, &got, &wanted, Tolerance::Absolute(1e-6 * matrix.cols as f32))
+}
+
+fn layouts<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    let device = device(BF16);
+    let cases = [
+        (Int4Layout::Gptq, [8, 128, 128, 0], vec![1, 2, 65]),
+        (Int4Layout::GptqV2, [264, 256, 64, 0], vec![7, 16]),
+        (Int4Layout::Awq, [72, 256, 32, 0], vec![8, 17, 64]),
+        (Int4Layout::Gptq, [320, 136, 64, 0], vec![9]),
+        (Int4Layout::Awq, [16, 512, 128, 0], vec![33, 130]),
+        (Int4Layout::GptqV2, [8, 96, 32, 0], vec![1, 32, 66]),
+        (Int4Layout::Awq, [16, 768, 256, 0], vec![3]),
+    ];
+    for (seed, (layout, shape, tokens)) in cases.into_iter().enumerate() {
+        let mut matrix = Matrix::new(seed as u64 + 20, shape);
+        if layout == Int4Layout::Gptq {
+            // This layout stores one less, and has no 0.
+            matrix.zeros.iter_mut().for_each(|zero| *zero += 1);
+        }
+        for tokens in tokens {
+            check(&device, &matrix, layout, tokens)?;
+        }
+    }
+    Ok(())
+}
+
+/// Enough stages in each of the most splits to fill the ring of stages again.
+fn many_columns<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    let device = device(BF16);
+    check(&device, &Matrix::new(1, [8, 10368, 128, 0]), Int4Layout::Awq, 3)?;
+    check(&device, &Matrix::new(2, [8, 8336, 32, 16]), Int4Layout::GptqV2, 16)?;
+    check(&device, &Matrix::new(3, [8, 8320, 64, 0]), Int4Layout::Awq, 20)
+}
+
+/// Columns that begin and end inside groups, and inside the slots of 32 columns.
+fn ranges<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    let device = device(BF16);
+    let cases = [
+        ([8, 144, 128, 112], vec![5, 70]),
+        ([16, 232, 128, 8], vec![12]),
+        ([8, 40, 64, 56], vec![1, 40]),
+        ([72, 216, 32, 24], vec![2]),
+        ([8, 216, 32, 24], vec![67]),
+        ([8, 264, 128, 328], vec![8]),
+        ([8, 8, 32, 24], vec![1, 65]),
+    ];
+    for (shape, tokens) in cases {
+        for tokens in tokens {
+            check(&device, &Matrix::new(40, shape), Int4Layout::GptqV2, tokens)?;
+        }
+    }
+    check(&device, &Matrix::new(41, [16, 120, 64, 40]), Int4Layout::Awq, 6)
+}
+
+/// Parts whose seams lie inside strips, no bias.
+fn stacked<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    let device = device(BF16);
+    let matrices = [40, 8, 24].map(|rows| Matrix::new(rows as u64, [rows, 256, 128, 0]));
+    let stored = matrices.each_ref().map(|matrix| matrix.store(Int4Layout::Awq));
+    let parts: Vec<_> = matrices.iter().zip(&stored).map(|(m, s)| m.part(s)).collect();
+    for tokens in [4, 66] {
+        let x = rounded(&noise(5, tokens * 256));
+        let got = run(&device, &parts, (&x, 256), None)?;
+        let rounding = tokens > FUSED_ROWS_MAX;
+        let each = matrices.each_ref().map(|m| m.product(&x, &vec![0.0; m.rows], rounding));
+        let row = |t: usize| {
+            matrices.iter().zip(&each).flat_map(move |(m, out)| &out[t * m.rows..][..m.rows])
+        };
+        let wanted: Vec<f32> = (0..tokens).flat_map(row).copied().collect();
+        compare(&format!("stacked, {tokens} tokens"), &got, &wanted, Tolerance::Absolute(3e-4))?;
+    }
+    Ok(())
+}
+
+/// Act-order: whole groups out of order, and a rank's share of groups of every size.
+fn permuted<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    let device = device(BF16);
+    for (cols, group, stride) in [(256, 128, 2), (192, 64, 3), (80, 128, 3)] {
+        let mut matrix = Matrix::new(50, [24, cols, group, 0]);
+        let groups = matrix.zeros.len() / matrix.rows;
+        matrix.column_groups = Some((0..cols).map(|k| k * stride / 7 % groups).collect());
+        for tokens in [1, 10, 65] {
+            check(&device, &matrix, Int4Layout::GptqV2, tokens)?;
+        }
+    }
+    Ok(())
+}
+
+/// The ends of the nibble's range against the ends of the zero point's, scales of zero, tiny and
+/// large ones; a column that meets every combination is exact to the last bit.
+fn extremes<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    let device = device(BF16);
+    for layout in [Int4Layout::Gptq, Int4Layout::GptqV2, Int4Layout::Awq] {
+        let mut matrix = Matrix::new(60, [32, 128, 32, 0]);
+        let zeros = if layout == Int4Layout::Gptq { [1, 16] } else { [0, 15] };
+        // The smallest f16 above zero, the largest, and zero.
+        let scales = [0x0001, 0x7bff, 0x0000, 0x3c00].map(f16::from_bits);
+        for (at, quant) in matrix.quants.iter_mut().enumerate() {
+            *quant = [0, 15][at % 2];
+        }
+        for (at, (zero, scale)) in matrix.zeros.iter_mut().zip(&mut matrix.scales).enumerate() {
+            (*zero, *scale) = (zeros[at % 2], scales[at / 2 % 4]);
+        }
+        // One column a token: its weights, as they are.
+        for col in [0, 31, 77, 126] {
+            let x: Vec<f32> = (0..128).map(|k| if k == col { 1.0 } else { 0.0 }).collect();
+            let stored = matrix.store(layout);
+            let got = run(&device, &[matrix.part(&stored)], (&x, 128), None)?;
+            let wanted: Vec<f32> = (0..32).map(|row| matrix.weight(row, col)).collect();
+            let what = format!("{layout:?}, column {col}");
+            compare(&what, &got, &wanted, Tolerance::Absolute(0.0))?;
+        }
+    }
+    Ok(())
+}
+
+/// A row's bits are the same alone and among others, in whatever tile.
+fn batches<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    let device = device(BF16);
+    let matrix = Matrix::new(70, [24, 520, 128, 0]);
+    let stored = matrix.store(Int4Layout::Awq);
+    let x = rounded(&noise(71, FUSED_ROWS_MAX * matrix.cols));
+    let multiply = |tokens: std::ops::Range<usize>| {
+        let x = &x[tokens.start * matrix.cols..tokens.end * matrix.cols];
+        run(&device, &[matrix.part(&stored)], (x, matrix.cols), None)
+    };
+    let all = multiply(0..FUSED_ROWS_MAX)?;
+    for tokens in [0..1, 63..64, 30..37, 0..8, 5..14, 48..64, 1..18, 20..53] {
+        let got = multiply(tokens.clone())?;
+        let wanted = &all[tokens.start * matrix.rows..tokens.end * matrix.rows];
+        let differs = got.iter().zip(wanted).position(|(a, b)| a.to_bits() != b.to_bits());
+        if let Some(at) = differs {
+            return Err(format!(
+                "token {} of {tokens:?}, row {}: {} alone, {} among others",
+                tokens.start + at / matrix.rows,
+                at % matrix.rows,
+                got[at],
+                wanted[at]
+            ));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,297 @@
+//! Attention over a paged cache: one case for a device and for the oracle.
+//!
+//! Blocks lie in the cache in no order, NaNs fill every slot that no token owns, and block tables
+//! go on with numbers that are no blocks. A sequence's numbers depend on its seed and positions
+//! alone, so that cases which cut or mix sequences otherwise can be compared.
+
+use crate::{noise, rounded};
+use kernels::{
+    BLOCK_TOKENS, Backend, Batch, Heads, KernelError, Tensor,
+    cuda::{Cuda, CudaKv, Driver, KvFormat},
+    plain::Plain,
+};
+use std::sync::LazyLock;
+
+/// Queries are as much larger than keys and values, so that few keys have most of the weight and
+/// the loss of one shows.
+const SHARPNESS: f32 = 6.0;
+
+/// Of the keys and of the values of an e4m3 cache; what they scale stays exact in bf16.
+const SCALES: [f32; 2] = [0.5, 1.5];
+
+/// Keys in a split of the decode kernel.
+pub const SPLIT_TOKENS: usize = 512;
+
+/// Rows of one sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rows {
+    /// Tells sequences apart.
+    pub seed: u64,
+    /// Cached tokens before the first row.
+    pub prefix: usize,
+    pub rows: usize,
+}
+
+impl Rows {
+    fn context(&self) -> usize {
+        self.prefix + self.rows
+    }
+
+    fn blocks(&self) -> usize {
+        self.context().div_ceil(BLOCK_TOKENS)
+    }
+}
+
+/// One call of attention.
+#[derive(Clone, Debug)]
+pub struct Case {
+    pub heads: Heads,
+    pub window: Option<usize>,
+    pub format: KvFormat,
+    pub sequences: Vec<Rows>,
+    /// Each query is near to one key, at an edge of what its row sees.
+    pub needles: bool,
+}
+
+impl Case {
+    /// bf16, no window; sequences (prefix, rows).
+    pub fn new((q, kv, dim): (usize, usize, usize), sequences: &[(usize, usize)]) -> Self {
+        let sequences = sequences.iter().zip(1..);
+        let sequences = sequences.map(|(&(prefix, rows), seed)| Rows { seed, prefix, rows });
+        let heads = Heads { q, kv, dim };
+        Self {
+            heads,
+            window: None,
+            format: KvFormat::Bf16,
+            sequences: sequences.collect(),
+            needles: false,
+        }
+    }
+
+    /// Queries that find one key each: at the start, the end and the edges of blocks and splits,
+    /// and right before a window. One key too few or too many shows, in contexts of any length.
+    #[must_use]
+    pub fn needles(mut self) -> Self {
+        self.needles = true;
+        self
+    }
+
+    #[must_use]
+    pub fn window(mut self, window: usize) -> Self {
+        self.window = Some(window);
+        self
+    }
+
+    #[must_use]
+    pub fn format(mut self, format: KvFormat) -> Self {
+        self.format = format;
+        self
+    }
+
+    /// Rows of the call.
+    pub fn tokens(&self) -> usize {
+        self.sequences.iter().map(|s| s.rows).sum()
+    }
+
+    /// out [T, q D] of a device.
+    ///
+    /// # Errors
+    /// The device's own.
+    pub fn run<D: Driver>(&self, device: &Cuda<D>) -> Result<Vec<f32>, KernelError> {
+        let mut kv = device.kv(self.layout().1, self.heads)?;
+        if self.format == KvFormat::Fp8 {
+            kv.set_scales(SCALES[0], SCALES[1])?;
+        }
+        self.fill(device, &kv)?;
+        self.attend(device, &kv)
+    }
+
+    /// out [T, q D] of the oracle.
+    ///
+    /// # Errors
+    /// The oracle's own.
+    pub fn oracle(&self) -> Result<Vec<f32>, KernelError> {
+        let mut kv = Plain.kv(self.layout().1, self.heads)?;
+        let all: Vec<Rows> = self.sequences.iter().map(|s| self.whole(s)).collect();
+        let whole = Self { sequences: all, ..self.clone() };
+        let qkv = Tensor::from_host(&Plain, self.heads.qkv_cols(), &whole.qkv())?;
+        Plain.store_kv(&mut kv, &qkv, &whole.batch(&Plain)?, self.heads)?;
+        self.attend(&Plain, &kv)
+    }
+
+    fn whole(&self, rows: &Rows) -> Rows {
+        Rows { prefix: 0, rows: rows.context(), ..*rows }
+    }
+
+    fn attend<B: Backend>(&self, device: &B, kv: &B::Kv) -> Result<Vec<f32>, KernelError> {
+        let qkv = Tensor::from_host(device, self.heads.qkv_cols(), &self.qkv())?;
+        let out_cols = self.heads.q * self.heads.dim;
+        let mut out = Tensor::zeros(device, self.tokens(), out_cols)?;
+        // What no kernel writes shows.
+        device.write_floats(&mut out.data, &vec![f32::NAN; self.tokens() * out_cols])?;
+        let batch = self.batch(device)?;
+        device.attention(&mut out, &qkv, kv, &batch, self.heads, self.window)?;
+        let mut got = vec![0.0; self.tokens() * out_cols];
+        device.read_floats(&mut got, &out.data)?;
+        Ok(got)
+    }
+
+    /// Every token's packed row, as the cache's format holds keys and values.
+    fn tokens_of(&self, rows: &Rows) -> Vec<f32> {
+        let Heads { q, kv, dim } = self.heads;
+        let cols = self.heads.qkv_cols();
+        let mut all = rounded(&noise(rows.seed, rows.context() * cols));
+        for row in all.chunks_exact_mut(cols) {
+            let (queries, cached) = row.split_at_mut(q * dim);
+            queries.iter_mut().for_each(|v| *v = rounded(&[*v * SHARPNESS])[0]);
+            if self.format == KvFormat::Fp8 {
+                for (cached, scale) in cached.chunks_exact_mut(kv * dim).zip(SCALES) {
+                    let held = |v: f32| e4m3_value(e4m3_nearest(v / scale)) * scale;
+                    cached.iter_mut().for_each(|v| *v = held(*v));
+                }
+            }
+        }
+        if self.needles {
+            self.point(&mut all, rows.prefix);
+        }
+        all
+    }
+
+    /// Makes the queries of rows from `first` on needles.
+    fn point(&self, all: &mut [f32], first: usize) {
+        let Heads { q, kv, dim } = self.heads;
+        let cols = self.heads.qkv_cols();
+        for p in first..all.len() / cols {
+            let start = self.window.map_or(0, |window| (p + 1).saturating_sub(window));
+            let (block, split) = (p - p % BLOCK_TOKENS, p - p % SPLIT_TOKENS);
+            let edges = [start, p, block, split, start + 1, p / 2, start + 15, p - p % 3];
+            let places = edges.into_iter().flat_map(|edge| [edge, edge.saturating_sub(1)]);
+            let places: Vec<usize> = places.map(|place| place.min(p)).collect();
+            for h in 0..q {
+                let key = places[(p + h) % places.len()] * cols + (q + h / (q / kv)) * dim;
+                for d in 0..dim {
+                    let (near, noise) = (all[key + d], all[p * cols + h * dim + d] / SHARPNESS);
+                    let query = half::bf16::from_f32(3.0 * near + noise);
+                    all[p * cols + h * dim + d] = query.to_f32();
+                }
+            }
+        }
+    }
+
+    /// [T, (q + 2 kv) D]
+    fn qkv(&self) -> Vec<f32> {
+        let cols = self.heads.qkv_cols();
+        let rows = |s: &Rows| self.tokens_of(s)[s.prefix * cols..].to_vec();
+        self.sequences.iter().flat_map(rows).collect()
+    }
+
+    /// The blocks of each sequence, and how many the cache has: some that nobody owns as well.
+    fn layout(&self) -> (Vec<Vec<i32>>, usize) {
+        let owned: usize = self.sequences.iter().map(Rows::blocks).sum();
+        let blocks = owned + 5;
+        let mut order: Vec<i32> = (0..blocks as i32).collect();
+        let draws = noise(blocks as u64 + 77, blocks);
+        order.sort_by(|&a, &b| draws[a as usize].total_cmp(&draws[b as usize]));
+        let mut free = order.into_iter();
+        let take = |s: &Rows| free.by_ref().take(s.blocks()).collect();
+        (self.sequences.iter().map(take).collect(), blocks)
+    }
+
+    fn batch<B: Backend>(&self, device: &B) -> Result<Batch<B>, KernelError> {
+        let (tables, _) = self.layout();
+        let table_cols = tables.iter().map(Vec::len).max().unwrap_or(0) + 2;
+        let (mut positions, mut slots, mut starts) = (Vec::new(), Vec::new(), vec![0]);
+        let (mut lens, mut block_tables) = (Vec::new(), Vec::new());
+        for (s, table) in self.sequences.iter().zip(&tables) {
+            let rows = s.prefix..s.context();
+            positions.extend(rows.clone().map(|p| p as i32));
+            let slot = |p| table[p / BLOCK_TOKENS] * BLOCK_TOKENS as i32 + (p % 16) as i32;
+            slots.extend(rows.map(slot));
+            starts.push(positions.len() as i32);
+            lens.push(s.context() as i32);
+            let mut row = vec![i32::MAX; table_cols];
+            row[..table.len()].copy_from_slice(table);
+            block_tables.extend(row);
+        }
+        let ints = |values: &[i32]| -> Result<B::Ints, KernelError> {
+            let mut to = device.ints(values.len())?;
+            device.write_ints(&mut to, values)?;
+            Ok(to)
+        };
+        let tokens = positions.len();
+        let mut batch = Batch {
+            tokens,
+            sequences: self.sequences.len(),
+            logit_rows_len: 0,
+            ids: device.ints(tokens)?,
+            positions: ints(&positions)?,
+            rope_rows: ints(&positions)?,
+            slots: ints(&slots)?,
+            row_starts: ints(&starts)?,
+            context_lens: ints(&lens)?,
+            block_tables: ints(&block_tables)?,
+            block_table_cols: table_cols,
+            logit_rows: device.ints(0)?,
+            q_scale: None,
+            cuts: device.cuts(tokens, self.sequences.len())?,
+        };
+        device.cut(&mut batch)?;
+        Ok(batch)
+    }
+
+    /// Writes the cache's own bytes: NaNs, then the tokens.
+    fn fill<D: Driver>(&self, device: &Cuda<D>, kv: &CudaKv<D>) -> Result<(), KernelError> {
+        let Heads { q, kv: kv_heads, dim } = self.heads;
+        let width = self.format.element_bytes();
+        let (tables, _) = self.layout();
+        let pools = [kv.keys(), kv.values()];
+        for (which, pool) in pools.into_iter().enumerate() {
+            // All ones are a NaN in both formats.
+            let mut bytes = vec![0xff; pool.bytes()];
+            for (s, table) in self.sequences.iter().zip(&tables) {
+                let tokens = self.tokens_of(s);
+                for (p, row) in tokens.chunks_exact(self.heads.qkv_cols()).enumerate() {
+                    for head in 0..kv_heads {
+                        let block = table[p / BLOCK_TOKENS] as usize * kv_heads + head;
+                        let at = (block * BLOCK_TOKENS + p % BLOCK_TOKENS) * dim * width;
+                        let from = &row[(q + which * kv_heads + head) * dim..][..dim];
+                        let to = bytes[at..][..dim * width].chunks_exact_mut(width);
+                        to.zip(from).for_each(|(to, &v)| self.store(to, v, SCALES[which]));
+                    }
+                }
+            }
+            pool.write(device.driver(), &bytes)?;
+        }
+        Ok(())
+    }
+
+    fn store(&self, to: &mut [u8], value: f32, scale: f32) {
+        match self.format {
+            KvFormat::Bf16 => {
+                to.copy_from_slice(&half::bf16::from_f32(value).to_le_bytes());
+            }
+            KvFormat::Fp8 => to[0] = e4m3_nearest(value / scale),
+        }
+    }
+}
+
+/// What an e4m3 code below NaN stands for.
+fn e4m3_value(code: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7) / 8.0);
+    let magnitude = match exponent {
+        0 => mantissa * 2f32.powi(-6),
+        _ => (1.0 + mantissa) * 2f32.powi(exponent - 7),
+    };
+    if code & 0x80 == 0 { magnitude } else { -magnitude }
+}
+
+/// A code whose value is no further from `value` than any other's.
+fn e4m3_nearest(value: f32) -> u8 {
+    static VALUES: LazyLock<Vec<f32>> = LazyLock::new(|| (0..0x7f).map(e4m3_value).collect());
+    let magnitude = value.abs();
+    let above = VALUES.partition_point(|v| *v < magnitude).min(VALUES.len() - 1);
+    let below = above.saturating_sub(1);
+    let nearer = magnitude - VALUES[below] < VALUES[above] - magnitude;
+    let code = if nearer { below } else { above } as u8;
+    if value < 0.0 { code | 0x80 } else { code }
+}

@@ -1,0 +1,50 @@
+//! Prefill attention by wgmma: what is asked of the kernel for every device, and the places where
+//! this one has seams: steps of 128 keys, rings of three slots, warpgroups of 64 rows.
+
+use crate::{
+    BF16, Check, Device,
+    paged::Case,
+    prefill::{agree, company, lengths, tiles, windows},
+};
+use kernels::cuda::{Driver, PrefillKernel};
+
+pub fn checks<D: Driver>() -> Vec<Check<D>> {
+    vec![
+        Check {
+            name: "wgmma prefill: rows and prefixes about blocks' ends",
+            run: |device| on_wgmma(device, lengths),
+        },
+        Check { name: "wgmma prefill: several tiles", run: |device| on_wgmma(device, tiles) },
+        Check { name: "wgmma prefill: windows", run: |device| on_wgmma(device, windows) },
+        Check {
+            name: "wgmma prefill: other company, other chunks",
+            run: |device| on_wgmma(device, company),
+        },
+        Check { name: "wgmma prefill: steps and rings", run: |device| on_wgmma(device, steps) },
+    ]
+}
+
+/// Runs a check with this kernel chosen; nothing on devices that have no wgmma.
+fn on_wgmma<D: Driver>(
+    device: Device<'_, D>,
+    check: fn(Device<'_, D>, PrefillKernel) -> Result<(), String>,
+) -> Result<(), String> {
+    if device(BF16).driver().facts().compute_capability != (9, 0) {
+        return Ok(());
+    }
+    check(device, PrefillKernel::Wgmma)
+}
+
+/// One to eight steps, so that rings go round and parities turn; contexts that end about a step's
+/// end, and windows that begin there.
+fn steps<D: Driver>(device: Device<'_, D>, kernel: PrefillKernel) -> Result<(), String> {
+    for case in [
+        Case::new((1, 1, 64), &[(900, 64), (126, 2), (127, 2), (253, 3)]),
+        Case::new((1, 1, 128), &[(640, 66), (383, 2)]),
+        Case::new((2, 1, 64), &[(700, 128)]).window(128),
+        Case::new((1, 1, 64), &[(511, 65)]).window(129),
+    ] {
+        agree(device, kernel, &case)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,331 @@
+//! qk_norm, rope, store_kv, and the three in one.
+
+use crate::flat::{Indices, guarded, refused, text, written};
+use crate::{BF16, Check, Device, Tolerance, compare, e4m3, noise, rounded};
+use kernels::cuda::{Array, Cuda, CudaConfig, CudaKv, Driver, KvFormat};
+use kernels::{BLOCK_TOKENS, Backend, Heads, KernelError, Rotation, Tensor, plain::Plain};
+
+pub fn checks<D: Driver>() -> Vec<Check<D>> {
+    vec![
+        Check { name: "rotate_and_store", run: rotate_and_store },
+        Check { name: "rotate_and_store to e4m3", run: to_fp8 },
+        Check { name: "qk_norm, rope and store_kv alone", run: alone },
+        Check { name: "rotate_and_store: a token in other company", run: company },
+        Check { name: "rotate_and_store: NaN", run: nan },
+        Check { name: "rotate_and_store: what is refused", run: refusals },
+    ]
+}
+
+const EPS: f32 = 1e-6;
+/// Rows of the table of cosines and sines.
+const TABLE_ROWS: usize = 40;
+
+/// A step's rows.
+#[derive(Clone, Debug)]
+struct Case {
+    heads: Heads,
+    norm: bool,
+    q_scale: bool,
+    format: KvFormat,
+    scales: (f32, f32),
+    /// Tells rows apart; also the row's number in the table, its slot and its scale.
+    tokens: Vec<usize>,
+}
+
+/// What a step leaves: packed rows, keys and values as the cache's bytes.
+struct Left {
+    qkv: Vec<f32>,
+    keys: Vec<u8>,
+    values: Vec<u8>,
+}
+
+impl Case {
+    fn new((q, kv, dim): (usize, usize, usize), tokens: &[usize]) -> Self {
+        Self {
+            heads: Heads { q, kv, dim },
+            norm: false,
+            q_scale: false,
+            format: KvFormat::Bf16,
+            scales: (1.0, 1.0),
+            tokens: tokens.to_vec(),
+        }
+    }
+
+    fn cols(&self) -> usize {
+        self.heads.qkv_cols()
+    }
+
+    /// [T, (q + 2 kv) D]
+    fn qkv(&self) -> Vec<f32> {
+        let row = |&token: &usize| rounded(&noise(token as u64 + 10, self.cols()));
+        self.tokens.iter().flat_map(row).collect()
+    }
+
+    /// Weights of the queries' norm and of the keys'.
+    fn norms(&self) -> [Vec<f32>; 2] {
+        [21, 22].map(|seed| {
+            let weight: Vec<f32> = noise(seed, self.heads.dim).iter().map(|w| w + 0.5).collect();
+            rounded(&weight)
+        })
+    }
+
+    /// Every row another rotation, scaled as YaRN does.
+    fn cos_sin(&self) -> Vec<f32> {
+        let half = self.heads.dim / 2;
+        let angles = noise(23, TABLE_ROWS * half);
+        let row = |angles: &[f32]| {
+            let angles = angles.iter().map(|a| a * std::f32::consts::PI);
+            let cos = angles.clone().map(|a| a.cos() * 1.1386);
+            cos.chain(angles.map(|a| a.sin() * 1.1386)).collect::<Vec<f32>>()
+        };
+        angles.chunks_exact(half).flat_map(row).collect()
+    }
+
+    fn slot(token: usize) -> usize {
+        token * 7 % (4 * BLOCK_TOKENS)
+    }
+
+    fn indices(&self) -> Indices {
+        let scale = |&token: &usize| 1.0 + token as f32 / 16.0;
+        Indices {
+            tokens: self.tokens.len(),
+            rope_rows: self.tokens.iter().map(|t| (t * 3 % TABLE_ROWS) as i32).collect(),
+            slots: self.tokens.iter().map(|t| Self::slot(*t) as i32).collect(),
+            q_scale: self.q_scale.then(|| self.tokens.iter().map(scale).collect()),
+            ..Indices::default()
+        }
+    }
+
+    /// The rows, and what the case says should happen to them.
+    fn rotate<B: Backend>(&self, device: &B, kv: &mut B::Kv) -> Result<Tensor<B>, KernelError> {
+        let dim = self.heads.dim;
+        let mut qkv = guarded(device, self.cols(), &self.qkv())?;
+        let [q, k] = self.norms();
+        let (q, k) = (Tensor::from_host(device, dim, &q)?, Tensor::from_host(device, dim, &k)?);
+        let cos_sin = Tensor::exact_from_host(device, dim, &self.cos_sin())?;
+        let norm = self.norm.then_some((&q, &k, EPS));
+        let rotation = Rotation { norm, cos_sin: &cos_sin, heads: self.heads };
+        device.rotate_and_store(kv, &mut qkv, &rotation, &self.indices().batch(device)?)?;
+        Ok(qkv)
+    }
+
+    /// A cache of bytes that are all ones: NaN in both formats.
+    fn cache<D: Driver>(&self, device: &Cuda<D>) -> Result<CudaKv<D>, KernelError> {
+        let mut kv = device.kv(4, self.heads)?;
+        for pool in [kv.keys(), kv.values()] {
+            pool.write(device.driver(), &vec![0xff; pool.bytes()])?;
+        }
+        if self.format == KvFormat::Fp8 {
+            kv.set_scales(self.scales.0, self.scales.1)?;
+        }
+        Ok(kv)
+    }
+
+    fn device<D: Driver>(&self, device: Device<'_, D>) -> Cuda<D> {
+        device(CudaConfig { kv_format: self.format, ..BF16 })
+    }
+
+    fn run<D: Driver>(&self, device: Device<'_, D>) -> Result<Left, String> {
+        let device = self.device(device);
+        let mut kv = self.cache(&device).map_err(text)?;
+        let qkv = self.rotate(&device, &mut kv).map_err(text)?;
+        left(&device, written(&device, &qkv)?, &kv)
+    }
+
+    /// Rows as the oracle has them.
+    fn oracle(&self) -> Result<Vec<f32>, String> {
+        let mut kv = Plain.kv(4, self.heads).map_err(text)?;
+        let qkv = self.rotate(&Plain, &mut kv).map_err(text)?;
+        written(&Plain, &qkv)
+    }
+
+    /// Runs the case; compares rows with the oracle's, and the cache with the rows.
+    fn agree<D: Driver>(&self, device: Device<'_, D>) -> Result<(), String> {
+        let got = self.run(device).map_err(|error| format!("{self:?}: {error}"))?;
+        compare(&format!("{self:?}"), &got.qkv, &self.oracle()?, NEAR)?;
+        self.cached(&got).map_err(|error| format!("{self:?}: {error}"))
+    }
+
+    /// `Ok` where the cache holds what the rows say, and nothing else was written.
+    fn cached(&self, got: &Left) -> Result<(), String> {
+        let Heads { q, kv, dim } = self.heads;
+        let width = self.format.element_bytes();
+        let pools = [(&got.keys, self.scales.0, q), (&got.values, self.scales.1, q + kv)];
+        for (pool, scale, first_head) in pools {
+            let mut owned = vec![false; pool.len()];
+            for (row, &token) in got.qkv.chunks_exact(self.cols()).zip(&self.tokens) {
+                let slot = Self::slot(token);
+                for head in 0..kv {
+                    let block = slot / BLOCK_TOKENS * kv + head;
+                    let at = (block * BLOCK_TOKENS + slot % BLOCK_TOKENS) * dim * width;
+                    let stored = at..at + dim * width;
+                    owned[stored.clone()].fill(true);
+                    let wanted = &row[(first_head + head) * dim..][..dim];
+                    self.holds(&pool[stored], wanted, scale)
+                        .map_err(|error| format!("token {token}, head {head}: {error}"))?;
+                }
+            }
+            if owned.iter().zip(pool).any(|(owned, byte)| !owned && *byte != 0xff) {
+                return Err("a slot that is no token's was written".into());
+            }
+        }
+        Ok(())
+    }
+
+    fn holds(&self, stored: &[u8], wanted: &[f32], scale: f32) -> Result<(), String> {
+        match self.format {
+            KvFormat::Bf16 => {
+                let value = |b: &[u8; 2]| half::bf16::from_le_bytes(*b).to_f32();
+                let values: Vec<f32> = stored.as_chunks::<2>().0.iter().map(value).collect();
+                compare("the cache", &values, wanted, Tolerance::Rounded)
+            }
+            KvFormat::Fp8 => {
+                let scaled: Vec<f32> = wanted.iter().map(|v| v * scale.recip()).collect();
+                e4m3::compare("the cache", stored, &scaled)
+            }
+        }
+    }
+}
+
+/// A difference of two products that nearly cancel is as exact as f32 has them, not as itself.
+const NEAR: Tolerance = Tolerance::UlpsOr(1, 2e-6);
+
+fn left<D: Driver>(device: &Cuda<D>, qkv: Vec<f32>, kv: &CudaKv<D>) -> Result<Left, String> {
+    let bytes = |pool: &Array<D>| {
+        let mut bytes = vec![0; pool.bytes()];
+        pool.read(device.driver(), &mut bytes).map(|()| bytes).map_err(text)
+    };
+    let (keys, values) = (bytes(kv.keys())?, bytes(kv.values())?);
+    Ok(Left { qkv, keys, values })
+}
+
+/// Head counts of whole models and of their shards: few heads, heads that fill a warp in part, and
+/// more than one warp of them.
+const HEADS: [(usize, usize, usize); 7] =
+    [(1, 1, 64), (14, 2, 64), (9, 3, 64), (1, 1, 128), (5, 5, 128), (16, 2, 128), (7, 1, 128)];
+
+fn rotate_and_store<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    for (at, heads) in HEADS.into_iter().enumerate() {
+        for tokens in [&[3][..], &[9, 0, 4], &[]] {
+            let mut case = Case::new(heads, tokens);
+            (case.norm, case.q_scale) = (at % 2 == 0, at % 3 == 0);
+            case.agree(device)?;
+        }
+    }
+    let mut case = Case::new((2, 2, 128), &(0..33).collect::<Vec<_>>());
+    case.agree(device)?;
+    (case.norm, case.q_scale) = (true, true);
+    case.agree(device)
+}
+
+fn to_fp8<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    for (at, heads) in HEADS.into_iter().enumerate() {
+        let mut case = Case::new(heads, &[1, 22, 8]);
+        case.format = KvFormat::Fp8;
+        case.norm = at % 2 == 1;
+        case.agree(device)?;
+        // Keys that saturate, values that are coarse.
+        case.scales = (0.001, 0.7);
+        case.agree(device)?;
+    }
+    Ok(())
+}
+
+/// The separate ops agree with the oracle's, and rope, then store_kv leaves what both in one do.
+fn alone<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    fn normed<B: Backend>(device: &B, case: &Case) -> Result<Tensor<B>, KernelError> {
+        let dim = case.heads.dim;
+        let [q, k] = case.norms();
+        let (q, k) = (Tensor::from_host(device, dim, &q)?, Tensor::from_host(device, dim, &k)?);
+        let mut qkv = guarded(device, case.cols(), &case.qkv())?;
+        device.qk_norm(&mut qkv, &q, &k, EPS, case.heads)?;
+        Ok(qkv)
+    }
+    fn rotated<B: Backend>(device: &B, case: &Case) -> Result<Tensor<B>, KernelError> {
+        let cos_sin = Tensor::exact_from_host(device, case.heads.dim, &case.cos_sin())?;
+        let mut qkv = guarded(device, case.cols(), &case.qkv())?;
+        device.rope(&mut qkv, &cos_sin, &case.indices().batch(device)?, case.heads)?;
+        Ok(qkv)
+    }
+    for (at, heads) in HEADS.into_iter().enumerate() {
+        let mut case = Case::new(heads, &[5, 2, 30]);
+        case.q_scale = at % 2 == 0;
+        case.format = if at % 3 == 0 { KvFormat::Fp8 } else { KvFormat::Bf16 };
+        let there = case.device(device);
+        let got = written(&there, &normed(&there, &case).map_err(text)?)?;
+        let wanted = written(&Plain, &normed(&Plain, &case).map_err(text)?)?;
+        compare(&format!("qk_norm, {case:?}"), &got, &wanted, Tolerance::Ulps(1))?;
+        let qkv = rotated(&there, &case).map_err(text)?;
+        let wanted = written(&Plain, &rotated(&Plain, &case).map_err(text)?)?;
+        compare(&format!("rope, {case:?}"), &written(&there, &qkv)?, &wanted, NEAR)?;
+        let mut kv = case.cache(&there).map_err(text)?;
+        let batch = case.indices().batch(&there).map_err(text)?;
+        there.store_kv(&mut kv, &qkv, &batch, case.heads).map_err(text)?;
+        let apart = left(&there, written(&there, &qkv)?, &kv)?;
+        case.cached(&apart).map_err(|error| format!("store_kv, {case:?}: {error}"))?;
+        let whole = case.run(device)?;
+        if (apart.keys, apart.values) != (whole.keys, whole.values) {
+            return Err(format!("{case:?}: rope, then store_kv leaves other bytes"));
+        }
+        compare("rows of both", &apart.qkv, &whole.qkv, Tolerance::Rounded)?;
+    }
+    Ok(())
+}
+
+/// Bit for bit: a row does not depend on those beside it.
+fn company<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    for heads in [(9, 3, 64), (7, 1, 128)] {
+        let mut case = Case::new(heads, &[4, 19, 33, 7, 12]);
+        (case.norm, case.q_scale) = (true, true);
+        let together = case.run(device)?;
+        for (token, row) in case.tokens.iter().zip(together.qkv.chunks_exact(case.cols())) {
+            let got = Case { tokens: vec![*token], ..case.clone() }.run(device)?;
+            if row.iter().zip(&got.qkv).any(|(a, b)| a.to_bits() != b.to_bits()) {
+                return Err(format!("{case:?}: token {token} differs alone"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A NaN in a head stays in it, and goes to the cache.
+fn nan<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    for format in [KvFormat::Bf16, KvFormat::Fp8] {
+        let mut case = Case::new((4, 2, 64), &[1]);
+        case.format = format;
+        let Heads { q, dim, .. } = case.heads;
+        let there = case.device(device);
+        let mut values = case.qkv();
+        values[(q + 1) * dim + 3] = f32::NAN;
+        let mut kv = case.cache(&there).map_err(text)?;
+        // Nothing behind the row: a read there is an address fault.
+        let qkv = Tensor::from_host(&there, case.cols(), &values).map_err(text)?;
+        let batch = case.indices().batch(&there).map_err(text)?;
+        there.store_kv(&mut kv, &qkv, &batch, case.heads).map_err(text)?;
+        case.cached(&left(&there, values, &kv)?)?;
+    }
+    Ok(())
+}
+
+fn refusals<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    let run = |case: &Case, change: &dyn Fn(&mut Indices)| {
+        let there = case.device(device);
+        let mut indices = case.indices();
+        change(&mut indices);
+        let dim = case.heads.dim;
+        let cos_sin = Tensor::exact_from_host(&there, dim, &case.cos_sin())?;
+        let mut qkv = guarded(&there, case.cols(), &case.qkv())?;
+        let mut kv = case.cache(&there)?;
+        let rotation = Rotation { norm: None, cos_sin: &cos_sin, heads: case.heads };
+        there.rotate_and_store(&mut kv, &mut qkv, &rotation, &indices.batch(&there)?)
+    };
+    let case = Case::new((2, 1, 64), &[0, 1]);
+    refused("a slot", run(&case, &|i| i.slots[1] = 64), "slot 64 is outside 0..64")?;
+    refused("a slot", run(&case, &|i| i.slots[0] = -1), "is outside 0..64")?;
+    refused("a row", run(&case, &|i| i.rope_rows[1] = 40), "table row 40 is outside 0..40")?;
+    refused("few slots", run(&case, &|i| i.slots.truncate(1)), "slots needs 2")?;
+    refused("few scales", run(&case, &|i| i.q_scale = Some(vec![1.0])), "q_scale needs 2")?;
+    refused("head_dim 32", run(&Case::new((2, 1, 32), &[0]), &|_| ()), "only for 64 and 128")?;
+    let mut kv = case.cache(&case.device(device)).map_err(text)?;
+    refused("scales of a bf16 cache", kv.set_scales(1.0, 1.0), "a bf16 cache has none")
+}

@@ -1,0 +1,194 @@
+//! One row and what is asked of it, on the device and on the host.
+
+use crate::noise;
+use engine::plan::{Admission, SamplingParams, TokenLogprob};
+use kernels::{
+    Backend, KernelError, Tensor,
+    cuda::{Cuda, Driver, NextToken, Refused, SampleRequest, Sampled, Wanted},
+};
+use model::{SampleError, Sampler, Seen};
+
+/// Rows of one call.
+const ROWS_MAX: usize = 256;
+
+pub struct Case {
+    pub params: SamplingParams,
+    /// Which of the rows.
+    pub row: usize,
+    pub position: usize,
+    /// What penalties see, the prompt first.
+    pub tokens: Vec<u32>,
+    pub prompt_len: usize,
+    pub allowed: Option<Vec<u32>>,
+    /// The token whose logprob is wanted, instead of a draw.
+    pub score: Option<u32>,
+}
+
+impl Clone for Case {
+    fn clone(&self) -> Self {
+        Self {
+            params: self.params.clone(),
+            tokens: self.tokens.clone(),
+            allowed: self.allowed.clone(),
+            ..*self
+        }
+    }
+}
+
+impl Case {
+    pub fn new(params: &SamplingParams, row: usize) -> Self {
+        Self {
+            params: params.clone(),
+            row,
+            position: 0,
+            tokens: Vec::new(),
+            prompt_len: 0,
+            allowed: None,
+            score: None,
+        }
+    }
+
+    fn seen(&self) -> Seen {
+        Seen::new(&Admission {
+            params: self.params.clone(),
+            tokens: self.tokens.clone(),
+            prompt_len: self.prompt_len,
+        })
+    }
+
+    fn request<'a>(&'a self, seen: &'a [(u32, u32)]) -> SampleRequest<'a> {
+        let p = &self.params;
+        let next = NextToken {
+            temperature: p.temperature,
+            top_p: p.top_p,
+            top_k: p.top_k,
+            min_p: p.min_p,
+            repetition_penalty: p.repetition_penalty,
+            presence_penalty: p.presence_penalty,
+            frequency_penalty: p.frequency_penalty,
+            seed: p.seed,
+            position: self.position as u64,
+            logit_bias: &p.logit_bias,
+            seen,
+            allowed: self.allowed.as_deref(),
+        };
+        let wanted = self.score.map_or(Wanted::Next(next), Wanted::Token);
+        SampleRequest { wanted, logprobs: p.logprobs.map(|top| top as usize) }
+    }
+
+    /// What the host answers.
+    fn host(&self, sampler: &mut Sampler, row: &[f32]) -> Result<TokenLogprob, SampleError> {
+        let top = self.params.logprobs.unwrap_or(0) as usize;
+        if let Some(token) = self.score {
+            return sampler.score(row, token, top, self.position);
+        }
+        // The host knows no masks; a forbidden token far below all others is as good as none.
+        let mut masked = row.to_vec();
+        if let Some(allowed) = &self.allowed {
+            let forbidden = |id: usize| allowed[id / 32] >> (id % 32) & 1 == 0;
+            (0..row.len()).filter(|&id| forbidden(id)).for_each(|id| masked[id] = -1e30);
+        }
+        let params = SamplingParams { logprobs: None, ..self.params.clone() };
+        let chosen = sampler.sample(&masked, &params, &self.seen(), self.position)?;
+        match self.params.logprobs {
+            None => Ok(chosen),
+            Some(_) => sampler.score(row, chosen.token, top, self.position),
+        }
+    }
+}
+
+pub type Answer = Result<Sampled, Refused>;
+
+/// The device's answers.
+pub fn run<D: Driver>(
+    device: &Cuda<D>,
+    drawable: usize,
+    rows: &[Vec<f32>],
+    cases: &[Case],
+) -> Result<Vec<Answer>, String> {
+    try_run(device, drawable, rows, cases).map_err(|error| error.to_string())?
+}
+
+fn try_run<D: Driver>(
+    device: &Cuda<D>,
+    drawable: usize,
+    rows: &[Vec<f32>],
+    cases: &[Case],
+) -> Result<Result<Vec<Answer>, String>, KernelError> {
+    let vocab = rows[0].len();
+    let mut room = device.sample_room(ROWS_MAX.min(cases.len()), vocab, drawable)?;
+    let mut answers = Vec::with_capacity(cases.len());
+    for cases in cases.chunks(ROWS_MAX) {
+        let values: Vec<f32> =
+            cases.iter().flat_map(|case| rows[case.row].iter().copied()).collect();
+        let mut logits = Tensor::exact_from_host(device, vocab, &values)?;
+        let seen: Vec<_> = cases.iter().map(|case| case.seen().ascending()).collect();
+        let requests: Vec<_> =
+            cases.iter().zip(&seen).map(|(case, seen)| case.request(seen)).collect();
+        answers.extend(device.sample(&mut room, &mut logits, &requests)?);
+        let mut after = vec![0.0; values.len()];
+        device.read_floats(&mut after, &logits.data)?;
+        let same = values.iter().zip(&after).position(|(a, b)| a.to_bits() != b.to_bits());
+        if let Some(at) = same {
+            let (row, id) = (at / vocab, at % vocab);
+            return Ok(Err(format!("row {row}, id {id}: {} became {}", values[at], after[at])));
+        }
+    }
+    Ok(Ok(answers))
+}
+
+/// Every token the host's, every logprob near it.
+pub fn agree<D: Driver>(
+    device: &Cuda<D>,
+    drawable: usize,
+    rows: &[Vec<f32>],
+    cases: &[Case],
+) -> Result<(), String> {
+    let vocab = rows[0].len();
+    let mut sampler = Sampler::new(vocab, drawable);
+    let answers = run(device, drawable, rows, cases)?;
+    for (index, (case, answer)) in cases.iter().zip(&answers).enumerate() {
+        let what = || format!("{vocab} logits, case {index}, {:?}", case.params);
+        let wanted = case.host(&mut sampler, &rows[case.row]);
+        let wanted = wanted.map_err(|error| format!("{}: the host refuses: {error}", what()))?;
+        let got = answer.as_ref().map_err(|refused| format!("{}: {refused}", what()))?;
+        if !near(got, &wanted) {
+            return Err(format!("{}: {got:?}, the host {wanted:?}", what()));
+        }
+    }
+    Ok(())
+}
+
+fn near(got: &Sampled, wanted: &TokenLogprob) -> bool {
+    let close = |a: f32, b: f32| (a - b).abs() <= 2e-6 * b.abs().max(1.0);
+    let logprobs = match (got.logprob, wanted.logprob) {
+        (Some(a), Some(b)) => close(a, b),
+        (None, None) => true,
+        _ => false,
+    };
+    let top = got.top.len() == wanted.top.len()
+        && got.top.iter().zip(&wanted.top).all(|(a, b)| a.0 == b.0 && close(a.1, b.1));
+    got.token == wanted.token && logprobs && top
+}
+
+pub fn params() -> SamplingParams {
+    SamplingParams { temperature: 1.0, seed: 0x1234_5678_9abc_def1, ..SamplingParams::GREEDY }
+}
+
+/// Sums of evenly distributed numbers, about ±6.
+pub fn normal_row(len: usize, seed: u64) -> Vec<f32> {
+    let parts = noise(seed + 1, 4 * len);
+    parts.as_chunks::<4>().0.iter().map(|part| part.iter().sum::<f32>() * 2.5).collect()
+}
+
+/// Each filter alone at several strengths, and some together.
+pub fn filters() -> Vec<SamplingParams> {
+    let mut all = vec![params()];
+    all.extend([1, 2, 20, 500, 5000].map(|top_k| SamplingParams { top_k, ..params() }));
+    all.extend([1e-6, 0.1, 0.8, 0.95, 0.9999].map(|top_p| SamplingParams { top_p, ..params() }));
+    all.extend([0.01, 0.1, 0.5, 1.0].map(|min_p| SamplingParams { min_p, ..params() }));
+    all.push(SamplingParams { top_k: 20, top_p: 0.8, ..params() });
+    all.push(SamplingParams { top_k: 300, top_p: 0.99, min_p: 0.02, ..params() });
+    all.push(SamplingParams { top_p: 0.9, min_p: 0.05, ..params() });
+    all
+}

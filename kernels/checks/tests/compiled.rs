@@ -1,0 +1,173 @@
+//! Every kernel compiles for every target, spills no register, and uses the instructions that it
+//! was written for. Reads what the compiler and the disassembler say; runs nothing.
+
+#[path = "../../build/toolchain.rs"]
+mod toolchain;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+};
+
+/// Start of a kernel's name, the targets it concerns, and opcodes that its machine code must hold.
+/// The longest start that fits counts.
+const MEANT: &[(&str, &[&str], &[&str])] = &[
+    ("attention_decode", &BOTH, &["HMMA", "LDSM", "LDGSTS"]),
+    ("attention_prefill", &BOTH, &["HMMA", "LDSM", "LDGSTS"]),
+    ("int4_linear", &BOTH, &["HMMA", "LDGSTS"]),
+    ("attention_prefill_sm90", &["sm_90a"], &["HGMMA", "LDGSTS", "SYNCS"]),
+];
+
+const BOTH: [&str; 2] = ["sm_80", "sm_90a"];
+
+/// What is known about one kernel on one target.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Compiled {
+    stack_bytes: u32,
+    spill_bytes: u32,
+    opcodes: BTreeSet<String>,
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("two folders up").into()
+}
+
+fn succeed(command: &mut Command) -> String {
+    let done = command.output().unwrap_or_else(|e| panic!("{command:?} does not start: {e}"));
+    let text = String::from_utf8_lossy(&done.stdout) + String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{command:?} failed\n{text}");
+    text.into_owned()
+}
+
+/// Numbers before the words that name them, e.g. `8 bytes spill stores`.
+fn number(line: &str, words: &str) -> u32 {
+    let before = line.split(words).next().filter(|_| line.contains(words));
+    let digits = before.and_then(|text| text.split_whitespace().next_back());
+    digits.and_then(|digits| digits.parse().ok()).unwrap_or(0)
+}
+
+/// Reads `ptxas -v`: stack and spills of each kernel.
+fn read_usage(text: &str, found: &mut BTreeMap<String, Compiled>) {
+    let mut kernel = None;
+    for line in text.lines() {
+        if let Some(rest) = line.split("Compiling entry function '").nth(1) {
+            let name = rest.split('\'').next().expect("a name").to_owned();
+            kernel = Some(found.entry(name).or_default());
+        }
+        let Some(kernel) = &mut kernel else { continue };
+        let spilled = number(line, " bytes spill stores") + number(line, " bytes spill loads");
+        kernel.spill_bytes += spilled;
+        kernel.stack_bytes += number(line, " bytes stack frame");
+    }
+}
+
+/// Reads a disassembly: the opcodes of each kernel, without what follows the first dot.
+fn read_opcodes(text: &str, found: &mut BTreeMap<String, Compiled>) {
+    let mut kernel = None;
+    for line in text.lines().map(str::trim) {
+        if let Some(name) = line.strip_prefix("Function : ") {
+            kernel = Some(found.entry(name.to_owned()).or_default());
+        }
+        let instruction = line.split("*/").nth(1).filter(|_| line.starts_with("/*"));
+        let Some((kernel, instruction)) = kernel.as_mut().zip(instruction) else { continue };
+        let mut words = instruction.split_whitespace();
+        // A predicate may come first.
+        let word = words.find(|word| !word.starts_with('@')).unwrap_or_default();
+        let opcode: String = word.chars().take_while(char::is_ascii_alphanumeric).collect();
+        kernel.opcodes.insert(opcode);
+    }
+}
+
+/// Compiles all kernels for one target.
+fn compile(nvcc: &Path, (arch, target): (&str, &str)) -> BTreeMap<String, Compiled> {
+    let cuda = root().join("kernels/cuda");
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let (source, cubin) =
+        (folder.join(format!("{target}.cu")), folder.join(format!("{target}.cubin")));
+    let text = toolchain::together(&cuda).expect("kernels");
+    fs::write(&source, text).expect("a writable folder");
+    let mut command = Command::new(nvcc);
+    command.args(toolchain::FLAGS).args(toolchain::include(&cuda));
+    command.arg(format!("-gencode=arch={arch},code={target}")).args(["-Xptxas", "-v", "-cubin"]);
+    let text = succeed(command.arg("-o").arg(&cubin).arg(&source));
+    assert!(!text.contains("warning") && !text.contains("serialized"), "{target}: {text}");
+    let mut found = BTreeMap::new();
+    read_usage(&text, &mut found);
+    let disassembler = nvcc.with_file_name("cuobjdump");
+    assert!(
+        disassembler.is_file(),
+        "no cuobjdump beside {}: {}",
+        nvcc.display(),
+        toolchain::REMEDY
+    );
+    let path = nvcc.parent().expect("a folder");
+    let text = succeed(Command::new(&disassembler).env("PATH", path).arg("-sass").arg(&cubin));
+    read_opcodes(&text, &mut found);
+    found
+}
+
+/// What is wrong with a kernel.
+fn faults(name: &str, target: &str, compiled: &Compiled) -> Vec<String> {
+    let mut faults = Vec::new();
+    let Compiled { stack_bytes, spill_bytes, opcodes, .. } = compiled;
+    if stack_bytes + spill_bytes > 0 {
+        let found = format!("{spill_bytes} bytes spilled, {stack_bytes} bytes of stack");
+        faults.push(format!("{name} for {target}: {found}"));
+    }
+    let fits = MEANT.iter().filter(|(start, ..)| name.starts_with(start));
+    let meant = fits.max_by_key(|(start, ..)| start.len());
+    for opcode in meant.filter(|(_, on, _)| on.contains(&target)).map_or(&[][..], |meant| meant.2) {
+        if !opcodes.contains(*opcode) {
+            faults.push(format!("{name} for {target}: no {opcode} in its machine code"));
+        }
+    }
+    faults
+}
+
+#[test]
+fn every_kernel_compiles_for_every_target_without_spills_and_as_meant() {
+    let nvcc = toolchain::nvcc(&root()).unwrap_or_else(|remedy| panic!("{remedy}"));
+    let for_target = |target: (&'static str, &'static str)| -> Vec<String> {
+        let found = compile(&nvcc, target);
+        assert!(found.contains_key("add_bf16"), "no kernels for {}", target.1);
+        let wrong = found.iter().map(|(name, compiled)| faults(name, target.1, compiled));
+        wrong.flatten().collect()
+    };
+    let wrong: Vec<String> = thread::scope(|scope| {
+        let started = toolchain::TARGETS.map(|target| scope.spawn(move || for_target(target)));
+        started.into_iter().flat_map(|thread| thread.join().expect("no panic")).collect()
+    });
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn spills_and_missing_instructions_are_faults() {
+    let mut found = BTreeMap::new();
+    let usage = "ptxas info    : Compiling entry function 'attention_decode_x' for 'sm_80'\n\
+                 ptxas info    : Function properties for attention_decode_x\n    \
+                 16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads\n\
+                 ptxas info    : Used 255 registers, used 1 barriers, 380 bytes cmem[0]\n";
+    read_usage(usage, &mut found);
+    let assembly = "\t\tFunction : attention_decode_x\n\
+                    /*0000*/  @!P0 HMMA.16816.F32.BF16 R4, R4, R8, R4 ;  /* 0x1 */\n\
+                    /* 0x2 */\n\
+                    /*0010*/  LDGSTS.E.BYPASS.128 [R1], [R2.64] ;  /* 0x3 */\n";
+    read_opcodes(assembly, &mut found);
+    let compiled = &found["attention_decode_x"];
+    assert_eq!((compiled.stack_bytes, compiled.spill_bytes), (16, 20));
+    let wrong = faults("attention_decode_x", "sm_80", compiled);
+    assert_eq!(wrong.len(), 2, "{wrong:?}");
+    assert!(wrong[0].contains("20 bytes spilled") && wrong[1].contains("no LDSM"), "{wrong:?}");
+}
+
+#[test]
+fn hopper_kernels_are_held_to_hopper_alone() {
+    let nothing = Compiled::default();
+    assert!(faults("attention_prefill_sm90_d128", "sm_80", &nothing).is_empty());
+    assert_eq!(faults("attention_prefill_sm90_d128", "sm_90a", &nothing).len(), 3);
+    assert_eq!(faults("attention_prefill_d128", "sm_90a", &nothing).len(), 3);
+    assert!(faults("add_bf16", "sm_90a", &nothing).is_empty());
+}

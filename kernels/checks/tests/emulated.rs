@@ -1,0 +1,80 @@
+//! Every check on the emulated device: in several orders of threads, watched for races, and under
+//! AddressSanitizer.
+
+use checks::Check;
+use emulate::{ASAN, Emulator, LIBASAN, PLAIN, RACES, Schedule};
+use kernels::cuda::Cuda;
+use std::{env, path::Path, process::Command};
+
+/// Set for the process that runs under AddressSanitizer.
+const UNDER_ASAN: &str = "LOCKSTEP_CHECKS_UNDER_ASAN";
+
+fn run(checks: &[Check<Emulator>], library: &str, schedule: Schedule) {
+    for check in checks {
+        let device = |config| {
+            let emulator = Emulator::load(Path::new(library), schedule).expect("the library loads");
+            Cuda::new(emulator, config)
+        };
+        let result = (check.run)(&device);
+        assert_eq!(result, Ok(()), "{} with threads {schedule:?}", check.name);
+    }
+}
+
+/// Runs this test again in a process with the sanitizer, which must be loaded first.
+fn run_under_asan(test: &str, checks: &[Check<Emulator>]) {
+    if env::var_os(UNDER_ASAN).is_some() {
+        return run(checks, ASAN, Schedule::InTurn);
+    }
+    let this = env::current_exe().expect("the test's own path");
+    let done = Command::new(this)
+        .args(["--exact", test, "--nocapture"])
+        .env(UNDER_ASAN, "1")
+        .env("LD_PRELOAD", LIBASAN)
+        .env("ASAN_OPTIONS", "detect_leaks=0:detect_stack_use_after_return=0")
+        .output()
+        .expect("the test runs again");
+    let (out, errors) =
+        (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    assert!(done.status.success() && out.contains("1 passed"), "{errors}{out}");
+}
+
+macro_rules! emulated {
+    ($($room:ident),*) => {$(
+        mod $room {
+            use super::*;
+
+            #[test]
+            fn agrees_with_threads_in_turn() {
+                run(&checks::$room::checks(), PLAIN, Schedule::InTurn);
+            }
+
+            #[test]
+            fn agrees_with_threads_backwards() {
+                run(&checks::$room::checks(), PLAIN, Schedule::Backwards);
+            }
+
+            #[test]
+            fn agrees_with_threads_at_random() {
+                run(&checks::$room::checks(), PLAIN, Schedule::Random(1));
+            }
+
+            #[test]
+            fn has_no_races() {
+                run(&checks::$room::checks(), RACES, Schedule::InTurn);
+            }
+
+            #[test]
+            fn is_clean_under_the_address_sanitizer() {
+                let test = concat!(stringify!($room), "::is_clean_under_the_address_sanitizer");
+                run_under_asan(test, &checks::$room::checks());
+            }
+        }
+    )*};
+}
+
+#[test]
+fn decode_agrees_on_a_long_context() {
+    run(&checks::decode::long_checks(), PLAIN, Schedule::InTurn);
+}
+
+emulated!(elementwise, fp8, int4, norm, rope, prefill, prefill_sm90, decode, sampling);

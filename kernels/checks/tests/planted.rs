@@ -1,0 +1,89 @@
+//! Faults planted in copies of the kernels are found: else a check that passes says nothing.
+
+use checks::Check;
+use emulate::{
+    COMPILER, Emulator, LIBASAN, Schedule,
+    compile::{self, Places, Variant},
+};
+use kernels::cuda::Cuda;
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// Names the library that a process under AddressSanitizer runs.
+const UNDER_ASAN: &str = "LOCKSTEP_CHECKS_PLANTED";
+
+/// Compiles kernel file `name` with `fault.0` of `file` replaced by `fault.1`.
+fn planted(
+    name: &str,
+    file: &str,
+    fault: (&str, &str),
+    variant: Variant,
+) -> (PathBuf, tempfile::TempDir) {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("kernels/");
+    let dir = tempfile::tempdir().expect("a folder");
+    let copy = dir.path().join("cuda");
+    fs::create_dir(&copy).expect("a folder");
+    for entry in fs::read_dir(here.join("cuda")).expect("kernels/cuda") {
+        let path = entry.expect("an entry").path();
+        fs::copy(&path, copy.join(path.file_name().expect("a name"))).expect("a copy");
+    }
+    let damaged = copy.join(file);
+    let text = fs::read_to_string(&damaged).expect("a kernel file");
+    assert!(text.contains(fault.0), "{file} has no {:?} to damage", fault.0);
+    fs::write(&damaged, text.replace(fault.0, fault.1)).expect("a writable copy");
+    let places = Places {
+        compiler: Path::new(COMPILER),
+        emulation: &here.join("emulate"),
+        kernels: &copy,
+        out: dir.path(),
+    };
+    let library = compile::library(&places, variant, 2, &|found| found == name);
+    (library.expect("the damaged kernels compile"), dir)
+}
+
+/// What the checks say of a library.
+fn verdict(library: &Path, checks: &[Check<Emulator>]) -> Result<(), String> {
+    let device = |config| {
+        let emulator = Emulator::load(library, Schedule::InTurn).expect("the library loads");
+        Cuda::new(emulator, config)
+    };
+    checks.iter().try_for_each(|check| (check.run)(&device))
+}
+
+#[test]
+fn a_missing_barrier_is_a_race() {
+    let barrier = ("        __syncthreads();\n        x = 0.0f;", "        x = 0.0f;");
+    let (library, _dir) = planted("norm", "common.cuh", barrier, compile::RACES);
+    let error = verdict(&library, &checks::norm::checks()).expect_err("a race");
+    assert!(error.contains("race on byte"), "{error}");
+}
+
+#[test]
+fn a_missing_barrier_gives_wrong_numbers_too() {
+    let barrier = ("        __syncthreads();\n        x = 0.0f;", "        x = 0.0f;");
+    let (library, _dir) = planted("norm", "common.cuh", barrier, compile::PLAIN);
+    verdict(&library, &checks::norm::checks()).expect_err("wrong numbers");
+}
+
+#[test]
+fn an_index_past_the_end_is_an_address_fault() {
+    const NAME: &str = "an_index_past_the_end_is_an_address_fault";
+    if let Some(library) = env::var_os(UNDER_ASAN) {
+        let verdict = verdict(Path::new(&library), &checks::elementwise::checks());
+        panic!("the process was to end before: {verdict:?}");
+    }
+    let index = ("if (at >= args.vectors) break;", "if (at > args.vectors) break;");
+    let (library, _dir) = planted("elementwise", "elementwise.cu", index, compile::ASAN);
+    let done = Command::new(env::current_exe().expect("the test's own path"))
+        .args(["--exact", NAME, "--nocapture"])
+        .env(UNDER_ASAN, library)
+        .env("LD_PRELOAD", LIBASAN)
+        .env("ASAN_OPTIONS", "detect_leaks=0:detect_stack_use_after_return=0")
+        .output()
+        .expect("the test runs again");
+    let text = String::from_utf8_lossy(&done.stderr);
+    assert!(!done.status.success() && text.contains("heap-buffer-overflow"), "{text}");
+}

@@ -1,0 +1,173 @@
+//! What the ranks of a group compute on. The one place that chooses a backend; everything else is
+//! generic over it.
+
+use kernels::{
+    Backend, Heads,
+    cpu::{Cpu, CpuConfig},
+};
+use model::{Checkpoint, ModelError, Shard};
+
+use super::{
+    Device,
+    memory::{Available, available},
+};
+use crate::WorkerError;
+
+/// The devices of a group's ranks.
+pub(super) trait Devices: Clone + Send + Sync + 'static {
+    type Backend: Backend;
+
+    /// Opens the device of one rank.
+    fn open(&self, rank: usize) -> Result<Self::Backend, WorkerError>;
+    /// Bytes of one KV block of one layer.
+    fn kv_block_bytes(&self, heads: Heads) -> Result<usize, WorkerError>;
+    /// Bytes of a rank's weights once they are on the device.
+    fn weight_bytes(&self, checkpoint: &Checkpoint, shard: &Shard) -> Result<u64, WorkerError>;
+    /// What all ranks together may take; `None` where nobody says.
+    fn available(&self) -> Result<Option<Available>, WorkerError>;
+    /// How much of what is left the KV pool takes by default.
+    fn kv_share(&self) -> KvShare;
+    /// For people.
+    fn describe(&self) -> Result<String, WorkerError>;
+}
+
+/// The default KV pool's part of the memory that weights and scratch leave.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct KvShare {
+    /// One of so many parts.
+    pub part: u64,
+    /// Contexts that are enough.
+    pub contexts_max: u64,
+}
+
+/// What is to be done once the devices are chosen.
+pub(super) trait Task {
+    type Out;
+    fn on<D: Devices>(self, devices: D) -> Result<Self::Out, WorkerError>;
+}
+
+/// Chooses the devices of `ranks` ranks.
+pub(super) fn on_devices<T: Task>(
+    device: Device,
+    ranks: usize,
+    cpu: CpuConfig,
+    task: T,
+) -> Result<T::Out, WorkerError> {
+    match device {
+        Device::Cpu => task.on(cpu),
+        #[cfg(feature = "cuda")]
+        Device::Cuda { first } => task.on(cuda::Cards::find(first, ranks)?),
+        #[cfg(not(feature = "cuda"))]
+        Device::Cuda { .. } => Err(WorkerError::Config(format!(
+            "this build has no CUDA backend for {ranks} ranks; build with `cargo build --release \
+             --features cuda`, or use --device cpu"
+        ))),
+    }
+}
+
+/// Ranks on the CPU share the machine.
+impl Devices for CpuConfig {
+    type Backend = Cpu;
+
+    fn open(&self, _rank: usize) -> Result<Cpu, WorkerError> {
+        Ok(Cpu::new(*self).map_err(ModelError::from)?)
+    }
+
+    fn kv_block_bytes(&self, heads: Heads) -> Result<usize, WorkerError> {
+        // Only asked for sizes: it never computes.
+        let device = Cpu::new(CpuConfig { threads: 1, ..*self }).map_err(ModelError::from)?;
+        Ok(device.kv_block_bytes(heads))
+    }
+
+    fn weight_bytes(&self, checkpoint: &Checkpoint, shard: &Shard) -> Result<u64, WorkerError> {
+        Ok(checkpoint.weight_bytes(shard)?)
+    }
+
+    fn available(&self) -> Result<Option<Available>, WorkerError> {
+        Ok(available())
+    }
+
+    fn kv_share(&self) -> KvShare {
+        KvShare { part: 4, contexts_max: 16 }
+    }
+
+    fn describe(&self) -> Result<String, WorkerError> {
+        Ok("cpu".into())
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use super::{Available, Checkpoint, Devices, Heads, KvShare, ModelError, Shard, WorkerError};
+    use kernels::{
+        KernelError,
+        cuda::{Cuda, CudaConfig, Driver, Gpu, GpuConfig},
+    };
+
+    /// The card of each rank: one each from the first on where there are as many, else the first
+    /// for all.
+    #[derive(Clone, Debug)]
+    pub struct Cards(Vec<usize>);
+
+    impl Cards {
+        pub fn find(first: usize, ranks: usize) -> Result<Self, WorkerError> {
+            let count = Gpu::count().map_err(ModelError::from)?;
+            let spread = first.saturating_add(ranks) <= count;
+            let card = |rank| if spread { first + rank } else { first };
+            Ok(Self((0..ranks).map(card).collect()))
+        }
+
+        fn card(&self, rank: usize) -> Result<Gpu, WorkerError> {
+            let none = || KernelError::Device(format!("rank {rank} has no device"));
+            let card = self.0.get(rank).copied().ok_or_else(none);
+            let opened = card.and_then(|card| Gpu::open(GpuConfig::new(card)));
+            Ok(opened.map_err(ModelError::from)?)
+        }
+
+        /// The distinct cards, by their first ranks.
+        fn firsts(&self) -> impl Iterator<Item = usize> {
+            let spread = self.0.first() != self.0.last();
+            0..if spread { self.0.len() } else { self.0.len().min(1) }
+        }
+    }
+
+    impl Devices for Cards {
+        type Backend = Cuda<Gpu>;
+
+        fn open(&self, rank: usize) -> Result<Cuda<Gpu>, WorkerError> {
+            Ok(Cuda::new(self.card(rank)?, CudaConfig::default()))
+        }
+
+        fn kv_block_bytes(&self, heads: Heads) -> Result<usize, WorkerError> {
+            Ok(CudaConfig::default().kv_format.block_bytes(heads))
+        }
+
+        /// Whatever a file stores becomes bf16.
+        fn weight_bytes(&self, checkpoint: &Checkpoint, shard: &Shard) -> Result<u64, WorkerError> {
+            Ok(2 * checkpoint.weight_elements(shard)?)
+        }
+
+        fn available(&self) -> Result<Option<Available>, WorkerError> {
+            // Ranks take about the same, so the fullest card bounds them all.
+            let (mut least, mut cards) = (u64::MAX, 0);
+            for rank in self.firsts() {
+                let free = self.card(rank)?.free_bytes().map_err(ModelError::from)?;
+                (least, cards) = (least.min(free), cards + 1);
+            }
+            // The rest is for the driver, workspaces and fragments.
+            let bytes = least / 10 * 9 * cards;
+            Ok(Some(Available { bytes, source: "90 % of the devices' free memory" }))
+        }
+
+        fn kv_share(&self) -> KvShare {
+            KvShare { part: 1, contexts_max: u64::MAX }
+        }
+
+        fn describe(&self) -> Result<String, WorkerError> {
+            let name = |rank| -> Result<String, WorkerError> {
+                Ok(format!("cuda:{} {}", self.0[rank], self.card(rank)?.facts().name))
+            };
+            Ok(self.firsts().map(name).collect::<Result<Vec<_>, _>>()?.join(", "))
+        }
+    }
+}
