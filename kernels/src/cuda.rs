@@ -26,8 +26,9 @@ pub use attention::PrefillKernel;
 pub use backend::{Cuda, CudaConfig};
 #[cfg(feature = "cuda")]
 pub use device::{Gpu, GpuConfig};
-pub use driver::{Driver, Facts, Gemm, Launch};
+pub use driver::{Driver, Facts, Gemm, Launch, Scales};
 pub use fp8::{Fp8, Fp8Scaling};
 pub use int4::{FUSED_ROWS_MAX, Int4Layout, Int4Part};
+pub use linear::WeightFormat;
 pub use rope::{CudaKv, KvFormat};
 pub use sampling::{NextToken, Refused, SampleRequest, SampleRoom, Sampled, TOP_MAX, Wanted};

@@ -166,6 +166,11 @@ pub trait Backend: Send + Sync + Sized + 'static {
     }
     /// Repacks `parts`, stacked by rows: part 0's outputs come first. All share K.
     fn weight(&self, parts: &[WeightPart<'_>]) -> Result<Self::Weight, KernelError>;
+    /// As [`Self::weight`], for a matrix whose rows are looked up or make logits, and which devices
+    /// that round weights further leave as it is.
+    fn table(&self, parts: &[WeightPart<'_>]) -> Result<Self::Weight, KernelError> {
+        self.weight(parts)
+    }
     /// Room for `blocks` blocks of 16 tokens of K and V. Zeroed.
     fn kv(&self, blocks: usize, heads: Heads) -> Result<Self::Kv, KernelError>;
     /// Bytes that `kv` takes for one block of one layer.

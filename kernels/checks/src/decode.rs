@@ -4,7 +4,7 @@ use crate::{
     Check, Device, Tolerance, compare,
     paged::{Case, Rows, SPLIT_TOKENS as SPLIT},
 };
-use kernels::cuda::{CudaConfig, Driver, KvFormat, PrefillKernel};
+use kernels::cuda::{CudaConfig, Driver, KvFormat};
 
 /// Weights are rounded to bf16 before they meet the values, results at the end; values are below 1.
 const TOLERANCE: Tolerance = Tolerance::Absolute(8e-3);
@@ -31,7 +31,7 @@ fn contexts(heads: (usize, usize, usize), contexts: &[usize]) -> Case {
 }
 
 fn run<D: Driver>(device: Device<'_, D>, case: &Case) -> Result<Vec<f32>, String> {
-    let config = CudaConfig { kv_format: case.format, prefill: PrefillKernel::default() };
+    let config = CudaConfig { kv_format: case.format, ..CudaConfig::default() };
     case.run(&device(config)).map_err(|error| format!("{case:?}: {error}"))
 }
 

@@ -91,16 +91,15 @@ impl Matrix {
         steps * self.scales[at].to_f32()
     }
 
-    /// x · Wᵀ + bias in f64, the weights rounded to bf16 where `rounding`.
-    fn product(&self, x: &[f32], bias: &[f32], rounding: bool) -> Vec<f32> {
+    /// x · Wᵀ in f64, the weights rounded to bf16 where `rounding`.
+    fn product(&self, x: &[f32], rounding: bool) -> Vec<f32> {
         let round = |w: f32| if rounding { bf16::from_f32(w).to_f32() } else { w };
         let weights: Vec<f64> = (0..self.rows * self.cols)
             .map(|i| f64::from(round(self.weight(i / self.cols, i % self.cols))))
             .collect();
         let sum = |x: &[f32], row: usize| -> f32 {
             let weights = &weights[row * self.cols..][..self.cols];
-            let sum: f64 = x.iter().zip(weights).map(|(x, w)| f64::from(*x) * w).sum();
-            (sum + f64::from(bias[row])) as f32
+            x.iter().zip(weights).map(|(x, w)| f64::from(*x) * w).sum::<f64>() as f32
         };
         x.chunks_exact(self.cols)
             .flat_map(|x| (0..self.rows).map(move |r| (x, r)))
@@ -151,7 +150,31 @@ impl Matrix {
     }
 }
 
-/// A product on the device in f32 and in bf16; rows past the last are looked at too.
+/// A product on the device, twice: what the first one leaves behind must not reach the second. Rows
+/// past the last are looked at too.
+fn product<D: Driver>(
+    device: &Cuda<D>,
+    parts: &[Int4Part<'_>],
+    (x, cols): (&[f32], usize),
+    mut out: Tensor<Cuda<D>>,
+    bias: Option<&[f32]>,
+) -> Result<Vec<f32>, KernelError> {
+    let rows: usize = parts.iter().map(|part| part.rows).sum();
+    let weight = device.int4_weight(parts)?;
+    let mut x = Tensor::from_host(device, cols, &[x, &vec![f32::NAN; cols]].concat())?;
+    x.rows -= 1;
+    let bias = bias.map(|bias| Tensor::from_host(device, rows, bias)).transpose()?;
+    let mut got = vec![CANARY; (x.rows + 1) * rows];
+    out.rows = x.rows;
+    for _ in 0..2 {
+        device.write_floats(&mut out.data, &vec![CANARY; got.len()])?;
+        device.linear(&mut out, &x, &weight, bias.as_ref())?;
+    }
+    device.read_floats(&mut got, &out.data)?;
+    Ok(got)
+}
+
+/// A product in f32, and the same in bf16 with a bias, which it is compared with.
 fn run<D: Driver>(
     device: &Cuda<D>,
     parts: &[Int4Part<'_>],
@@ -160,33 +183,21 @@ fn run<D: Driver>(
 ) -> Result<Vec<f32>, String> {
     let rows: usize = parts.iter().map(|part| part.rows).sum();
     let tokens = x.len() / cols;
-    let product = |exact: bool| -> Result<Vec<f32>, KernelError> {
-        let weight = device.int4_weight(parts)?;
-        let mut x = Tensor::from_host(device, cols, &[x, &vec![f32::NAN; cols]].concat())?;
-        x.rows = tokens;
-        let bias = bias.map(|bias| Tensor::from_host(device, rows, bias)).transpose()?;
-        let canaries = vec![CANARY; (tokens + 1) * rows];
-        let mut out = if exact {
-            Tensor::exact_from_host(device, rows, &canaries)?
-        } else {
-            Tensor::from_host(device, rows, &canaries)?
-        };
-        out.rows = tokens;
-        // Twice: what the first one leaves behind must not reach the second.
-        device.linear(&mut out, &x, &weight, bias.as_ref())?;
-        device.write_floats(&mut out.data, &canaries)?;
-        device.linear(&mut out, &x, &weight, bias.as_ref())?;
-        let mut got = canaries;
-        device.read_floats(&mut got, &out.data)?;
-        Ok(got)
-    };
-    let mut exact = product(true).map_err(|error| error.to_string())?;
-    let narrow = product(false).map_err(|error| error.to_string())?;
-    compare("bf16 beside f32", &narrow, &exact, Tolerance::Rounded)?;
-    let past = exact.split_off(tokens * rows);
-    if past.iter().any(|&v| v != CANARY) {
-        return Err("a row past the last was written".into());
+    let text = |error: KernelError| error.to_string();
+    let out = Tensor::exact_zeros(device, tokens + 1, rows).map_err(text)?;
+    let mut exact = product(device, parts, (x, cols), out, None).map_err(text)?;
+    let out = Tensor::zeros(device, tokens + 1, rows).map_err(text)?;
+    let mut narrow = product(device, parts, (x, cols), out, bias).map_err(text)?;
+    for past in [exact.split_off(tokens * rows), narrow.split_off(tokens * rows)] {
+        if past.iter().any(|&v| v != CANARY) {
+            return Err("a row past the last was written".into());
+        }
     }
+    let of = |row: usize| bias.map_or(0.0, |bias| bias[row]);
+    let biased: Vec<f32> = exact.iter().enumerate().map(|(at, v)| v + of(at % rows)).collect();
+    // The device's own product may add in another order for another type of output.
+    let tolerance = Tolerance::UlpsOr(1, 1e-6 * cols as f32);
+    compare("bf16 with a bias beside f32", &narrow, &biased, tolerance)?;
     Ok(exact)
 }
 
@@ -207,7 +218,7 @@ fn check<D: Driver>(
     let parts = [matrix.part(&stored)];
     let got = run(device, &parts, (&x, matrix.cols), Some(&bias));
     let got = got.map_err(|error| format!("{what}: {error}"))?;
-    let wanted = matrix.product(&x, &bias, tokens > FUSED_ROWS_MAX);
+    let wanted = matrix.product(&x, tokens > FUSED_ROWS_MAX);
     // f32 sums of values of order 1: the order of the additions is all that differs.
     compare(&what, &got, &wanted, Tolerance::Absolute(1e-6 * matrix.cols as f32))
 }
@@ -274,7 +285,7 @@ fn stacked<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
         let x = rounded(&noise(5, tokens * 256));
         let got = run(&device, &parts, (&x, 256), None)?;
         let rounding = tokens > FUSED_ROWS_MAX;
-        let each = matrices.each_ref().map(|m| m.product(&x, &vec![0.0; m.rows], rounding));
+        let each = matrices.each_ref().map(|m| m.product(&x, rounding));
         let row = |t: usize| {
             matrices.iter().zip(&each).flat_map(move |(m, out)| &out[t * m.rows..][..m.rows])
         };

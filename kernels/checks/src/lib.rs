@@ -13,6 +13,7 @@ pub mod elementwise;
 mod flat;
 pub mod fp8;
 pub mod int4;
+pub mod linear;
 pub mod norm;
 pub mod paged;
 pub mod prefill;
@@ -22,7 +23,7 @@ pub mod sampling;
 
 pub use compare::{Tolerance, compare};
 
-use kernels::cuda::{Cuda, CudaConfig, Driver, KvFormat, PrefillKernel};
+use kernels::cuda::{Cuda, CudaConfig, Driver, KvFormat, PrefillKernel, WeightFormat};
 
 /// One kernel on one family of shapes.
 pub struct Check<D: Driver> {
@@ -35,9 +36,12 @@ pub struct Check<D: Driver> {
 /// Makes a device for a check.
 pub type Device<'a, D> = &'a dyn Fn(CudaConfig) -> Cuda<D>;
 
-/// bf16 caches.
-pub const BF16: CudaConfig =
-    CudaConfig { kv_format: KvFormat::Bf16, prefill: PrefillKernel::Fastest };
+/// bf16 throughout.
+pub const BF16: CudaConfig = CudaConfig {
+    kv_format: KvFormat::Bf16,
+    prefill: PrefillKernel::Fastest,
+    weights: WeightFormat::Bf16,
+};
 
 /// Every check that a sanitizer has time for.
 pub fn all<D: Driver>() -> Vec<Check<D>> {
@@ -45,6 +49,7 @@ pub fn all<D: Driver>() -> Vec<Check<D>> {
         elementwise::checks(),
         fp8::checks(),
         int4::checks(),
+        linear::checks(),
         norm::checks(),
         rope::checks(),
         prefill::checks(),

@@ -25,7 +25,8 @@ fn run<D: Driver>(
     kernel: PrefillKernel,
     case: &Case,
 ) -> Result<Vec<f32>, String> {
-    let device = device(CudaConfig { kv_format: case.format, prefill: kernel });
+    let device =
+        device(CudaConfig { kv_format: case.format, prefill: kernel, ..CudaConfig::default() });
     case.run(&device).map_err(|error| format!("{case:?}: {error}"))
 }
 

@@ -77,4 +77,16 @@ fn decode_agrees_on_a_long_context() {
     run(&checks::decode::long_checks(), PLAIN, Schedule::InTurn);
 }
 
-emulated!(elementwise, fp8, int4, norm, rope, prefill, prefill_sm90, decode, sampling);
+/// Where there are no products in fp8, such weights are widened.
+#[test]
+fn linear_agrees_on_an_older_device() {
+    let device = |config| {
+        let emulator = Emulator::load(Path::new(PLAIN), Schedule::InTurn).expect("it loads");
+        Cuda::new(emulator.of_capability((8, 0)), config)
+    };
+    for check in checks::linear::checks() {
+        assert_eq!((check.run)(&device), Ok(()), "{}", check.name);
+    }
+}
+
+emulated!(elementwise, fp8, int4, linear, norm, rope, prefill, prefill_sm90, decode, sampling);

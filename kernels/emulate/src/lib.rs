@@ -3,10 +3,9 @@
 //!
 //! Device memory is host memory, so that AddressSanitizer sees each access outside it.
 
-use half::bf16;
 use kernels::{
     KernelError,
-    cuda::{Driver, Element, Facts, Gemm, Launch},
+    cuda::{Driver, Facts, Gemm, Launch},
 };
 use libloading::{Library, Symbol};
 use std::{
@@ -36,6 +35,7 @@ impl Schedule {
 }
 
 pub mod compile;
+mod product;
 
 /// The library compiled plainly.
 pub const PLAIN: &str = env!("EMULATED_PLAIN");
@@ -103,6 +103,13 @@ impl Emulator {
             memory_bytes: 8 << 30,
         };
         Ok(Self { library, schedule, facts })
+    }
+
+    /// As if it were of another generation: (8, 0) is Ampere.
+    #[must_use]
+    pub fn of_capability(mut self, compute_capability: (u32, u32)) -> Self {
+        self.facts.compute_capability = compute_capability;
+        self
     }
 
     /// The names of all kernels.
@@ -198,29 +205,6 @@ impl Driver for Emulator {
     }
 
     fn gemm(&self, gemm: Gemm) -> Result<(), KernelError> {
-        let Gemm { m, n, k, .. } = gemm;
-        let bf16s = |address: u64, len: usize| {
-            // SAFETY: the launcher's addresses point to as many elements as the shapes say.
-            unsafe { std::slice::from_raw_parts(address as *const bf16, len) }
-        };
-        let widened =
-            |address, len| -> Vec<f32> { bf16s(address, len).iter().map(|v| v.to_f32()).collect() };
-        let (x, weight) = (widened(gemm.x, m * k), widened(gemm.weight, n * k));
-        let bias = gemm.bias.map(|bias| widened(bias, n));
-        for (row, x) in x.chunks_exact(k).enumerate() {
-            for (col, weight) in weight.chunks_exact(k).enumerate() {
-                let sum: f32 = x.iter().zip(weight).map(|(x, w)| x * w).sum();
-                let sum = sum + bias.as_ref().map_or(0.0, |bias| bias[col]);
-                let at = row * n + col;
-                // SAFETY: out is [m, n] of its element, as the launcher promises.
-                unsafe {
-                    match gemm.out_element {
-                        Element::F32 => *(gemm.out as *mut f32).add(at) = sum,
-                        Element::Bf16 => *(gemm.out as *mut bf16).add(at) = bf16::from_f32(sum),
-                    }
-                }
-            }
-        }
-        Ok(())
+        product::run(&gemm)
     }
 }

@@ -1,7 +1,8 @@
 //! The ops of [`Backend`] on a [`Driver`].
 
 use super::{
-    Array, CudaKv, Driver, Element, Floats, Ints, KvFormat, PrefillKernel, attention, linear,
+    Array, CudaKv, Driver, Element, Floats, Ints, KvFormat, PrefillKernel, WeightFormat, attention,
+    linear,
 };
 use crate::{Backend, Batch, Heads, KernelError, Rotation, Tensor, WeightPart, shape};
 use std::sync::{Mutex, PoisonError};
@@ -11,12 +12,17 @@ use std::sync::{Mutex, PoisonError};
 pub struct CudaConfig {
     pub kv_format: KvFormat,
     pub prefill: PrefillKernel,
+    pub weights: WeightFormat,
 }
 
 impl Default for CudaConfig {
-    /// bf16 caches, the fastest kernels.
+    /// bf16 throughout, the fastest kernels.
     fn default() -> Self {
-        Self { kv_format: KvFormat::Bf16, prefill: PrefillKernel::Fastest }
+        Self {
+            kv_format: KvFormat::Bf16,
+            prefill: PrefillKernel::Fastest,
+            weights: WeightFormat::Bf16,
+        }
     }
 }
 
@@ -90,7 +96,11 @@ impl<D: Driver> Backend for Cuda<D> {
     }
 
     fn weight(&self, parts: &[WeightPart<'_>]) -> Result<linear::Weight<D>, KernelError> {
-        linear::Weight::bf16(&self.driver, parts)
+        linear::Weight::upload(self, parts, self.config.weights)
+    }
+
+    fn table(&self, parts: &[WeightPart<'_>]) -> Result<linear::Weight<D>, KernelError> {
+        linear::Weight::upload(self, parts, WeightFormat::Bf16)
     }
 
     fn kv(&self, blocks: usize, heads: Heads) -> Result<CudaKv<D>, KernelError> {

@@ -17,6 +17,14 @@ pub struct Facts {
     pub memory_bytes: u64,
 }
 
+impl Facts {
+    /// Whether products in e4m3 take a scale for each row of both operands. cuBLASLt's do on
+    /// Hopper, and on nothing before or since.
+    pub fn fp8_products(&self) -> bool {
+        self.compute_capability.0 == 9
+    }
+}
+
 /// One kernel on a grid of blocks. Launches of one driver run one after another.
 #[derive(Clone, Copy)]
 pub struct Launch<'a> {
@@ -53,19 +61,31 @@ impl<'a> Launch<'a> {
 }
 
 /// out [m, n] = x [m, k] · weight [n, k]ᵀ (+ bias [n]), row-major, f32 sums. Addresses are the
-/// device's. Inputs are bf16.
+/// device's.
 #[derive(Clone, Copy, Debug)]
 pub struct Gemm {
     pub out: u64,
-    /// bf16 or f32.
+    /// bf16 or f32; a bias goes with bf16 only.
     pub out_element: Element,
     pub x: u64,
     pub weight: u64,
+    /// x and weight are bf16 where there are none, e4m3 where there are: then k and n are multiples
+    /// of 16, and the device is one with [`Facts::fp8_products`].
+    pub scales: Option<Scales>,
     /// bf16.
     pub bias: Option<u64>,
     pub m: usize,
     pub n: usize,
     pub k: usize,
+}
+
+/// What the rows of a product in e4m3 are multiplied by, in f32.
+#[derive(Clone, Copy, Debug)]
+pub struct Scales {
+    /// [m]
+    pub x: u64,
+    /// [n]
+    pub weight: u64,
 }
 
 /// A device. Work is done in the order of the calls; reads wait for it.

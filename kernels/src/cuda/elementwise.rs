@@ -94,7 +94,7 @@ impl<D: Driver> Cuda<D> {
         let first = i64::try_from(first_id).ok();
         ensure("embed", first.is_some(), || format!("first id {first_id} is out of range"))?;
         let from = Gather {
-            table: table.address(&self.driver)?,
+            table: table.table(&self.driver)?,
             table_rows: table.rows(),
             rows: batch.ids.address(&self.driver),
             first: first.unwrap_or_default(),

@@ -71,6 +71,22 @@ impl<D: Driver> Fp8<D> {
     pub fn scales(&self) -> &Array<D> {
         &self.scales
     }
+
+    /// Every row there is room for has been written.
+    pub(super) fn fill(&mut self) {
+        self.rows = self.rows_max;
+    }
+
+    /// All there is room for, from rows in bf16 at `x`.
+    pub(super) fn scaled_rows(&self, device: &Cuda<D>, x: u64) -> ScaledRows {
+        ScaledRows {
+            codes: self.codes.address(&device.driver),
+            scales: self.scales.address(&device.driver),
+            x,
+            rows: self.rows_max as u64,
+            cols: self.cols as u64,
+        }
+    }
 }
 
 /// A scale that can be divided by: neither zero, nor negative, nor infinite, and so its inverse.
@@ -79,20 +95,24 @@ pub(super) fn usable_scale(op: &'static str, scale: f32) -> Result<(), KernelErr
     Ok(ensure(op, fits, || format!("scale {scale} is not positive with a finite inverse"))?)
 }
 
+/// The longest row that can have a scale of its own.
+pub(super) const SCALED_COLS_MAX: usize = 32768;
 const QUANTIZE_ROWS: [ByRow; 3] = [
     ByRow { kernel: "quantize_rows_1024", cols_max: 1024, threads: 128 },
     ByRow { kernel: "quantize_rows_8192", cols_max: 8192, threads: 256 },
-    ByRow { kernel: "quantize_rows_32768", cols_max: 32768, threads: 512 },
+    ByRow { kernel: "quantize_rows_32768", cols_max: SCALED_COLS_MAX, threads: 512 },
 ];
 
+/// Rows in bf16 and in e4m3 with a scale each, by address.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct QuantizeArgs {
-    codes: u64,
-    scales: u64,
-    x: u64,
-    rows: u64,
-    cols: u64,
+pub(super) struct ScaledRows {
+    pub codes: u64,
+    pub scales: u64,
+    pub x: u64,
+    pub rows: u64,
+    /// A multiple of 8.
+    pub cols: u64,
 }
 
 #[repr(C)]
@@ -121,19 +141,19 @@ impl<D: Driver> Cuda<D> {
         })?;
         match out.scaling {
             Fp8Scaling::Row => {
-                let args = QuantizeArgs {
-                    codes: out.codes.address(&self.driver),
-                    scales: out.scales.address(&self.driver),
-                    x: self.at(x),
-                    rows: x.rows as u64,
-                    cols: x.cols as u64,
-                };
-                self.launch_rows(OP, &QUANTIZE_ROWS, (x.rows, x.cols), &args)?;
+                let rows = ScaledRows { rows: x.rows as u64, ..out.scaled_rows(self, self.at(x)) };
+                self.quantize_rows(&rows)?;
             }
             Fp8Scaling::Tensor(_) => {
-                let blocks = blocks(OP, x.rows * x.cols / VECTOR)?;
-                let args = self.scale_args(out, x);
-                self.launch_vectors("quantize_tensor", blocks, &args)?;
+                let vectors = x.rows * x.cols / VECTOR;
+                let args = ScaleArgs {
+                    codes: out.codes.address(&self.driver),
+                    x: self.at(x),
+                    scales: out.scales.address(&self.driver),
+                    vectors: vectors as u32,
+                    row_vectors: u32::MAX,
+                };
+                self.launch_vectors("quantize_tensor", blocks(OP, vectors)?, &args)?;
             }
         }
         out.rows = x.rows;
@@ -151,22 +171,29 @@ impl<D: Driver> Cuda<D> {
         ensure(OP, fits, || {
             format!("out is [{}, {}], x [{}, {}]", out.rows, out.cols, x.rows, x.cols)
         })?;
-        let blocks = blocks(OP, out.rows * out.cols / VECTOR)?;
-        self.launch_vectors("dequantize_bf16", blocks, &self.scale_args(x, out))
+        self.dequantize_to(self.at(out), x)
     }
 
-    /// The vectors of `x`, and those under one scale: a row's, or more than there are.
-    fn scale_args(&self, fp8: &Fp8<D>, x: &Tensor<Self>) -> ScaleArgs {
-        let row_vectors = match fp8.scaling {
-            Fp8Scaling::Row => (x.cols / VECTOR) as u32,
-            Fp8Scaling::Tensor(_) => u32::MAX,
+    /// Codes and scales of rows.
+    pub(super) fn quantize_rows(&self, rows: &ScaledRows) -> Result<(), KernelError> {
+        let shape = (rows.rows as usize, rows.cols as usize);
+        self.launch_rows("quantize_fp8", &QUANTIZE_ROWS, shape, rows)
+    }
+
+    /// [rows, cols] in bf16, at `to`.
+    pub(super) fn dequantize_to(&self, to: u64, x: &Fp8<D>) -> Result<(), KernelError> {
+        let vectors = x.rows * x.cols / VECTOR;
+        let args = ScaleArgs {
+            codes: x.codes.address(&self.driver),
+            x: to,
+            scales: x.scales.address(&self.driver),
+            vectors: vectors as u32,
+            // A scale for all is one for more vectors than there are.
+            row_vectors: match x.scaling {
+                Fp8Scaling::Row => (x.cols / VECTOR) as u32,
+                Fp8Scaling::Tensor(_) => u32::MAX,
+            },
         };
-        ScaleArgs {
-            codes: fp8.codes.address(&self.driver),
-            x: self.at(x),
-            scales: fp8.scales.address(&self.driver),
-            vectors: (x.rows * x.cols / VECTOR) as u32,
-            row_vectors,
-        }
+        self.launch_vectors("dequantize_bf16", blocks("dequantize_fp8", vectors)?, &args)
     }
 }

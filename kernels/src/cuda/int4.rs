@@ -214,6 +214,7 @@ impl<D: Driver> Cuda<D> {
             out_element: out.data.element(),
             x: inputs,
             weight: rest,
+            scales: None,
             bias,
             m: x.rows,
             n: weight.rows,

@@ -15,9 +15,19 @@ struct Upload<'a, B> {
 impl<B: Backend> Upload<'_, B> {
     fn weight(&mut self, parts: Vec<WeightPart<'static>>) -> Result<B::Weight, ModelError> {
         let weight = self.device.weight(&parts)?;
+        self.sent(&parts);
+        Ok(weight)
+    }
+
+    fn table(&mut self, parts: Vec<WeightPart<'static>>) -> Result<B::Weight, ModelError> {
+        let table = self.device.table(&parts)?;
+        self.sent(&parts);
+        Ok(table)
+    }
+
+    fn sent(&mut self, parts: &[WeightPart<'_>]) {
         self.done += parts.iter().map(|part| part.data.len() as u64).sum::<u64>();
         (self.progress)(self.done.min(self.total), self.total);
-        Ok(weight)
     }
 
     /// [1, len]
@@ -41,13 +51,13 @@ impl<B: Backend> Decoder<B> {
         let config = checkpoint.config();
         let total = checkpoint.weight_bytes(shard)?;
         let mut upload = Upload { device, done: 0, total, progress };
-        let embedding = upload.weight(checkpoint.embed(shard)?)?;
+        let embedding = upload.table(checkpoint.embed(shard)?)?;
         let layers = (0..config.layers)
             .map(|index| Layer::load(&mut upload, checkpoint, shard, index))
             .collect::<Result<_, _>>()?;
         let lm_head = match config.tied {
             true => None,
-            false => Some(upload.weight(checkpoint.lm_head(shard)?)?),
+            false => Some(upload.table(checkpoint.lm_head(shard)?)?),
         };
         Ok(Self {
             embedding,

@@ -8,7 +8,7 @@ use emulate::{Emulator, Schedule};
 use engine::plan::Want;
 use kernels::{
     Backend,
-    cuda::{Cuda, CudaConfig, KvFormat, PrefillKernel},
+    cuda::{Cuda, CudaConfig, KvFormat, PrefillKernel, WeightFormat},
     plain::Plain,
 };
 use model::Checkpoint;
@@ -27,6 +27,8 @@ const F32: Closeness = Closeness { logits: 1e-3, margin: 0.002 };
 /// Activations and cache in bf16, rounded to 8 bits at every step of the way. Measured: at most
 /// 0.173 off, 0.029 in the root of the mean square; other tokens only at margins up to 0.055.
 const BF16: Closeness = Closeness { logits: 0.2, margin: 0.06 };
+/// Weights and activations, or keys and values, rounded to 4 bits.
+const FP8: Closeness = Closeness { logits: 0.2, margin: 0.06 };
 
 /// Every rank count up to 3 that the model can be split over.
 fn world_sizes(checkpoint: &Checkpoint) -> Vec<usize> {
@@ -117,11 +119,22 @@ fn the_cpu_backend_agrees_with_the_reference_implementations() {
     check(exact, F32);
 }
 
+fn emulated(config: CudaConfig) -> Cuda<Emulator> {
+    let emulator = Emulator::load(Path::new(emulate::PLAIN), Schedule::InTurn).unwrap();
+    Cuda::new(emulator, CudaConfig { prefill: PrefillKernel::Mma, ..config })
+}
+
 #[test]
 fn the_cuda_kernels_agree_with_the_reference_implementations() {
-    let device = || {
-        let emulator = Emulator::load(Path::new(emulate::PLAIN), Schedule::InTurn).unwrap();
-        Cuda::new(emulator, CudaConfig { kv_format: KvFormat::Bf16, prefill: PrefillKernel::Mma })
-    };
-    check(device, BF16);
+    check(|| emulated(CudaConfig::default()), BF16);
+}
+
+#[test]
+fn cuda_weights_in_fp8_come_near_the_reference_implementations() {
+    check(|| emulated(CudaConfig { weights: WeightFormat::Fp8, ..CudaConfig::default() }), FP8);
+}
+
+#[test]
+fn cuda_caches_in_fp8_come_near_the_reference_implementations() {
+    check(|| emulated(CudaConfig { kv_format: KvFormat::Fp8, ..CudaConfig::default() }), FP8);
 }

@@ -3,11 +3,14 @@
 //! Plans (descriptors and the chosen algorithm) are kept for each weight's shape and power of two
 //! of rows, so that a step asks for none anew. Algorithms that cut K and add the pieces are
 //! excluded: a row's sum would depend on how many rows run beside it.
+//!
+//! Products in e4m3 add up in full f32: the tensor cores' own faster sums, which keep 14 bits, are
+//! not asked for.
 
 use super::{context::Context, memory::Memory};
 use crate::{
     KernelError,
-    cuda::{Element, Gemm},
+    cuda::{Element, Gemm, Scales},
 };
 use cudarc::cublaslt::sys as lt;
 use lt::cublasLtMatmulDescAttributes_t as DescAttribute;
@@ -59,6 +62,7 @@ struct Shape {
     k: usize,
     f32_out: bool,
     bias: bool,
+    fp8: bool,
 }
 
 struct Plan {
@@ -105,7 +109,8 @@ impl Blas {
         }
         let f32_out = gemm.out_element == Element::F32;
         let rows = m.next_power_of_two();
-        let shape = Shape { rows, n, k, f32_out, bias: gemm.bias.is_some() };
+        let (bias, fp8) = (gemm.bias.is_some(), gemm.scales.is_some());
+        let shape = Shape { rows, n, k, f32_out, bias, fp8 };
         let what = format_args!("a product of {m} rows by [{n}, {k}]");
         if self.plans.len() == PLANS_MAX {
             self.plans.clear();
@@ -116,7 +121,11 @@ impl Blas {
         };
         plan.set_rows(context, m)?;
         if let Some(bias) = gemm.bias {
-            plan.set_bias(context, bias)?;
+            plan.set(context, DescAttribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias)?;
+        }
+        if let Some(Scales { x, weight }) = gemm.scales {
+            plan.set(context, DescAttribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, weight)?;
+            plan.set(context, DescAttribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, x)?;
         }
         let (one, zero) = (1f32, 0f32);
         let scalar = |value: &f32| ptr::from_ref(value).cast::<c_void>();
@@ -162,7 +171,7 @@ impl Plan {
         handle: lt::cublasLtHandle_t,
         shape: Shape,
     ) -> Result<Self, KernelError> {
-        let Shape { rows, n, k, f32_out, bias } = shape;
+        let Shape { rows, n, k, f32_out, bias, fp8 } = shape;
         let bf16 = lt::cudaDataType_t::CUDA_R_16BF;
         let f32 = lt::cudaDataType_t::CUDA_R_32F;
         let mut desc = ptr::null_mut();
@@ -179,9 +188,17 @@ impl Plan {
             let of_bias = DescAttribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE;
             plan.set(context, of_bias, bf16)?;
         }
+        if fp8 {
+            // One scale a row of each operand, both of which lie as columns here.
+            let scales =
+                lt::cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+            plan.set(context, DescAttribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, scales)?;
+            plan.set(context, DescAttribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, scales)?;
+        }
+        let input = if fp8 { lt::cudaDataType_t::CUDA_R_8F_E4M3 } else { bf16 };
         let out = if f32_out { f32 } else { bf16 };
         // Each column-major: rows, columns, and the distance of columns.
-        let described = [(bf16, k, n, k), (bf16, k, rows, k), (out, n, rows, n)];
+        let described = [(input, k, n, k), (input, k, rows, k), (out, n, rows, n)];
         for (layout, (element, rows, cols, stride)) in plan.layouts.iter_mut().zip(described) {
             let what = "describing a matrix";
             let (rows, cols, stride) = (rows as u64, cols as u64, stride as i64);
@@ -225,7 +242,9 @@ impl Plan {
             )
         )?;
         if count == 0 {
-            return Err(KernelError::Device(format!("cuBLASLt has no algorithm for {shape:?}")));
+            let hint = if shape.fp8 { "; products in fp8 take cuBLASLt 12.9 or later" } else { "" };
+            let text = format!("cuBLASLt has no algorithm for {shape:?}{hint}");
+            return Err(KernelError::Device(text));
         }
         // SAFETY: the library has written one result.
         Ok(unsafe { found.assume_init() }.algo)
@@ -240,11 +259,6 @@ impl Plan {
         let (at, bytes) = (ptr::from_ref(&value).cast(), size_of::<T>());
         let what = "describing a product";
         blas!(context, what, cublasLtMatmulDescSetAttribute(self.desc, attribute, at, bytes))
-    }
-
-    fn set_bias(&self, context: &Context, address: u64) -> Result<(), KernelError> {
-        let pointer = DescAttribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
-        self.set(context, pointer, address)
     }
 
     /// Input and output have this many rows from now on.

@@ -1,0 +1,256 @@
+//! Products with weights in bf16 and in e4m3, uploaded from every kind of storage.
+
+use crate::{BF16, Check, Device, Tolerance, compare, e4m3, flat::refused, noise, rounded};
+use kernels::{
+    Backend, Format, KernelError, Tensor, WeightPart,
+    cuda::{Cuda, CudaConfig, Driver, WeightFormat},
+};
+
+pub fn checks<D: Driver>() -> Vec<Check<D>> {
+    vec![
+        Check { name: "linear in bf16", run: narrow },
+        Check { name: "linear in fp8", run: fp8 },
+        Check { name: "linear: parts of every storage", run: parts },
+        Check { name: "linear: a weight in several pieces", run: pieces },
+        Check { name: "linear: tables and odd sizes stay bf16 beside fp8", run: exempt },
+        Check { name: "linear: what is refused", run: refusals },
+    ]
+}
+
+const FP8: CudaConfig = CudaConfig { weights: WeightFormat::Fp8, ..BF16 };
+
+/// Written where no op may write.
+const CANARY: f32 = 77.0;
+
+/// A product x [m, k] · weight [n, k]ᵀ (+ bias).
+struct Product {
+    shape: (usize, usize, usize),
+    x: Vec<f32>,
+    weight: Vec<f32>,
+    bias: Option<Vec<f32>>,
+}
+
+impl Product {
+    /// Rows of very different sizes, so that no scale can stand for another's.
+    fn new(seed: u64, (m, n, k): (usize, usize, usize), bias: bool) -> Self {
+        let sized = |seed, rows: usize| -> Vec<f32> {
+            let size = |row: usize| [1.0, 0.04, 6.0, 0.5, 25.0][row % 5];
+            let values = noise(seed, rows * k).into_iter().enumerate();
+            rounded(&values.map(|(at, v)| v * size(at / k)).collect::<Vec<_>>())
+        };
+        let bias = bias.then(|| rounded(&noise(seed + 2, n)));
+        Self { shape: (m, n, k), x: sized(seed, m), weight: sized(seed + 1, n), bias }
+    }
+
+    fn stored(&self) -> Vec<u8> {
+        let bf16 = |v: &f32| half::bf16::from_f32(*v).to_le_bytes();
+        self.weight.iter().flat_map(bf16).collect()
+    }
+
+    /// On the device; the row behind the last is looked at too.
+    fn run<D: Driver>(
+        &self,
+        device: &Cuda<D>,
+        weight: &<Cuda<D> as Backend>::Weight,
+        exact: bool,
+    ) -> Result<Vec<f32>, String> {
+        let text = |error: KernelError| error.to_string();
+        let (m, n, k) = self.shape;
+        let x = [&self.x[..], &vec![f32::NAN; k]].concat();
+        let mut x = Tensor::from_host(device, k, &x).map_err(text)?;
+        let bias = self.bias.as_ref().map(|bias| Tensor::from_host(device, n, bias));
+        let bias = bias.transpose().map_err(text)?;
+        let mut got = vec![CANARY; (m + 1) * n];
+        let out = match exact {
+            true => Tensor::exact_from_host(device, n, &got),
+            false => Tensor::from_host(device, n, &got),
+        };
+        let mut out = out.map_err(text)?;
+        (x.rows, out.rows) = (m, m);
+        device.linear(&mut out, &x, weight, bias.as_ref()).map_err(text)?;
+        device.read_floats(&mut got, &out.data).map_err(text)?;
+        if got.split_off(m * n).iter().any(|&v| v != CANARY) {
+            return Err("a row past the last was written".into());
+        }
+        Ok(got)
+    }
+
+    /// In f64, and for each result the sum of its terms' sizes, which bounds its rounding.
+    fn oracle(&self, x: &[f64], weight: &[f64]) -> Vec<(f64, f64)> {
+        let (_, n, k) = self.shape;
+        let bias = |col: usize| self.bias.as_ref().map_or(0.0, |bias| f64::from(bias[col]));
+        let one = |x: &[f64], col: usize| {
+            let terms = || x.iter().zip(&weight[col * k..]).map(|(x, w)| x * w);
+            (terms().sum::<f64>() + bias(col), terms().map(f64::abs).sum::<f64>())
+        };
+        x.chunks_exact(k).flat_map(|x| (0..n).map(move |col| one(x, col))).collect()
+    }
+}
+
+/// `Ok` where every result is within `share` of the sum of its terms' sizes, or one step of bf16.
+fn near(what: &str, got: &[f32], wanted: &[(f64, f64)], share: f64) -> Result<(), String> {
+    for (at, (&got, &(wanted, sizes))) in got.iter().zip(wanted).enumerate() {
+        let allowed = share * sizes + wanted.abs() / 256.0;
+        // Said so that NaN is refused.
+        let fits = (f64::from(got) - wanted).abs() <= allowed;
+        if !fits {
+            return Err(format!("{what}: element {at} is {got}, wanted {wanted} ± {allowed}"));
+        }
+    }
+    Ok(())
+}
+
+fn widened(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|v| f64::from(*v)).collect()
+}
+
+/// Rows as e4m3 with a scale each holds them.
+fn quantised(values: &[f32], cols: usize) -> Vec<f64> {
+    let row = |row: &[f32]| -> Vec<f64> {
+        let scale = row.iter().fold(0.0f32, |largest, v| largest.max(v.abs())) / 448.0;
+        let code = |v: &f32| e4m3::nearest(v * scale.recip()).and_then(e4m3::value);
+        row.iter().map(|v| code(v).unwrap_or(f64::NAN) * f64::from(scale)).collect()
+    };
+    values.chunks_exact(cols).flat_map(row).collect()
+}
+
+const SHAPES: [(usize, usize, usize); 5] =
+    [(1, 16, 16), (3, 48, 64), (17, 32, 208), (2, 16, 1040), (5, 144, 32)];
+
+fn narrow<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    let device = device(BF16);
+    for (seed, shape) in SHAPES.into_iter().chain([(2, 8, 24), (1, 24, 8)]).enumerate() {
+        for bias in [false, true] {
+            let product = Product::new(seed as u64, shape, bias);
+            let data = product.stored();
+            let weight = uploaded(&data, shape, |parts| device.weight(parts))?;
+            let got = product.run(&device, &weight, !bias)?;
+            let wanted = product.oracle(&widened(&product.x), &widened(&product.weight));
+            near(&format!("{shape:?}"), &got, &wanted, 1e-6)?;
+        }
+    }
+    Ok(())
+}
+
+fn fp8<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    let device = device(FP8);
+    let products = device.driver().facts().fp8_products();
+    for (seed, shape) in SHAPES.into_iter().enumerate() {
+        for bias in [false, true] {
+            let product = Product::new(seed as u64, shape, bias);
+            let data = product.stored();
+            let weight = uploaded(&data, shape, |parts| device.weight(parts))?;
+            let got = product.run(&device, &weight, !bias)?;
+            let (x, weight) = if products {
+                // Tensor cores keep about 13 bits of a sum of fp8 products before it is added up.
+                (quantised(&product.x, shape.2), quantised(&product.weight, shape.2))
+            } else {
+                let weight = quantised(&product.weight, shape.2);
+                let round = |w: f64| f64::from(half::bf16::from_f64(w).to_f32());
+                (widened(&product.x), weight.into_iter().map(round).collect())
+            };
+            let wanted = product.oracle(&x, &weight);
+            near(&format!("{shape:?}"), &got, &wanted, if products { 2e-4 } else { 1e-6 })?;
+        }
+    }
+    Ok(())
+}
+
+/// A weight [n, k] stored in bf16, as `upload` takes it.
+fn uploaded<W>(
+    data: &[u8],
+    (_, n, k): (usize, usize, usize),
+    upload: impl Fn(&[WeightPart<'_>]) -> Result<W, KernelError>,
+) -> Result<W, String> {
+    upload(&[part(Format::Bf16, n, k, data)]).map_err(|error| error.to_string())
+}
+
+fn part(format: Format, rows: usize, cols: usize, data: &[u8]) -> WeightPart<'_> {
+    WeightPart { format, rows, stored_cols: cols, cols: 0..cols, data: data.into() }
+}
+
+/// Rows in f32, f16 and bf16 on top of each other, of the last only some columns.
+fn parts<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    let shape = (3, 48, 32);
+    let product = Product::new(7, shape, true);
+    let rows = |range: std::ops::Range<usize>| &product.weight[range.start * 32..range.end * 32];
+    let f32s: Vec<u8> = rows(0..10).iter().flat_map(|v| v.to_le_bytes()).collect();
+    let bf16s: Vec<u8> = product.stored()[10 * 64..27 * 64].to_vec();
+    // Columns 16 to 48 of 64.
+    let wide = rows(27..48).chunks_exact(32).flat_map(|row| {
+        let around = [&[3.0; 16][..], row, &[-5.0; 16]].concat();
+        around.into_iter().flat_map(|v| half::bf16::from_f32(v).to_le_bytes())
+    });
+    let wide: Vec<u8> = wide.collect();
+    let last = WeightPart { cols: 16..48, ..part(Format::Bf16, 21, 64, &wide) };
+    let parts = [part(Format::F32, 10, 32, &f32s), part(Format::Bf16, 17, 32, &bf16s), last];
+    for config in [BF16, FP8] {
+        let device = device(config);
+        let stacked = device.weight(&parts).map_err(|error| error.to_string())?;
+        let data = product.stored();
+        let whole = uploaded(&data, shape, |parts| device.weight(parts))?;
+        let got = product.run(&device, &stacked, false)?;
+        let wanted = product.run(&device, &whole, false)?;
+        compare("parts beside a whole", &got, &wanted, Tolerance::Rounded)?;
+    }
+    Ok(())
+}
+
+/// More bytes than are sent at once, the last piece shorter, from one storage that is sent as it is
+/// and one that is not.
+fn pieces<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    let shape = (1, 336, 16384);
+    let product = Product::new(11, shape, false);
+    let f32s: Vec<u8> = product.weight.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let bf16s = product.stored();
+    let (x, weight) = (&product.x, &product.weight);
+    let wanted = product.oracle(&widened(x), &widened(weight));
+    for (format, data) in [(Format::Bf16, &bf16s), (Format::F32, &f32s)] {
+        for (config, share) in [(BF16, 1e-6), (FP8, 0.02)] {
+            let device = device(config);
+            let weight = device.weight(&[part(format, 336, 16384, data)]);
+            let weight = weight.map_err(|error| error.to_string())?;
+            let got = product.run(&device, &weight, true)?;
+            near(&format!("{format:?} in pieces, {config:?}"), &got, &wanted, share)?;
+        }
+    }
+    Ok(())
+}
+
+fn exempt<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    let (narrow, fp8) = (device(BF16), device(FP8));
+    for shape in [(2, 24, 32), (3, 16, 40)] {
+        let product = Product::new(5, shape, false);
+        let data = product.stored();
+        let odd = uploaded(&data, shape, |parts| fp8.weight(parts))?;
+        let wanted = uploaded(&data, shape, |parts| narrow.weight(parts))?;
+        let (got, wanted) = (product.run(&fp8, &odd, true)?, product.run(&narrow, &wanted, true)?);
+        compare("odd sizes", &got, &wanted, Tolerance::Absolute(0.0))?;
+    }
+    let shape = (2, 32, 32);
+    let product = Product::new(6, shape, false);
+    let data = product.stored();
+    let table = uploaded(&data, shape, |parts| fp8.table(parts))?;
+    let got = product.run(&fp8, &table, true)?;
+    let wanted = product.oracle(&widened(&product.x), &widened(&product.weight));
+    near("a table", &got, &wanted, 1e-6)
+}
+
+fn refusals<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    let device = device(FP8);
+    let shape = (1, 16, 16);
+    let product = Product::new(8, shape, true);
+    let data = product.stored();
+    let weight = uploaded(&data, shape, |parts| device.weight(parts))?;
+    let exact = product.run(&device, &weight, true);
+    let message = exact.err().unwrap_or_default();
+    if !message.contains("no output in f32 takes a bias") {
+        return Err(format!("a bias beside f32 was answered by: {message}"));
+    }
+    let text = |error: KernelError| error.to_string();
+    let batch = crate::flat::Indices { tokens: 1, ids: vec![3], ..Default::default() };
+    let batch = batch.batch(&device).map_err(text)?;
+    let mut out = Tensor::zeros(&device, 1, 16).map_err(text)?;
+    let looked_up = device.embed(&mut out, &weight, 0, &batch);
+    refused("rows in fp8 looked up", looked_up, "upload the matrix as a table")
+}
