@@ -7,7 +7,10 @@ use std::{net::SocketAddr, path::PathBuf};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use cluster::{Etcd, EtcdOptions, telemetry::LogFormat};
-use kernels::cpu::{Isa, Precision};
+use kernels::{
+    cpu::{Isa, Precision},
+    cuda::{CudaConfig, KvFormat, WeightFormat},
+};
 use worker::{Device, GroupConfig, RankMode};
 
 use crate::source;
@@ -32,6 +35,22 @@ pub enum IsaName {
 pub enum LogFormatName {
     Human,
     Json,
+}
+
+/// Numbers of 16 or of 8 bits.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum FloatName {
+    Bf16,
+    /// e4m3
+    Fp8,
+}
+
+/// Which processors compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum DeviceName {
+    Cpu,
+    /// Cards from this one on.
+    Cuda(usize),
 }
 
 /// How the process logs; the filter comes from LOCKSTEP_LOG.
@@ -66,7 +85,15 @@ pub struct GroupArgs {
     /// What computes: cpu, cuda, or cuda:N for cards from N on, one for each rank where there are
     /// as many
     #[arg(long, value_parser = device, default_value = "cpu", env = "LOCKSTEP_DEVICE")]
-    device: Device,
+    device: DeviceName,
+    /// How CUDA cards keep the layers' weights, whatever the file stores; fp8 halves their memory,
+    /// rounded with a scale for each row as they are loaded [default: bf16]
+    #[arg(long, value_enum, env = "LOCKSTEP_WEIGHTS")]
+    weights: Option<FloatName>,
+    /// How CUDA cards keep keys and values; fp8 halves their memory, without a scale
+    /// [default: bf16]
+    #[arg(long, value_enum, env = "LOCKSTEP_KV_CACHE")]
+    kv_cache: Option<FloatName>,
     /// Whether activations may be rounded for speed
     #[arg(long, value_enum, default_value = "fast", env = "LOCKSTEP_PRECISION")]
     precision: PrecisionName,
@@ -103,7 +130,7 @@ impl GroupArgs {
         }
         let mut config = GroupConfig::new(source::resolve(&self.model)?);
         config.ranks = self.tp;
-        config.device = self.device;
+        config.device = self.device()?;
         config.threads_per_rank = self.threads;
         config.precision = match self.precision {
             PrecisionName::Fast => Precision::Fast,
@@ -121,6 +148,25 @@ impl GroupArgs {
         config.sequences_max = self.sequences;
         config.rank_mode = rank_mode;
         Ok(config)
+    }
+
+    fn device(&self) -> Result<Device> {
+        let DeviceName::Cuda(first) = self.device else {
+            for (flag, given) in [("--weights", self.weights), ("--kv-cache", self.kv_cache)] {
+                if given.is_some() {
+                    bail!("{flag} is for CUDA cards; add --device cuda, or leave it out");
+                }
+            }
+            return Ok(Device::Cpu);
+        };
+        let mut config = CudaConfig::default();
+        if let Some(FloatName::Fp8) = self.weights {
+            config.weights = WeightFormat::Fp8;
+        }
+        if let Some(FloatName::Fp8) = self.kv_cache {
+            config.kv_format = KvFormat::Fp8;
+        }
+        Ok(Device::Cuda { first, config })
     }
 }
 
@@ -169,12 +215,12 @@ impl EtcdArgs {
 }
 
 /// `cpu`, `cuda` or `cuda:N`.
-fn device(text: &str) -> Result<Device, String> {
+fn device(text: &str) -> Result<DeviceName, String> {
     let wrong = || format!("{text:?} is no device; write cpu, cuda or cuda:N");
     match text.split_once(':') {
-        None if text == "cpu" => Ok(Device::Cpu),
-        None if text == "cuda" => Ok(Device::Cuda { first: 0 }),
-        Some(("cuda", number)) => Ok(Device::Cuda { first: number.parse().map_err(|_| wrong())? }),
+        None if text == "cpu" => Ok(DeviceName::Cpu),
+        None if text == "cuda" => Ok(DeviceName::Cuda(0)),
+        Some(("cuda", number)) => Ok(DeviceName::Cuda(number.parse().map_err(|_| wrong())?)),
         _ => Err(wrong()),
     }
 }
@@ -201,11 +247,40 @@ mod tests {
 
     #[test]
     fn devices_are_read_with_their_number() {
-        assert_eq!(device("cpu"), Ok(Device::Cpu));
-        assert_eq!(device("cuda"), Ok(Device::Cuda { first: 0 }));
-        assert_eq!(device("cuda:3"), Ok(Device::Cuda { first: 3 }));
+        assert_eq!(device("cpu"), Ok(DeviceName::Cpu));
+        assert_eq!(device("cuda"), Ok(DeviceName::Cuda(0)));
+        assert_eq!(device("cuda:3"), Ok(DeviceName::Cuda(3)));
         for text in ["", "gpu", "cpu:0", "cuda:", "cuda:-1", "cuda:x"] {
             assert!(device(text).is_err(), "{text}");
+        }
+    }
+
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        group: GroupArgs,
+    }
+
+    fn parsed(line: &str) -> Result<Device> {
+        use clap::Parser;
+        Line::try_parse_from(line.split(' ')).expect("flags that exist").group.device()
+    }
+
+    #[test]
+    fn formats_are_for_cards() {
+        let config = |weights, kv_format| CudaConfig { weights, kv_format, ..Default::default() };
+        let cuda = |first, weights, kv| Device::Cuda { first, config: config(weights, kv) };
+        for (line, wanted) in [
+            ("x", Device::Cpu),
+            ("x --device cuda:2", cuda(2, WeightFormat::Bf16, KvFormat::Bf16)),
+            ("x --device cuda --weights fp8", cuda(0, WeightFormat::Fp8, KvFormat::Bf16)),
+            ("x --device cuda --kv-cache fp8", cuda(0, WeightFormat::Bf16, KvFormat::Fp8)),
+        ] {
+            assert_eq!(parsed(line).expect(line), wanted, "{line}");
+        }
+        for flag in ["--weights", "--kv-cache"] {
+            let error = parsed(&format!("x {flag} bf16")).expect_err(flag).to_string();
+            assert!(error.contains(flag) && error.contains("--device cuda"), "{error}");
         }
     }
 

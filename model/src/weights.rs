@@ -88,12 +88,18 @@ impl Checkpoint {
         self.weight_cuts(shard).iter().map(bytes).sum()
     }
 
-    /// Every matrix of a shard.
-    fn weight_cuts(&self, shard: &Shard) -> Vec<(String, Cut)> {
+    /// The embedding, and what makes logits where that is another matrix.
+    fn table_cuts(&self, shard: &Shard) -> Vec<(String, Cut)> {
         let mut cuts = vec![self.table(self.names.embed, shard)];
         if !self.config.tied {
             cuts.push(self.table(self.names.lm_head, shard));
         }
+        cuts
+    }
+
+    /// Every matrix of a shard.
+    fn weight_cuts(&self, shard: &Shard) -> Vec<(String, Cut)> {
+        let mut cuts = self.table_cuts(shard);
         for layer in 0..self.config.layers {
             cuts.extend(self.qkv_cuts(layer, shard));
             cuts.push(self.attn_out_cut(layer, shard));
@@ -108,8 +114,20 @@ impl Checkpoint {
     /// # Errors
     /// A shard of another model.
     pub fn weight_elements(&self, shard: &Shard) -> Result<u64, ModelError> {
+        self.elements(&self.weight_cuts(shard))
+    }
+
+    /// As [`Self::weight_elements`], of the embedding and output tables alone.
+    ///
+    /// # Errors
+    /// A shard of another model.
+    pub fn table_elements(&self, shard: &Shard) -> Result<u64, ModelError> {
+        self.elements(&self.table_cuts(shard))
+    }
+
+    fn elements(&self, cuts: &[(String, Cut)]) -> Result<u64, ModelError> {
         let count = |(name, cut): &(String, Cut)| slice::part_elements(&self.tensors, name, cut);
-        self.weight_cuts(shard).iter().map(count).sum()
+        cuts.iter().map(count).sum()
     }
 
     /// [V_local, H]: the embedding rows of `shard.vocab`.

@@ -15,7 +15,10 @@ mod threads;
 use std::{collections::BTreeMap, path::PathBuf};
 
 use engine::{SchedulerConfig, plan::Executor};
-use kernels::cpu::{Isa, Precision};
+use kernels::{
+    cpu::{Isa, Precision},
+    cuda::CudaConfig,
+};
 
 pub use process::{RANK_TOKEN_VARIABLE, RankConfig, run_rank};
 
@@ -30,6 +33,7 @@ pub enum Device {
     /// Cards from `first` on, one a rank where there are as many, else `first` for all ranks.
     Cuda {
         first: usize,
+        config: CudaConfig,
     },
 }
 

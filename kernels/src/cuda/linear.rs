@@ -25,15 +25,6 @@ impl WeightFormat {
         let even = rows.is_multiple_of(16) && cols.is_multiple_of(16);
         self == Self::Fp8 && even && cols <= SCALED_COLS_MAX
     }
-
-    /// Bytes of a matrix [N, K] on the device.
-    pub fn bytes(self, rows: usize, cols: usize) -> usize {
-        if self.is_fp8(rows, cols) {
-            rows * (cols + size_of::<f32>())
-        } else {
-            rows * cols * Element::Bf16.bytes()
-        }
-    }
 }
 
 /// A weight [N, K] on the device.

@@ -19,24 +19,31 @@ use std::{path::Path, sync::Arc};
 struct Closeness {
     /// Of every logit; their standard deviation is about 1.
     logits: f32,
+    /// The root of the mean square over a prompt's logits.
+    rms: f32,
     /// Below this distance of the two best logits, either may win.
     margin: f64,
 }
 
-const F32: Closeness = Closeness { logits: 1e-3, margin: 0.002 };
+const F32: Closeness = Closeness { logits: 1e-3, rms: 2e-4, margin: 0.002 };
 /// Activations and cache in bf16, rounded to 8 bits at every step of the way. Measured: at most
 /// 0.173 off, 0.029 in the root of the mean square; other tokens only at margins up to 0.055.
-const BF16: Closeness = Closeness { logits: 0.2, margin: 0.06 };
-/// Weights and activations, or keys and values, rounded to 4 bits.
-const FP8: Closeness = Closeness { logits: 0.2, margin: 0.06 };
+const BF16: Closeness = Closeness { logits: 0.2, rms: 0.035, margin: 0.06 };
+/// Weights, and activations where they meet them, in e4m3: rounded to 4 bits. Measured: 1.65 and
+/// 0.318; other tokens up to 0.457. Sixteen times bf16's rounding, and about as much further off.
+const FP8_WEIGHTS: Closeness = Closeness { logits: 1.8, rms: 0.35, margin: 0.5 };
+/// Keys and values in e4m3. Measured: 0.79 and 0.137; other tokens up to 0.344.
+const FP8_CACHE: Closeness = Closeness { logits: 0.9, rms: 0.15, margin: 0.4 };
+/// One of each family.
+const FAMILIES: [&str; 3] = ["qwen1_plain_hd128", "qwen2_gqa2_hd128", "qwen3_gqa4_hd128_tied"];
 
 /// Every rank count up to 3 that the model can be split over.
 fn world_sizes(checkpoint: &Checkpoint) -> Vec<usize> {
     (1..=3).filter(|&world_size| checkpoint.shard(0, world_size).is_ok()).collect()
 }
 
-fn check<B: Backend>(device: fn() -> B, close: Closeness) {
-    for name in NAMES {
+fn check<B: Backend>(names: &[&str], device: fn() -> B, close: Closeness) {
+    for name in names {
         let checkpoint = Arc::new(open(name));
         let world_sizes = world_sizes(&checkpoint);
         assert!(world_sizes.contains(&2), "{name} cannot be split");
@@ -65,12 +72,13 @@ fn check_logits<B: Backend>(group: &mut Group<B>, name: &str, (close, case): (Cl
             logits.extend(output.logits.into_iter().flat_map(|(_, rows)| rows));
         }
         assert_eq!(logits.len(), prompt.logits.len(), "{case}");
-        let off = logits.iter().zip(&prompt.logits).map(|(a, b)| (a - b).abs());
-        let worst = off.fold(0.0f32, |worst, off| if off > worst { off } else { worst });
-        let finite = logits.iter().all(|logit| logit.is_finite());
+        let off = || logits.iter().zip(&prompt.logits).map(|(a, b)| (a - b).abs());
+        let worst = off().fold(0.0f32, |worst, off| if off > worst { off } else { worst });
+        let rms = (off().map(|off| off * off).sum::<f32>() / logits.len() as f32).sqrt();
+        // A NaN is no maximum, but it is in the mean.
         assert!(
-            finite && worst <= close.logits,
-            "{case}, prompt of {}, chunks of {chunk}: logits are {worst} off",
+            worst <= close.logits && rms <= close.rms,
+            "{case}, prompt of {}, chunks of {chunk}: logits are {worst} off, {rms} in the mean",
             prompt.ids.len()
         );
     }
@@ -111,12 +119,12 @@ fn check_continuations<B: Backend>(
 
 #[test]
 fn the_plain_backend_agrees_with_the_reference_implementations() {
-    check(|| Plain, F32);
+    check(&NAMES, || Plain, F32);
 }
 
 #[test]
 fn the_cpu_backend_agrees_with_the_reference_implementations() {
-    check(exact, F32);
+    check(&NAMES, exact, F32);
 }
 
 fn emulated(config: CudaConfig) -> Cuda<Emulator> {
@@ -126,15 +134,17 @@ fn emulated(config: CudaConfig) -> Cuda<Emulator> {
 
 #[test]
 fn the_cuda_kernels_agree_with_the_reference_implementations() {
-    check(|| emulated(CudaConfig::default()), BF16);
+    check(&NAMES, || emulated(CudaConfig::default()), BF16);
 }
 
 #[test]
 fn cuda_weights_in_fp8_come_near_the_reference_implementations() {
-    check(|| emulated(CudaConfig { weights: WeightFormat::Fp8, ..CudaConfig::default() }), FP8);
+    let device = || emulated(CudaConfig { weights: WeightFormat::Fp8, ..CudaConfig::default() });
+    check(&FAMILIES, device, FP8_WEIGHTS);
 }
 
 #[test]
 fn cuda_caches_in_fp8_come_near_the_reference_implementations() {
-    check(|| emulated(CudaConfig { kv_format: KvFormat::Fp8, ..CudaConfig::default() }), FP8);
+    let device = || emulated(CudaConfig { kv_format: KvFormat::Fp8, ..CudaConfig::default() });
+    check(&FAMILIES, device, FP8_CACHE);
 }

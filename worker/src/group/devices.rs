@@ -56,7 +56,7 @@ pub(super) fn on_devices<T: Task>(
     match device {
         Device::Cpu => task.on(cpu),
         #[cfg(feature = "cuda")]
-        Device::Cuda { first } => task.on(cuda::Cards::find(first, ranks)?),
+        Device::Cuda { first, config } => task.on(cuda::Cards::find(first, config, ranks)?),
         #[cfg(not(feature = "cuda"))]
         Device::Cuda { .. } => Err(WorkerError::Config(format!(
             "this build has no CUDA backend for {ranks} ranks; build with `cargo build --release \
@@ -101,33 +101,37 @@ mod cuda {
     use super::{Available, Checkpoint, Devices, Heads, KvShare, ModelError, Shard, WorkerError};
     use kernels::{
         KernelError,
-        cuda::{Cuda, CudaConfig, Driver, Gpu, GpuConfig},
+        cuda::{Cuda, CudaConfig, Driver, Gpu, GpuConfig, WeightFormat},
     };
 
     /// The card of each rank: one each from the first on where there are as many, else the first
     /// for all.
     #[derive(Clone, Debug)]
-    pub struct Cards(Vec<usize>);
+    pub struct Cards {
+        of_ranks: Vec<usize>,
+        config: CudaConfig,
+    }
 
     impl Cards {
-        pub fn find(first: usize, ranks: usize) -> Result<Self, WorkerError> {
+        pub fn find(first: usize, config: CudaConfig, ranks: usize) -> Result<Self, WorkerError> {
             let count = Gpu::count().map_err(ModelError::from)?;
             let spread = first.saturating_add(ranks) <= count;
             let card = |rank| if spread { first + rank } else { first };
-            Ok(Self((0..ranks).map(card).collect()))
+            Ok(Self { of_ranks: (0..ranks).map(card).collect(), config })
         }
 
         fn card(&self, rank: usize) -> Result<Gpu, WorkerError> {
             let none = || KernelError::Device(format!("rank {rank} has no device"));
-            let card = self.0.get(rank).copied().ok_or_else(none);
+            let card = self.of_ranks.get(rank).copied().ok_or_else(none);
             let opened = card.and_then(|card| Gpu::open(GpuConfig::new(card)));
             Ok(opened.map_err(ModelError::from)?)
         }
 
         /// The distinct cards, by their first ranks.
         fn firsts(&self) -> impl Iterator<Item = usize> {
-            let spread = self.0.first() != self.0.last();
-            0..if spread { self.0.len() } else { self.0.len().min(1) }
+            let cards = &self.of_ranks;
+            let spread = cards.first() != cards.last();
+            0..if spread { cards.len() } else { cards.len().min(1) }
         }
     }
 
@@ -135,16 +139,25 @@ mod cuda {
         type Backend = Cuda<Gpu>;
 
         fn open(&self, rank: usize) -> Result<Cuda<Gpu>, WorkerError> {
-            Ok(Cuda::new(self.card(rank)?, CudaConfig::default()))
+            Ok(Cuda::new(self.card(rank)?, self.config))
         }
 
         fn kv_block_bytes(&self, heads: Heads) -> Result<usize, WorkerError> {
-            Ok(CudaConfig::default().kv_format.block_bytes(heads))
+            Ok(self.config.kv_format.block_bytes(heads))
         }
 
-        /// Whatever a file stores becomes bf16.
+        /// Whatever a file stores.
         fn weight_bytes(&self, checkpoint: &Checkpoint, shard: &Shard) -> Result<u64, WorkerError> {
-            Ok(2 * checkpoint.weight_elements(shard)?)
+            let all = checkpoint.weight_elements(shard)?;
+            Ok(match self.config.weights {
+                WeightFormat::Bf16 => 2 * all,
+                WeightFormat::Fp8 => {
+                    let tables = checkpoint.table_elements(shard)?;
+                    let matrices = all - tables;
+                    // Scales: 4 bytes for each row, which has 256 elements or more.
+                    2 * tables + matrices + matrices / 64
+                }
+            })
         }
 
         fn available(&self) -> Result<Option<Available>, WorkerError> {
@@ -165,7 +178,7 @@ mod cuda {
 
         fn describe(&self) -> Result<String, WorkerError> {
             let name = |rank| -> Result<String, WorkerError> {
-                Ok(format!("cuda:{} {}", self.0[rank], self.card(rank)?.facts().name))
+                Ok(format!("cuda:{} {}", self.of_ranks[rank], self.card(rank)?.facts().name))
             };
             Ok(self.firsts().map(name).collect::<Result<Vec<_>, _>>()?.join(", "))
         }

@@ -5,6 +5,8 @@
 //! a rank said last is part of the reason when it ends. A rank's standard input is held open by its
 //! parent; when that closes, the parent is gone, and the rank ends too.
 
+mod settings;
+
 use std::{
     collections::VecDeque,
     fs::File,
@@ -22,18 +24,15 @@ use std::{
 };
 
 use engine::plan::Executor;
-use kernels::{
-    collective::{CollectiveError, HostCollective, Tcp, TcpDoor},
-    cpu::{CpuConfig, Isa, Precision},
-};
+use kernels::collective::{CollectiveError, HostCollective, Tcp, TcpDoor};
 use model::{Checkpoint, ModelError, RunnerOptions};
-use serde::{Deserialize, Serialize};
+use settings::Settings;
 
 use super::{
-    Device, Progress,
+    Progress,
     casualties::Casualties,
     devices::{Devices, Task, on_devices},
-    follower::{LOAD_DEADLINE, RankOptions, follow, load, meet},
+    follower::{LOAD_DEADLINE, follow, load, meet},
     leader::{Crew, Leader},
     sizing::Sizing,
 };
@@ -65,61 +64,6 @@ pub struct RankConfig {
     pub token: String,
 }
 
-/// What a rank loads: the leader's first message.
-#[derive(Serialize, Deserialize)]
-struct Settings {
-    model: PathBuf,
-    /// The first CUDA device; `None` is the CPU.
-    cuda: Option<usize>,
-    threads: usize,
-    exact: bool,
-    isa: String,
-    blocks: usize,
-    step_tokens_max: usize,
-    sequences_max: usize,
-    context_max: usize,
-    /// Where rank 0 listens for the data plane.
-    data: String,
-}
-
-impl Settings {
-    fn new(sizing: &Sizing, data: SocketAddr) -> Self {
-        let RankOptions { cpu: CpuConfig { threads, precision, isa }, runner } =
-            sizing.rank_options();
-        Self {
-            model: sizing.config.model.clone(),
-            cuda: match sizing.config.device {
-                Device::Cpu => None,
-                Device::Cuda { first } => Some(first),
-            },
-            threads,
-            exact: precision == Precision::Exact,
-            isa: isa.name().to_owned(),
-            blocks: runner.blocks,
-            step_tokens_max: runner.step_tokens_max,
-            sequences_max: runner.sequences_max,
-            context_max: runner.context_max,
-            data: data.to_string(),
-        }
-    }
-
-    fn rank_options(&self) -> Result<RankOptions, WorkerError> {
-        let isa = Isa::ALL.into_iter().find(|isa| isa.name() == self.isa).ok_or_else(|| {
-            WorkerError::Config(format!("the leader's instruction set {} is unknown", self.isa))
-        })?;
-        let precision = if self.exact { Precision::Exact } else { Precision::Fast };
-        Ok(RankOptions {
-            cpu: CpuConfig { threads: self.threads, precision, isa },
-            runner: RunnerOptions {
-                blocks: self.blocks,
-                step_tokens_max: self.step_tokens_max,
-                sequences_max: self.sequences_max,
-                context_max: self.context_max,
-            },
-        })
-    }
-}
-
 /// Serves as one rank until the leader says stop; blocks the calling thread. What to load, the
 /// leader says. Ends the process when standard input closes: then the parent is gone.
 ///
@@ -140,9 +84,8 @@ pub fn run_rank(config: RankConfig) -> Result<(), WorkerError> {
     let options = settings.rank_options()?;
     let data = Tcp::connect(&settings.data, place, &config.token, JOIN_DEADLINE)
         .map_err(ModelError::from)?;
-    let device = settings.cuda.map_or(Device::Cpu, |first| Device::Cuda { first });
     let follower = Follower { control, data, model: &settings.model, runner: options.runner };
-    on_devices(device, config.world_size, options.cpu, follower)
+    on_devices(settings.device(), config.world_size, options.cpu, follower)
 }
 
 /// A rank that has joined, and has nothing loaded yet.

@@ -1,10 +1,11 @@
-//! Products in bf16: the device's ceiling for arithmetic, and the shapes of a model's layers.
+//! Products in bf16, the device's ceiling for arithmetic, and in fp8, on the shapes of a model's
+//! layers.
 
 use super::{Bar, Bench, Peer, Prepare, Scale, Work, noisy};
 use crate::{BF16, noise};
 use kernels::{
     Backend, Format, Tensor, WeightPart,
-    cuda::{Cuda, Driver},
+    cuda::{Cuda, CudaConfig, Driver, Fp8, Fp8Scaling, Gemm, Scales, WeightFormat},
 };
 
 /// What the device multiplies at best.
@@ -16,9 +17,58 @@ pub fn benches<D: Driver>(scale: Scale) -> Vec<Bench<D>> {
     let shapes: &[_] = scale.of(
         // Rows of a decode and of a prefill by a 72B model's gate and up, and by its down.
         &[(16, 49152, 8192), (64, 49152, 8192), (8192, 49152, 8192), (8192, 8192, 24576)],
-        &[(3, 8, 16)],
+        &[(3, 16, 32)],
     );
-    shapes.iter().copied().map(product).collect()
+    shapes.iter().flat_map(|&shape| [product(shape), fp8_product(shape)]).collect()
+}
+
+/// With the activations' rounding, beside the library's product of what is rounded already.
+fn fp8_product<D: Driver>((m, n, k): (usize, usize, usize)) -> Bench<D> {
+    let bytes = (2 * m * k + n * k + 2 * m * n) as f64;
+    let flops = 2.0 * (m * n) as f64 * k as f64;
+    Bench {
+        op: "linear in fp8",
+        shape: format!("{m} × [{n}, {k}]"),
+        config: CudaConfig { weights: WeightFormat::Fp8, ..BF16 },
+        work: if m < 256 { Work::Bytes(bytes) } else { Work::Flops(flops) },
+        bar: Bar::Times(0.85),
+        peer: None,
+        prepare: prepared((m, n, k)),
+        baseline: Some(rounded_already((m, n, k))),
+    }
+}
+
+/// As [`fp8_product`], of x in e4m3; in bf16 on devices without such products.
+fn rounded_already<D: Driver>((m, n, k): (usize, usize, usize)) -> Prepare<D> {
+    Box::new(move |device| {
+        if !device.driver().facts().fp8_products() {
+            return prepared((m, n, k))(device);
+        }
+        let quantised = |rows| {
+            let mut codes = Fp8::zeros(device, (rows, k), Fp8Scaling::Row)?;
+            device.quantize_fp8(&mut codes, &noisy(device, rows, k)?)?;
+            Ok::<_, kernels::KernelError>(codes)
+        };
+        let (x, weight) = (quantised(m)?, quantised(n)?);
+        let out = Tensor::<Cuda<D>>::zeros(device, m, n)?;
+        Ok(Box::new(move |device: &Cuda<D>| {
+            let driver = device.driver();
+            driver.gemm(Gemm {
+                out: out.data.address(driver),
+                out_element: out.data.element(),
+                x: x.codes().address(driver),
+                weight: weight.codes().address(driver),
+                scales: Some(Scales {
+                    x: x.scales().address(driver),
+                    weight: weight.scales().address(driver),
+                }),
+                bias: None,
+                m,
+                n,
+                k,
+            })
+        }))
+    })
 }
 
 fn product<D: Driver>((m, n, k): (usize, usize, usize)) -> Bench<D> {
