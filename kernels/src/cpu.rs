@@ -19,13 +19,20 @@ pub use linear::{CpuWeight, Precision};
 pub use memory::Aligned;
 pub use pool::Pool;
 
-use crate::{Backend, Batch, Heads, KernelError, Tensor, WeightPart, host, shape};
+use crate::{
+    Backend, Batch, Heads, KernelError, Tensor, WeightPart, host,
+    sampling::{Refused, SampleRequest, Sampled},
+    shape,
+};
 use attention::{Attention, Scratch};
 use kv::{Blocks, Element, Store, Stored};
 use linear::{LinearScratch, Product};
 use rows::{Add, QkNorm, RmsNorm, Rope, SiluMul};
 use simd::{Level, dispatch};
-use std::sync::{Mutex, PoisonError};
+use std::{
+    convert::Infallible,
+    sync::{Mutex, PoisonError},
+};
 
 /// How a `Cpu` computes.
 #[derive(Clone, Copy, Debug)]
@@ -121,6 +128,7 @@ impl Backend for Cpu {
     type Weight = CpuWeight;
     type Kv = CpuKv;
     type Cuts = ();
+    type Sampling = Infallible;
 
     fn floats(&self, len: usize) -> Result<Aligned<f32>, KernelError> {
         Aligned::zeroed("activations", len)
@@ -339,5 +347,14 @@ impl Backend for Cpu {
             out.copy_from_slice(&x[from as usize * cols..][..cols]);
         }
         Ok(())
+    }
+
+    fn sample(
+        &self,
+        room: &mut Infallible,
+        _logits: &mut Tensor<Self>,
+        _requests: &[SampleRequest<'_>],
+    ) -> Result<Vec<Result<Sampled, Refused>>, KernelError> {
+        match *room {}
     }
 }

@@ -31,4 +31,4 @@ pub use fp8::{Fp8, Fp8Scaling};
 pub use int4::{FUSED_ROWS_MAX, Int4Layout, Int4Part};
 pub use linear::WeightFormat;
 pub use rope::{CudaKv, KvFormat};
-pub use sampling::{NextToken, Refused, SampleRequest, SampleRoom, Sampled, TOP_MAX, Wanted};
+pub use sampling::SampleRoom;

@@ -10,9 +10,11 @@ pub mod cpu;
 pub mod cuda;
 mod host;
 pub mod plain;
+pub mod sampling;
 pub mod shape;
 pub mod weight;
 
+use sampling::{Refused, SampleRequest, Sampled};
 pub use shape::ShapeError;
 pub use weight::{Format, WeightPart};
 
@@ -141,6 +143,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     type Kv: Send;
     /// How a step's attention is cut; `()` where nothing is made beforehand.
     type Cuts: Send + Sync;
+    /// What choosing tokens on the device takes; `Infallible` where the host chooses them.
+    type Sampling: Send;
 
     /// Zeroed.
     fn floats(&self, len: usize) -> Result<Self::Floats, KernelError>;
@@ -286,4 +290,24 @@ pub trait Backend: Send + Sync + Sized + 'static {
         first: usize,
         len: usize,
     ) -> Result<(), KernelError>;
+
+    /// Room for choosing tokens from up to `rows_max` rows of `vocab` logits, of which the first
+    /// `drawable` stand for tokens; `None` where the host had better read the logits.
+    fn sampling(
+        &self,
+        _rows_max: usize,
+        _vocab: usize,
+        _drawable: usize,
+    ) -> Result<Option<Self::Sampling>, KernelError> {
+        Ok(None)
+    }
+    /// What each request asks of the row of `logits` [R, V], in f32, with its index. The logits are
+    /// changed meanwhile, and are as before when the call returns without error. A refused row says
+    /// why, and is no error for the others.
+    fn sample(
+        &self,
+        room: &mut Self::Sampling,
+        logits: &mut Tensor<Self>,
+        requests: &[SampleRequest<'_>],
+    ) -> Result<Vec<Result<Sampled, Refused>>, KernelError>;
 }

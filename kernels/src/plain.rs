@@ -8,9 +8,10 @@ pub mod dequant;
 use crate::{
     BLOCK_TOKENS, Backend, Batch, Heads, KernelError, Tensor, WeightPart,
     host::{self, Sequence},
+    sampling::{Refused, SampleRequest, Sampled},
     shape,
 };
-use std::ops::Range;
+use std::{convert::Infallible, ops::Range};
 
 /// The oracle backend. Stateless.
 #[derive(Clone, Copy, Debug, Default)]
@@ -97,6 +98,7 @@ impl Backend for Plain {
     type Weight = PlainWeight;
     type Kv = PlainKv;
     type Cuts = ();
+    type Sampling = Infallible;
 
     fn floats(&self, len: usize) -> Result<Vec<f32>, KernelError> {
         host::zeroed("activations", len)
@@ -343,5 +345,14 @@ impl Backend for Plain {
             row_mut(out, r).copy_from_slice(row(x, from as usize));
         }
         Ok(())
+    }
+
+    fn sample(
+        &self,
+        room: &mut Infallible,
+        _logits: &mut Tensor<Self>,
+        _requests: &[SampleRequest<'_>],
+    ) -> Result<Vec<Result<Sampled, Refused>>, KernelError> {
+        match *room {}
     }
 }

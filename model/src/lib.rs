@@ -18,6 +18,6 @@ mod weights;
 pub use config::{DecoderConfig, Rope, RopeScaling};
 pub use error::ModelError;
 pub use runner::{Runner, RunnerOptions, activation_bytes, prefix_reuse_max};
-pub use sampler::{SampleError, Sampler, Seen};
+pub use sampler::{Sampler, Seen, next_token};
 pub use shard::Shard;
 pub use weights::Checkpoint;

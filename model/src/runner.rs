@@ -74,6 +74,8 @@ pub struct Runner<B: Backend, C: Collective<B>> {
     logit_rows_max: usize,
     /// Rank 0 only.
     sampler: Option<Sampler>,
+    /// Rank 0 only, and only where the device chooses tokens.
+    on_device: Option<B::Sampling>,
 }
 
 /// Bytes that a rank with `shard` allocates beside weights and KV cache, at f32 activations.
@@ -125,9 +127,14 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         let kv = kv.collect::<Result<_, _>>()?;
         let shape = scratch_shape(config, &shard, &options);
         let samples = group.rank() == 0;
+        let on_device = match samples {
+            true => device.sampling(shape.logit_rows_max(), config.vocab, config.sampled_vocab)?,
+            false => None,
+        };
         Ok(Self {
             batch: BatchBuilder::new(&device, &options, config.logn)?,
             logit_rows_max: shape.logit_rows_max(),
+            on_device,
             sampler: samples.then(|| Sampler::new(config.vocab, config.sampled_vocab)),
             limits: Limits {
                 options,
@@ -204,9 +211,20 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
             let first = group * self.logit_rows_max;
             decoder.logits(&mut cx, &batch.batch, first, rows.len())?;
             let Some(results) = &mut results else { continue };
-            let logits = cx.scratch.read_logits(cx.device)?;
-            for (&row, logits) in rows.iter().zip(logits.chunks_exact(limits.vocab)) {
-                results.push(row, logits);
+            let answers = match &mut self.on_device {
+                Some(room) => results.ask(cx.device, room, cx.scratch.logits_mut(), rows)?,
+                None => vec![None; rows.len()],
+            };
+            // Read only where a row needs them.
+            let logits = match answers.iter().any(Option::is_none) {
+                true => cx.scratch.read_logits(cx.device)?,
+                false => &[],
+            };
+            for (index, (&row, answer)) in rows.iter().zip(answers).enumerate() {
+                match answer {
+                    Some(answer) => results.answer(row, answer),
+                    None => results.push(row, &logits[index * limits.vocab..][..limits.vocab]),
+                }
             }
         }
         let nothing = || StepOutput { number: plan.number, ..StepOutput::default() };

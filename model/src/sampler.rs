@@ -17,20 +17,28 @@ pub use penalties::Seen;
 
 use candidates::Candidates;
 use engine::plan::{SamplingParams, TokenLogprob};
+use kernels::sampling::{NextToken, Refused};
 
-/// Why a sequence cannot go on. Only that sequence is lost.
-#[derive(Debug, PartialEq, thiserror::Error)]
-pub enum SampleError {
-    #[error("the model's logits are not finite at position {position}")]
-    NotFinite { position: usize },
-    #[error("the logits with bias and penalties are not finite at position {position}")]
-    Adjusted { position: usize },
-    #[error("logit_bias names token {token}, the vocabulary ends at {vocab}")]
-    Bias { token: u32, vocab: usize },
-    #[error("sampling parameter {name} cannot be {value}")]
-    Parameter { name: &'static str, value: f32 },
-    #[error("token {token} has no logit, the vocabulary ends at {vocab}")]
-    Token { token: u32, vocab: usize },
+/// `params` as devices take them, for the token at `position`.
+pub fn next_token<'a>(
+    params: &'a SamplingParams,
+    seen: &'a Seen,
+    position: usize,
+) -> NextToken<'a> {
+    NextToken {
+        temperature: params.temperature,
+        top_p: params.top_p,
+        top_k: params.top_k,
+        min_p: params.min_p,
+        repetition_penalty: params.repetition_penalty,
+        presence_penalty: params.presence_penalty,
+        frequency_penalty: params.frequency_penalty,
+        seed: params.seed,
+        position: position as u64,
+        logit_bias: &params.logit_bias,
+        seen: seen.ascending(),
+        allowed: None,
+    }
 }
 
 /// Buffers for one row at a time.
@@ -59,9 +67,11 @@ impl Sampler {
         params: &SamplingParams,
         seen: &Seen,
         position: usize,
-    ) -> Result<TokenLogprob, SampleError> {
-        check(params)?;
-        let peak = logits::finite_peak(logits).ok_or(SampleError::NotFinite { position })?;
+    ) -> Result<TokenLogprob, Refused> {
+        if let Some(refused) = next_token(params, seen, position).bad_parameter() {
+            return Err(refused);
+        }
+        let peak = logits::finite_peak(logits).ok_or(Refused::NotFinite)?;
         let token = self.choose(logits, peak, params, seen, position)?;
         match params.logprobs {
             None => Ok(TokenLogprob { token, logprob: None, top: Vec::new() }),
@@ -69,18 +79,17 @@ impl Sampler {
         }
     }
 
-    /// How likely `token` was at `position`, and the `top` likeliest tokens there.
+    /// How likely `token` was, and the `top` likeliest tokens.
     pub fn score(
         &mut self,
         logits: &[f32],
         token: u32,
         top: usize,
-        position: usize,
-    ) -> Result<TokenLogprob, SampleError> {
+    ) -> Result<TokenLogprob, Refused> {
         if token as usize >= logits.len() {
-            return Err(SampleError::Token { token, vocab: logits.len() });
+            return Err(Refused::Token { token, vocab: logits.len() });
         }
-        let peak = logits::finite_peak(logits).ok_or(SampleError::NotFinite { position })?;
+        let peak = logits::finite_peak(logits).ok_or(Refused::NotFinite)?;
         Ok(self.report(logits, peak, token, top))
     }
 
@@ -91,7 +100,7 @@ impl Sampler {
         params: &SamplingParams,
         seen: &Seen,
         position: usize,
-    ) -> Result<u32, SampleError> {
+    ) -> Result<u32, Refused> {
         let adjust = !params.logit_bias.is_empty() || !seen.is_empty();
         let whole = self.drawable == logits.len();
         let (row, peak) = if adjust {
@@ -99,12 +108,12 @@ impl Sampler {
             row.copy_from_slice(logits);
             penalties::apply(row, params, seen)?;
             let row = &row[..self.drawable];
-            (row, logits::finite_peak(row).ok_or(SampleError::Adjusted { position })?)
+            (row, logits::finite_peak(row).ok_or(Refused::Adjusted)?)
         } else if whole {
             (logits, peak)
         } else {
             let row = &logits[..self.drawable];
-            (row, logits::finite_peak(row).ok_or(SampleError::NotFinite { position })?)
+            (row, logits::finite_peak(row).ok_or(Refused::NotFinite)?)
         };
         if params.temperature == 0.0 {
             return Ok(logits::first_at(row, peak));
@@ -122,31 +131,6 @@ impl Sampler {
             logprob: Some(logprob(logits[token as usize])),
             top: likeliest.iter().map(|c| (c.id, logprob(c.logit))).collect(),
         }
-    }
-}
-
-/// Parameters arrive validated; one that did not must not reach the arithmetic.
-fn check(params: &SamplingParams) -> Result<(), SampleError> {
-    let finite = |x: f32| x.is_finite();
-    let rules: [(&'static str, f32, bool); 6] = [
-        (
-            "temperature",
-            params.temperature,
-            finite(params.temperature) && params.temperature >= 0.0,
-        ),
-        ("top_p", params.top_p, params.top_p > 0.0 && params.top_p <= 1.0),
-        ("min_p", params.min_p, (0.0..=1.0).contains(&params.min_p)),
-        (
-            "repetition_penalty",
-            params.repetition_penalty,
-            finite(params.repetition_penalty) && params.repetition_penalty > 0.0,
-        ),
-        ("presence_penalty", params.presence_penalty, finite(params.presence_penalty)),
-        ("frequency_penalty", params.frequency_penalty, finite(params.frequency_penalty)),
-    ];
-    match rules.iter().find(|rule| !rule.2) {
-        Some(&(name, value, _)) => Err(SampleError::Parameter { name, value }),
-        None => Ok(()),
     }
 }
 

@@ -1,10 +1,14 @@
 //! The ops of [`Backend`] on a [`Driver`].
 
 use super::{
-    Array, CudaKv, Driver, Element, Floats, Ints, KvFormat, PrefillKernel, WeightFormat, attention,
-    linear,
+    Array, CudaKv, Driver, Element, Floats, Ints, KvFormat, PrefillKernel, SampleRoom,
+    WeightFormat, attention, linear,
 };
-use crate::{Backend, Batch, Heads, KernelError, Rotation, Tensor, WeightPart, shape};
+use crate::{
+    Backend, Batch, Heads, KernelError, Rotation, Tensor, WeightPart,
+    sampling::{Refused, SampleRequest, Sampled},
+    shape,
+};
 use std::sync::{Mutex, PoisonError};
 
 /// How a device is used.
@@ -70,6 +74,7 @@ impl<D: Driver> Backend for Cuda<D> {
     type Weight = linear::Weight<D>;
     type Kv = CudaKv<D>;
     type Cuts = attention::Cuts<D>;
+    type Sampling = SampleRoom<D>;
 
     fn floats(&self, len: usize) -> Result<Floats<D>, KernelError> {
         Floats::zeroed(&self.driver, len, Element::Bf16)
@@ -250,5 +255,23 @@ impl<D: Driver> Backend for Cuda<D> {
     ) -> Result<(), KernelError> {
         shape::gather_rows(out, x, batch, first, len)?;
         self.gather(out, x, batch, first)
+    }
+
+    fn sampling(
+        &self,
+        rows_max: usize,
+        vocab: usize,
+        drawable: usize,
+    ) -> Result<Option<SampleRoom<D>>, KernelError> {
+        self.sample_room(rows_max, vocab, drawable).map(Some)
+    }
+
+    fn sample(
+        &self,
+        room: &mut SampleRoom<D>,
+        logits: &mut Tensor<Self>,
+        requests: &[SampleRequest<'_>],
+    ) -> Result<Vec<Result<Sampled, Refused>>, KernelError> {
+        self.choose(room, logits, requests)
     }
 }

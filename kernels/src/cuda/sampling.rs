@@ -10,16 +10,16 @@
 mod request;
 mod room;
 
-pub use request::{NextToken, Refused, SampleRequest, Sampled, Wanted};
 pub use room::SampleRoom;
 
 use super::{Cuda, Driver, Element, Launch};
-use crate::{KernelError, Tensor, shape::ensure};
+use crate::{
+    KernelError, Tensor,
+    sampling::{Refused, SampleRequest, Sampled, TOP_MAX},
+    shape::ensure,
+};
 use request::Packed;
 use room::{Args, CANDIDATES, Out, PASS_THREADS, SPANS_MAX};
-
-/// The most tokens that one row may have reported beside the chosen one.
-pub const TOP_MAX: usize = 20;
 
 const OP: &str = "sample";
 /// Threads of a block of `sample_bounds`, `sample_draw` and `sample_report`.
@@ -51,15 +51,7 @@ impl<D: Driver> Cuda<D> {
         SampleRoom::new(&self.driver, rows_max, vocab, drawable)
     }
 
-    /// What each request asks of the row of `logits` [R, V] with its index. The logits are changed
-    /// meanwhile, and are as before when the call returns without error.
-    ///
-    /// A refused row says why, and is no error for the others.
-    ///
-    /// # Errors
-    /// `KernelError::Shape` where requests, logits and room do not fit, `seen` does not ascend, or
-    /// more than [`TOP_MAX`] likeliest tokens are asked for; the driver's own.
-    pub fn sample(
+    pub(super) fn choose(
         &self,
         room: &mut SampleRoom<D>,
         logits: &mut Tensor<Self>,

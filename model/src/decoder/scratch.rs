@@ -97,6 +97,11 @@ impl<B: Backend> Scratch<B> {
         })
     }
 
+    /// The logits [R, V] that [`super::Decoder::logits`] left.
+    pub fn logits_mut(&mut self) -> &mut Tensor<B> {
+        self.logits.whole.as_mut().unwrap_or(&mut self.logits.local)
+    }
+
     /// The logits [R, V] that [`super::Decoder::logits`] left, copied only where the host cannot
     /// read them in place.
     pub fn read_logits(&mut self, device: &B) -> Result<&[f32], ModelError> {

@@ -157,7 +157,7 @@ impl<B: Backend> BatchBuilder<B> {
 }
 
 /// Whether the logits after `token` of `chunk` are wanted.
-fn wanted(chunk: &Chunk, token: usize) -> bool {
+pub fn wanted(chunk: &Chunk, token: usize) -> bool {
     let last = token + 1 == chunk.tokens.len();
     match chunk.want {
         Want::Nothing => false,

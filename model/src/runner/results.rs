@@ -1,9 +1,30 @@
-//! From rows of logits to what the plan asked for. Rank 0 only.
+//! From rows of logits to what the plan asked for, by the device where it can. Rank 0 only.
 
 use super::{Sequence, batch::WantedRow};
-use crate::sampler::{SampleError, Sampler};
-use engine::plan::{Chunk, SequenceId, StepOutput, StepPlan, Want};
+use crate::sampler::{Sampler, next_token};
+use engine::plan::{Chunk, SequenceId, StepOutput, StepPlan, TokenLogprob, Want};
+use kernels::{
+    Backend, KernelError, Tensor,
+    sampling::{Refused, SampleRequest, Sampled, TOP_MAX, Wanted},
+};
 use std::collections::HashMap;
+
+/// A token, or why there is none.
+pub type Answer = Result<TokenLogprob, Refused>;
+
+/// What a row of logits is for.
+#[derive(Clone, Copy, Debug)]
+struct Job {
+    sequence: SequenceId,
+    /// Of the token that follows.
+    position: usize,
+    /// They are wanted themselves.
+    logits: bool,
+    /// This token's logprob is wanted.
+    score: Option<u32>,
+    /// The next token is.
+    sample: bool,
+}
 
 /// The output of one step while its rows come in, in the plan's order.
 pub struct Results<'a> {
@@ -30,39 +51,109 @@ impl<'a> Results<'a> {
         Self { plan, sampler, sequences, output }
     }
 
-    /// Uses the logits [V] of one wanted row.
-    pub fn push(&mut self, row: WantedRow, logits: &[f32]) {
-        let id = self.plan.chunks[row.chunk].sequence;
-        if self.output.failed.last().is_some_and(|failed| failed.0 == id) {
-            return;
+    /// What the device says of each of `rows`, whose logits it holds; `None` for those that the host
+    /// has to read.
+    ///
+    /// # Errors
+    /// The device's own.
+    pub fn ask<B: Backend>(
+        &self,
+        device: &B,
+        room: &mut B::Sampling,
+        logits: &mut Tensor<B>,
+        rows: &[WantedRow],
+    ) -> Result<Vec<Option<Answer>>, KernelError> {
+        // Every row is asked something; of those that the host reads, as little as can be.
+        const NOTHING: SampleRequest<'_> =
+            SampleRequest { wanted: Wanted::Token(0), logprobs: None };
+        let requests: Vec<_> = rows.iter().map(|row| self.request(*row)).collect();
+        if requests.iter().all(Option::is_none) {
+            return Ok(vec![None; rows.len()]);
         }
-        if let Err(error) = self.read(row, logits) {
-            self.output.failed.push((id, error.to_string()));
+        let asked: Vec<_> = requests.iter().map(|request| request.unwrap_or(NOTHING)).collect();
+        let answers = device.sample(room, logits, &asked)?.into_iter().zip(&requests);
+        let token = |Sampled { token, logprob, top }| TokenLogprob { token, logprob, top };
+        Ok(answers.map(|(answer, request)| request.map(|_| answer.map(token))).collect())
+    }
+
+    /// What a device that chooses tokens is asked of one row; `None` where it cannot answer.
+    fn request(&self, row: WantedRow) -> Option<SampleRequest<'_>> {
+        let job = self.job(row);
+        let Sequence { params, seen, .. } = self.sequences.get(&job.sequence)?;
+        let top = params.logprobs.map(|top| top as usize);
+        if job.logits || top.is_some_and(|top| top > TOP_MAX) {
+            return None;
+        }
+        let (wanted, logprobs) = match (job.score, job.sample) {
+            (Some(token), false) => (Wanted::Token(token), Some(top.unwrap_or(0))),
+            (None, true) => (Wanted::Next(next_token(params, seen, job.position)), top),
+            _ => return None,
+        };
+        Some(SampleRequest { wanted, logprobs })
+    }
+
+    /// Uses what [`Self::ask`] was told of one row.
+    pub fn answer(&mut self, row: WantedRow, answer: Answer) {
+        let job = self.job(row);
+        if !self.has_failed(job.sequence) {
+            self.take(job, job.score.is_some(), answer);
         }
     }
 
-    fn read(&mut self, row: WantedRow, logits: &[f32]) -> Result<(), SampleError> {
-        let chunk = &self.plan.chunks[row.chunk];
-        let id = chunk.sequence;
-        let last = row.token + 1 == chunk.tokens.len();
-        let Some(sequence) = self.sequences.get_mut(&id) else { return Ok(()) };
-        if chunk.want == Want::Logits {
+    /// Uses the logits [V] of one wanted row.
+    pub fn push(&mut self, row: WantedRow, logits: &[f32]) {
+        let job = self.job(row);
+        let id = job.sequence;
+        if job.logits {
             entry(&mut self.output.logits, id).extend_from_slice(logits);
         }
-        let position = chunk.start + row.token + 1;
+        if let (Some(token), false) = (job.score, self.has_failed(id)) {
+            let Some(Sequence { params, .. }) = self.sequences.get(&id) else { return };
+            let top = params.logprobs.unwrap_or(0) as usize;
+            let scored = self.sampler.score(logits, token, top);
+            self.take(job, true, scored);
+        }
+        if job.sample && !self.has_failed(id) {
+            let Some(Sequence { params, seen, .. }) = self.sequences.get(&id) else { return };
+            let sampled = self.sampler.sample(logits, params, seen, job.position);
+            self.take(job, false, sampled);
+        }
+    }
+
+    fn job(&self, row: WantedRow) -> Job {
+        let chunk = &self.plan.chunks[row.chunk];
+        let last = row.token + 1 == chunk.tokens.len();
         let following = if last { chunk.next } else { Some(chunk.tokens[row.token + 1]) };
-        if let (Want::Score { .. }, Some(token)) = (chunk.want, following) {
-            let top = sequence.params.logprobs.unwrap_or(0) as usize;
-            let scored = self.sampler.score(logits, token, top, position)?;
-            entry(&mut self.output.scored, id).push(scored);
+        let scores = matches!(chunk.want, Want::Score { .. });
+        Job {
+            sequence: chunk.sequence,
+            position: chunk.start + row.token + 1,
+            logits: chunk.want == Want::Logits,
+            score: following.filter(|_| scores),
+            sample: last && matches!(chunk.want, Want::Sample | Want::Score { sample: true }),
         }
-        if last && matches!(chunk.want, Want::Sample | Want::Score { sample: true }) {
-            let (params, seen) = (&sequence.params, &mut sequence.seen);
-            let sampled = self.sampler.sample(logits, params, seen, position)?;
-            seen.push(sampled.token);
-            self.output.sampled.push((id, sampled));
+    }
+
+    /// Whether an earlier row of the sequence has; rows come in the plan's order.
+    fn has_failed(&self, id: SequenceId) -> bool {
+        self.output.failed.last().is_some_and(|failed| failed.0 == id)
+    }
+
+    fn take(&mut self, job: Job, scored: bool, answer: Answer) {
+        let id = job.sequence;
+        match answer {
+            Ok(token) if scored => entry(&mut self.output.scored, id).push(token),
+            Ok(token) => {
+                if let Some(sequence) = self.sequences.get_mut(&id) {
+                    sequence.seen.push(token.token);
+                }
+                self.output.sampled.push((id, token));
+            }
+            Err(refused) => {
+                let text = format!("{refused} at position {}", job.position);
+                self.output.failed.push((id, text));
+            }
         }
-        Ok(())
     }
 
     /// The whole output; sequences that failed have no other entry in it.
@@ -165,5 +256,110 @@ mod tests {
         assert_eq!(output.failed[0].1, "the model's logits are not finite at position 3");
         assert_eq!(output.sampled.iter().map(|s| s.0).collect::<Vec<_>>(), [3]);
         assert_eq!(output.scored.iter().map(|s| s.0).collect::<Vec<_>>(), [3]);
+    }
+
+    /// Sequences of three tokens with every want, and parameters of all kinds.
+    fn mixed() -> Vec<Chunk> {
+        let warm = SamplingParams { temperature: 0.9, seed: 5, ..GREEDY };
+        let params = [
+            GREEDY,
+            SamplingParams { top_p: 0.8, top_k: 20, repetition_penalty: 1.05, ..warm.clone() },
+            SamplingParams { logprobs: Some(5), frequency_penalty: 0.4, ..warm.clone() },
+            // More than devices tell: the host has to.
+            SamplingParams { logprobs: Some(TOP_MAX as u32 + 1), ..warm.clone() },
+            SamplingParams { logit_bias: vec![(7, 9.0), (9, 8.5)], ..warm.clone() },
+            SamplingParams { temperature: -1.0, ..warm },
+        ];
+        let wants = [
+            Want::Sample,
+            Want::Score { sample: true },
+            Want::Logits,
+            Want::Nothing,
+            Want::Score { sample: false },
+        ];
+        let each = params.iter().flat_map(|params| wants.map(|want| (params, want)));
+        let chunks = each.enumerate().map(|(index, (params, want))| {
+            let mut chunk = chunk(index as SequenceId, want);
+            chunk.next = (want == Want::Score { sample: false }).then_some(8);
+            if let Some(admission) = &mut chunk.admission {
+                admission.params = params.clone();
+                admission.prompt_len = 2;
+            }
+            chunk
+        });
+        chunks.collect()
+    }
+
+    #[test]
+    fn a_device_that_chooses_tokens_answers_as_the_host_does() {
+        use kernels::cuda::{Cuda, CudaConfig};
+        const VOCAB: usize = 300;
+        let library = std::path::Path::new(emulate::PLAIN);
+        let emulator = emulate::Emulator::load(library, emulate::Schedule::InTurn).unwrap();
+        let device = Cuda::new(emulator, CudaConfig::default());
+        let chunks = mixed();
+        let plan = StepPlan { number: 0, chunks, released: Vec::new() };
+        let rows: Vec<WantedRow> = (0..plan.chunks.len())
+            .flat_map(|chunk| (0..3).map(move |token| WantedRow { chunk, token }))
+            .filter(|row| super::super::batch::wanted(&plan.chunks[row.chunk], row.token))
+            .collect();
+        let mut values: Vec<f32> = (0..rows.len() * VOCAB)
+            .map(|at| ((at * 7919) % 1009) as f32 / 100.0 - (at % VOCAB) as f32 / 50.0)
+            .collect();
+        // One of the rows of sequence 1 is not finite.
+        let spoiled = rows.iter().position(|row| row.chunk == 1).unwrap();
+        values[spoiled * VOCAB + 3] = f32::INFINITY;
+
+        let rope = crate::Rope { base: 1e4, scaling: crate::RopeScaling::None, dynamic_ntk: None };
+        let tables = RopeTables::new(&rope, 16);
+        let admitted = |chunk: &Chunk| {
+            let admission = chunk.admission.as_ref().unwrap();
+            (chunk.sequence, Sequence::new(admission, &tables, true))
+        };
+        let finish = |asks: bool| {
+            let mut sequences = plan.chunks.iter().map(admitted).collect();
+            let mut sampler = Sampler::new(VOCAB, VOCAB - 10);
+            let mut results = Results::new(&plan, &mut sampler, &mut sequences);
+            let mut logits = Tensor::exact_from_host(&device, VOCAB, &values).unwrap();
+            let mut room = device.sampling(rows.len(), VOCAB, VOCAB - 10).unwrap().unwrap();
+            let answers = match asks {
+                true => results.ask(&device, &mut room, &mut logits, &rows).unwrap(),
+                false => vec![None; rows.len()],
+            };
+            let answered = answers.iter().flatten().count();
+            for ((row, answer), logits) in rows.iter().zip(answers).zip(values.chunks(VOCAB)) {
+                match answer {
+                    Some(answer) => results.answer(*row, answer),
+                    None => results.push(*row, logits),
+                }
+            }
+            (results.finish(), answered)
+        };
+        let (host, none) = finish(false);
+        let (device, answered) = finish(true);
+        // Of six kinds of parameters the device takes five, and no row whose logits are wanted.
+        assert_eq!((none, answered, rows.len()), (0, 5 * 7, 6 * 10));
+        assert_eq!(host.failed.len(), 1 + 2);
+        assert_eq!(device.failed, host.failed);
+        assert_eq!(device.logits, host.logits);
+        let near = |a: &TokenLogprob, b: &TokenLogprob| {
+            let close = |a: f32, b: f32| (a - b).abs() <= 1e-5 * b.abs().max(1.0);
+            assert_eq!(a.token, b.token);
+            assert_eq!(a.logprob.is_some(), b.logprob.is_some());
+            assert!(close(a.logprob.unwrap_or(0.0), b.logprob.unwrap_or(0.0)), "{a:?} {b:?}");
+            assert_eq!(a.top.len(), b.top.len());
+            let tops = a.top.iter().zip(&b.top);
+            assert!(tops.clone().all(|(a, b)| a.0 == b.0 && close(a.1, b.1)), "{a:?} {b:?}");
+        };
+        let ids = |list: &[(SequenceId, TokenLogprob)]| -> Vec<_> {
+            list.iter().map(|entry| entry.0).collect()
+        };
+        assert_eq!(ids(&device.sampled), ids(&host.sampled));
+        device.sampled.iter().zip(&host.sampled).for_each(|(a, b)| near(&a.1, &b.1));
+        assert_eq!(device.scored.len(), host.scored.len());
+        for (a, b) in device.scored.iter().zip(&host.scored) {
+            assert_eq!((a.0, a.1.len()), (b.0, b.1.len()));
+            a.1.iter().zip(&b.1).for_each(|(a, b)| near(a, b));
+        }
     }
 }

@@ -1,16 +1,16 @@
 //! Bias and penalties: changes to a few logits of a row.
 
-use super::SampleError;
 use engine::plan::{Admission, SamplingParams};
-use std::collections::HashMap;
+use kernels::sampling::Refused;
 
 /// What penalties look at: the tokens of a sequence, and how often the answer holds each.
 ///
 /// Empty, and kept so, while the sequence has no penalty.
 #[derive(Debug, Default)]
 pub struct Seen {
-    /// By token: its occurrences in the answer; 0 where only the prompt holds it.
-    in_answer: HashMap<u32, u32>,
+    /// Tokens in ascending order, each with its occurrences in the answer; 0 where only the prompt
+    /// holds it.
+    in_answer: Vec<(u32, u32)>,
     penalized: bool,
 }
 
@@ -21,19 +21,31 @@ impl Seen {
         let penalized = params.repetition_penalty != 1.0
             || params.presence_penalty != 0.0
             || params.frequency_penalty != 0.0;
-        let mut seen = Self { in_answer: HashMap::new(), penalized };
+        let mut seen = Self { in_answer: Vec::new(), penalized };
         if penalized {
             let (prompt, answer) = admission.tokens.split_at(admission.prompt_len);
             seen.in_answer.extend(prompt.iter().map(|&token| (token, 0)));
-            answer.iter().for_each(|&token| seen.push(token));
+            seen.in_answer.extend(answer.iter().map(|&token| (token, 1)));
+            seen.in_answer.sort_unstable();
+            seen.in_answer.dedup_by(|next, kept| {
+                let same = next.0 == kept.0;
+                if same {
+                    kept.1 += next.1;
+                }
+                same
+            });
         }
         seen
     }
 
     /// The answer grew by `token`.
     pub fn push(&mut self, token: u32) {
-        if self.penalized {
-            *self.in_answer.entry(token).or_default() += 1;
+        if !self.penalized {
+            return;
+        }
+        match self.in_answer.binary_search_by_key(&token, |&(seen, _)| seen) {
+            Ok(at) => self.in_answer[at].1 += 1,
+            Err(at) => self.in_answer.insert(at, (token, 1)),
         }
     }
 
@@ -42,24 +54,21 @@ impl Seen {
     }
 
     /// Each token in ascending order, and its occurrences in the answer.
-    pub fn ascending(&self) -> Vec<(u32, u32)> {
-        let mut tokens: Vec<_> =
-            self.in_answer.iter().map(|(&token, &count)| (token, count)).collect();
-        tokens.sort_unstable();
-        tokens
+    pub fn ascending(&self) -> &[(u32, u32)] {
+        &self.in_answer
     }
 }
 
 /// Bias first, then each seen token's penalties.
-pub fn apply(row: &mut [f32], params: &SamplingParams, seen: &Seen) -> Result<(), SampleError> {
+pub fn apply(row: &mut [f32], params: &SamplingParams, seen: &Seen) -> Result<(), Refused> {
     let vocab = row.len();
     for &(token, bias) in &params.logit_bias {
         match row.get_mut(token as usize) {
             Some(logit) => *logit += bias,
-            None => return Err(SampleError::Bias { token, vocab }),
+            None => return Err(Refused::Bias { token, vocab }),
         }
     }
-    for (&token, &count) in &seen.in_answer {
+    for &(token, count) in &seen.in_answer {
         let Some(logit) = row.get_mut(token as usize) else { continue };
         *logit = if *logit > 0.0 {
             *logit / params.repetition_penalty

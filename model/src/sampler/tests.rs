@@ -225,7 +225,7 @@ fn logprobs_are_those_of_the_unmodified_logits() {
     let mut best: Vec<u32> = (0..997).collect();
     best.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]));
     assert_eq!(got.top.iter().map(|top| top.0).collect::<Vec<_>>(), best[..4]);
-    let scored = sampler.score(&logits, 5, 2000, 9).unwrap();
+    let scored = sampler.score(&logits, 5, 2000).unwrap();
     assert!(close(scored.logprob.unwrap(), 5));
     assert_eq!(scored.top.len(), 997);
 }
@@ -250,23 +250,17 @@ fn rows_that_are_no_numbers_and_bad_parameters_are_refused() {
     let mut logits = vec![0.0; 64];
     let none = Seen::default();
     logits[40] = f32::NAN;
-    assert_eq!(
-        sampler.sample(&logits, &params(), &none, 3),
-        Err(SampleError::NotFinite { position: 3 })
-    );
-    assert_eq!(sampler.score(&logits, 1, 0, 3), Err(SampleError::NotFinite { position: 3 }));
+    assert_eq!(sampler.sample(&logits, &params(), &none, 3), Err(Refused::NotFinite));
+    assert_eq!(sampler.score(&logits, 1, 0), Err(Refused::NotFinite));
     logits[40] = 0.0;
-    assert_eq!(sampler.score(&logits, 64, 0, 3), Err(SampleError::Token { token: 64, vocab: 64 }));
+    assert_eq!(sampler.score(&logits, 64, 0), Err(Refused::Token { token: 64, vocab: 64 }));
     let bias = SamplingParams { logit_bias: vec![(64, 1.0)], ..params() };
     assert_eq!(
         sampler.sample(&logits, &bias, &none, 3),
-        Err(SampleError::Bias { token: 64, vocab: 64 })
+        Err(Refused::Bias { token: 64, vocab: 64 })
     );
     let bias = SamplingParams { logit_bias: vec![(6, f32::INFINITY)], ..params() };
-    assert_eq!(
-        sampler.sample(&logits, &bias, &none, 3),
-        Err(SampleError::Adjusted { position: 3 })
-    );
+    assert_eq!(sampler.sample(&logits, &bias, &none, 3), Err(Refused::Adjusted));
     for bad in [
         SamplingParams { temperature: f32::NAN, ..params() },
         SamplingParams { temperature: -1.0, ..params() },
@@ -276,7 +270,7 @@ fn rows_that_are_no_numbers_and_bad_parameters_are_refused() {
         SamplingParams { presence_penalty: f32::INFINITY, ..params() },
     ] {
         let refused = sampler.sample(&logits, &bad, &none, 3);
-        assert!(matches!(refused, Err(SampleError::Parameter { .. })), "{bad:?}");
+        assert!(matches!(refused, Err(Refused::Parameter { .. })), "{bad:?}");
     }
 }
 

@@ -3,8 +3,9 @@
 use super::{Bar, Bench, Prepare, Scale, Work};
 use crate::{BF16, sampling::normal_row};
 use kernels::{
-    KernelError, Tensor,
-    cuda::{Cuda, Driver, NextToken, SampleRequest, Wanted},
+    Backend, KernelError, Tensor,
+    cuda::{Cuda, Driver},
+    sampling::{NextToken, SampleRequest, Wanted},
 };
 
 /// Tokens that penalties look at.

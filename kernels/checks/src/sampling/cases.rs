@@ -4,9 +4,10 @@ use crate::noise;
 use engine::plan::{Admission, SamplingParams, TokenLogprob};
 use kernels::{
     Backend, KernelError, Tensor,
-    cuda::{Cuda, Driver, NextToken, Refused, SampleRequest, Sampled, Wanted},
+    cuda::{Cuda, Driver},
+    sampling::{NextToken, Refused, SampleRequest, Sampled, Wanted},
 };
-use model::{SampleError, Sampler, Seen};
+use model::{Sampler, Seen, next_token};
 
 /// Rows of one call.
 const ROWS_MAX: usize = 256;
@@ -56,31 +57,18 @@ impl Case {
         })
     }
 
-    fn request<'a>(&'a self, seen: &'a [(u32, u32)]) -> SampleRequest<'a> {
-        let p = &self.params;
-        let next = NextToken {
-            temperature: p.temperature,
-            top_p: p.top_p,
-            top_k: p.top_k,
-            min_p: p.min_p,
-            repetition_penalty: p.repetition_penalty,
-            presence_penalty: p.presence_penalty,
-            frequency_penalty: p.frequency_penalty,
-            seed: p.seed,
-            position: self.position as u64,
-            logit_bias: &p.logit_bias,
-            seen,
-            allowed: self.allowed.as_deref(),
-        };
+    fn request<'a>(&'a self, seen: &'a Seen) -> SampleRequest<'a> {
+        let allowed = self.allowed.as_deref();
+        let next = NextToken { allowed, ..next_token(&self.params, seen, self.position) };
         let wanted = self.score.map_or(Wanted::Next(next), Wanted::Token);
-        SampleRequest { wanted, logprobs: p.logprobs.map(|top| top as usize) }
+        SampleRequest { wanted, logprobs: self.params.logprobs.map(|top| top as usize) }
     }
 
     /// What the host answers.
-    fn host(&self, sampler: &mut Sampler, row: &[f32]) -> Result<TokenLogprob, SampleError> {
+    fn host(&self, sampler: &mut Sampler, row: &[f32]) -> Result<TokenLogprob, Refused> {
         let top = self.params.logprobs.unwrap_or(0) as usize;
         if let Some(token) = self.score {
-            return sampler.score(row, token, top, self.position);
+            return sampler.score(row, token, top);
         }
         // The host knows no masks; a forbidden token far below all others is as good as none.
         let mut masked = row.to_vec();
@@ -92,7 +80,7 @@ impl Case {
         let chosen = sampler.sample(&masked, &params, &self.seen(), self.position)?;
         match self.params.logprobs {
             None => Ok(chosen),
-            Some(_) => sampler.score(row, chosen.token, top, self.position),
+            Some(_) => sampler.score(row, chosen.token, top),
         }
     }
 }
@@ -122,7 +110,7 @@ fn try_run<D: Driver>(
         let values: Vec<f32> =
             cases.iter().flat_map(|case| rows[case.row].iter().copied()).collect();
         let mut logits = Tensor::exact_from_host(device, vocab, &values)?;
-        let seen: Vec<_> = cases.iter().map(|case| case.seen().ascending()).collect();
+        let seen: Vec<_> = cases.iter().map(Case::seen).collect();
         let requests: Vec<_> =
             cases.iter().zip(&seen).map(|(case, seen)| case.request(seen)).collect();
         answers.extend(device.sample(&mut room, &mut logits, &requests)?);

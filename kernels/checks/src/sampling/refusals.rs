@@ -4,8 +4,9 @@ use super::cases::{Answer, Case, normal_row, params, run};
 use crate::{BF16, Device};
 use engine::plan::SamplingParams;
 use kernels::{
-    KernelError, Tensor,
-    cuda::{Cuda, Driver, NextToken, Refused, SampleRequest, Wanted},
+    Backend, KernelError, Tensor,
+    cuda::{Cuda, Driver},
+    sampling::{NextToken, Refused, SampleRequest, Wanted},
 };
 
 const LEN: usize = 1000;

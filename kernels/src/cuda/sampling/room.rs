@@ -1,9 +1,10 @@
 //! Device memory for sampling, made once.
 
-use super::{OP, TOP_MAX, request::Packed};
+use super::{OP, request::Packed};
 use crate::{
     KernelError,
     cuda::{Array, Driver},
+    sampling::TOP_MAX,
     shape::ensure,
 };
 
