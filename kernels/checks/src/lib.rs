@@ -12,6 +12,7 @@ mod e4m3;
 pub mod elementwise;
 mod flat;
 pub mod fp8;
+pub mod goldens;
 pub mod int4;
 pub mod linear;
 pub mod norm;
@@ -65,7 +66,9 @@ pub fn all<D: Driver>() -> Vec<Check<D>> {
 
 /// The others.
 pub fn long<D: Driver>() -> Vec<Check<D>> {
-    sampling::long_checks()
+    let mut checks = sampling::long_checks();
+    checks.extend(goldens::checks());
+    checks
 }
 
 /// Reproducible values, about evenly spread over (-1, 1).

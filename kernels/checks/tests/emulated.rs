@@ -3,7 +3,7 @@
 
 use checks::Check;
 use emulate::{ASAN, Emulator, LIBASAN, PLAIN, RACES, Schedule};
-use kernels::cuda::Cuda;
+use kernels::cuda::{Cuda, CudaConfig, PrefillKernel};
 use std::{env, path::Path, process::Command};
 
 /// Set for the process that runs under AddressSanitizer.
@@ -75,6 +75,32 @@ macro_rules! emulated {
 #[test]
 fn decode_agrees_on_a_long_context() {
     run(&checks::decode::long_checks(), PLAIN, Schedule::InTurn);
+}
+
+/// The kernels of mma.sync: those of wgmma emulate slowly, and have their own room.
+fn models(check: &str) {
+    let device = |config| {
+        let emulator = Emulator::load(Path::new(PLAIN), Schedule::InTurn).expect("it loads");
+        Cuda::new(emulator, CudaConfig { prefill: PrefillKernel::Mma, ..config })
+    };
+    let mut checks = checks::goldens::checks().into_iter();
+    let check = checks.find(|one| one.name == check).expect("a check of this name");
+    assert_eq!((check.run)(&device), Ok(()), "{}", check.name);
+}
+
+#[test]
+fn models_agree_with_the_reference_implementations() {
+    models("models in bf16");
+}
+
+#[test]
+fn models_with_weights_in_fp8_come_near_them() {
+    models("models with weights in fp8");
+}
+
+#[test]
+fn models_with_caches_in_fp8_come_near_them() {
+    models("models with caches in fp8");
 }
 
 /// Where there are no products in fp8, such weights are widened.

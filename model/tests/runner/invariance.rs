@@ -1,7 +1,8 @@
 //! A sequence's numbers are its own: bit for bit the same whatever runs beside it, however its
 //! prompt is cut, whether it was computed twice, and on any number of ranks.
 
-use crate::common::{Driven, GREEDY, Group, OPTIONS, exact, fast, fast_avx2, fast_portable, open};
+use crate::common::{exact, fast, fast_avx2, fast_portable, load, open};
+use checks::goldens::{Driven, GREEDY, Group, NAMES, OPTIONS};
 use engine::plan::{BLOCK_TOKENS, Chunk, SamplingParams, TokenLogprob, Want};
 use kernels::{Backend, plain::Plain};
 use model::Checkpoint;
@@ -59,7 +60,7 @@ fn generate<B: Backend>(
 /// The same request alone, in chunks, among 15 others, behind a cached prefix and preempted.
 fn check_invariance<B: Backend>(name: &str, world_size: usize, device: fn() -> B) {
     let checkpoint = Arc::new(open(name));
-    let mut group = Group::load(&checkpoint, world_size, OPTIONS, device);
+    let mut group = load(&checkpoint, world_size, OPTIONS, device);
     let prompt_ids = prompt(45, 1);
     let driven = |id| Driven::new(id, &prompt_ids, params(7), blocks(0, 4));
 
@@ -101,7 +102,7 @@ fn check_invariance<B: Backend>(name: &str, world_size: usize, device: fn() -> B
 /// Scores of a whole prompt at once, in chunks, and beside another.
 fn check_scores<B: Backend>(name: &str, device: fn() -> B) {
     let checkpoint = Arc::new(open(name));
-    let mut group = Group::load(&checkpoint, 1, OPTIONS, device);
+    let mut group = load(&checkpoint, 1, OPTIONS, device);
     let ids = prompt(150, 3);
     let mut scores = |id: u64, chunk: usize, beside: bool| {
         let mut sequence = Driven::new(id, &ids, params(1), blocks(0, 10));
@@ -131,7 +132,7 @@ fn check_sharding<B: Backend>(name: &str, device: fn() -> B) {
     let checkpoint = Arc::new(open(name));
     let ids = prompt(60, 5);
     let answers = |world_size: usize| {
-        let mut group = Group::load(&checkpoint, world_size, OPTIONS, device);
+        let mut group = load(&checkpoint, world_size, OPTIONS, device);
         let mut sequence = Driven::new(1, &ids, params(1), blocks(0, 4));
         let mut output = group.step(vec![sequence.chunk(256, Want::Logits)]).unwrap();
         let logits = output.logits.swap_remove(0).1;
@@ -184,7 +185,7 @@ fn scores_are_the_same_however_a_prompt_is_cut() {
 
 #[test]
 fn sharded_equals_unsharded_bit_for_bit() {
-    for name in crate::cases::NAMES {
+    for name in NAMES {
         check_sharding(name, || Plain);
         check_sharding(name, exact);
         check_sharding(name, fast);
@@ -194,5 +195,5 @@ fn sharded_equals_unsharded_bit_for_bit() {
 #[test]
 fn every_vocabulary_holds_the_prompts() {
     let vocab = |name: &&str| Checkpoint::config(&open(name)).vocab;
-    assert!(crate::cases::NAMES.iter().map(vocab).all(|vocab| vocab > 300));
+    assert!(NAMES.iter().map(vocab).all(|vocab| vocab > 300));
 }

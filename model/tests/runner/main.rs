@@ -1,6 +1,5 @@
 //! The model as its callers see it: plans in, tokens and logits out, on every number of ranks.
 
-mod cases;
 mod common;
 mod goldens;
 mod invariance;

@@ -1,13 +1,14 @@
 //! Plans that cannot be right are refused before anything runs, with what is wrong.
 
-use crate::common::{Driven, GREEDY, Group, OPTIONS, open};
+use crate::common::{load, open};
+use checks::goldens::{Driven, GREEDY, Group, OPTIONS};
 use engine::plan::{Chunk, SamplingParams, StepPlan, Want};
 use kernels::plain::Plain;
 use model::{ModelError, RunnerOptions};
 use std::sync::Arc;
 
 fn group(name: &str, options: RunnerOptions) -> Group<Plain> {
-    Group::load(&Arc::new(open(name)), 1, options, || Plain)
+    load(&Arc::new(open(name)), 1, options, || Plain)
 }
 
 fn chunk(id: u64, len: usize) -> Chunk {
