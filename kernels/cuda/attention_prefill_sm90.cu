@@ -48,6 +48,9 @@ inline constexpr int THREADS = WARPGROUP + COMPUTING;
 // What setmaxnreg gives: (40 + 2 · 232) · 128 of the multiprocessor's 65536.
 inline constexpr int COPY_REGISTERS = 40;
 inline constexpr int COMPUTE_REGISTERS = 232;
+// What a thread starts with; who asks for more than others gave back waits for ever.
+inline constexpr int FIRST_REGISTERS = 65536 / THREADS / 8 * 8;
+static_assert(COPY_REGISTERS + GROUPS * COMPUTE_REGISTERS <= (1 + GROUPS) * FIRST_REGISTERS);
 // Named barriers: the turns of the two computing warpgroups, and each one's own.
 inline constexpr int TURN = 1;
 inline constexpr int WITHIN = TURN + GROUPS;
@@ -155,7 +158,7 @@ template <int D>
 DEVICE void copy_steps(const PrefillArgs& args, const PrefillTile& tile, Shared<D>& shared) {
     const Copier<D> copier(args, tile);
     const Steps steps = steps_of(tile);
-    Place place;
+    Place place, last;
     int remembered = copier.look_up(steps.last);
     for (int i = 0; i < steps.count; ++i) {
         const int step = steps.last - i;
@@ -167,9 +170,12 @@ DEVICE void copy_steps(const PrefillArgs& args, const PrefillTile& tile, Shared<
         copier.copy(shared.values[place.slot], args.values, step, remembered);
         barrier_arrive_copies(&shared.value_ring.full[place.slot]);
         remembered = next;
+        last = place;
         place.advance();
     }
-    // The computing warpgroups wait for what is still on its way.
+    // A thread stays until what it began has landed: nothing says what becomes of copies, and of
+    // arrivals behind them, whose thread has ended. The last values are behind all else.
+    barrier_wait(&shared.value_ring.full[last.slot], last.parity);
 }
 
 // ---- computing ------------------------------------------------------------------------------
@@ -269,13 +275,14 @@ DEVICE void load_q(const PrefillArgs& args, const PrefillTile& tile, bf16* q, in
     const int thread = threadIdx.x % WARPGROUP, chunk = thread % CHUNKS;
     const int64_t stride = static_cast<int64_t>(args.q_heads + 2 * args.kv_heads) * D;
     const int rows = tile.rows - group * GROUP_ROWS;
-    const bf16* from = args.qkv + (tile.first_row + group * GROUP_ROWS) * stride +
-                       head_of(args) * D + chunk * 8;
+    const bf16* from = args.qkv + tile.first_row * stride + head_of(args) * D + chunk * 8;
     auto* to = reinterpret_cast<unsigned char*>(q) + chunk / 8 * Q_PANEL_BYTES;
 #pragma unroll
     for (int pass = 0; pass < GROUP_ROWS; pass += WARPGROUP / CHUNKS) {
         const int row = pass + thread / CHUNKS;
-        cp_async_16(to + swizzled(row, chunk % 8), from + row * stride, row < rows);
+        const bool valid = row < rows;
+        const int64_t at = valid ? (group * GROUP_ROWS + row) * stride : 0;
+        cp_async_16(to + swizzled(row, chunk % 8), from + at, valid);
     }
     cp_async_commit();
     cp_async_wait<0>();
@@ -390,7 +397,7 @@ struct Computer {
         take_scores(steps.last);
         pack(weights, scores);
         // The first warpgroup begins; at the end nobody has been called who does not come.
-        if (group == 1) named_barrier_arrive(TURN, COMPUTING);
+        if (group == 1 && steps.count > 1) named_barrier_arrive(TURN, COMPUTING);
         for (int i = 1; i < steps.count; ++i) {
             wait_filled(&shared.key_ring.full[key_place.slot], key_place.parity);
             named_barrier(TURN + group, COMPUTING);

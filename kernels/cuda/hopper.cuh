@@ -116,7 +116,7 @@ template <int count>
 DEVICE void registers_shrink() {
     static_assert(count % 8 == 0 && count >= 24 && count <= 256, "what setmaxnreg takes");
 #ifdef LOCKSTEP_EMULATE
-    simt::setmaxnreg();
+    simt::setmaxnreg(count, false);
 #else
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
 #endif
@@ -127,7 +127,7 @@ template <int count>
 DEVICE void registers_grow() {
     static_assert(count % 8 == 0 && count >= 24 && count <= 256, "what setmaxnreg takes");
 #ifdef LOCKSTEP_EMULATE
-    simt::setmaxnreg();
+    simt::setmaxnreg(count, true);
 #else
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
 #endif

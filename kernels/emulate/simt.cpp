@@ -138,8 +138,16 @@ void sleep(const char* what) {
 
 void wake(unsigned thread) { block->runnable.push_back(thread); }
 
+// What becomes of copies whose thread has ended is nowhere said.
+void check_landed() {
+    size_t waiting = current().copies.size();
+    for (const auto& group : current().groups) waiting += group.size();
+    if (waiting + copies_to_arrive(block->current) > 0) fail("ends before its copies have landed");
+}
+
 void fiber_main() {
     block->kernel->run(block->args);
+    check_landed();
     current().ended = true;
     --block->live;
     to_scheduler();
@@ -213,6 +221,19 @@ void wake_polling() {
     block->polling.swap(still);
 }
 
+// Whoever arrived at a named barrier did so for somebody who waits there.
+bool all_called_came() {
+    for (int id = 0; id < 16; ++id) {
+        if (block->barriers[id].arrived == 0) continue;
+        const Index& index = block->fibers[0].index.block;
+        std::snprintf(block->error, sizeof block->error,
+                      "block (%u, %u, %u): %u threads arrived at barrier %d, at which nobody waited", index.x,
+                      index.y, index.z, block->barriers[id].arrived, id);
+        return false;
+    }
+    return true;
+}
+
 bool run_block() {
     while (block->live > 0 && !block->failed) {
         if (!block->polling.empty()) wake_polling();
@@ -223,7 +244,7 @@ bool run_block() {
         block->current = take_runnable();
         to_fiber(current());
     }
-    return !block->failed;
+    return !block->failed && all_called_came();
 }
 
 void start_block(const Thread& index, unsigned threads) {

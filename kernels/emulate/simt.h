@@ -4,8 +4,9 @@
 // Threads are switched only where they wait (barriers, warp operations), in an order that the
 // launch chooses, so that a result which depends on the order shows. Shared memory starts as NaNs.
 // An asynchronous copy lands when it is waited for, not before. Lanes of a warp meet in each warp
-// operation; lanes that meet in different ones, threads that wait for one that has ended, and
-// kernels that are launched with the wrong arguments or shared memory are errors with a text.
+// operation; lanes that meet in different ones, threads that wait for one that has ended or end
+// before their copies have landed, arrivals at a barrier that nobody waits at, and kernels that are
+// launched with the wrong arguments or shared memory are errors with a text.
 #pragma once
 
 #include <algorithm>
@@ -73,6 +74,8 @@ void cp_async_wait(int pending);
 // Every copy that this thread has begun, committed or not, for somebody else to land.
 std::vector<Copy> cp_async_take();
 void copy_now(const Copy& copy);
+// Those of them that `thread` began and nobody has landed.
+size_t copies_to_arrive(unsigned thread);
 // A copy of `thread` has landed; see `simt_hopper.h`.
 void note_landing(const Copy& copy, unsigned thread);
 

@@ -11,6 +11,8 @@ namespace {
 
 constexpr unsigned LANES = 32, WARPS = 4, ROWS = 16, DEPTH = 16;
 constexpr int COLUMNS_MAX = 256;
+// Of a multiprocessor, and of one thread.
+constexpr unsigned REGISTERS = 65536, REGISTERS_MAX = 256;
 
 // A product that a warp has begun.
 struct Pending {
@@ -43,9 +45,10 @@ struct Landing {
     unsigned thread;
 };
 
+// At a barrier, behind copies.
 struct Arrival {
+    uint64_t* barrier;
     std::vector<Copy> copies;
-    unsigned thread;
 };
 
 struct State {
@@ -56,8 +59,12 @@ struct State {
     std::vector<std::vector<Wgmma>> begun;
     std::vector<uint64_t> fenced;  // by thread
     std::vector<Landing> landings;
-    std::map<const uint64_t*, std::vector<Arrival>> arrivals;
+    std::vector<std::vector<Arrival>> arrivals;  // by thread, in order
+    std::map<const uint64_t*, size_t> coming;    // how many of them, by barrier
     std::map<const uint64_t*, races::Clock> clocks;
+    // A lane's, of each warp, and those of all lanes that are nobody's.
+    std::vector<unsigned> registers;
+    unsigned free_registers = 0;
     uint64_t random = 0x2545f4914f6cdd1dull;
 };
 thread_local State kept;
@@ -70,17 +77,12 @@ State& state() {
     kept.block = block_serial();
     kept.random = random;
     kept.warps.resize(threads / LANES);
+    kept.registers.assign(threads / LANES, std::min(REGISTERS / threads / 8 * 8, REGISTERS_MAX));
     kept.begun.resize((threads + 127) / 128);
     kept.fenced.assign(threads, 0);
+    kept.arrivals.resize(threads);
     kept.landings.assign(shared_bytes() / 16 + 1, {0, 0});
     return kept;
-}
-
-void land(const Arrival& arrival) {
-    for (const Copy& copy : arrival.copies) {
-        copy_now(copy);
-        note_landing(copy, arrival.thread);
-    }
 }
 
 // ---- operands -------------------------------------------------------------------------------
@@ -274,8 +276,40 @@ void fence_async_proxy() {
     s.fenced[self().thread.x] = ++s.now;
 }
 
-void setmaxnreg() {
-    meet_group("setmaxnreg", nullptr, [](void* const(&)[128]) {});
+namespace {
+
+struct Registers {
+    unsigned warp, count;
+};
+
+// Takes what a warp lacks, for whichever of its lanes asks first.
+bool take_registers(const void* what) {
+    const auto& wanted = *static_cast<const Registers*>(what);
+    State& s = state();
+    unsigned& has = s.registers[wanted.warp];
+    const unsigned more = (wanted.count - has) * LANES;
+    if (more > s.free_registers) return false;
+    s.free_registers -= more;
+    has = wanted.count;
+    return true;
+}
+
+}  // namespace
+
+void setmaxnreg(unsigned count, bool grow) {
+    meet_group(grow ? "setmaxnreg.inc" : "setmaxnreg.dec", &count, [](void* const(&all)[128]) {
+        for (const void* one : all)
+            if (*static_cast<const unsigned*>(one) != *static_cast<const unsigned*>(all[0]))
+                fail("warps of a warpgroup want different numbers of registers");
+    });
+    State& s = state();
+    const Registers wanted{self().thread.x / LANES, count};
+    unsigned& has = s.registers[wanted.warp];
+    if (grow ? count < has : count > has)
+        fail("setmaxnreg from %u registers to %u, the wrong way", has, count);
+    if (grow) return wait_until("setmaxnreg", take_registers, &wanted);
+    s.free_registers += (has - count) * LANES;
+    has = count;
 }
 
 uint32_t shared_address(const void* p) {
@@ -322,6 +356,32 @@ void arrive(uint64_t* barrier) {
     *barrier = pack(phase);
 }
 
+// The first `count` arrivals that a thread has on their way.
+void land(unsigned thread, size_t count) {
+    auto& arrivals = state().arrivals[thread];
+    for (size_t i = 0; i < count; ++i) {
+        for (const Copy& copy : arrivals[i].copies) {
+            copy_now(copy);
+            note_landing(copy, thread);
+        }
+        arrive(arrivals[i].barrier);
+        --state().coming[arrivals[i].barrier];
+    }
+    arrivals.erase(arrivals.begin(), arrivals.begin() + static_cast<std::ptrdiff_t>(count));
+}
+
+// An arrival is behind all copies that its thread began before, and so behind its earlier ones.
+void land_up_to(const uint64_t* barrier) {
+    State& s = state();
+    if (s.coming[barrier] == 0) return;
+    for (unsigned thread = 0; thread < s.arrivals.size(); ++thread) {
+        const auto& arrivals = s.arrivals[thread];
+        size_t count = arrivals.size();
+        while (count > 0 && arrivals[count - 1].barrier != barrier) --count;
+        if (count > 0) land(thread, count);
+    }
+}
+
 struct Wait {
     uint64_t* barrier;
     uint32_t parity;
@@ -331,12 +391,7 @@ struct Wait {
 bool is_over(const void* what) {
     const auto& wait = *static_cast<const Wait*>(what);
     if (unpack(*wait.barrier).parity != wait.parity) return true;
-    std::vector<Arrival> arrivals;
-    arrivals.swap(state().arrivals[wait.barrier]);
-    for (const Arrival& arrival : arrivals) {
-        land(arrival);
-        arrive(wait.barrier);
-    }
+    land_up_to(wait.barrier);
     return unpack(*wait.barrier).parity != wait.parity;
 }
 
@@ -364,17 +419,22 @@ void mbarrier_arrive(uint64_t* barrier) {
     arrive(barrier);
 }
 
+size_t copies_to_arrive(unsigned thread) {
+    size_t found = 0;
+    if (kept.block != block_serial()) return found;
+    for (const Arrival& arrival : kept.arrivals[thread]) found += arrival.copies.size();
+    return found;
+}
+
 void mbarrier_arrive_copies(uint64_t* barrier) {
     check_barrier(barrier);
     State& s = state();
     races::release(self().thread.x, s.clocks[barrier]);
-    const Arrival arrival{cp_async_take(), self().thread.x};
-    if (!lands_at_once(s)) {
-        s.arrivals[barrier].push_back(arrival);
-        return;
-    }
-    land(arrival);
-    arrive(barrier);
+    const unsigned thread = self().thread.x;
+    auto& arrivals = s.arrivals[thread];
+    arrivals.push_back({barrier, cp_async_take()});
+    ++s.coming[barrier];
+    if (lands_at_once(s)) land(thread, arrivals.size());
 }
 
 void mbarrier_wait(uint64_t* barrier, uint32_t parity) {

@@ -12,8 +12,11 @@
 // A cp.async behind mbarrier_arrive_copies lands when somebody waits for the barrier (threads in
 // turn), at once (backwards) or either (at random).
 //
+// Registers are counted: warps start with what the kernel's threads share of 65536, and who asks
+// setmaxnreg for more than others gave back waits for ever.
+//
 // Not seen: ordinary stores that a proxy fence should follow, registers that were changed after
-// the wgmma.fence, more registers than setmaxnreg leaves, the order in which a tensor core adds.
+// the wgmma.fence, more registers used than setmaxnreg left, the order in which a tensor core adds.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +38,8 @@ void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int pending);
 void fence_async_proxy();
-void setmaxnreg();
+// A warp has `count` registers a lane from here on.
+void setmaxnreg(unsigned count, bool grow);
 
 // Shared memory addresses as a descriptor holds them.
 uint32_t shared_address(const void* p);

@@ -18,14 +18,22 @@ const MEANT: &[(&str, &[&str], &[&str])] = &[
     ("attention_decode", &BOTH, &["HMMA", "LDSM", "LDGSTS"]),
     ("attention_prefill", &BOTH, &["HMMA", "LDSM", "LDGSTS"]),
     ("int4_linear", &BOTH, &["HMMA", "LDGSTS"]),
-    ("attention_prefill_sm90", &["sm_90a"], &["HGMMA", "LDGSTS", "SYNCS"]),
+    ("attention_prefill_sm90", &["sm_90a"], &WGMMA),
 ];
 
 const BOTH: [&str; 2] = ["sm_80", "sm_90a"];
 
+/// Products, copies, barriers in shared memory and arrivals behind copies, the fence before
+/// products of what was copied, and registers that change hands.
+const WGMMA: [&str; 6] = ["HGMMA", "LDGSTS", "SYNCS", "ARRIVES", "FENCE", "USETMAXREG"];
+/// What a thread of 384 starts with: registers that change hands are counted on it, and the
+/// compiler may give a kernel fewer.
+const REGISTERS_OF_384: u32 = 65536 / 384 / 8 * 8;
+
 /// What is known about one kernel on one target.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Compiled {
+    registers: u32,
     stack_bytes: u32,
     spill_bytes: u32,
     opcodes: BTreeSet<String>,
@@ -49,7 +57,7 @@ fn number(line: &str, words: &str) -> u32 {
     digits.and_then(|digits| digits.parse().ok()).unwrap_or(0)
 }
 
-/// Reads `ptxas -v`: stack and spills of each kernel.
+/// Reads `ptxas -v`: registers, stack and spills of each kernel.
 fn read_usage(text: &str, found: &mut BTreeMap<String, Compiled>) {
     let mut kernel = None;
     for line in text.lines() {
@@ -61,6 +69,7 @@ fn read_usage(text: &str, found: &mut BTreeMap<String, Compiled>) {
         let spilled = number(line, " bytes spill stores") + number(line, " bytes spill loads");
         kernel.spill_bytes += spilled;
         kernel.stack_bytes += number(line, " bytes stack frame");
+        kernel.registers += number(line, " registers, ");
     }
 }
 
@@ -112,10 +121,14 @@ fn compile(nvcc: &Path, (arch, target): (&str, &str)) -> BTreeMap<String, Compil
 /// What is wrong with a kernel.
 fn faults(name: &str, target: &str, compiled: &Compiled) -> Vec<String> {
     let mut faults = Vec::new();
-    let Compiled { stack_bytes, spill_bytes, opcodes, .. } = compiled;
+    let Compiled { registers, stack_bytes, spill_bytes, opcodes } = compiled;
     if stack_bytes + spill_bytes > 0 {
         let found = format!("{spill_bytes} bytes spilled, {stack_bytes} bytes of stack");
         faults.push(format!("{name} for {target}: {found}"));
+    }
+    if opcodes.contains("USETMAXREG") && *registers != REGISTERS_OF_384 {
+        let counted = format!("{registers} registers at first, not {REGISTERS_OF_384}");
+        faults.push(format!("{name} for {target}: {counted}"));
     }
     let fits = MEANT.iter().filter(|(start, ..)| name.starts_with(start));
     let meant = fits.max_by_key(|(start, ..)| start.len());
@@ -157,7 +170,7 @@ fn spills_and_missing_instructions_are_faults() {
                     /*0010*/  LDGSTS.E.BYPASS.128 [R1], [R2.64] ;  /* 0x3 */\n";
     read_opcodes(assembly, &mut found);
     let compiled = &found["attention_decode_x"];
-    assert_eq!((compiled.stack_bytes, compiled.spill_bytes), (16, 20));
+    assert_eq!((compiled.stack_bytes, compiled.spill_bytes, compiled.registers), (16, 20, 255));
     let wrong = faults("attention_decode_x", "sm_80", compiled);
     assert_eq!(wrong.len(), 2, "{wrong:?}");
     assert!(wrong[0].contains("20 bytes spilled") && wrong[1].contains("no LDSM"), "{wrong:?}");
@@ -167,7 +180,11 @@ fn spills_and_missing_instructions_are_faults() {
 fn hopper_kernels_are_held_to_hopper_alone() {
     let nothing = Compiled::default();
     assert!(faults("attention_prefill_sm90_d128", "sm_80", &nothing).is_empty());
-    assert_eq!(faults("attention_prefill_sm90_d128", "sm_90a", &nothing).len(), 3);
+    assert_eq!(faults("attention_prefill_sm90_d128", "sm_90a", &nothing).len(), WGMMA.len());
     assert_eq!(faults("attention_prefill_d128", "sm_90a", &nothing).len(), 3);
     assert!(faults("add_bf16", "sm_90a", &nothing).is_empty());
+    let opcodes = WGMMA.map(str::to_owned).into();
+    let scarce = Compiled { registers: 160, opcodes, ..Compiled::default() };
+    let wrong = faults("attention_prefill_sm90_d128", "sm_90a", &scarce);
+    assert!(wrong.len() == 1 && wrong[0].contains("160 registers"), "{wrong:?}");
 }
