@@ -109,9 +109,9 @@ pub struct GroupArgs {
     /// Tokens in one step, at most
     #[arg(long, default_value_t = 512, env = "LOCKSTEP_STEP_TOKENS")]
     step_tokens: usize,
-    /// Sequences that run at once, at most
-    #[arg(long, default_value_t = 64, env = "LOCKSTEP_SEQUENCES")]
-    sequences: usize,
+    /// Sequences that run at once, at most [default: 64, on CUDA cards 256]
+    #[arg(long, env = "LOCKSTEP_SEQUENCES")]
+    sequences: Option<usize>,
 }
 
 impl GroupArgs {
@@ -122,7 +122,7 @@ impl GroupArgs {
             ("--threads", self.threads),
             ("--context", self.context),
             ("--step-tokens", Some(self.step_tokens)),
-            ("--sequences", Some(self.sequences)),
+            ("--sequences", self.sequences),
         ] {
             if value == Some(0) {
                 bail!("{flag} must be at least 1");
@@ -145,7 +145,9 @@ impl GroupArgs {
         config.context_max = self.context;
         config.kv_memory = self.kv_memory;
         config.step_tokens_max = self.step_tokens;
-        config.sequences_max = self.sequences;
+        // A card's products are bound by the weights' bytes up to about this many rows.
+        let many = if config.device == Device::Cpu { config.sequences_max } else { 256 };
+        config.sequences_max = self.sequences.unwrap_or(many);
         config.rank_mode = rank_mode;
         Ok(config)
     }

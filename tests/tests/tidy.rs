@@ -20,7 +20,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("engine", &[]),
     ("kernels", &[]),
     ("kernels/emulate", &["kernels"]),
-    ("kernels/checks", &["engine", "kernels", "model"]),
+    ("kernels/checks", &["engine", "formats", "kernels", "model"]),
     ("model", &["engine", "formats", "kernels"]),
     ("text", &["formats"]),
     ("cluster", &[]),

@@ -18,8 +18,8 @@ pub struct Facts {
 }
 
 impl Facts {
-    /// Whether products in e4m3 take a scale for each row of both operands: cuBLASLt's "outer vector
-    /// scaling", which its documentation gives for Hopper.
+    /// Whether products in e4m3 take a scale for each row of both operands: cuBLASLt's "outer
+    /// vector scaling", which its documentation gives for Hopper.
     pub fn fp8_products(&self) -> bool {
         self.compute_capability.0 == 9
     }

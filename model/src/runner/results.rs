@@ -51,8 +51,8 @@ impl<'a> Results<'a> {
         Self { plan, sampler, sequences, output }
     }
 
-    /// What the device says of each of `rows`, whose logits it holds; `None` for those that the host
-    /// has to read.
+    /// What the device says of each of `rows`, whose logits it holds; `None` for those that the
+    /// host has to read.
     ///
     /// # Errors
     /// The device's own.
