@@ -1,0 +1,187 @@
+//! Processes that work is left to: their lines as they come, an end to each, and another one behind
+//! the work that one of them did not survive.
+
+use serde_json::Value;
+use std::{
+    io::{BufRead, BufReader, Write},
+    os::unix::process::CommandExt,
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// What a process of this program ends with where the device does not work any more.
+pub const BROKEN: u8 = 3;
+
+#[derive(Clone, Copy)]
+pub struct Limits {
+    pub end: Instant,
+    /// Between two lines.
+    pub silence: Duration,
+}
+
+/// How a process ended.
+pub enum Ended {
+    By(ExitStatus),
+    /// It was ended, for this reason.
+    Killed(String),
+}
+
+/// Hands out its lines until it ends or a limit is passed; then it is ended, and all that it has
+/// started with it.
+pub fn run(
+    command: &mut Command,
+    input: &str,
+    limits: Limits,
+    mut each: impl FnMut(&str),
+) -> Result<Ended, String> {
+    let text = |error: std::io::Error| error.to_string();
+    // A group of its own, so that what it starts ends with it.
+    let command = command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
+    let mut child =
+        command.spawn().map_err(|error| format!("{command:?} does not start: {error}"))?;
+    let lines = lines(&mut child)?;
+    let mut stdin = child.stdin.take().ok_or("a pipe was asked for")?;
+    // A process that ends without reading it says more by its end.
+    drop(stdin.write_all(input.as_bytes()));
+    drop(stdin);
+    let ended = loop {
+        let left = limits.end.saturating_duration_since(Instant::now());
+        match lines.recv_timeout(left.min(limits.silence)) {
+            Ok(line) => each(&line),
+            // It has closed its output: now it ends, or hangs.
+            Err(RecvTimeoutError::Disconnected) => break end(&mut child)?,
+            Err(RecvTimeoutError::Timeout) => {
+                kill(&mut child)?;
+                let why = match left < limits.silence {
+                    true => "its time was over".into(),
+                    false => format!("nothing for {} s", limits.silence.as_secs()),
+                };
+                break Ended::Killed(why);
+            }
+        }
+    };
+    child.wait().map_err(text)?;
+    // What it said last.
+    lines.try_iter().for_each(|line| each(&line));
+    Ok(ended)
+}
+
+fn lines(child: &mut Child) -> Result<Receiver<String>, String> {
+    let output = child.stdout.take().ok_or("a pipe was asked for")?;
+    let (send, receive) = channel();
+    thread::spawn(move || {
+        for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
+            if send.send(String::from_utf8_lossy(&line).into_owned()).is_err() {
+                break;
+            }
+        }
+    });
+    Ok(receive)
+}
+
+/// A driver may hang while it takes leave of its device.
+const END: Duration = Duration::from_secs(20);
+
+fn end(child: &mut Child) -> Result<Ended, String> {
+    let start = Instant::now();
+    while start.elapsed() < END {
+        if let Some(status) = child.try_wait().map_err(|error| error.to_string())? {
+            return Ok(Ended::By(status));
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    kill(child)?;
+    Ok(Ended::Killed("it hung at its end".into()))
+}
+
+fn kill(child: &mut Child) -> Result<(), String> {
+    let group = format!("kill -KILL -- -{}", child.id());
+    let done = Command::new("sh").args(["-c", &group]).status();
+    if !done.is_ok_and(|status| status.success()) {
+        child.kill().map_err(|error| error.to_string())?;
+    }
+    Ok(())
+}
+
+/// Has all work done, by as many processes as it takes. `command` makes one that leaves out so many
+/// of the first pieces and ends at the limit by itself; `each` gets every line, and one with an
+/// error for work that its process did not survive. Answers how a process ended that should not
+/// have ended so, though its work was done.
+pub fn every(
+    command: impl Fn(usize) -> Command,
+    limits: Limits,
+    mut each: impl FnMut(&Line),
+) -> Result<Option<String>, String> {
+    let mut done = 0;
+    loop {
+        let (mut begun, mut all, before) = (None, false, done);
+        let ended = run(&mut command(done), "", limits, |line| {
+            let line = Line::read(line);
+            match &line {
+                Line::Begins(name) => begun = Some(name.clone()),
+                Line::Done { .. } => (begun, done) = (None, done + 1),
+                Line::Ends => all = true,
+                _ => {}
+            }
+            each(&line);
+        })?;
+        let (right, how) = match ended {
+            // 1: all was done, and not all of it was right.
+            Ended::By(status) => (matches!(status.code(), Some(0 | 1)), status.to_string()),
+            Ended::Killed(why) => (false, why),
+        };
+        if all {
+            return Ok((!right).then_some(how));
+        }
+        if let Some(name) = begun {
+            let error = Some(format!("its process ended: {how}"));
+            each(&Line::Done { name, error, value: Value::Null });
+            done += 1;
+        }
+        if Instant::now() >= limits.end {
+            return Ok(None);
+        }
+        if done == before {
+            return Err(format!("a process ended before it had done anything: {how}"));
+        }
+    }
+}
+
+/// What a process of this program says.
+pub enum Line {
+    Begins(String),
+    Done {
+        name: String,
+        error: Option<String>,
+        value: Value,
+    },
+    Skipped(String),
+    /// There is no more.
+    Ends,
+    /// JSON of another kind.
+    Told(Value),
+    /// Not this program's: a sanitizer's.
+    Other(String),
+}
+
+impl Line {
+    fn read(line: &str) -> Self {
+        let Ok(value) = serde_json::from_str::<Value>(line) else {
+            return Self::Other(line.to_owned());
+        };
+        let text = |key: &str| value.get(key).and_then(Value::as_str).map(str::to_owned);
+        if let Some(name) = text("begins") {
+            return Self::Begins(name);
+        }
+        if value["ends"] == true {
+            return Self::Ends;
+        }
+        match text("name") {
+            Some(name) if value["skipped"] == true => Self::Skipped(name),
+            Some(name) => Self::Done { name, error: text("error"), value },
+            None => Self::Told(value),
+        }
+    }
+}
