@@ -12,8 +12,7 @@ import time
 
 WARM_UP_SECONDS = 0.15
 SAMPLES = 21
-FLUSH_BYTES = 512 << 20
-SMALL_BYTES = 8 << 20
+FLUSH_BYTES = 1 << 30
 
 
 def main():
@@ -30,15 +29,14 @@ def main():
     def room(size):
         return torch.zeros(size, dtype=torch.int8, device="cuda")
 
-    source, target, small = room(FLUSH_BYTES), room(FLUSH_BYTES), room(SMALL_BYTES)
-    pieces = source.split(SMALL_BYTES)
+    source, target = room(FLUSH_BYTES), room(FLUSH_BYTES)
 
     def once(work):
         # A copy drives everything out of the caches, and reads drive out what it wrote. The device
         # is still busy with them while the work is launched: that is not timed.
         target.copy_(source)
-        for piece in pieces:
-            small.copy_(piece)
+        for _ in range(2):
+            source.view(torch.float32).sum()
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         start.record()

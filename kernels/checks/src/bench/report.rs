@@ -70,8 +70,8 @@ impl Report {
         };
         Some(Self {
             about: About { peer: text(&json["peer"]), ..self.about.clone() },
-            copy_rate: json["copy_bytes_per_second"].as_f64()?,
-            product_rate: json["product_flops_per_second"].as_f64()?,
+            copy_rate: json["copy_bytes_per_second"].as_f64().unwrap_or(0.0),
+            product_rate: json["product_flops_per_second"].as_f64().unwrap_or(0.0),
             checks: list("checks").iter().filter_map(pair).collect(),
             sanitizer: list("sanitizer").iter().filter_map(tool).collect(),
             outcomes: list("figures").iter().filter_map(figure).collect(),

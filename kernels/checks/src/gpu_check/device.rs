@@ -8,8 +8,9 @@ use kernels::{
 use std::{sync::Arc, time::Duration};
 
 /// Several times what any device caches.
-const FLUSH_BYTES: usize = 512 << 20;
-/// What reads of as much leave written in a cache.
+const FLUSH_BYTES: usize = 1 << 30;
+/// What is read then, to so few bytes that a cache hardly has any to write back.
+const READ_BYTES: usize = 512 << 20;
 const SMALL_BYTES: usize = 8 << 20;
 const COPY_BYTES: usize = 2 << 30;
 /// A copy of the ceiling takes a millisecond; the first ones find low clocks.
@@ -114,7 +115,7 @@ impl Stopwatch {
     pub fn time(&self, device: &Cuda<Card>, run: &mut Run<Card>) -> Result<Duration, KernelError> {
         let gpu = &device.driver().0;
         gpu.copy(&self.to, (&self.from, 0), FLUSH_BYTES)?;
-        for at in (0..FLUSH_BYTES).step_by(SMALL_BYTES) {
+        for at in (0..READ_BYTES).step_by(SMALL_BYTES) {
             gpu.copy(&self.small, (&self.from, at), SMALL_BYTES)?;
         }
         gpu.time(&mut || run(device))

@@ -113,7 +113,7 @@ fn alone(
     let within = Duration::from_secs(piece.within);
     Ok(match work(&card, &Wanted { within, skip: piece.skip, only: &cli.only })? {
         Done::All => ExitCode::SUCCESS,
-        Done::Broken => ExitCode::from(3),
+        Done::Broken => ExitCode::from(process::BROKEN),
     })
 }
 

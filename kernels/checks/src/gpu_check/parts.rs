@@ -19,7 +19,7 @@ const PATIENCE_WATCHED: u64 = 300;
 /// For work that was begun in time.
 const GRACE: Duration = Duration::from_secs(60);
 /// Lines of a sanitizer that a report tells.
-const SAID_MAX: usize = 12;
+const SAID_MAX: usize = 24;
 
 /// What is to be run, and for how long.
 pub struct Order {
@@ -67,10 +67,8 @@ pub fn checks(order: &Order, report: &mut Report) -> Result<(), String> {
         command
     };
     let odd = process::every(command, limits, |line| match line {
-        Line::Done { name, error, .. } => {
-            if let Some(error) = error {
-                eprintln!("{name}: {error}");
-            }
+        Line::Done { name, error, value } => {
+            eprintln!("{name}: {}, {} s", error.as_deref().unwrap_or("right"), value["took"]);
             report.checks.push((name.clone(), error.clone()));
         }
         Line::Skipped(name) => {
@@ -113,13 +111,17 @@ fn watched(order: &Order, tool: &str) -> Result<String, String> {
     };
     let (mut ran, mut skipped, mut wrong, mut said) = (0, 0, Vec::new(), Vec::new());
     let odd = process::every(command, limits, |line| match line {
-        Line::Done { name, error, .. } => {
+        Line::Done { name, error, value } => {
+            eprintln!("{tool}: {name}: {:?}, {} s", error, value["took"]);
             ran += 1;
             wrong.extend(error.as_ref().map(|error| format!("{name}: {error}")));
         }
         Line::Skipped(_) => skipped += 1,
-        Line::Other(line) if line.starts_with("=====") && said.len() < SAID_MAX => {
-            said.push(line.trim_start_matches('=').trim().to_owned());
+        Line::Other(line) if line.starts_with("=====") => {
+            eprintln!("{line}");
+            if said.len() < SAID_MAX {
+                said.push(line.trim_start_matches('=').trim().to_owned());
+            }
         }
         _ => {}
     })
@@ -157,7 +159,7 @@ pub fn benches<D: kernels::cuda::Driver>(
     report: &mut Report,
     told: &dyn Fn(&Report) -> Result<(), String>,
 ) -> Result<(), String> {
-    (report.outcomes, report.failed) = (Vec::new(), Vec::new());
+    (report.outcomes, report.failed, report.about.peer) = (Vec::new(), Vec::new(), None);
     let (until, limits) = order.limits(PATIENCE);
     let this = this()?;
     let command = |skip| {
@@ -189,6 +191,8 @@ pub fn benches<D: kernels::cuda::Driver>(
                 let rate = |key: &str| ceilings.get(key).and_then(Value::as_f64);
                 report.copy_rate = rate("copy_rate").unwrap_or(report.copy_rate);
                 report.product_rate = rate("product_rate").unwrap_or(report.product_rate);
+                let error = ceilings["no_ceiling"].as_str();
+                report.failed.extend(error.map(|e| ("the ceiling of products".into(), e.into())));
             }
             Line::Begins(_) | Line::Ends | Line::Other(_) => return,
         }

@@ -11,7 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What a process of this program ends with where the device does not work any more.
+/// What a process of this program ends with where the device does not work any more, though there
+/// was more to do.
 pub const BROKEN: u8 = 3;
 
 #[derive(Clone, Copy)]
@@ -97,8 +98,9 @@ fn end(child: &mut Child) -> Result<Ended, String> {
 }
 
 fn kill(child: &mut Child) -> Result<(), String> {
-    let group = format!("kill -KILL -- -{}", child.id());
-    let done = Command::new("sh").args(["-c", &group]).status();
+    // Of the whole group.
+    let signal = format!("kill -9 -{}", child.id());
+    let done = Command::new("sh").args(["-c", &signal]).status();
     if !done.is_ok_and(|status| status.success()) {
         child.kill().map_err(|error| error.to_string())?;
     }
@@ -183,5 +185,96 @@ impl Line {
             Some(name) => Self::Done { name, error: text("error"), value },
             None => Self::Told(value),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits(end: u64, silence: u64) -> Limits {
+        let silence = Duration::from_millis(silence);
+        Limits { end: Instant::now() + Duration::from_millis(end), silence }
+    }
+
+    /// Pieces 0 to 4; what a process does at piece N of those it is asked for, the first being
+    /// `$1`.
+    fn work(at: &str) -> impl Fn(usize) -> Command {
+        let script = format!(
+            "n=$1; while [ $n -lt 5 ]; do echo '{{\"begins\":\"'$n'\"}}'; case $n in {at} esac; \
+             echo '{{\"name\":\"'$n'\"}}'; n=$((n+1)); done; echo '{{\"ends\":true}}'"
+        );
+        move |skip| {
+            let mut command = Command::new("sh");
+            command.args(["-c", &script, "sh", &skip.to_string()]);
+            command
+        }
+    }
+
+    type Told = Vec<(String, Option<String>)>;
+
+    fn told(
+        command: impl Fn(usize) -> Command,
+        limits: Limits,
+    ) -> (Result<Option<String>, String>, Told) {
+        let mut told = Vec::new();
+        let result = every(command, limits, |line| {
+            if let Line::Done { name, error, .. } = line {
+                told.push((name.clone(), error.clone()));
+            }
+        });
+        (result, told)
+    }
+
+    fn names(told: &Told) -> String {
+        told.iter()
+            .map(|(name, error)| format!("{name}{}", if error.is_some() { "!" } else { "" }))
+            .collect()
+    }
+
+    #[test]
+    fn work_that_its_process_does_not_survive_is_told_and_the_rest_is_done() {
+        let (result, done) = told(work("1) kill -SEGV $$;; 3) exit 7;;"), limits(20_000, 20_000));
+        assert_eq!((result, names(&done)), (Ok(None), "01!23!4".into()));
+        assert!(done[1].1.as_ref().is_some_and(|error| error.contains("signal")), "{done:?}");
+    }
+
+    #[test]
+    fn work_that_hangs_is_ended_with_all_that_it_started() {
+        let start = Instant::now();
+        let (result, done) = told(work("2) sleep 100 & sleep 100;;"), limits(20_000, 300));
+        assert_eq!((result, names(&done)), (Ok(None), "012!34".into()));
+        let (result, done) = told(work("0) sleep 100 & exec sleep 100;;"), limits(300, 20_000));
+        assert_eq!((result, names(&done)), (Ok(None), "0!".into()));
+        assert!(start.elapsed() < Duration::from_secs(15));
+    }
+
+    #[test]
+    fn what_a_process_started_ends_with_it() {
+        let (mut command, mut started) = (Command::new("sh"), String::new());
+        let command = command.args(["-c", "sleep 100 & echo $!; wait"]);
+        let ended = run(command, "", limits(300, 20_000), |line| started += line);
+        assert!(matches!(ended, Ok(Ended::Killed(_))));
+        let start = Instant::now();
+        // Gone, or waiting for its new parent to ask how it ended.
+        let gone = || match std::fs::read_to_string(format!("/proc/{started}/stat")) {
+            Ok(stat) => stat.contains(") Z "),
+            Err(_) => true,
+        };
+        while !gone() {
+            assert!(start.elapsed() < Duration::from_secs(10), "{started} runs on");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    #[test]
+    fn a_process_that_never_begins_or_ends_oddly_is_told() {
+        let never = |_| Command::new("false");
+        let (result, done) = told(never, limits(20_000, 20_000));
+        assert!(result.is_err_and(|error| error.contains("before it had done anything")));
+        assert!(done.is_empty());
+        let (result, done) = told(work("4) trap 'exit 9' EXIT;;"), limits(20_000, 20_000));
+        assert!(result.is_ok_and(|odd| odd.is_some_and(|how| how.contains('9'))));
+        assert_eq!(names(&done), "01234");
     }
 }
