@@ -45,8 +45,8 @@ impl Report {
         bars && sanitizer && right && !all.contains(&0)
     }
 
-    /// What [`Self::json`] told of an earlier run of the same `benches`, and of checks; `None` where
-    /// it told of another device or day.
+    /// What [`Self::json`] told after an earlier run, of these `benches` and of checks; `None`
+    /// where it told of another device or day.
     pub fn kept<D: Driver>(&self, json: &Value, benches: &[Bench<D>]) -> Option<Self> {
         let About { device, date, .. } = &self.about;
         if json["device"] != **device || json["date"] != **date {
@@ -55,6 +55,7 @@ impl Report {
         let list = |key: &str| json[key].as_array().cloned().unwrap_or_default();
         let text = |value: &Value| value.as_str().map(str::to_owned);
         let pair = |pair: &Value| Some((text(&pair[0])?, text(&pair[1])));
+        let pair_of_texts = |pair: &Value| Some((text(&pair[0])?, text(&pair[1])?));
         let tool = |tool: &Value| {
             let (name, detail) = (text(&tool["tool"])?, text(&tool["detail"])?);
             Some((name, if tool["clean"] == true { Ok(detail) } else { Err(detail) }))
@@ -75,10 +76,7 @@ impl Report {
             checks: list("checks").iter().filter_map(pair).collect(),
             sanitizer: list("sanitizer").iter().filter_map(tool).collect(),
             outcomes: list("figures").iter().filter_map(figure).collect(),
-            failed: list("failed")
-                .iter()
-                .filter_map(|pair| Some((text(&pair[0])?, text(&pair[1])?)))
-                .collect(),
+            failed: list("failed").iter().filter_map(pair_of_texts).collect(),
         })
     }
 

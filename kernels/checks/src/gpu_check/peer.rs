@@ -28,6 +28,9 @@ pub fn ask<D: Driver>(
         outcome.peer_seconds = None;
         asked.extend(peer(outcome).map(|peer| (at, peer)));
     }
+    if asked.is_empty() {
+        return Err("no figures to set PyTorch's beside: run the benches first".into());
+    }
     let shapes: Vec<Value> = asked.iter().map(|(_, peer)| question(*peer)).collect();
     let limits = Limits { end: Instant::now() + Duration::from_secs(seconds), silence: SILENCE };
     let mut asked = asked.into_iter();

@@ -16,6 +16,9 @@ use std::{
 
 const PACE: Pace = Pace { warm_up: Duration::from_millis(150), samples: 21 };
 
+/// A line is written in one piece, so that what a sanitizer writes does not cut it.
+const ERROR_MAX: usize = 700;
+
 /// Which of all the work.
 pub struct Wanted<'a> {
     pub within: Duration,
@@ -56,7 +59,7 @@ impl Wanted<'_> {
             let broken = settled.is_err();
             let mut line = match result.and_then(|value| settled.map(|()| value)) {
                 Ok(value) => value,
-                Err(error) => json!({ "error": error }),
+                Err(error) => json!({ "error": error.chars().take(ERROR_MAX).collect::<String>() }),
             };
             line["name"] = name.into();
             line["took"] = begun.elapsed().as_secs_f64().into();
