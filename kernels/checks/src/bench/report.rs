@@ -160,8 +160,9 @@ impl Report {
         };
         let times = outcome.baseline_seconds.map(|base| base / outcome.seconds);
         let times = times.map_or(String::new(), |times| format!(", {times:.1} × the baseline"));
-        let peer = outcome.peer_seconds.map_or(String::new(), |s| format!("{:.1}", s * 1e6));
         let Outcome { op, shape, seconds, .. } = outcome;
+        let beside = |s: f64| format!("{:.1}, {:.2} × ours", s * 1e6, s / seconds);
+        let peer = outcome.peer_seconds.map_or(String::new(), beside);
         let (us, percent, bar) = (seconds * 1e6, 100.0 * share, bar(outcome.bar));
         format!(
             "| {op} | {shape} | {us:.1} | {rate} | {percent:.0} % of {of}{times} | {bar} \
@@ -247,6 +248,7 @@ mod tests {
         assert!(report.holds());
         let row = "80 % of copy, 4.0 × the baseline | ≥ 80 % of copy | yes | ";
         assert!(report.markdown().contains(row));
+        assert!(report.markdown().contains("2000000.0, 2.00 × ours |"));
         let slow = vec![outcome(Bar::OfCopy(0.8), 2.0)];
         let slow = Report { outcomes: slow, ..report.clone() };
         assert!(!slow.holds() && slow.markdown().contains("**no**"));

@@ -107,6 +107,10 @@ fn kill(child: &mut Child) -> Result<(), String> {
     Ok(())
 }
 
+/// How often a process may end without having done anything, and the time between.
+const ATTEMPTS: u32 = 3;
+const PAUSE: Duration = Duration::from_secs(2);
+
 /// Has all work done, by as many processes as it takes. `command` makes one that leaves out so many
 /// of the first pieces and ends at the limit by itself; `each` gets every line, and one with an
 /// error for work that its process did not survive. Answers how a process ended that should not
@@ -116,7 +120,7 @@ pub fn every(
     limits: Limits,
     mut each: impl FnMut(&Line),
 ) -> Result<Option<String>, String> {
-    let mut done = 0;
+    let (mut done, mut idle) = (0, 0);
     loop {
         let (mut begun, mut all, before) = (None, false, done);
         let ended = run(&mut command(done), "", limits, |line| {
@@ -145,8 +149,13 @@ pub fn every(
         if Instant::now() >= limits.end {
             return Ok(None);
         }
-        if done == before {
+        // The device may still be busy with the end of the process before.
+        idle = if done == before { idle + 1 } else { 0 };
+        if idle == ATTEMPTS {
             return Err(format!("a process ended before it had done anything: {how}"));
+        }
+        if idle > 0 {
+            thread::sleep(PAUSE);
         }
     }
 }
