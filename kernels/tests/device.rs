@@ -83,12 +83,17 @@ fn bytes_come_back_as_they_went() {
             gpu.write(&large, 10_007 * at, &piece).unwrap();
             wanted[10_007 * at..][..piece.len()].copy_from_slice(&piece);
         }
-        gpu.copy(&copy, &large, 19 << 20).unwrap();
+        gpu.copy(&copy, (&large, 0), 19 << 20).unwrap();
         gpu.read(&mut got, &copy, 0).unwrap();
         assert!(got == wanted, "what came back is not what went");
         let mut some = vec![0; 1000];
         gpu.read(&mut some, &copy, 12_345).unwrap();
         assert_eq!(some, wanted[12_345..][..1000]);
+        gpu.copy(&copy, (&large, 77), 100).unwrap();
+        gpu.read(&mut some[..100], &copy, 0).unwrap();
+        assert_eq!(some[..100], wanted[77..177]);
+        let text = refused(gpu.copy(&copy, (&large, 77), 19 << 20));
+        assert!(text.contains("19922944 bytes at 77 of an allocation"), "{text}");
         for outside in [(0, (19 << 20) + 1), (19 << 20, 1), (usize::MAX, 2)] {
             let text = refused(gpu.read(&mut vec![0; outside.1], &large, outside.0));
             assert!(text.contains("of an allocation of 19922944"), "{text}");
@@ -144,6 +149,20 @@ fn a_device_that_hangs_is_given_up_in_time() {
         assert!(text.contains(wanted), "{text}");
         assert!(refused(gpu.write(&memory, 0, &[1])).contains("out of use"));
         assert!(refused(gpu.zeroed("a test", 1)).contains("out of use"));
+    });
+}
+
+#[test]
+fn giving_back_what_a_hung_device_uses_does_not_wait_for_ever() {
+    let settings = [("FAKE_END", "600")];
+    on_the_fake("giving_back_what_a_hung_device_uses_does_not_wait_for_ever", &settings, || {
+        let gpu = open().unwrap();
+        let memory = gpu.zeroed("a test", 64).unwrap();
+        add(&gpu, 256, 0).unwrap();
+        let start = Instant::now();
+        // On another thread, as a worker's tensors are.
+        std::thread::spawn(|| drop((memory, gpu))).join().unwrap();
+        assert!(start.elapsed() < Duration::from_secs(5));
     });
 }
 

@@ -15,12 +15,12 @@ mod report;
 mod sampling;
 
 pub use linear::ceiling;
-pub use measure::{Clock, Outcome, measure};
+pub use measure::{Clock, Outcome, Pace, measure};
 pub use report::{About, Report};
 
 use crate::noise;
 use kernels::{
-    BLOCK_TOKENS, Backend, Batch, Heads, KernelError, Tensor,
+    BLOCK_TOKENS, Backend, Batch, Format, Heads, KernelError, Tensor, WeightPart,
     cuda::{Cuda, CudaConfig, Driver},
 };
 
@@ -115,7 +115,33 @@ pub(crate) fn noisy<D: Driver>(
     rows: usize,
     cols: usize,
 ) -> Result<Tensor<Cuda<D>>, KernelError> {
-    Tensor::from_host(device, cols, &noise((rows * cols) as u64, rows * cols))
+    Tensor::from_host(device, cols, &repeated(&noise(9, PIECE.min(rows * cols)), rows * cols))
+}
+
+/// Values of noise that large inputs repeat: more than a cache's lines hold, and no multiple of a
+/// row.
+const PIECE: usize = (1 << 20) + 21;
+
+fn repeated<T: Copy>(piece: &[T], len: usize) -> Vec<T> {
+    let mut all = Vec::with_capacity(len);
+    while all.len() < len {
+        all.extend_from_slice(&piece[..piece.len().min(len - all.len())]);
+    }
+    all
+}
+
+/// A weight [rows, cols] of noise.
+pub(crate) fn noisy_weight<D: Driver>(
+    device: &Cuda<D>,
+    rows: usize,
+    cols: usize,
+) -> Result<<Cuda<D> as Backend>::Weight, KernelError> {
+    let piece: Vec<u8> = noise(7, PIECE.min(rows * cols))
+        .iter()
+        .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes())
+        .collect();
+    let (data, format) = (repeated(&piece, 2 * rows * cols).into(), Format::Bf16);
+    device.weight(&[WeightPart { format, rows, stored_cols: cols, cols: 0..cols, data }])
 }
 
 pub(crate) fn ints<D: Driver>(

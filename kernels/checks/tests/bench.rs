@@ -1,9 +1,12 @@
 //! Every bench runs on the emulated device, on tiny shapes, and the report tells what came of it.
 
-use checks::bench::{self, About, Report, Scale};
+use checks::bench::{self, About, Pace, Report, Scale};
 use emulate::{Emulator, PLAIN, Schedule};
 use kernels::cuda::{Cuda, CudaConfig};
-use std::{path::Path, time::Instant};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 fn device(config: CudaConfig) -> Cuda<Emulator> {
     let emulator = Emulator::load(Path::new(PLAIN), Schedule::InTurn).expect("the library loads");
@@ -20,10 +23,16 @@ fn every_bench_runs_and_is_reported() {
     let benches = bench::all::<Emulator>(Scale::Tiny);
     let names: Vec<_> = benches.iter().map(|bench| (bench.op, bench.shape.clone())).collect();
     let about = About { device: "emulated".into(), ..About::default() };
-    let mut report = Report { about, copy_rate: 1e9, product_rate: 1e9, ..Report::default() };
+    let checks = vec![("add".into(), None), ("rope".into(), Some("wrong".into()))];
+    let sanitizer =
+        vec![("memcheck".into(), Ok("2 checks".into())), ("racecheck".into(), Err("a".into()))];
+    let failed = vec![("add 8".into(), "no memory".into())];
+    let ceilings = Report { copy_rate: 1e9, product_rate: 1e9, ..Report::default() };
+    let mut report = Report { about, checks, sanitizer, failed, ..ceilings };
     let ceiling = bench::ceiling::<Emulator>(Scale::Tiny);
+    let pace = Pace { warm_up: Duration::ZERO, samples: 1 };
     for bench in benches.iter().chain([&ceiling]) {
-        let outcome = bench::measure(&device, bench, &clock, 1);
+        let outcome = bench::measure(&device, bench, &clock, pace);
         let outcome =
             outcome.unwrap_or_else(|error| panic!("{} {}: {error}", bench.op, bench.shape));
         assert!(outcome.seconds > 0.0 && outcome.rate() > 0.0, "{outcome:?}");
@@ -31,6 +40,13 @@ fn every_bench_runs_and_is_reported() {
         report.outcomes.push(outcome);
     }
     let (json, markdown) = (report.json(), report.markdown());
+    let blank = Report { about: report.about.clone(), ..Report::default() };
+    let ceiling = report.outcomes.pop();
+    let kept = blank.kept(&report.json(), &benches);
+    assert_eq!(kept.as_ref(), Some(&report));
+    let later = About { date: "another".into(), ..About::default() };
+    assert_eq!(Report { about: later, ..blank }.kept(&report.json(), &benches), None);
+    report.outcomes.extend(ceiling);
     for (at, (op, shape)) in names.iter().enumerate() {
         assert!(markdown.contains(&format!("| {op} | {shape} | ")), "{markdown}");
         assert_eq!(json["figures"][at]["op"], *op);

@@ -106,13 +106,18 @@ impl<D: Driver> Floats<D> {
     /// # Errors
     /// `KernelError::Shape` where the values do not fit; the driver's own.
     pub fn write(&self, driver: &D, values: &[f32]) -> Result<(), KernelError> {
-        let bytes: Vec<u8> = match self.element {
-            Element::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-            Element::Bf16 => {
-                let round = |v: &f32| half::bf16::from_f32(*v).to_le_bytes();
-                values.iter().flat_map(round).collect()
+        let mut bytes = vec![0; values.len() * self.element.bytes()];
+        match self.element {
+            Element::F32 => {
+                let places = bytes.as_chunks_mut::<4>().0;
+                places.iter_mut().zip(values).for_each(|(to, v)| *to = v.to_le_bytes());
             }
-        };
+            Element::Bf16 => {
+                let places = bytes.as_chunks_mut::<2>().0;
+                let round = |v: &f32| half::bf16::from_f32(*v).to_le_bytes();
+                places.iter_mut().zip(values).for_each(|(to, v)| *to = round(v));
+            }
+        }
         self.array.write(driver, &bytes)
     }
 

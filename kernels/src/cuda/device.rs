@@ -90,13 +90,19 @@ impl Gpu {
         Ok(free as u64)
     }
 
-    /// Copies between allocations of this device, as fast as it can.
+    /// Copies between allocations of this device, as fast as it can: to the start of one, from an
+    /// offset on in the other.
     ///
     /// # Errors
     /// `KernelError::Device` where either is shorter, or the device fails.
-    pub fn copy(&self, to: &Memory, from: &Memory, bytes: usize) -> Result<(), KernelError> {
+    pub fn copy(
+        &self,
+        to: &Memory,
+        (from, offset): (&Memory, usize),
+        bytes: usize,
+    ) -> Result<(), KernelError> {
         self.context.enter()?;
-        let (to, from) = (to.at(0, bytes)?, from.at(0, bytes)?);
+        let (to, from) = (to.at(0, bytes)?, from.at(offset, bytes)?);
         let stream = self.context.stream();
         call!(self.context, "a copy", cuMemcpyDtoDAsync_v2(to, from, bytes, stream))
     }
@@ -115,6 +121,14 @@ impl Gpu {
         end.record(&self.context)?;
         self.context.wait(end)?;
         end.since(start, &self.context)
+    }
+
+    /// Waits until all work so far is done.
+    ///
+    /// # Errors
+    /// `KernelError::Device` where some of it failed, or the device hangs.
+    pub fn settle(&self) -> Result<(), KernelError> {
+        self.context.settle()
     }
 
     /// Versions, for reports.

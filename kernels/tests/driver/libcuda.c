@@ -2,11 +2,13 @@
 //
 // Work on a stream is done when an event behind it is asked for and not before, so that staging
 // memory which is reused too early shows. The environment says how the device misbehaves:
-// FAKE_VERSION, FAKE_DEVICES, FAKE_MAJOR, and FAKE_END: what events answer after a launch.
+// FAKE_VERSION, FAKE_DEVICES, FAKE_MAJOR, and FAKE_END: what events and the stream answer after a
+// launch.
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, NOT_READY = 600 };
 enum { MEMORY_BYTES = 64 << 20, WORK_MAX = 4096, SHARED_DEFAULT = 48 << 10, ARGS_BYTES = 24 };
@@ -53,10 +55,8 @@ int cuDeviceGetAttribute(int* value, int what, int device) {
     return SUCCESS;
 }
 int cuDevicePrimaryCtxRetain(void** context, int device) { return (void)device, *context = &the_context, SUCCESS; }
-int cuDevicePrimaryCtxRelease_v2(int device) { return (void)device, SUCCESS; }
 int cuCtxSetCurrent(void* context) { return context == &the_context ? SUCCESS : INVALID_VALUE; }
 int cuStreamCreate(void** stream, unsigned flags) { return (void)flags, *stream = &the_stream, SUCCESS; }
-int cuStreamDestroy_v2(void* stream) { return stream == &the_stream ? SUCCESS : INVALID_VALUE; }
 
 int cuEventCreate(Event** event, unsigned flags) {
     (void)flags;
@@ -72,6 +72,18 @@ int cuEventQuery(Event* event) {
     if (launched && setting("FAKE_END", SUCCESS)) return setting("FAKE_END", SUCCESS);
     return run(event->behind), SUCCESS;
 }
+int cuStreamQuery(void* stream) {
+    if (stream != &the_stream) return INVALID_VALUE;
+    if (launched && setting("FAKE_END", SUCCESS)) return setting("FAKE_END", SUCCESS);
+    return run(queued), SUCCESS;
+}
+// What gives something back waits for the device, and does not return where that hangs.
+static void finish(void) {
+    while (launched && setting("FAKE_END", SUCCESS) == NOT_READY) sleep(1);
+    run(queued);
+}
+int cuStreamDestroy_v2(void* stream) { return stream == &the_stream ? SUCCESS : INVALID_VALUE; }
+int cuDevicePrimaryCtxRelease_v2(int device) { return (void)device, finish(), SUCCESS; }
 int cuEventElapsedTime_v2(float* milliseconds, Event* from, Event* to) {
     return *milliseconds = (float)(to->behind - from->behind), SUCCESS;
 }
@@ -87,7 +99,7 @@ int cuMemAlloc_v2(address* at, size_t bytes) {
 }
 int cuMemFree_v2(address at) {
     size_t bytes;
-    run(queued);
+    finish();
     memcpy(&bytes, (char*)at - 256, sizeof bytes);
     used -= bytes;
     return free((char*)at - 256), SUCCESS;
@@ -98,7 +110,7 @@ int cuMemGetInfo_v2(size_t* left, size_t* all) {
 int cuMemHostAlloc(void** at, size_t bytes, unsigned flags) {
     return *at = malloc(bytes), flags ? INVALID_VALUE : SUCCESS;
 }
-int cuMemFreeHost(void* at) { return run(queued), free(at), SUCCESS; }
+int cuMemFreeHost(void* at) { return finish(), free(at), SUCCESS; }
 int cuMemsetD8Async(address to, unsigned char value, size_t bytes, void* stream) {
     return (void)stream, add((Work){(void*)to, NULL, bytes, value});
 }
@@ -117,7 +129,7 @@ int cuModuleLoadData(void** module, const void* image) {
     if (*(const unsigned*)image != 0xba55ed50u || (size_t)image % 16) return INVALID_VALUE;
     return *module = &the_module, SUCCESS;
 }
-int cuModuleUnload(void* module) { return module == &the_module ? SUCCESS : INVALID_VALUE; }
+int cuModuleUnload(void* module) { return finish(), module == &the_module ? SUCCESS : INVALID_VALUE; }
 int cuModuleGetFunctionCount(unsigned* count, void* module) { return (void)module, *count = 1, SUCCESS; }
 int cuModuleEnumerateFunctions(void** functions, unsigned count, void* module) {
     (void)module;

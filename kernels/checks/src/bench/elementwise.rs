@@ -1,10 +1,10 @@
 //! embed, gather_rows, silu_mul, add, rms_norm, add_rms_norm, rotate_and_store: all bound by
 //! memory.
 
-use super::{Bar, Bench, Run, Scale, Work, batch, noisy};
+use super::{Bar, Bench, Run, Scale, Work, batch, noisy, noisy_weight};
 use crate::BF16;
 use kernels::{
-    BLOCK_TOKENS, Backend, Format, Heads, KernelError, Rotation, Tensor, WeightPart,
+    BLOCK_TOKENS, Backend, Heads, KernelError, Rotation, Tensor,
     cuda::{Cuda, CudaConfig, Driver, KvFormat},
 };
 
@@ -17,7 +17,8 @@ struct Shape {
 }
 
 pub fn benches<D: Driver>(scale: Scale) -> Vec<Bench<D>> {
-    let full = Shape { rows: 8192, hidden: 8192, intermediate: 24576, vocab: 32768 };
+    // Several times what a cache holds, and long beside what a launch takes.
+    let full = Shape { rows: 16384, hidden: 8192, intermediate: 24576, vocab: 32768 };
     let tiny = Shape { rows: 3, hidden: 64, intermediate: 96, vocab: 40 };
     let Shape { rows, hidden, intermediate, vocab } = scale.of(full, tiny);
     let row_bytes = (2 * rows * hidden) as f64;
@@ -79,10 +80,7 @@ fn embed<D: Driver>(
     (rows, cols): (usize, usize),
     vocab: usize,
 ) -> Result<Run<D>, KernelError> {
-    let data = vec![0; 2 * vocab * cols].into();
-    let part =
-        WeightPart { format: Format::Bf16, rows: vocab, stored_cols: cols, cols: 0..cols, data };
-    let table = device.weight(&[part])?;
+    let table = noisy_weight(device, vocab, cols)?;
     let (batch, mut out) = (batch(device, 1, rows, rows)?, Tensor::zeros(device, rows, cols)?);
     Ok(Box::new(move |device| device.embed(&mut out, &table, 0, &batch)))
 }
@@ -98,7 +96,7 @@ fn gather<D: Driver>(
 
 /// Reads packed rows, writes queries and keys back, and keys and values to the cache.
 fn rotation<D: Driver>(scale: Scale, kv_format: KvFormat) -> Bench<D> {
-    let rows = scale.of(8192, 5);
+    let rows = scale.of(16384, 5);
     let heads = scale.of(Heads { q: 64, kv: 8, dim: 128 }, Heads { q: 4, kv: 2, dim: 64 });
     let Heads { q, kv, dim } = heads;
     let packed = 2 * (heads.qkv_cols() + (q + kv) * dim);

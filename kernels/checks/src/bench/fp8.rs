@@ -9,7 +9,7 @@ use kernels::{
 
 pub fn benches<D: Driver>(scale: Scale) -> Vec<Bench<D>> {
     // What a 72B model's layers multiply: the hidden state, and what its down takes.
-    let shapes: &[_] = scale.of(&[(8192, 8192), (8192, 24576)], &[(3, 64)]);
+    let shapes: &[_] = scale.of(&[(16384, 8192), (16384, 24576)], &[(3, 64)]);
     let one = |&(rows, cols): &(usize, usize)| {
         let shape = (rows, cols);
         [

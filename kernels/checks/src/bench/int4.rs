@@ -1,6 +1,6 @@
 //! Products with 4-bit weights, beside those with the same weight in bf16.
 
-use super::{Bar, Bench, Prepare, Scale, Work, linear, noisy};
+use super::{Bar, Bench, PIECE, Prepare, Scale, Work, linear, noisy, repeated};
 use crate::{BF16, noise};
 use kernels::{
     Backend, Tensor,
@@ -43,15 +43,15 @@ fn product<D: Driver>((m, n, k): (usize, usize, usize)) -> Bench<D> {
 fn prepared<D: Driver>((m, n, k): (usize, usize, usize)) -> Prepare<D> {
     Box::new(move |device| {
         let byte = |v: &f32| ((v + 1.0) * 128.0) as u8;
-        // Noise for one row of words, again and again.
-        let row: Vec<u8> = noise(9, 4 * n).iter().map(byte).collect();
+        let words = 4 * n * (k / 8);
+        let piece: Vec<u8> = noise(9, PIECE.min(words)).iter().map(byte).collect();
         let part = Int4Part {
             layout: Int4Layout::Gptq,
             rows: n,
             cols: k,
             group: GROUP,
             first_col: 0,
-            qweight: &row.repeat(k / 8),
+            qweight: &repeated(&piece, words),
             qzeros: &ZEROS.repeat(k.div_ceil(GROUP) * n / 8),
             scales: &SCALE.repeat(k.div_ceil(GROUP) * n),
             column_groups: None,

@@ -1,10 +1,10 @@
 //! Products in bf16, the device's ceiling for arithmetic, and in fp8, on the shapes of a model's
 //! layers.
 
-use super::{Bar, Bench, Peer, Prepare, Scale, Work, noisy};
-use crate::{BF16, noise};
+use super::{Bar, Bench, Peer, Prepare, Scale, Work, noisy, noisy_weight};
+use crate::BF16;
 use kernels::{
-    Backend, Format, Tensor, WeightPart,
+    Backend, Tensor,
     cuda::{Cuda, CudaConfig, Driver, Fp8, Fp8Scaling, Gemm, Scales, WeightFormat},
 };
 
@@ -90,11 +90,7 @@ fn product<D: Driver>((m, n, k): (usize, usize, usize)) -> Bench<D> {
 /// x [m, k] · weight [n, k]ᵀ.
 pub(super) fn prepared<D: Driver>((m, n, k): (usize, usize, usize)) -> Prepare<D> {
     Box::new(move |device| {
-        let row: Vec<u8> =
-            noise(9, k).iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
-        let (data, format) = (row.repeat(n).into(), Format::Bf16);
-        let part = WeightPart { format, rows: n, stored_cols: k, cols: 0..k, data };
-        let weight = device.weight(&[part])?;
+        let weight = noisy_weight(device, n, k)?;
         let (x, mut out) = (noisy(device, m, k)?, Tensor::zeros(device, m, n)?);
         Ok(Box::new(move |device: &Cuda<D>| device.linear(&mut out, &x, &weight, None)))
     })

@@ -6,10 +6,18 @@ use kernels::{
     KernelError,
     cuda::{Cuda, Driver},
 };
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Times what is given to it on a device that was idle and whose caches hold nothing of it.
 pub type Clock<'a, D> = &'a dyn Fn(&Cuda<D>, &mut Run<D>) -> Result<Duration, KernelError>;
+
+/// How long a bench runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    /// An idle device has low clocks, and takes a while to raise them.
+    pub warm_up: Duration,
+    pub samples: usize,
+}
 
 /// What a bench came to.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,7 +53,7 @@ impl Outcome {
     }
 }
 
-/// Runs a bench `samples` times after two runs to warm up; medians.
+/// Runs a bench at `pace`; medians.
 ///
 /// # Errors
 /// What the device or the op refuses.
@@ -53,35 +61,56 @@ pub fn measure<D: Driver>(
     device: Device<'_, D>,
     bench: &Bench<D>,
     clock: Clock<'_, D>,
-    samples: usize,
+    pace: Pace,
 ) -> Result<Outcome, KernelError> {
     let device = &device(bench.config);
-    let seconds = median(device, &bench.prepare, clock, samples)?;
+    let seconds = median(device, &bench.prepare, clock, pace)?;
     let baseline = bench.baseline.as_ref();
-    let baseline = baseline.map(|prepare| median(device, prepare, clock, samples)).transpose()?;
-    Ok(Outcome {
-        op: bench.op,
-        shape: bench.shape.clone(),
-        work: bench.work,
-        bar: bench.bar,
-        seconds,
-        baseline_seconds: baseline,
-        peer_seconds: None,
-    })
+    let baseline = baseline.map(|prepare| median(device, prepare, clock, pace)).transpose()?;
+    Ok(Outcome { baseline_seconds: baseline, ..bench.outcome(seconds) })
+}
+
+impl<D: Driver> Bench<D> {
+    /// That it took so long; nothing of a baseline or a peer.
+    pub fn outcome(&self, seconds: f64) -> Outcome {
+        Outcome {
+            op: self.op,
+            shape: self.shape.clone(),
+            work: self.work,
+            bar: self.bar,
+            seconds,
+            baseline_seconds: None,
+            peer_seconds: None,
+        }
+    }
+
+    /// Whether this is what came to it.
+    pub fn same(&self, outcome: &Outcome) -> bool {
+        self.op == outcome.op && self.shape == outcome.shape
+    }
+
+    /// For people, and unlike any other's.
+    pub fn name(&self) -> String {
+        format!("{} {}", self.op, self.shape)
+    }
 }
 
 fn median<D: Driver>(
     device: &Cuda<D>,
     prepare: &Prepare<D>,
     clock: Clock<'_, D>,
-    samples: usize,
+    pace: Pace,
 ) -> Result<f64, KernelError> {
     let mut run = prepare(device)?;
-    for _ in 0..2 {
-        run(device)?;
+    let start = Instant::now();
+    // At least twice: the first run loads code, finds algorithms and makes room.
+    clock(device, &mut run)?;
+    clock(device, &mut run)?;
+    while start.elapsed() < pace.warm_up {
+        clock(device, &mut run)?;
     }
     let mut times = Vec::new();
-    for _ in 0..samples.max(1) {
+    for _ in 0..pace.samples.max(1) {
         times.push(clock(device, &mut run)?.as_secs_f64());
     }
     times.sort_by(f64::total_cmp);

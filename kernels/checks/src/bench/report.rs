@@ -1,6 +1,7 @@
 //! One report of one run on one device: as JSON for programs, as Markdown for people.
 
-use super::{Bar, Outcome, Work};
+use super::{Bar, Bench, Outcome, Work};
+use kernels::cuda::Driver;
 use serde_json::{Value, json};
 use std::fmt::Write;
 
@@ -35,11 +36,48 @@ pub struct Report {
 }
 
 impl Report {
-    /// Whether nothing is wrong and every bar holds.
+    /// Whether all there is to know is known, nothing is wrong and every bar holds.
     pub fn holds(&self) -> bool {
         let bars = self.outcomes.iter().all(|o| o.holds(self.copy_rate) != Some(false));
         let sanitizer = self.sanitizer.iter().all(|(_, result)| result.is_ok());
-        bars && sanitizer && self.failed.is_empty() && self.checks.iter().all(|c| c.1.is_none())
+        let all = [self.checks.len(), self.sanitizer.len(), self.outcomes.len()];
+        let right = self.failed.is_empty() && self.checks.iter().all(|check| check.1.is_none());
+        bars && sanitizer && right && !all.contains(&0)
+    }
+
+    /// What [`Self::json`] told after an earlier run, of these `benches` and of checks; `None`
+    /// where it told of another device or day.
+    pub fn kept<D: Driver>(&self, json: &Value, benches: &[Bench<D>]) -> Option<Self> {
+        let About { device, date, .. } = &self.about;
+        if json["device"] != **device || json["date"] != **date {
+            return None;
+        }
+        let list = |key: &str| json[key].as_array().cloned().unwrap_or_default();
+        let text = |value: &Value| value.as_str().map(str::to_owned);
+        let pair = |pair: &Value| Some((text(&pair[0])?, text(&pair[1])));
+        let pair_of_texts = |pair: &Value| Some((text(&pair[0])?, text(&pair[1])?));
+        let tool = |tool: &Value| {
+            let (name, detail) = (text(&tool["tool"])?, text(&tool["detail"])?);
+            Some((name, if tool["clean"] == true { Ok(detail) } else { Err(detail) }))
+        };
+        let figure = |figure: &Value| {
+            let same =
+                |bench: &&Bench<D>| figure["op"] == bench.op && figure["shape"] == bench.shape;
+            let seconds = |key: &str| figure[key].as_f64();
+            let mut outcome = benches.iter().find(same)?.outcome(seconds("seconds")?);
+            outcome.baseline_seconds = seconds("baseline_seconds");
+            outcome.peer_seconds = seconds("peer_seconds");
+            Some(outcome)
+        };
+        Some(Self {
+            about: About { peer: text(&json["peer"]), ..self.about.clone() },
+            copy_rate: json["copy_bytes_per_second"].as_f64().unwrap_or(0.0),
+            product_rate: json["product_flops_per_second"].as_f64().unwrap_or(0.0),
+            checks: list("checks").iter().filter_map(pair).collect(),
+            sanitizer: list("sanitizer").iter().filter_map(tool).collect(),
+            outcomes: list("figures").iter().filter_map(figure).collect(),
+            failed: list("failed").iter().filter_map(pair_of_texts).collect(),
+        })
     }
 
     /// What the rate is a share of, and the share.
@@ -92,11 +130,11 @@ impl Report {
 
     pub fn markdown(&self) -> String {
         let About { device, compute_capability, driver, date, peer } = &self.about;
-        let peer = peer.as_deref().unwrap_or("not there: no figures of a peer");
+        let peer = peer.as_deref().unwrap_or("no figures");
         let mut text = format!(
             "# {device}, {date}\n\nCompute capability {compute_capability}, driver for CUDA \
              {driver}. Copy {:.2} TB/s (bytes read and written), bf16 product {:.0} TFLOP/s, both \
-             measured in this run. PyTorch: {peer}.\n\n",
+             measured with the figures. PyTorch: {peer}.\n\n",
             self.copy_rate / 1e12,
             self.product_rate / 1e12
         );
@@ -122,8 +160,9 @@ impl Report {
         };
         let times = outcome.baseline_seconds.map(|base| base / outcome.seconds);
         let times = times.map_or(String::new(), |times| format!(", {times:.1} × the baseline"));
-        let peer = outcome.peer_seconds.map_or(String::new(), |s| format!("{:.1}", s * 1e6));
         let Outcome { op, shape, seconds, .. } = outcome;
+        let beside = |s: f64| format!("{:.1}, {:.2} × ours", s * 1e6, s / seconds);
+        let peer = outcome.peer_seconds.map_or(String::new(), beside);
         let (us, percent, bar) = (seconds * 1e6, 100.0 * share, bar(outcome.bar));
         format!(
             "| {op} | {shape} | {us:.1} | {rate} | {percent:.0} % of {of}{times} | {bar} \
@@ -136,9 +175,15 @@ impl Report {
         let wrong: Vec<_> = self.checks.iter().filter(|(_, error)| error.is_some()).collect();
         let (right, all) = (self.checks.len() - wrong.len(), self.checks.len());
         let mut line = |words: String| writeln!(text, "- {words}").unwrap_or_default();
-        line(format!("{right} of {all} checks against the oracle hold"));
+        line(match all {
+            0 => "**checks against the oracle**: not run".into(),
+            _ => format!("{right} of {all} checks against the oracle hold"),
+        });
         for (name, error) in wrong {
             line(format!("**{name}**: {}", error.as_deref().unwrap_or_default()));
+        }
+        if self.sanitizer.is_empty() {
+            line("**compute-sanitizer**: not run".into());
         }
         for (tool, result) in &self.sanitizer {
             line(match result {
@@ -192,21 +237,28 @@ mod tests {
 
     #[test]
     fn whatever_is_wrong_is_told_and_the_report_does_not_hold() {
-        let report = Report { copy_rate: 100.0, product_rate: 1.0, ..Report::default() };
-        let good = Report { outcomes: vec![outcome(Bar::OfCopy(0.8), 1.0)], ..report.clone() };
-        assert!(
-            good.holds()
-                && good
-                    .markdown()
-                    .contains("80 % of copy, 4.0 × the baseline | ≥ 80 % of copy | yes | ")
-        );
-        let slow = Report { outcomes: vec![outcome(Bar::OfCopy(0.8), 2.0)], ..report.clone() };
+        let report = Report {
+            copy_rate: 100.0,
+            product_rate: 1.0,
+            checks: vec![("add".into(), None)],
+            sanitizer: vec![("memcheck".into(), Ok("1 check".into()))],
+            outcomes: vec![outcome(Bar::OfCopy(0.8), 1.0)],
+            ..Report::default()
+        };
+        assert!(report.holds());
+        let row = "80 % of copy, 4.0 × the baseline | ≥ 80 % of copy | yes | ";
+        assert!(report.markdown().contains(row));
+        assert!(report.markdown().contains("2000000.0, 2.00 × ours |"));
+        let slow = vec![outcome(Bar::OfCopy(0.8), 2.0)];
+        let slow = Report { outcomes: slow, ..report.clone() };
         assert!(!slow.holds() && slow.markdown().contains("**no**"));
         let wrong = vec![("rope".to_owned(), Some("element 3".to_owned()))];
         let wrong = Report { checks: wrong, ..report.clone() };
         assert!(!wrong.holds() && wrong.markdown().contains("**rope**: element 3"));
         let racy = vec![("racecheck".to_owned(), Err("a race".to_owned()))];
-        let racy = Report { sanitizer: racy, ..report };
+        let racy = Report { sanitizer: racy, ..report.clone() };
         assert!(!racy.holds() && racy.json()["sanitizer"][0]["clean"] == false);
+        let unwatched = Report { sanitizer: Vec::new(), ..report };
+        assert!(!unwatched.holds() && unwatched.markdown().contains("sanitizer**: not run"));
     }
 }

@@ -1,101 +1,123 @@
-//! The device: opened, described, timed; and the checks on it.
+//! The device: opened once for all that a process runs, described, and timed.
 
-use checks::{
-    Check,
-    bench::{About, Run},
-};
+use checks::bench::{About, Run};
 use kernels::{
     KernelError,
-    cuda::{Cuda, CudaConfig, Driver, Gpu, GpuConfig},
+    cuda::{Cuda, CudaConfig, Driver, Facts, Gemm, Gpu, GpuConfig, Launch},
 };
-use serde_json::json;
-use std::{
-    panic::{AssertUnwindSafe, catch_unwind},
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 /// Several times what any device caches.
-const FLUSH_BYTES: usize = 256 << 20;
+const FLUSH_BYTES: usize = 1 << 30;
+/// What is read then, to so few bytes that a cache hardly has any to write back.
+const READ_BYTES: usize = 512 << 20;
+const SMALL_BYTES: usize = 8 << 20;
 const COPY_BYTES: usize = 2 << 30;
+/// A copy of the ceiling takes a millisecond; the first ones find low clocks.
+const COPIES: usize = 200;
+const COPIES_TIMED: usize = 15;
 
-pub fn open(ordinal: usize, wait_limit: Duration) -> Result<Gpu, KernelError> {
-    Gpu::open(GpuConfig { wait_limit, ..GpuConfig::new(ordinal) })
-}
+type Memory = <Gpu as Driver>::Memory;
 
-pub fn about(gpu: &Gpu, date: &str) -> Result<About, String> {
-    let facts = gpu.facts();
-    let (major, minor) = facts.compute_capability;
-    Ok(About {
-        device: facts.name.clone(),
-        compute_capability: format!("{major}.{minor}"),
-        driver: gpu.driver_version().map_err(|error| error.to_string())?,
-        date: date.to_owned(),
-        peer: None,
-    })
-}
+/// One device, however many checks or benches use it: code is loaded once, and a sanitizer
+/// instruments it once.
+#[derive(Clone)]
+pub struct Card(Arc<Gpu>);
 
-/// Opens a device for each bench: what one left behind, the next does not meet.
-pub fn maker(ordinal: usize) -> impl Fn(CudaConfig) -> Cuda<Gpu> {
-    move |config| {
-        let gpu = open(ordinal, Duration::from_secs(30));
-        Cuda::new(gpu.unwrap_or_else(|error| panic!("{error}")), config)
+impl Card {
+    pub fn open(ordinal: usize, wait_limit: Duration) -> Result<Self, KernelError> {
+        Ok(Self(Arc::new(Gpu::open(GpuConfig { wait_limit, ..GpuConfig::new(ordinal) })?)))
     }
-}
 
-/// Bytes read and written per second by the driver's own copy.
-pub fn copy_rate(gpu: &Gpu) -> Result<f64, KernelError> {
-    let (from, to) = (gpu.zeroed("a copy", COPY_BYTES)?, gpu.zeroed("a copy", COPY_BYTES)?);
-    let mut times = Vec::new();
-    for _ in 0..9 {
-        times.push(gpu.time(&mut || gpu.copy(&to, &from, COPY_BYTES))?);
+    pub fn backend(&self, config: CudaConfig) -> Cuda<Self> {
+        Cuda::new(self.clone(), config)
     }
-    times.sort();
-    Ok(2.0 * COPY_BYTES as f64 / times[times.len() / 2].as_secs_f64())
-}
 
-type Clock = Box<dyn Fn(&Cuda<Gpu>, &mut Run<Gpu>) -> Result<Duration, KernelError>>;
+    pub fn about(&self, date: &str) -> Result<About, KernelError> {
+        let facts = self.facts();
+        let (major, minor) = facts.compute_capability;
+        Ok(About {
+            device: facts.name.clone(),
+            compute_capability: format!("{major}.{minor}"),
+            driver: self.0.driver_version()?,
+            date: date.to_owned(),
+            peer: None,
+        })
+    }
 
-/// Times one run by the device's own clock, after a copy that empties its caches and is still
-/// running while the run is launched, so that launching is not timed.
-pub fn clock(ordinal: usize) -> Result<Clock, KernelError> {
-    let gpu = open(ordinal, Duration::from_secs(30))?;
-    let (from, to) = (gpu.zeroed("a copy", FLUSH_BYTES)?, gpu.zeroed("a copy", FLUSH_BYTES)?);
-    drop(gpu);
-    Ok(Box::new(move |device, run| {
-        let gpu = device.driver();
-        gpu.copy(&to, &from, FLUSH_BYTES)?;
-        gpu.time(&mut || run(device))
-    }))
-}
+    /// Waits for all work so far: a fault is told to whom it belongs.
+    pub fn settle(&self) -> Result<(), KernelError> {
+        self.0.settle()
+    }
 
-/// Runs checks, and says so in one line of JSON each; whether all hold.
-pub fn checks(
-    ordinal: usize,
-    checks: &[Check<Gpu>],
-    (within, patience): (Duration, Duration),
-) -> Result<bool, String> {
-    let make = |config| {
-        let gpu = open(ordinal, patience);
-        Cuda::new(gpu.unwrap_or_else(|error| panic!("{error}")), config)
-    };
-    open(ordinal, patience).map_err(|error| error.to_string())?;
-    let start = Instant::now();
-    let mut all_hold = true;
-    for check in checks {
-        if start.elapsed() > within {
-            println!("{}", json!({ "name": check.name, "skipped": true }));
-            continue;
+    /// Bytes read and written per second by the driver's own copy.
+    pub fn copy_rate(&self) -> Result<f64, KernelError> {
+        let room = || self.zeroed("a copy", COPY_BYTES);
+        let (from, to) = (room()?, room()?);
+        let mut times = Vec::new();
+        for _ in 0..COPIES {
+            times.push(self.0.time(&mut || self.0.copy(&to, (&from, 0), COPY_BYTES))?);
         }
-        let result = catch_unwind(AssertUnwindSafe(|| (check.run)(&make)));
-        let error = match result {
-            Ok(result) => result.err(),
-            Err(panic) => {
-                let text = panic.downcast_ref::<String>().map(String::as_str);
-                Some(text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("panicked").into())
-            }
-        };
-        all_hold &= error.is_none();
-        println!("{}", json!({ "name": check.name, "error": error }));
+        let mut times = times.split_off(COPIES - COPIES_TIMED);
+        times.sort();
+        Ok(2.0 * COPY_BYTES as f64 / times[COPIES_TIMED / 2].as_secs_f64())
     }
-    Ok(all_hold)
+}
+
+impl Driver for Card {
+    type Memory = Memory;
+
+    fn facts(&self) -> &Facts {
+        self.0.facts()
+    }
+
+    fn zeroed(&self, what: &'static str, bytes: usize) -> Result<Memory, KernelError> {
+        self.0.zeroed(what, bytes)
+    }
+
+    fn address(&self, memory: &Memory) -> u64 {
+        self.0.address(memory)
+    }
+
+    fn write(&self, to: &Memory, offset: usize, bytes: &[u8]) -> Result<(), KernelError> {
+        self.0.write(to, offset, bytes)
+    }
+
+    fn read(&self, to: &mut [u8], from: &Memory, offset: usize) -> Result<(), KernelError> {
+        self.0.read(to, from, offset)
+    }
+
+    fn launch(&self, launch: Launch<'_>) -> Result<(), KernelError> {
+        self.0.launch(launch)
+    }
+
+    fn gemm(&self, gemm: Gemm) -> Result<(), KernelError> {
+        self.0.gemm(gemm)
+    }
+}
+
+/// Empties the device's caches and times a run by the device's own clock.
+pub struct Stopwatch {
+    from: Memory,
+    to: Memory,
+    small: Memory,
+}
+
+impl Stopwatch {
+    pub fn new(card: &Card) -> Result<Self, KernelError> {
+        let room = |bytes| card.zeroed("emptying caches", bytes);
+        Ok(Self { from: room(FLUSH_BYTES)?, to: room(FLUSH_BYTES)?, small: room(SMALL_BYTES)? })
+    }
+
+    /// A copy drives everything out of the caches, and reads drive out what it wrote: else the run
+    /// would pay for writing that back. Both are still busy while the run is launched, so that
+    /// launching is not timed.
+    pub fn time(&self, device: &Cuda<Card>, run: &mut Run<Card>) -> Result<Duration, KernelError> {
+        let gpu = &device.driver().0;
+        gpu.copy(&self.to, (&self.from, 0), FLUSH_BYTES)?;
+        for at in (0..READ_BYTES).step_by(SMALL_BYTES) {
+            gpu.copy(&self.small, (&self.from, at), SMALL_BYTES)?;
+        }
+        gpu.time(&mut || run(device))
+    }
 }

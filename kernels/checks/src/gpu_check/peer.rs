@@ -1,56 +1,57 @@
 //! The same shapes by PyTorch, where a `python3` has it.
 
-use checks::bench::{Bench, Outcome, Peer};
-use kernels::cuda::Gpu;
+use crate::process::{self, Ended, Limits};
+use checks::bench::{Bench, Peer, Report};
+use kernels::cuda::Driver;
 use serde_json::{Value, json};
 use std::{
-    io::Write,
-    process::{Command, Stdio},
+    process::Command,
+    time::{Duration, Instant},
 };
 
 const SCRIPT: &str = include_str!("../../torch_peer.py");
+/// It needs as long to load; then it has a line for each shape.
+const SILENCE: Duration = Duration::from_secs(120);
 
-/// What PyTorch says.
-pub struct Answer {
-    /// Its version.
-    pub name: String,
-    /// For each bench that has a peer, in order.
-    seconds: Vec<Option<f64>>,
-}
-
-impl Answer {
-    /// Puts the figures beside those of the same bench.
-    pub fn fill(&self, benches: &[Bench<Gpu>], outcomes: &mut [Outcome]) {
-        let asked = benches.iter().filter(|bench| bench.peer.is_some());
-        for (bench, seconds) in asked.zip(&self.seconds) {
-            let same = |o: &&mut Outcome| o.op == bench.op && o.shape == bench.shape;
-            if let Some(outcome) = outcomes.iter_mut().find(same) {
-                outcome.peer_seconds = *seconds;
-            }
+/// Asks for the shapes of all benches that have an outcome and a peer, and puts the figures beside.
+///
+/// # Errors
+/// Says why there are none, or why not all.
+pub fn ask<D: Driver>(
+    benches: &[Bench<D>],
+    report: &mut Report,
+    seconds: u64,
+) -> Result<(), String> {
+    let peer = |outcome| benches.iter().find(|bench| bench.same(outcome)).and_then(|b| b.peer);
+    let mut asked = Vec::new();
+    for (at, outcome) in report.outcomes.iter_mut().enumerate() {
+        outcome.peer_seconds = None;
+        asked.extend(peer(outcome).map(|peer| (at, peer)));
+    }
+    if asked.is_empty() {
+        return Err("no figures to set PyTorch's beside: run the benches first".into());
+    }
+    let shapes: Vec<Value> = asked.iter().map(|(_, peer)| question(*peer)).collect();
+    let limits = Limits { end: Instant::now() + Duration::from_secs(seconds), silence: SILENCE };
+    let mut asked = asked.into_iter();
+    let mut command = Command::new("python3");
+    let command = command.args(["-c", SCRIPT]);
+    let ended = process::run(command, &json!(shapes).to_string(), limits, |line| {
+        let Ok(answer) = serde_json::from_str::<Value>(line) else { return };
+        if let Some(name) = answer["name"].as_str() {
+            report.about.peer = Some(name.to_owned());
+        } else if let Some((at, _)) = asked.next() {
+            let outcome = &mut report.outcomes[at];
+            outcome.peer_seconds = answer["seconds"].as_f64();
+            eprintln!("{} {}: PyTorch {answer}", outcome.op, outcome.shape);
         }
+    })?;
+    let left = asked.count();
+    match ended {
+        Ended::By(status) if status.success() && left == 0 => Ok(()),
+        Ended::By(status) => Err(format!("python3 ended ({status}), {left} shapes missing")),
+        Ended::Killed(why) => Err(format!("python3 was ended: {why}, {left} shapes missing")),
     }
-}
-
-/// Runs the script once for all shapes. It bounds its own time.
-pub fn ask(benches: &[Bench<Gpu>]) -> Result<Answer, String> {
-    let asked: Vec<Value> = benches.iter().filter_map(|bench| bench.peer).map(question).collect();
-    let mut child = Command::new("python3")
-        .args(["-c", SCRIPT])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .map_err(|error| format!("python3 does not start: {error}"))?;
-    let mut input = child.stdin.take().ok_or("a pipe was asked for")?;
-    input.write_all(json!(asked).to_string().as_bytes()).map_err(|error| error.to_string())?;
-    drop(input);
-    let done = child.wait_with_output().map_err(|error| error.to_string())?;
-    if !done.status.success() {
-        return Err(format!("python3 ended ({})", done.status));
-    }
-    let answer: Value = serde_json::from_slice(&done.stdout).map_err(|error| error.to_string())?;
-    let name = answer["name"].as_str().ok_or("no name in PyTorch's answer")?.to_owned();
-    let seconds = answer["seconds"].as_array().ok_or("no figures in PyTorch's answer")?;
-    Ok(Answer { name, seconds: seconds.iter().map(Value::as_f64).collect() })
 }
 
 fn question(peer: Peer) -> Value {

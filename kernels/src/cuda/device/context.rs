@@ -221,10 +221,23 @@ impl Context {
 
     /// Waits until the device has come past `event`.
     pub fn wait(&self, event: &Event) -> Result<(), KernelError> {
+        // SAFETY: the event is alive.
+        self.poll(|| unsafe { sys::cuEventQuery(event.handle) })
+    }
+
+    /// Makes the context this thread's and waits until all work so far is done. What gives memory,
+    /// code or the context back waits for that too, but for ever.
+    pub fn settle(&self) -> Result<(), KernelError> {
+        self.enter()?;
+        // SAFETY: the context is current, and the stream alive.
+        self.poll(|| unsafe { sys::cuStreamQuery(self.stream) })
+    }
+
+    /// Asks until the answer is another than "not ready".
+    fn poll(&self, query: impl Fn() -> CUresult) -> Result<(), KernelError> {
         let start = Instant::now();
         loop {
-            // SAFETY: the event is alive.
-            match unsafe { sys::cuEventQuery(event.handle) } {
+            match query() {
                 CUresult::CUDA_SUCCESS => return Ok(()),
                 CUresult::CUDA_ERROR_NOT_READY => {}
                 result => return self.check("running kernels", result),
@@ -244,8 +257,8 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // A stream of a device that hangs would be waited for; the process is about to end anyway.
-        if self.enter().is_err() {
+        // A device that hangs would be waited for; the process is about to end anyway.
+        if self.settle().is_err() {
             return;
         }
         if !self.stream.is_null() {

@@ -132,8 +132,8 @@ impl Functions {
 
 impl Drop for Functions {
     fn drop(&mut self) {
-        if self.context.enter().is_ok() {
-            // SAFETY: nothing launches from it any more.
+        if self.context.settle().is_ok() {
+            // SAFETY: nothing launches from it any more, and what was launched is done.
             let result = unsafe { sys::cuModuleUnload(self.module) };
             drop(self.context.check("unloading the kernels", result));
         }

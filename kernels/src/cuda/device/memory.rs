@@ -55,9 +55,9 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // A device that hangs would be waited for: then the process's end gives it back.
-        if self.context.enter().is_ok() {
-            // SAFETY: nobody else has the address; the call waits for work that uses it.
+        // Where the device hangs, the process's end gives it back.
+        if self.context.settle().is_ok() {
+            // SAFETY: nobody else has the address, and the work that used it is done.
             let result = unsafe { sys::cuMemFree_v2(self.address) };
             // A failure is kept by the context, and told by whoever uses it next.
             drop(self.context.check("freeing memory", result));
@@ -96,8 +96,8 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        if self.context.enter().is_ok() {
-            // SAFETY: allocated by cuMemHostAlloc; the call waits for work that uses it.
+        if self.context.settle().is_ok() {
+            // SAFETY: allocated by cuMemHostAlloc, and the work that used it is done.
             let result = unsafe { sys::cuMemFreeHost(self.start.cast()) };
             drop(self.context.check("freeing pinned memory", result));
         }
