@@ -46,16 +46,22 @@ int cuDeviceGet(int* device, int at) { return *device = at, SUCCESS; }
 int cuDeviceGetName(char* to, int len, int device) {
     return snprintf(to, (size_t)len, "fake %d", device), SUCCESS;
 }
-int cuDeviceTotalMem_v2(size_t* bytes, int device) { return (void)device, *bytes = MEMORY_BYTES, SUCCESS; }
+int cuDeviceTotalMem_v2(size_t* bytes, int device) {
+    return (void)device, *bytes = MEMORY_BYTES, SUCCESS;
+}
 int cuDeviceGetAttribute(int* value, int what, int device) {
     (void)device;
     *value = what == 75 ? setting("FAKE_MAJOR", 9) : what == 76 ? 0 : what == 16 ? 132 : 227 << 10;
     return SUCCESS;
 }
-int cuDevicePrimaryCtxRetain(void** context, int device) { return (void)device, *context = &the_context, SUCCESS; }
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+    return (void)device, *context = &the_context, SUCCESS;
+}
 int cuDevicePrimaryCtxRelease_v2(int device) { return (void)device, SUCCESS; }
 int cuCtxSetCurrent(void* context) { return context == &the_context ? SUCCESS : INVALID_VALUE; }
-int cuStreamCreate(void** stream, unsigned flags) { return (void)flags, *stream = &the_stream, SUCCESS; }
+int cuStreamCreate(void** stream, unsigned flags) {
+    return (void)flags, *stream = &the_stream, SUCCESS;
+}
 int cuStreamDestroy_v2(void* stream) { return stream == &the_stream ? SUCCESS : INVALID_VALUE; }
 
 int cuEventCreate(Event** event, unsigned flags) {
@@ -118,13 +124,17 @@ int cuModuleLoadData(void** module, const void* image) {
     return *module = &the_module, SUCCESS;
 }
 int cuModuleUnload(void* module) { return module == &the_module ? SUCCESS : INVALID_VALUE; }
-int cuModuleGetFunctionCount(unsigned* count, void* module) { return (void)module, *count = 1, SUCCESS; }
+int cuModuleGetFunctionCount(unsigned* count, void* module) {
+    return (void)module, *count = 1, SUCCESS;
+}
 int cuModuleEnumerateFunctions(void** functions, unsigned count, void* module) {
     (void)module;
     if (count == 1) functions[0] = &the_function;
     return count == 1 ? SUCCESS : INVALID_VALUE;
 }
-int cuFuncGetName(const char** name, void* function) { return (void)function, *name = "add_bf16", SUCCESS; }
+int cuFuncGetName(const char** name, void* function) {
+    return (void)function, *name = "add_bf16", SUCCESS;
+}
 int cuFuncGetParamInfo(void* function, size_t at, size_t* offset, size_t* bytes) {
     (void)function;
     *offset = 0, *bytes = ARGS_BYTES;
@@ -144,7 +154,11 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
 }
 
 int cuGetErrorName(int code, const char** name) {
-    *name = code == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : code == 1 ? "CUDA_ERROR_INVALID_VALUE" : "CUDA_ERROR";
+    *name = code == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS"
+            : code == 1 ? "CUDA_ERROR_INVALID_VALUE"
+                        : "CUDA_ERROR";
     return SUCCESS;
 }
-int cuGetErrorString(int code, const char** text) { return (void)code, *text = "told by the fake", SUCCESS; }
+int cuGetErrorString(int code, const char** text) {
+    return (void)code, *text = "told by the fake", SUCCESS;
+}
