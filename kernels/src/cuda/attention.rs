@@ -3,7 +3,7 @@
 //! A sequence with one row decodes: its keys are cut into splits of `SPLIT_TOKENS`, whatever runs
 //! beside it, and a second kernel combines the splits in order. A sequence with more rows
 //! prefills: its rows are cut into tiles of `TILE_ROWS`. Kernels: `attention_decode.cu`,
-//! `attention_prefill.cu`, `attention_prefill_sm90.cu`.
+//! `attention_combine.cu`, `attention_prefill.cu`, `attention_prefill_sm90.cu`.
 
 mod decode;
 mod prefill;
