@@ -98,7 +98,8 @@ bool all_called_came() {
         if (block->barriers[id].arrived == 0) continue;
         const Index& index = block->fibers[0].index.block;
         std::snprintf(block->error, sizeof block->error,
-                      "block (%u, %u, %u): %u threads arrived at barrier %d, at which nobody waited",
+                      "block (%u, %u, %u): %u threads arrived at barrier %d, at which nobody "
+                      "waited",
                       index.x, index.y, index.z, block->barriers[id].arrived, id);
         return false;
     }

@@ -145,8 +145,9 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
     if (attribute != 8 || value > 227 << 10) return INVALID_VALUE;
     return shared_max = value, SUCCESS;
 }
-int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty,
-                   unsigned tz, unsigned shared, void* stream, void** params, void** extra) {
+int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads,
+                   unsigned ty, unsigned tz, unsigned shared, void* stream, void** params,
+                   void** extra) {
     (void)params;
     int fits = x && y && z && threads && ty == 1 && tz == 1 && (int)shared <= shared_max;
     if (!fits || function != &the_function || stream != &the_stream || extra) return INVALID_VALUE;
