@@ -93,6 +93,8 @@ DEVICE void report_top(const SampleArgs& args, const SpanPart* parts, double nor
 KERNEL(sample_report, SampleArgs, 512) {
     const uint32_t row = blockIdx.x;
     if (args.rows[row].top < 0 || args.out[row].status != SAMPLED) return;
+    // The launcher tells of a row without a token.
+    if (args.out[row].token < 0) return;
     ReportShared& s = *shared_memory<ReportShared>();
     const SpanPart* parts = args.span_parts + static_cast<uint64_t>(row) * args.spans;
     const double normalizer = log_normalizer(args, parts, s);
