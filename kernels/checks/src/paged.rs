@@ -143,7 +143,8 @@ impl Case {
         let mut all = rounded(&noise(rows.seed, rows.context() * cols));
         for row in all.chunks_exact_mut(cols) {
             let (queries, cached) = row.split_at_mut(q * dim);
-            queries.iter_mut().for_each(|v| *v = rounded(&[*v * SHARPNESS])[0]);
+            let sharp = |v: f32| half::bf16::from_f32(v * SHARPNESS).to_f32();
+            queries.iter_mut().for_each(|v| *v = sharp(*v));
             if self.format == KvFormat::Fp8 {
                 for (cached, scale) in cached.chunks_exact_mut(kv * dim).zip(SCALES) {
                     let held = |v: f32| e4m3_value(e4m3_nearest(v / scale)) * scale;
