@@ -31,8 +31,7 @@ DEVICE double log_normalizer(const SampleArgs& args, const SpanPart* parts, Repo
         const double below = static_cast<double>(best_logit(parts[i].best)) - peak;
         sum += static_cast<double>(parts[i].mass) * exp(below);
     }
-#pragma unroll
-    for (int step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
+    sum = warp_sum(sum);
     if (threadIdx.x % WARP == 0) s.scratch[threadIdx.x / WARP] = sum;
     __syncthreads();
     sum = 0.0;
