@@ -10,15 +10,20 @@ threads=${THREADS:-2} runs=${RUNS:-5}
 lockstep=target/release/lockstep llama=${LLAMA:-.cache/llama}/bin
 ids=$(seq -s, 1000 1511)
 rate='([\d.]+) tok/s'
-llama_bench() { echo "$llama/llama-bench -m $model -t $threads -r 1 -o csv $* 2>/dev/null | tail -1 | awk -F'\",\"' '{print \$(NF-1)}'"; }
+llama_bench() {
+  local last="tail -1 | awk -F'\",\"' '{print \$(NF-1)}'"
+  echo "$llama/llama-bench -m $model -t $threads -r 1 -o csv $* 2>/dev/null | $last"
+}
 run() { echo "$lockstep run --model $model --temperature 0 --ignore-eos --json $*"; }
 
 for part in $what; do
   echo "== $part"
   case $part in
-    prefill) benches/ab.py -n "$runs" --ra "prefill $rate" --a "$(run --threads "$threads" --prompt-ids "$ids" --max-tokens 1)" \
+    prefill) benches/ab.py -n "$runs" --ra "prefill $rate" \
+               --a "$(run --threads "$threads" --prompt-ids "$ids" --max-tokens 1)" \
                --b "$(llama_bench -p 512 -n 0)" ;;
-    decode)  benches/ab.py -n "$runs" --ra "decode $rate" --a "$(run --threads "$threads" --prompt-ids 504 --max-tokens 128)" \
+    decode)  benches/ab.py -n "$runs" --ra "decode $rate" \
+               --a "$(run --threads "$threads" --prompt-ids 504 --max-tokens 128)" \
                --b "$(llama_bench -p 0 -n 128)" ;;
     scaling) benches/ab.py -n "$runs" --ra "decode $rate" --rb "decode $rate" \
                --a "$(run --tp 2 --threads 1 --prompt-ids 504 --max-tokens 128)" \

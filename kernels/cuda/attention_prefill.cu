@@ -5,11 +5,12 @@
 //   K and V from the cache alone (this step's are stored already), each [blocks, kv heads, 16, D],
 //   bf16 or e4m3; D 64 or 128. f32 sums, weights rounded to bf16 for the second product.
 //
-// FlashAttention-2 (Dao 2023): a block has 128 rows of one sequence and one head, a warp 32 of them;
-// scores of 64 keys at a time stay in registers, the softmax runs relative to the largest score so
-// far, in powers of two. Steps begin at multiples of 64 keys and a step that a row does not see
-// leaves its bits alone: a row's result depends neither on the batch nor on how the prompt was cut.
-// A warp skips steps that none of its rows sees and masks only those that some row sees in part.
+// FlashAttention-2 (Dao 2023): a block has 128 rows of one sequence and one head, a warp 32 of
+// them; scores of 64 keys at a time stay in registers, the softmax runs relative to the largest
+// score so far, in powers of two. Steps begin at multiples of 64 keys and a step that a row does
+// not see leaves its bits alone: a row's result depends neither on the batch nor on how the prompt
+// was cut. A warp skips steps that none of its rows sees and masks only those that some row sees in
+// part.
 //
 // Moves Q and out once, and 4 D bytes a key (2 D in e4m3) for every 128 rows, from L2 where blocks
 // of neighbouring heads and tiles run together: 128 FLOP a byte. Bound by the tensor cores. For a

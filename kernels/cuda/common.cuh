@@ -196,8 +196,8 @@ DEVICE void named_barrier(int id, int threads) {
 
 // Sum over the lanes of aligned groups of `width` lanes; every lane gets it. Every lane of the warp
 // takes part. The order is fixed.
-template <int width = WARP>
-DEVICE float warp_sum(float x) {
+template <int width = WARP, typename T>
+DEVICE T warp_sum(T x) {
 #pragma unroll
     for (int step = width / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
     return x;

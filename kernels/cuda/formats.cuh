@@ -40,7 +40,9 @@ DEVICE bf16 to_bf16(float x) {
 }
 
 DEVICE float low_bf16(uint32_t packed) { return to_float(bf16{static_cast<uint16_t>(packed)}); }
-DEVICE float high_bf16(uint32_t packed) { return to_float(bf16{static_cast<uint16_t>(packed >> 16)}); }
+DEVICE float high_bf16(uint32_t packed) {
+    return to_float(bf16{static_cast<uint16_t>(packed >> 16)});
+}
 
 // Products of two pairs of bf16, rounded to nearest even; subnormal factors count in full.
 DEVICE uint32_t mul_bf16x2(uint32_t a, uint32_t b) {

@@ -1,58 +1,4 @@
-// Products with 4-bit weights, scaled by groups of columns (GPTQ, AWQ): W[n, k] = (q - zero) scale.
-//
-// Layout (made once, `int4/pack.rs`). W is cut into strips of 64 rows and stages of 128 columns; a
-// strip's stages lie one after another. One of them is a record:
-//   weights  [4 slots of 32 columns][2 halves of 32 rows][32 lanes][4 words of 8 nibbles]
-//   factors  [128 / group][2 halves][8][4 words]: f16 scale below, bf16 128 + zero above
-// A lane's 16 bytes of a slot are its A fragments of four mma.m16n8k16: word 2 m + s is step s of
-// the 16-row matrix m, nibble i its register i's even column, nibble i + 4 the odd one. Lane l with
-// g = l / 4 and t = l % 4 has rows 16 m + g and 16 m + g + 8. Which column of W the hardware calls
-// k is free as long as both factors agree: here lane t's are 8 t to 8 t + 7, four a step, so that
-// its B fragments of a slot are 16 consecutive bytes of a row of x. Factor word 2 m + r of place g
-// belongs to row 16 m + g + 8 r. Bytes an element: (64 + 4 · 128 / group) / 128; 0.53 at 128.
-//
-// W is the M side of the product and the tokens are its N side, in eights: few waste nothing.
-//
-// Dequantisation (the magic-number trick of Kim et al., Who Says Elephants Can't Run, for bf16): an
-// integer below 128 in the mantissa of 0x4300 is 128 + q exactly, of which 128 + zero is subtracted
-// exactly. 44 integer and packed instructions for 32 weights. The scale multiplies the f32 sums of
-// at most 64 columns: exacter than scaling the fragments, and fewer instructions below 32 tokens.
-#include "common.cuh"
-
-constexpr int STRIP = 64;
-constexpr int STAGE_COLS = 128;
-constexpr int SLOT_COLS = 32;
-constexpr int STRIP_BYTES = STRIP * STAGE_COLS / 2;
-constexpr int SLOT_BYTES = STRIP * SLOT_COLS / 2;
-constexpr int FACTOR_BYTES = STRIP * 4;
-
-constexpr int THREADS = 256;
-// Strips that a block multiplies. Two warps share one: the first takes columns 0 to 63 of every
-// stage, the second the others.
-constexpr int STRIPS = 4;
-constexpr int TILE = STRIPS * STRIP;
-constexpr int STAGES = 4;
-// Floats between the tokens' rows of sums in shared memory: 4 more than a multiple of the banks, so
-// that the 32 lanes of a fragment's write have a bank each.
-constexpr int SUMS_STRIDE = TILE + 4;
-
-template <int group>
-constexpr int RECORD = STRIP_BYTES + STAGE_COLS / group * FACTOR_BYTES;
-
-// The A fragment that a word holds, with 128 + zero of its upper and of its lower row in both
-// halves.
-DEVICE void dequantize(uint32_t (&a)[4], uint32_t word, uint32_t upper, uint32_t lower) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const uint32_t biased = and_or<0x000f000fu, 0x43004300u>(word >> 4 * i);
-        a[i] = sub_bf16x2(biased, i % 2 == 0 ? upper : lower);
-    }
-}
-
-// The upper half of a factor word, twice.
-DEVICE uint32_t biased_zero(uint32_t factor) { return (factor & 0xffff0000u) | factor >> 16; }
-
-// ---- the product for few tokens ---------------------------------------------------------------
+// Products of few tokens with 4-bit weights, and the order of their columns. Layout: `int4.cuh`.
 //
 // out [T, N] = x [T, K] · W [N, K]ᵀ + bias, in tiles of 256 rows and of 8, 16 or 32 tokens. Moves
 // the weights once, and x once for each tile and split from the L2. Bound by memory up to 16
@@ -67,6 +13,23 @@ DEVICE uint32_t biased_zero(uint32_t factor) { return (factor & 0xffff0000u) | f
 // The columns are cut into as many splits as the weight's shape says (`grid.y`), never the tokens.
 // A split leaves its sums; the last one to arrive adds all of them in the order of the columns. So
 // a token's bits depend neither on the batch nor on which tile width multiplied it.
+//
+// W is the M side of the product and the tokens are its N side, in eights: few waste nothing. The
+// scale multiplies the f32 sums of at most 64 columns: exacter than scaling the fragments, and
+// fewer instructions below 32 tokens.
+#include "int4.cuh"
+
+using namespace int4_weights;
+
+constexpr int THREADS = 256;
+// Strips that a block multiplies. Two warps share one: the first takes columns 0 to 63 of every
+// stage, the second the others.
+constexpr int STRIPS = 4;
+constexpr int TILE = STRIPS * STRIP;
+constexpr int STAGES = 4;
+// Floats between the tokens' rows of sums in shared memory: 4 more than a multiple of the banks, so
+// that the 32 lanes of a fragment's write have a bank each.
+constexpr int SUMS_STRIDE = TILE + 4;
 
 struct Int4LinearArgs {
     const unsigned char* weight;  // [strips][stages] records
@@ -372,71 +335,6 @@ KERNEL(int4_linear_t16_g128, Int4LinearArgs, THREADS) { int4_linear<16, 128>(arg
 KERNEL(int4_linear_t32_g32, Int4LinearArgs, THREADS) { int4_linear<32, 32>(args); }
 KERNEL(int4_linear_t32_g64, Int4LinearArgs, THREADS) { int4_linear<32, 64>(args); }
 KERNEL(int4_linear_t32_g128, Int4LinearArgs, THREADS) { int4_linear<32, 128>(args); }
-
-// ---- for many tokens: the weight as bf16 ------------------------------------------------------
-//
-// out [N, K] = W, rounded to bf16 once, for a product of bf16. Reads 0.53 bytes and writes 2 an
-// element: bound by memory. One warp a record; 16 consecutive bytes a lane and store, 64 a row.
-
-struct Int4DequantizeArgs {
-    const unsigned char* weight;  // [strips][stages] records
-    bf16* out;                    // [rows, cols]
-    uint32_t rows;
-    uint32_t cols;    // a multiple of 8
-    uint32_t lead;    // as Int4LinearArgs'
-    uint32_t stages;
-    uint32_t strips;
-    uint32_t unused;
-};
-
-template <int group>
-DEVICE void int4_dequantize(const Int4DequantizeArgs& args) {
-    const int lane = threadIdx.x % WARP;
-    const uint64_t warp = (static_cast<uint64_t>(blockIdx.x) * THREADS + threadIdx.x) / WARP;
-    if (warp >= static_cast<uint64_t>(args.strips) * args.stages) return;
-    const unsigned char* record = args.weight + warp * RECORD<group>;
-    const uint32_t strip = warp / args.stages, stage = warp % args.stages;
-    const uint32_t first_row = strip * STRIP + lane / 4;
-    // Columns before the first wrap around to large ones.
-    const uint32_t first_col = stage * STAGE_COLS + lane % 4 * 8 - args.lead;
-    for (int slot = 0; slot < STAGE_COLS / SLOT_COLS; ++slot) {
-        const unsigned char* factors =
-            record + STRIP_BYTES + slot * SLOT_COLS / group * FACTOR_BYTES + lane / 4 * 16;
-        const uint32_t col = first_col + slot * SLOT_COLS;
-#pragma unroll
-        for (int rows = 0; rows < 2; ++rows) {
-            const Bytes16 factor = load16(factors + rows * (FACTOR_BYTES / 2));
-            const Bytes16 q = load16_stream(record + slot * SLOT_BYTES + rows * (SLOT_BYTES / 2) +
-                                            lane * 16);
-#pragma unroll
-            for (int m = 0; m < 2; ++m) {
-                uint32_t a[2][4];
-#pragma unroll
-                for (int step = 0; step < 2; ++step)
-                    dequantize(a[step], q.words[2 * m + step],
-                               biased_zero(factor.words[2 * m]),
-                               biased_zero(factor.words[2 * m + 1]));
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    const float scale = half_to_float(factor.words[2 * m + r]);
-                    const uint32_t row = first_row + rows * 32 + m * 16 + r * 8;
-                    Bytes16 v;
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const uint32_t pair = a[i / 2][i % 2 * 2 + r];
-                        v.words[i] = pack_bf16(low_bf16(pair) * scale, high_bf16(pair) * scale);
-                    }
-                    if (row < args.rows && col < args.cols)
-                        store16(args.out + static_cast<uint64_t>(row) * args.cols + col, v);
-                }
-            }
-        }
-    }
-}
-
-KERNEL(int4_dequantize_g32, Int4DequantizeArgs, THREADS) { int4_dequantize<32>(args); }
-KERNEL(int4_dequantize_g64, Int4DequantizeArgs, THREADS) { int4_dequantize<64>(args); }
-KERNEL(int4_dequantize_g128, Int4DequantizeArgs, THREADS) { int4_dequantize<128>(args); }
 
 // ---- permuted columns (GPTQ's act-order) ------------------------------------------------------
 //

@@ -92,6 +92,23 @@ DEVICE Bytes8 quantize(const Bytes16& packed, float factor) {
     return {{pack_fp8x4(first), pack_fp8x4(second)}};
 }
 
+// Elements `to` and on of both halves of a head, into the keys or the values.
+template <int D>
+DEVICE void store_cached(const RopeArgs& args, bool is_key, uint64_t to, const Bytes16& low,
+                         const Bytes16& high) {
+    void* const cache = is_key ? args.keys : args.values;
+    if (args.fp8 != 0) {
+        const float factor = is_key ? args.key_factor : args.value_factor;
+        uint8_t* const codes = static_cast<uint8_t*>(cache) + to;
+        store8(codes, quantize(low, factor));
+        store8(codes + D / 2, quantize(high, factor));
+    } else {
+        bf16* const elements = static_cast<bf16*>(cache) + to;
+        store16_global(elements, low);
+        store16_global(elements + D / 2, high);
+    }
+}
+
 template <int D>
 DEVICE void rotate_and_store(const RopeArgs& args) {
     constexpr uint32_t LANES = D / 16, TOGETHER = WARP / LANES;
@@ -152,17 +169,7 @@ DEVICE void rotate_and_store(const RopeArgs& args) {
         const uint32_t kv_head = head - (is_key ? args.q_heads : rotated);
         const uint64_t block = slot / BLOCK_TOKENS * static_cast<uint64_t>(args.kv_heads) + kv_head;
         const uint64_t to = (block * BLOCK_TOKENS + slot % BLOCK_TOKENS) * D + at;
-        void* const cache = is_key ? args.keys : args.values;
-        if (args.fp8 != 0) {
-            const float factor = is_key ? args.key_factor : args.value_factor;
-            uint8_t* const codes = static_cast<uint8_t*>(cache) + to;
-            store8(codes, quantize(low[i], factor));
-            store8(codes + D / 2, quantize(high[i], factor));
-        } else {
-            bf16* const elements = static_cast<bf16*>(cache) + to;
-            store16_global(elements, low[i]);
-            store16_global(elements + D / 2, high[i]);
-        }
+        store_cached<D>(args, is_key, to, low[i], high[i]);
     }
 }
 

@@ -166,7 +166,7 @@ DEVICE uint64_t mass_up_to(const Draw& d, uint64_t limit) {
     each_candidate(d, [&](uint64_t rank) {
         if (rank <= limit) mass += mass_of(d.weight(rank_logit(rank)));
     });
-    mass = warp_sum_mass(mass);
+    mass = warp_sum(mass);
     __syncthreads();
     if (threadIdx.x % WARP == 0) d.s.scratch[threadIdx.x / WARP] = mass;
     __syncthreads();

@@ -226,12 +226,6 @@ DEVICE uint64_t warp_max_key(uint64_t x) {
     return x;
 }
 
-DEVICE uint64_t warp_sum_mass(uint64_t x) {
-#pragma unroll
-    for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
-    return x;
-}
-
 DEVICE float warp_min(float x) {
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2)

@@ -176,7 +176,7 @@ KERNEL(sample_spans, SampleArgs, 256) {
         const float weight = exp_nonpositive(x);
         if (weight >= wanted.min_p) mass += mass_of(weight);
     }
-    mass = warp_sum_mass(mass);
+    mass = warp_sum(mass);
     if (threadIdx.x % WARP == 0)
         args.span_masses[static_cast<uint64_t>(row) * args.spans + span] = mass;
     list(args, row, span, doubts);

@@ -31,8 +31,7 @@ DEVICE double log_normalizer(const SampleArgs& args, const SpanPart* parts, Repo
         const double below = static_cast<double>(best_logit(parts[i].best)) - peak;
         sum += static_cast<double>(parts[i].mass) * exp(below);
     }
-#pragma unroll
-    for (int step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
+    sum = warp_sum(sum);
     if (threadIdx.x % WARP == 0) s.scratch[threadIdx.x / WARP] = sum;
     __syncthreads();
     sum = 0.0;
@@ -93,6 +92,8 @@ DEVICE void report_top(const SampleArgs& args, const SpanPart* parts, double nor
 KERNEL(sample_report, SampleArgs, 512) {
     const uint32_t row = blockIdx.x;
     if (args.rows[row].top < 0 || args.out[row].status != SAMPLED) return;
+    // The launcher tells of a row without a token.
+    if (args.out[row].token < 0) return;
     ReportShared& s = *shared_memory<ReportShared>();
     const SpanPart* parts = args.span_parts + static_cast<uint64_t>(row) * args.spans;
     const double normalizer = log_normalizer(args, parts, s);

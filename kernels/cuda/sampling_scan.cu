@@ -36,7 +36,7 @@ DEVICE ScanPart scan_span(const SampleArgs& args, uint32_t row, uint32_t span) {
                 const float x = __fsub_rn(v[i], peak);
                 if (x >= -REACH) mass += mass_of(exp_nonpositive(x));
             }
-            mass = warp_sum_mass(mass);
+            mass = warp_sum(mass);
             if (threadIdx.x % WARP == 0)
                 args.span_parts[static_cast<uint64_t>(row) * args.spans + span] = {best, mass};
         }

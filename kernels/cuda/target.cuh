@@ -1,5 +1,5 @@
-// What a kernel file is compiled for: a device, or the host emulation (`emulate/simt.h`), which runs
-// the same kernels in tests on machines without a GPU.
+// What a kernel file is compiled for: a device, or the host emulation (`emulate/simt.h`), which
+// runs the same kernels in tests on machines without a GPU.
 //
 // A kernel is declared with KERNEL: one argument, a struct that the launcher mirrors with
 // `#[repr(C)]`.

@@ -39,7 +39,8 @@ thread_local State state;
 bool ordered(unsigned now, const Access& before) {
     if (before.thread == NOBODY || before.thread == now) return true;
     const Known& known = state.threads[now];
-    if (before.thread / LANES == now / LANES) return known.lanes[before.thread % LANES] >= before.clock;
+    if (before.thread / LANES == now / LANES)
+        return known.lanes[before.thread % LANES] >= before.clock;
     return known.warps[before.thread / LANES] >= before.clock;
 }
 
@@ -100,8 +101,9 @@ void touch(const void* at, size_t count, bool write) {
     for (size_t i = first; i < first + count && i < state.bytes.size(); ++i) {
         Byte& byte = state.bytes[i];
         const auto report = [&](const Access& other, const char* what) {
-            simt::fail("race on byte %zu of shared memory: %s here, %s by thread %u, nothing between", i,
-                       write ? "written" : "read", what, other.thread);
+            simt::fail("race on byte %zu of shared memory: %s here, %s by thread %u, nothing "
+                       "between",
+                       i, write ? "written" : "read", what, other.thread);
         };
         if (!ordered(now, byte.write)) report(byte.write, "written");
         if (write) {

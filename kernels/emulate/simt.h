@@ -22,11 +22,17 @@ struct Index {
     unsigned x, y, z;
 };
 
-// The thread that runs now.
 struct Thread {
     Index thread, block, block_size, grid_size;
 };
-const Thread& self();
+
+// Of bare pointers, which are found without a call. A library that is loaded late has room for few
+// bytes of this kind, and all of its other thread-local variables count: they are small.
+#define SIMT_THREAD_LOCAL __thread __attribute__((tls_model("initial-exec")))
+
+// The thread that runs now.
+extern SIMT_THREAD_LOCAL const Thread* running;
+inline const Thread& self() { return *running; }
 
 // Ends the launch with an error.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -52,7 +58,8 @@ void named_barrier_arrive(int id, int threads);
 
 // Lanes `mask` of a warp meet in `what`, each with `mine`; the last one to come calls `finish` with
 // everybody's (by lane) and all go on.
-void meet(const char* what, uint32_t mask, void* mine, void (*finish)(void* const (&all)[32], uint32_t mask));
+using Finish = void (*)(void* const (&all)[32], uint32_t mask);
+void meet(const char* what, uint32_t mask, void* mine, Finish finish);
 // Lanes `mask` of the running thread's warp see each other's writes from here on.
 void order_lanes(uint32_t mask);
 // As `meet`, for the 128 threads of an aligned group of four warps.
@@ -150,7 +157,8 @@ T shuffle(const char* what, uint32_t mask, T value, int from) {
         for (int lane = 0; lane < 32; ++lane) {
             if (!(mask >> lane & 1)) continue;
             auto* to = static_cast<Shuffle<T>*>(all[lane]);
-            if (!(mask >> to->from & 1)) fail("lane %d reads lane %d, which is not in %08x", lane, to->from, mask);
+            if (!(mask >> to->from & 1))
+                fail("lane %d reads lane %d, which is not in %08x", lane, to->from, mask);
             to->got = static_cast<Shuffle<T>*>(all[to->from])->value;
         }
     });
@@ -179,7 +187,8 @@ inline int lane() { return static_cast<int>(self().thread.x % 32); }
 
 inline void __syncthreads() { simt::block_barrier("__syncthreads"); }
 inline void __syncwarp(uint32_t mask = 0xffffffffu) {
-    simt::meet("__syncwarp", mask, nullptr, [](void* const(&)[32], uint32_t mask) { simt::order_lanes(mask); });
+    simt::meet("__syncwarp", mask, nullptr,
+               [](void* const(&)[32], uint32_t mask) { simt::order_lanes(mask); });
 }
 
 template <typename T>
@@ -190,12 +199,14 @@ T __shfl_sync(uint32_t mask, T value, int from, int width = 32) {
 template <typename T>
 T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32) {
     const int to = simt::lane() ^ bits;
-    return simt::shuffle("__shfl_xor_sync", mask, value, to / width == simt::lane() / width ? to : simt::lane());
+    const bool inside = to / width == simt::lane() / width;
+    return simt::shuffle("__shfl_xor_sync", mask, value, inside ? to : simt::lane());
 }
 template <typename T>
 T __shfl_down_sync(uint32_t mask, T value, int by, int width = 32) {
     const int to = simt::lane() + by;
-    return simt::shuffle("__shfl_down_sync", mask, value, to / width == simt::lane() / width ? to : simt::lane());
+    const bool inside = to / width == simt::lane() / width;
+    return simt::shuffle("__shfl_down_sync", mask, value, inside ? to : simt::lane());
 }
 template <typename T>
 T __shfl_up_sync(uint32_t mask, T value, int by, int width = 32) {
@@ -274,18 +285,24 @@ inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
-inline uint32_t __umulhi(uint32_t x, uint32_t y) { return static_cast<uint32_t>(static_cast<uint64_t>(x) * y >> 32); }
+inline uint32_t __umulhi(uint32_t x, uint32_t y) {
+    return static_cast<uint32_t>(static_cast<uint64_t>(x) * y >> 32);
+}
 inline uint64_t __umul64hi(uint64_t x, uint64_t y) {
     return static_cast<uint64_t>(static_cast<unsigned __int128>(x) * y >> 64);
 }
-inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x)); }
+inline int __clzll(long long x) {
+    return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x));
+}
 // Operations that are rounded on their own and never fused.
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fsub_rn(float x, float y) { return x - y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 // For x from 0 to 2^63.
-inline unsigned long long __float2ull_rn(float x) { return static_cast<unsigned long long>(std::llrint(x)); }
+inline unsigned long long __float2ull_rn(float x) {
+    return static_cast<unsigned long long>(std::llrint(x));
+}
 using std::max;
 using std::min;
 

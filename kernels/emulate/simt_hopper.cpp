@@ -1,9 +1,9 @@
-// Warpgroup products and barriers in shared memory.
+// Warpgroup products.
 #include "simt.h"
 
 #include "races.h"
 
-#include <map>
+#include <memory>
 #include <vector>
 
 namespace simt {
@@ -45,12 +45,6 @@ struct Landing {
     unsigned thread;
 };
 
-// At a barrier, behind copies.
-struct Arrival {
-    uint64_t* barrier;
-    std::vector<Copy> copies;
-};
-
 struct State {
     uint64_t block = 0;
     uint64_t now = 0;  // counts landings and proxy fences
@@ -59,28 +53,21 @@ struct State {
     std::vector<std::vector<Wgmma>> begun;
     std::vector<uint64_t> fenced;  // by thread
     std::vector<Landing> landings;
-    std::vector<std::vector<Arrival>> arrivals;  // by thread, in order
-    std::map<const uint64_t*, size_t> coming;    // how many of them, by barrier
-    std::map<const uint64_t*, races::Clock> clocks;
     // A lane's, of each warp, and those of all lanes that are nobody's.
     std::vector<unsigned> registers;
     unsigned free_registers = 0;
-    uint64_t random = 0x2545f4914f6cdd1dull;
 };
 thread_local State kept;
 
 State& state() {
     if (kept.block == block_serial()) return kept;
-    const uint64_t random = kept.random;
     const unsigned threads = self().block_size.x;
     kept = {};
     kept.block = block_serial();
-    kept.random = random;
     kept.warps.resize(threads / LANES);
     kept.registers.assign(threads / LANES, std::min(REGISTERS / threads / 8 * 8, REGISTERS_MAX));
     kept.begun.resize((threads + 127) / 128);
     kept.fenced.assign(threads, 0);
-    kept.arrivals.resize(threads);
     kept.landings.assign(shared_bytes() / 16 + 1, {0, 0});
     return kept;
 }
@@ -93,11 +80,16 @@ struct Descriptor {
 
 Descriptor decode(uint64_t bits) {
     constexpr uint64_t FIELDS = 0x3fffull | 0x3fffull << 16 | 0x3fffull << 32 | 3ull << 62;
-    if ((bits & ~FIELDS) != 0) fail("wgmma descriptor %016llx has reserved bits or a base offset", (unsigned long long)bits);
-    if (bits >> 62 != 1) fail("wgmma descriptor with swizzle mode %u, only 128 bytes is known", (unsigned)(bits >> 62));
+    if ((bits & ~FIELDS) != 0)
+        fail("wgmma descriptor %016llx has reserved bits or a base offset",
+             static_cast<unsigned long long>(bits));
+    if (bits >> 62 != 1)
+        fail("wgmma descriptor with swizzle mode %u, only 128 bytes is known",
+             static_cast<unsigned>(bits >> 62));
     const auto field = [&](int at) { return static_cast<uint32_t>(bits >> at & 0x3fff) << 4; };
     const Descriptor d{field(0), field(16), field(32)};
-    if ((d.start & 0x380) != 0) fail("wgmma operand at %x: its swizzle does not start at a multiple of 1024", d.start);
+    if ((d.start & 0x380) != 0)
+        fail("wgmma operand at %x: its swizzle does not start at a multiple of 1024", d.start);
     return d;
 }
 
@@ -105,10 +97,12 @@ Descriptor decode(uint64_t bits) {
 void read_chunk(const Pending& p, uint32_t address, uint16_t (&to)[8]) {
     State& s = state();
     const uint32_t at = address ^ (address >> 7 & 7) << 4;
-    if (at + 16 > shared_bytes()) fail("wgmma reads at %u of %zu bytes of shared memory", at, shared_bytes());
+    if (at + 16 > shared_bytes())
+        fail("wgmma reads at %u of %zu bytes of shared memory", at, shared_bytes());
     const Landing& landing = s.landings[at / 16];
     if (landing.when > p.fenced && landing.when > s.fenced[landing.thread])
-        fail("wgmma reads at %u what a copy of thread %u wrote, with no fence.proxy.async between", at, landing.thread);
+        fail("wgmma reads at %u what a copy of thread %u wrote, with no fence.proxy.async between",
+             at, landing.thread);
     const auto* from = static_cast<const unsigned char*>(shared(0)) + at;
     races::touch(from, 16, false);
     std::memcpy(to, from, 16);
@@ -117,15 +111,16 @@ void read_chunk(const Pending& p, uint32_t address, uint16_t (&to)[8]) {
 float widened(uint32_t bits) { return bits_to_float(bits << 16); }
 
 // Rows `first` and on of an operand with rows along K.
-void read_along_k(const Pending& p, uint64_t descriptor, unsigned first, unsigned rows, float* to, size_t row_stride,
-                  size_t k_stride) {
+void read_along_k(const Pending& p, uint64_t descriptor, unsigned first, unsigned rows, float* to,
+                  size_t row_stride, size_t k_stride) {
     const Descriptor d = decode(descriptor);
     for (unsigned i = 0; i < rows; ++i) {
         const unsigned row = first + i;
         for (unsigned k = 0; k < DEPTH; k += 8) {
             uint16_t chunk[8];
             read_chunk(p, d.start + row / 8 * d.stride + row % 8 * 128 + k * 2, chunk);
-            for (unsigned j = 0; j < 8; ++j) to[i * row_stride + (k + j) * k_stride] = widened(chunk[j]);
+            for (unsigned j = 0; j < 8; ++j)
+                to[i * row_stride + (k + j) * k_stride] = widened(chunk[j]);
         }
     }
 }
@@ -136,7 +131,8 @@ void read_along_n(const Pending& p, unsigned columns, float (*to)[COLUMNS_MAX]) 
     for (unsigned k = 0; k < DEPTH; ++k) {
         for (unsigned n = 0; n < columns; n += 8) {
             uint16_t chunk[8];
-            read_chunk(p, d.start + n / 64 * d.leading + n % 64 * 2 + k / 8 * d.stride + k % 8 * 128, chunk);
+            const uint32_t at = n / 64 * d.leading + n % 64 * 2 + k / 8 * d.stride + k % 8 * 128;
+            read_chunk(p, d.start + at, chunk);
             for (unsigned j = 0; j < 8; ++j) to[k][n + j] = widened(chunk[j]);
         }
     }
@@ -149,20 +145,27 @@ unsigned column_of(unsigned lane, unsigned i) { return i / 4 * 8 + lane % 4 * 2 
 void read_registers(const Pending& p, float (&a)[ROWS][DEPTH]) {
     for (unsigned lane = 0; lane < LANES; ++lane)
         for (unsigned i = 0; i < 8; ++i)
-            a[row_of(lane, i)][column_of(lane, i)] = widened(p.a[lane][i / 2] >> i % 2 * 16 & 0xffff);
+            a[row_of(lane, i)][column_of(lane, i)] =
+                widened(p.a[lane][i / 2] >> i % 2 * 16 & 0xffff);
 }
 
 // Nearly all of the time goes here; its arrays are its own, so that no sanitizer need look.
-__attribute__((optimize("O3"), no_sanitize("address"))) void add_product(float (*sums)[COLUMNS_MAX], const float (&a)[ROWS][DEPTH],
-                                                 const float (*b)[COLUMNS_MAX], unsigned columns) {
+__attribute__((optimize("O3"), no_sanitize("address")))
+void add_product(float (*sums)[COLUMNS_MAX], const float (&a)[ROWS][DEPTH],
+                 const float (*b)[COLUMNS_MAX], unsigned columns) {
     for (unsigned row = 0; row < ROWS; ++row)
         for (unsigned k = 0; k < DEPTH; ++k)
             for (unsigned n = 0; n < columns; ++n) sums[row][n] += a[row][k] * b[k][n];
 }
 
+struct Operands {
+    float a[ROWS][DEPTH], b[DEPTH][COLUMNS_MAX];
+};
+
 // Rows 16 w and on of a product, with what lies in its operands now.
 void execute(Warp& warp, const Pending& p, unsigned w) {
-    static thread_local float a[ROWS][DEPTH], b[DEPTH][COLUMNS_MAX];
+    static thread_local const auto operands = std::make_unique<Operands>();
+    auto& [a, b] = *operands;
     const unsigned columns = static_cast<unsigned>(p.product.registers) * 2;
     Sums& sums = warp.sums[p.sums];
     if (p.product.a != nullptr) {
@@ -259,16 +262,19 @@ constexpr uint32_t ALL = 0xffffffffu;
 void wgmma(Wgmma mine) { meet("wgmma", ALL, &mine, begin); }
 
 void wgmma_fence() {
-    meet("wgmma.fence", ALL, nullptr, [](void* const(&)[LANES], uint32_t) { warp_of(self().thread.x).fenced = true; });
+    meet("wgmma.fence", ALL, nullptr,
+         [](void* const(&)[LANES], uint32_t) { warp_of(self().thread.x).fenced = true; });
 }
 
 void wgmma_commit() {
-    meet("wgmma.commit_group", ALL, nullptr, [](void* const(&)[LANES], uint32_t) { ++warp_of(self().thread.x).group; });
+    meet("wgmma.commit_group", ALL, nullptr,
+         [](void* const(&)[LANES], uint32_t) { ++warp_of(self().thread.x).group; });
 }
 
 void wgmma_wait(int pending) {
-    meet("wgmma.wait_group", ALL, &pending,
-         [](void* const(&all)[LANES], uint32_t) { finish(static_cast<unsigned>(*static_cast<int*>(all[0]))); });
+    meet("wgmma.wait_group", ALL, &pending, [](void* const(&all)[LANES], uint32_t) {
+        finish(static_cast<unsigned>(*static_cast<int*>(all[0])));
+    });
 }
 
 void fence_async_proxy() {
@@ -313,135 +319,15 @@ void setmaxnreg(unsigned count, bool grow) {
 }
 
 uint32_t shared_address(const void* p) {
-    return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - static_cast<const unsigned char*>(shared(0)));
+    const auto* start = static_cast<const unsigned char*>(shared(0));
+    return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - start);
 }
 
 void note_landing(const Copy& copy, unsigned thread) {
     State& s = state();
     ++s.now;
-    for (unsigned i = 0; i < copy.bytes; i += 16) s.landings[(shared_address(copy.to) + i) / 16] = {s.now, thread};
-}
-
-// ---- barriers in shared memory --------------------------------------------------------------
-
-namespace {
-
-// The eight bytes: 20 bits of arrivals in a phase, 20 of those that this one still wants, its
-// parity, and a mark that tells a barrier from something else.
-struct Phase {
-    uint32_t arrivals, wanted, parity;
-};
-constexpr uint64_t MARK = 0xb5a1ull << 48;
-constexpr uint32_t ARRIVALS_MAX = (1u << 20) - 1;
-
-bool is_barrier(uint64_t bits) { return bits >> 48 == MARK >> 48; }
-
-Phase unpack(uint64_t bits) {
-    return {static_cast<uint32_t>(bits & ARRIVALS_MAX), static_cast<uint32_t>(bits >> 20 & ARRIVALS_MAX),
-            static_cast<uint32_t>(bits >> 40 & 1)};
-}
-
-uint64_t pack(const Phase& p) {
-    return MARK | p.arrivals | static_cast<uint64_t>(p.wanted) << 20 | static_cast<uint64_t>(p.parity) << 40;
-}
-
-void check_barrier(const uint64_t* barrier) {
-    aligned(barrier, 8);
-    if (!is_barrier(*barrier)) fail("an mbarrier that nobody has initialised");
-}
-
-void arrive(uint64_t* barrier) {
-    Phase phase = unpack(*barrier);
-    if (--phase.wanted == 0) phase = {phase.arrivals, phase.arrivals, phase.parity ^ 1};
-    *barrier = pack(phase);
-}
-
-// The first `count` arrivals that a thread has on their way.
-void land(unsigned thread, size_t count) {
-    auto& arrivals = state().arrivals[thread];
-    for (size_t i = 0; i < count; ++i) {
-        for (const Copy& copy : arrivals[i].copies) {
-            copy_now(copy);
-            note_landing(copy, thread);
-        }
-        arrive(arrivals[i].barrier);
-        --state().coming[arrivals[i].barrier];
-    }
-    arrivals.erase(arrivals.begin(), arrivals.begin() + static_cast<std::ptrdiff_t>(count));
-}
-
-// An arrival is behind all copies that its thread began before, and so behind its earlier ones.
-void land_up_to(const uint64_t* barrier) {
-    State& s = state();
-    if (s.coming[barrier] == 0) return;
-    for (unsigned thread = 0; thread < s.arrivals.size(); ++thread) {
-        const auto& arrivals = s.arrivals[thread];
-        size_t count = arrivals.size();
-        while (count > 0 && arrivals[count - 1].barrier != barrier) --count;
-        if (count > 0) land(thread, count);
-    }
-}
-
-struct Wait {
-    uint64_t* barrier;
-    uint32_t parity;
-};
-
-// Whether the phase is over, once all that is on its way to the barrier has come.
-bool is_over(const void* what) {
-    const auto& wait = *static_cast<const Wait*>(what);
-    if (unpack(*wait.barrier).parity != wait.parity) return true;
-    land_up_to(wait.barrier);
-    return unpack(*wait.barrier).parity != wait.parity;
-}
-
-bool lands_at_once(State& s) {
-    if (schedule() < 2) return schedule() == 1;
-    s.random ^= s.random << 13;
-    s.random ^= s.random >> 7;
-    s.random ^= s.random << 17;
-    return s.random >> 40 & 1;
-}
-
-}  // namespace
-
-void mbarrier_init(uint64_t* barrier, int arrivals) {
-    aligned(barrier, 8);
-    if (arrivals < 1 || arrivals > static_cast<int>(ARRIVALS_MAX)) fail("an mbarrier of %d arrivals", arrivals);
-    if (is_barrier(*barrier)) fail("an mbarrier that is initialised twice");
-    const auto count = static_cast<uint32_t>(arrivals);
-    *barrier = pack({count, count, 0});
-}
-
-void mbarrier_arrive(uint64_t* barrier) {
-    check_barrier(barrier);
-    races::release(self().thread.x, state().clocks[barrier]);
-    arrive(barrier);
-}
-
-size_t copies_to_arrive(unsigned thread) {
-    size_t found = 0;
-    if (kept.block != block_serial()) return found;
-    for (const Arrival& arrival : kept.arrivals[thread]) found += arrival.copies.size();
-    return found;
-}
-
-void mbarrier_arrive_copies(uint64_t* barrier) {
-    check_barrier(barrier);
-    State& s = state();
-    races::release(self().thread.x, s.clocks[barrier]);
-    const unsigned thread = self().thread.x;
-    auto& arrivals = s.arrivals[thread];
-    arrivals.push_back({barrier, cp_async_take()});
-    ++s.coming[barrier];
-    if (lands_at_once(s)) land(thread, arrivals.size());
-}
-
-void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
-    check_barrier(barrier);
-    const Wait wait{barrier, parity};
-    wait_until("an mbarrier", is_over, &wait);
-    races::acquire(self().thread.x, state().clocks[barrier]);
+    for (unsigned i = 0; i < copy.bytes; i += 16)
+        s.landings[(shared_address(copy.to) + i) / 16] = {s.now, thread};
 }
 
 }  // namespace simt

@@ -1,4 +1,5 @@
-"""The unmodified `openai` client against a running router: every route, parameter and kind of error.
+"""The unmodified `openai` client against a running router: every route, parameter and kind of
+error.
 
 Reads the router's address from LOCKSTEP_TEST_HTTP.
 """
@@ -154,7 +155,8 @@ class Completions(Base):
 class Errors(Base):
     def test_unknown_models_roles_and_parameters(self):
         self.refused(openai.NotFoundError, "absent", self.chat, model="absent")
-        self.refused(openai.BadRequestError, "role", self.chat, messages=[{"role": "x", "content": "y"}])
+        strange = [{"role": "x", "content": "y"}]
+        self.refused(openai.BadRequestError, "role", self.chat, messages=strange)
         self.refused(openai.BadRequestError, "tempratur", self.chat, extra_body={"tempratur": 1})
         self.refused(openai.BadRequestError, "messages", self.chat, messages=[])
 

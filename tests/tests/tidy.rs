@@ -59,16 +59,38 @@ fn dependencies(member: &str) -> Vec<String> {
     }
 }
 
-fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
+fn sources(dir: &Path, extensions: &[&str], found: &mut Vec<PathBuf>) {
     let Ok(entries) = fs::read_dir(dir) else { return };
     for entry in entries.flatten() {
         let path = entry.path();
-        if path.is_dir() {
-            sources(&path, found);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
+        let hidden = entry.file_name().to_string_lossy().starts_with('.');
+        let extension = path.extension().unwrap_or_default().to_string_lossy().into_owned();
+        if path.is_dir() && !hidden {
+            sources(&path, extensions, found);
+        } else if extensions.contains(&extension.as_str()) {
             found.push(path);
         }
     }
+}
+
+/// Paths from the root, and what the files say.
+fn read(paths: &[PathBuf]) -> Vec<(String, String)> {
+    let name = |path: &Path| path.strip_prefix(root()).expect("in the root").display().to_string();
+    paths.iter().map(|path| (name(path), fs::read_to_string(path).expect("readable"))).collect()
+}
+
+/// Kernels, their emulation, and scripts: every file of theirs but what is built or fetched.
+fn other_sources() -> Vec<(String, String)> {
+    let mut found = vec![root().join("dev"), root().join(".ci/run")];
+    let entries = fs::read_dir(root()).expect("the root");
+    for path in entries.flatten().map(|entry| entry.path()) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if path.is_dir() && name != "target" && !name.starts_with('.') {
+            sources(&path, &["cu", "cuh", "c", "cpp", "h", "py", "sh"], &mut found);
+        }
+    }
+    assert!(found.len() > 30, "the source walk found only {} files", found.len());
+    read(&found)
 }
 
 /// Crates that may hold `unsafe`: the kernels, and the device in software that tests them.
@@ -83,13 +105,12 @@ fn all_sources() -> Vec<(String, String)> {
             if path.is_file() {
                 found.push(path);
             } else {
-                sources(&path, &mut found);
+                sources(&path, &["rs"], &mut found);
             }
         }
     }
     assert!(found.len() > 20, "the source walk found only {} files", found.len());
-    let name = |path: &Path| path.strip_prefix(root()).expect("in the root").display().to_string();
-    found.iter().map(|path| (name(path), fs::read_to_string(path).expect("readable"))).collect()
+    read(&found)
 }
 
 fn excepted(what: &str) -> bool {
@@ -184,6 +205,73 @@ fn lines_without_tests(text: &str) -> usize {
     text.lines().take_while(|line| *line != "#[cfg(test)]").count()
 }
 
+/// Lines that are wider than the guide says.
+fn wide_lines(file: &str, text: &str) -> Vec<String> {
+    let lines = text.lines().map(|line| line.chars().count()).zip(1..);
+    let wide = lines.filter(|(columns, _)| *columns > LINE_COLUMNS_MAX && !excepted(file));
+    wide.map(|(columns, number)| format!("{file}:{number} is {columns} wide")).collect()
+}
+
+/// Functions of C++ and of shell scripts that are too long: they begin where a line, or several that
+/// are one, ends in a brace, and end in a line with a brace at the same depth.
+fn long_functions(file: &str, text: &str) -> Vec<String> {
+    let lines: Vec<&str> = text.lines().collect();
+    let depth = |at: usize| lines[at].len() - lines[at].trim_start().len();
+    let goes_on = |at: usize| {
+        let line = lines[at].trim();
+        !line.is_empty()
+            && !line.starts_with(['#', '/'])
+            && !line.ends_with([';', '{', '}', ':', '>'])
+    };
+    let mut faults = Vec::new();
+    let mut begun: Vec<usize> = Vec::new();
+    for (at, line) in lines.iter().map(|line| line.trim()).enumerate() {
+        if line.starts_with('}') && begun.last().is_some_and(|first| depth(*first) == depth(at)) {
+            let first = begun.pop().expect("seen");
+            let (what, lines) = (format!("{file}: {}", lines[first].trim()), at - first + 1);
+            if lines > FUNCTION_LINES_MAX && !excepted(&what) {
+                faults.push(format!("{what} has {lines} lines"));
+            }
+        }
+        if !line.ends_with('{') || line.starts_with('}') {
+            continue;
+        }
+        let first = (0..at).rev().take_while(|&before| goes_on(before)).last().unwrap_or(at);
+        let data = ["struct ", "class ", "namespace ", "extern \"C\" {"];
+        let takes = lines[first..=at].iter().any(|line| line.contains('('));
+        if takes && !data.iter().any(|word| lines[first].trim().starts_with(word)) {
+            begun.push(first);
+        }
+    }
+    faults
+}
+
+#[test]
+fn other_languages_keep_to_the_size_guide_too() {
+    let mut faults = Vec::new();
+    for (file, text) in other_sources() {
+        let lines = text.lines().count();
+        if lines > FILE_LINES_MAX && !excepted(&file) {
+            faults.push(format!("{file} has {lines} lines"));
+        }
+        faults.append(&mut wide_lines(&file, &text));
+        if !file.ends_with(".py") {
+            faults.append(&mut long_functions(&file, &text));
+        }
+    }
+    assert!(faults.is_empty(), "{} faults:\n{}", faults.len(), faults.join("\n"));
+}
+
+#[test]
+fn the_size_guide_sees_wide_lines_and_long_functions() {
+    let body = "    x += 1;\n".repeat(FUNCTION_LINES_MAX - 1);
+    let start = "int of(int x,\n       int y) {";
+    let text = format!("struct S {{\n{start}\n{body}}}\n}};\nf() {{\n}}\n");
+    assert_eq!(long_functions("a.cpp", &text), ["a.cpp: int of(int x, has 72 lines"]);
+    assert!(long_functions("a.cpp", &text.replacen("    x += 1;\n", "", 2)).is_empty());
+    assert_eq!(wide_lines("a.cpp", &format!("é\n{}", "é".repeat(101))), ["a.cpp:2 is 101 wide"]);
+}
+
 #[test]
 fn files_and_functions_keep_to_the_size_guide() {
     let mut faults = Vec::new();
@@ -193,11 +281,7 @@ fn files_and_functions_keep_to_the_size_guide() {
         if lines > FILE_LINES_MAX && !tests && !excepted(&file) {
             faults.push(format!("{file} has {lines} lines"));
         }
-        for (number, line) in text.lines().enumerate() {
-            if line.chars().count() > LINE_COLUMNS_MAX && !excepted(&file) {
-                faults.push(format!("{file}:{} is {} wide", number + 1, line.chars().count()));
-            }
-        }
+        faults.append(&mut wide_lines(&file, &text));
         if !tests {
             let parsed = syn::parse_file(&text).unwrap_or_else(|error| panic!("{file}: {error}"));
             let mut functions = Functions { file, faults: Vec::new() };

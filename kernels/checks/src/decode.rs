@@ -1,7 +1,7 @@
 //! Attention of sequences with one row: blocks, splits and windows at their edges.
 
 use crate::{
-    Check, Device, Tolerance, compare,
+    BF16, Check, Device, Tolerance, compare, cuts,
     paged::{Case, Rows, SPLIT_TOKENS as SPLIT},
 };
 use kernels::cuda::{CudaConfig, Driver, KvFormat};
@@ -16,6 +16,7 @@ pub fn checks<D: Driver>() -> Vec<Check<D>> {
         Check { name: "decode: windows", run: windows },
         Check { name: "decode: e4m3", run: e4m3 },
         Check { name: "decode: the batch changes nothing", run: batch_changes_nothing },
+        Check { name: "decode: what is refused", run: refusals },
     ]
 }
 
@@ -73,6 +74,11 @@ fn e4m3<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
         agrees(device, &case.format(KvFormat::Fp8).window(600))?;
     }
     Ok(())
+}
+
+fn refusals<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    let case = contexts((4, 2, 64), &[41, SPLIT + 6, 17]);
+    cuts::refusals(&device(BF16), &case)
 }
 
 fn long_context<D: Driver>(device: Device<'_, D>) -> Result<(), String> {

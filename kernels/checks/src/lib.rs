@@ -7,6 +7,7 @@
 
 pub mod bench;
 mod compare;
+mod cuts;
 pub mod decode;
 mod e4m3;
 pub mod elementwise;

@@ -143,7 +143,8 @@ impl Case {
         let mut all = rounded(&noise(rows.seed, rows.context() * cols));
         for row in all.chunks_exact_mut(cols) {
             let (queries, cached) = row.split_at_mut(q * dim);
-            queries.iter_mut().for_each(|v| *v = rounded(&[*v * SHARPNESS])[0]);
+            let sharp = |v: f32| half::bf16::from_f32(v * SHARPNESS).to_f32();
+            queries.iter_mut().for_each(|v| *v = sharp(*v));
             if self.format == KvFormat::Fp8 {
                 for (cached, scale) in cached.chunks_exact_mut(kv * dim).zip(SCALES) {
                     let held = |v: f32| e4m3_value(e4m3_nearest(v / scale)) * scale;
@@ -179,14 +180,14 @@ impl Case {
     }
 
     /// [T, (q + 2 kv) D]
-    fn qkv(&self) -> Vec<f32> {
+    pub(crate) fn qkv(&self) -> Vec<f32> {
         let cols = self.heads.qkv_cols();
         let rows = |s: &Rows| self.tokens_of(s)[s.prefix * cols..].to_vec();
         self.sequences.iter().flat_map(rows).collect()
     }
 
     /// The blocks of each sequence, and how many the cache has: some that nobody owns as well.
-    fn layout(&self) -> (Vec<Vec<i32>>, usize) {
+    pub(crate) fn layout(&self) -> (Vec<Vec<i32>>, usize) {
         let owned: usize = self.sequences.iter().map(Rows::blocks).sum();
         let blocks = owned + 5;
         let mut order: Vec<i32> = (0..blocks as i32).collect();
@@ -197,7 +198,8 @@ impl Case {
         (self.sequences.iter().map(take).collect(), blocks)
     }
 
-    fn batch<B: Backend>(&self, device: &B) -> Result<Batch<B>, KernelError> {
+    /// The call's indices, cut.
+    pub(crate) fn batch<B: Backend>(&self, device: &B) -> Result<Batch<B>, KernelError> {
         let (tables, _) = self.layout();
         let table_cols = tables.iter().map(Vec::len).max().unwrap_or(0) + 2;
         let (mut positions, mut slots, mut starts) = (Vec::new(), Vec::new(), vec![0]);

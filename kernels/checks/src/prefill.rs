@@ -1,7 +1,7 @@
 //! Prefill attention: sequences with several rows.
 
 use crate::{
-    Check, Device, Tolerance, compare,
+    BF16, Check, Device, Tolerance, compare, cuts,
     paged::{Case, Rows},
 };
 use kernels::cuda::{CudaConfig, Driver, KvFormat, PrefillKernel};
@@ -14,6 +14,7 @@ pub fn checks<D: Driver>() -> Vec<Check<D>> {
         Check { name: "prefill: windows", run: |d| windows(d, MMA) },
         Check { name: "prefill: other company, other chunks", run: |d| company(d, MMA) },
         Check { name: "prefill: e4m3 cache", run: e4m3 },
+        Check { name: "prefill: what is refused", run: refusals },
     ]
 }
 
@@ -114,4 +115,8 @@ fn e4m3<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
         agree(device, PrefillKernel::Mma, &case)?;
     }
     Ok(())
+}
+
+fn refusals<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    cuts::refusals(&device(BF16), &Case::new((4, 2, 64), &[(40, 3), (0, 130), (16, 1)]))
 }

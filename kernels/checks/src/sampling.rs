@@ -2,11 +2,12 @@
 
 mod cases;
 mod distribution;
+mod edges;
 mod refusals;
 
 use crate::{BF16, Check, Device, noise};
 pub(crate) use cases::normal_row;
-use cases::{Case, agree, filters, params, run};
+use cases::{Case, agree, filters, params, run, run_by};
 use engine::plan::SamplingParams;
 use kernels::cuda::Driver;
 
@@ -18,12 +19,23 @@ pub fn checks<D: Driver>() -> Vec<Check<D>> {
         Check { name: "ties and flat rows", run: ties },
         Check { name: "extreme temperatures and outliers", run: extremes },
         Check { name: "bias, penalties and masks", run: adjusted },
+        Check { name: "bias and penalties to the last bit", run: edges::exact_adjustments },
+        Check { name: "tails of tiny weights", run: edges::light_tails },
+        Check { name: "heads that two filters end", run: edges::two_ends },
         Check { name: "logprobs and scores", run: logprobs },
         Check { name: "rows beside others", run: alone_and_beside_others },
         Check { name: "a whole vocabulary", run: whole_vocabulary },
         Check { name: "refused rows", run: refusals::rows },
         Check { name: "refused calls", run: refusals::calls },
     ]
+}
+
+/// One that takes seconds where the device is emulated.
+pub fn many_draws<D: Driver>() -> Vec<Check<D>> {
+    vec![Check {
+        name: "100,000 draws, bisected, follow the distribution",
+        run: distribution::bisected::<D, 100_000>,
+    }]
 }
 
 /// Those that take minutes where the device is emulated, or a sanitizer watches it.
@@ -65,7 +77,8 @@ fn every_filter<D: Driver, const DRAWS: usize>(device: Device<'_, D>) -> Result<
         for (index, filter) in filters().into_iter().enumerate() {
             for temperature in [0.7, 30.0] {
                 let params = SamplingParams { temperature, ..filter.clone() };
-                let positions = (0..DRAWS).map(|at| index + 1000 * at);
+                // Of both words of the counter.
+                let positions = (0..DRAWS).map(|at| (index << 33) + index + 1000 * at);
                 cases.extend(
                     positions.map(|at| Case { position: at, ..Case::new(&params, at % 4) }),
                 );
@@ -184,6 +197,10 @@ fn alone_and_beside_others<D: Driver>(device: Device<'_, D>) -> Result<(), Strin
         cases.push(Case { position: 7, ..Case::new(&params, index) });
     }
     let together = run(&device, len, &rows, &cases)?;
+    // What a call leaves behind in its room means nothing to the next.
+    if run_by(&device, len, &rows, &cases, 2)? != together {
+        return Err("other answers in several calls than in one".into());
+    }
     for (index, case) in cases.iter().enumerate() {
         let alone = run(&device, len, &rows, std::slice::from_ref(case))?;
         if alone[0] != together[index] {

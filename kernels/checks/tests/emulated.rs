@@ -115,4 +115,9 @@ fn linear_agrees_on_an_older_device() {
     }
 }
 
+#[test]
+fn many_draws_follow_the_distribution() {
+    run(&checks::sampling::many_draws(), PLAIN, Schedule::InTurn);
+}
+
 emulated!(elementwise, fp8, int4, linear, norm, rope, prefill, prefill_sm90, decode, sampling);

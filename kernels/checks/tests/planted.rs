@@ -88,29 +88,30 @@ fn an_index_past_the_end_is_an_address_fault() {
     assert!(!done.status.success() && text.contains("heap-buffer-overflow"), "{text}");
 }
 
-/// What the checks of the wgmma kernel say where `fault.0` of it is replaced by `fault.1`.
-fn wgmma_planted(fault: (&str, &str)) -> String {
-    const NAME: &str = "attention_prefill_sm90";
-    let (library, _dir) = planted(NAME, "attention_prefill_sm90.cu", fault, compile::PLAIN);
+const KERNEL: &str = "attention_prefill_sm90.cu";
+
+/// What the checks of the wgmma kernel say where `fault.0` of `file` is replaced by `fault.1`.
+fn wgmma_planted(file: &str, fault: (&str, &str)) -> String {
+    let (library, _dir) = planted("attention_prefill_sm90", file, fault, compile::PLAIN);
     verdict(&library, &checks::prefill_sm90::checks()).expect_err("an error")
 }
 
 #[test]
 fn a_thread_that_ends_before_its_copies_is_an_error() {
     let wait = ("barrier_wait(&shared.value_ring.full[last.slot], last.parity);", "");
-    let error = wgmma_planted(wait);
+    let error = wgmma_planted("prefill_sm90.cuh", wait);
     assert!(error.contains("ends before its copies have landed"), "{error}");
 }
 
 #[test]
 fn a_call_that_nobody_hears_is_an_error() {
-    let error = wgmma_planted(("group == 1 && steps.count > 1", "group == 1"));
+    let error = wgmma_planted(KERNEL, ("group == 1 && steps.count > 1", "group == 1"));
     assert!(error.contains("at which nobody waited"), "{error}");
 }
 
 #[test]
 fn registers_that_nobody_gave_back_are_waited_for() {
-    let error = wgmma_planted(("registers_shrink<COPY_REGISTERS>();", ""));
+    let error = wgmma_planted(KERNEL, ("registers_shrink<COPY_REGISTERS>();", ""));
     assert!(error.contains("waits in setmaxnreg"), "{error}");
 }
 
@@ -120,6 +121,6 @@ fn a_product_of_what_was_copied_wants_a_proxy_fence() {
         "    barrier_wait(full, parity);\n    fence_async_proxy();",
         "    barrier_wait(full, parity);",
     );
-    let error = wgmma_planted(fence);
+    let error = wgmma_planted(KERNEL, fence);
     assert!(error.contains("no fence.proxy.async between"), "{error}");
 }

@@ -100,7 +100,8 @@ pub fn library(
 fn compiler(places: &Places<'_>, variant: Variant) -> Command {
     let mut command = Command::new(places.compiler);
     command
-        .args(["-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"])
+        .args(["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden"])
+        .args(["-Wall", "-Wextra", "-Wno-unknown-pragmas"])
         .arg("-DLOCKSTEP_EMULATE")
         .arg("-I")
         .arg(places.emulation)

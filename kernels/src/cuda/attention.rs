@@ -3,7 +3,7 @@
 //! A sequence with one row decodes: its keys are cut into splits of `SPLIT_TOKENS`, whatever runs
 //! beside it, and a second kernel combines the splits in order. A sequence with more rows
 //! prefills: its rows are cut into tiles of `TILE_ROWS`. Kernels: `attention_decode.cu`,
-//! `attention_prefill.cu`, `attention_prefill_sm90.cu`.
+//! `attention_combine.cu`, `attention_prefill.cu`, `attention_prefill_sm90.cu`.
 
 mod decode;
 mod prefill;
@@ -21,6 +21,8 @@ pub const TILE_ROWS: usize = 128;
 /// What a row's window is where there is none, and more than any position.
 const UNBOUNDED: usize = 1 << 30;
 
+const OP: &str = "attention";
+
 /// One call.
 pub(super) struct Call<'a, D: Driver> {
     pub qkv: &'a Tensor<Cuda<D>>,
@@ -32,6 +34,9 @@ pub(super) struct Call<'a, D: Driver> {
 
 /// The work of a step, the same in every layer.
 pub struct Cuts<D: Driver> {
+    /// Of the steps that there is room for.
+    tokens_max: usize,
+    sequences_max: usize,
     /// [tiles, 2]: sequence and its first row here, the longest contexts first.
     tiles: Ints<D>,
     tiles_len: usize,
@@ -84,6 +89,8 @@ impl<D: Driver> Cuts<D> {
         let ints = |len| Ints::zeroed(driver, len);
         let tiles = tokens_max.div_ceil(TILE_ROWS) + sequences_max;
         Ok(Self {
+            tokens_max,
+            sequences_max,
             tiles: ints(2 * tiles)?,
             tiles_len: 0,
             splits: ints(0)?,
@@ -100,6 +107,14 @@ impl<D: Driver> Cuts<D> {
 /// Makes the cuts of a batch, whose indices it checks.
 pub(super) fn cut<D: Driver>(driver: &D, batch: &mut Batch<Cuda<D>>) -> Result<(), KernelError> {
     batch.cuts.of = None;
+    let (tokens, sequences) = (batch.tokens, batch.sequences);
+    let Cuts { tokens_max, sequences_max, .. } = batch.cuts;
+    ensure(OP, tokens <= tokens_max && sequences <= sequences_max, || {
+        format!(
+            "a step of {tokens} tokens of {sequences} sequences, cuts have room for {tokens_max} \
+             of {sequences_max}"
+        )
+    })?;
     let mut order: Vec<(usize, host::Sequence<'_>)> =
         host::sequences(batch, i32::MAX as usize)?.into_iter().enumerate().collect();
     let owned = order.iter().flat_map(|(_, sequence)| sequence.blocks);
@@ -144,7 +159,6 @@ impl<D: Driver> Call<'_, D> {
     /// Every index that the kernels follow was checked when the batch was cut: it is still that
     /// batch, and this cache has the blocks.
     fn check(&self, out: &Tensor<Cuda<D>>) -> Result<(), ShapeError> {
-        const OP: &str = "attention";
         let bf16 = |x: &Tensor<Cuda<D>>| x.data.element() == Element::Bf16;
         ensure(OP, bf16(out) && bf16(self.qkv), || "rows are not bf16".into())?;
         let dim = self.heads.dim;

@@ -1,4 +1,4 @@
-//! 4-bit weights in groups of columns (GPTQ, AWQ) × bf16. Kernels: `int4.cu`.
+//! 4-bit weights in groups of columns (GPTQ, AWQ) × bf16. Kernels: `int4.cu`, `int4_dequantize.cu`.
 //!
 //! Up to `FUSED_ROWS_MAX` rows are multiplied by a kernel that dequantises in registers; a row's
 //! bits are then the same in every batch. More rows cost less through the weight as bf16 in the

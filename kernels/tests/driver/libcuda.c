@@ -48,15 +48,21 @@ int cuDeviceGet(int* device, int at) { return *device = at, SUCCESS; }
 int cuDeviceGetName(char* to, int len, int device) {
     return snprintf(to, (size_t)len, "fake %d", device), SUCCESS;
 }
-int cuDeviceTotalMem_v2(size_t* bytes, int device) { return (void)device, *bytes = MEMORY_BYTES, SUCCESS; }
+int cuDeviceTotalMem_v2(size_t* bytes, int device) {
+    return (void)device, *bytes = MEMORY_BYTES, SUCCESS;
+}
 int cuDeviceGetAttribute(int* value, int what, int device) {
     (void)device;
     *value = what == 75 ? setting("FAKE_MAJOR", 9) : what == 76 ? 0 : what == 16 ? 132 : 227 << 10;
     return SUCCESS;
 }
-int cuDevicePrimaryCtxRetain(void** context, int device) { return (void)device, *context = &the_context, SUCCESS; }
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+    return (void)device, *context = &the_context, SUCCESS;
+}
 int cuCtxSetCurrent(void* context) { return context == &the_context ? SUCCESS : INVALID_VALUE; }
-int cuStreamCreate(void** stream, unsigned flags) { return (void)flags, *stream = &the_stream, SUCCESS; }
+int cuStreamCreate(void** stream, unsigned flags) {
+    return (void)flags, *stream = &the_stream, SUCCESS;
+}
 
 int cuEventCreate(Event** event, unsigned flags) {
     (void)flags;
@@ -129,14 +135,20 @@ int cuModuleLoadData(void** module, const void* image) {
     if (*(const unsigned*)image != 0xba55ed50u || (size_t)image % 16) return INVALID_VALUE;
     return *module = &the_module, SUCCESS;
 }
-int cuModuleUnload(void* module) { return finish(), module == &the_module ? SUCCESS : INVALID_VALUE; }
-int cuModuleGetFunctionCount(unsigned* count, void* module) { return (void)module, *count = 1, SUCCESS; }
+int cuModuleUnload(void* module) {
+    return finish(), module == &the_module ? SUCCESS : INVALID_VALUE;
+}
+int cuModuleGetFunctionCount(unsigned* count, void* module) {
+    return (void)module, *count = 1, SUCCESS;
+}
 int cuModuleEnumerateFunctions(void** functions, unsigned count, void* module) {
     (void)module;
     if (count == 1) functions[0] = &the_function;
     return count == 1 ? SUCCESS : INVALID_VALUE;
 }
-int cuFuncGetName(const char** name, void* function) { return (void)function, *name = "add_bf16", SUCCESS; }
+int cuFuncGetName(const char** name, void* function) {
+    return (void)function, *name = "add_bf16", SUCCESS;
+}
 int cuFuncGetParamInfo(void* function, size_t at, size_t* offset, size_t* bytes) {
     (void)function;
     *offset = 0, *bytes = ARGS_BYTES;
@@ -147,8 +159,9 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
     if (attribute != 8 || value > 227 << 10) return INVALID_VALUE;
     return shared_max = value, SUCCESS;
 }
-int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty,
-                   unsigned tz, unsigned shared, void* stream, void** params, void** extra) {
+int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads,
+                   unsigned ty, unsigned tz, unsigned shared, void* stream, void** params,
+                   void** extra) {
     (void)params;
     int fits = x && y && z && threads && ty == 1 && tz == 1 && (int)shared <= shared_max;
     if (!fits || function != &the_function || stream != &the_stream || extra) return INVALID_VALUE;
@@ -156,7 +169,11 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
 }
 
 int cuGetErrorName(int code, const char** name) {
-    *name = code == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : code == 1 ? "CUDA_ERROR_INVALID_VALUE" : "CUDA_ERROR";
+    *name = code == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS"
+            : code == 1 ? "CUDA_ERROR_INVALID_VALUE"
+                        : "CUDA_ERROR";
     return SUCCESS;
 }
-int cuGetErrorString(int code, const char** text) { return (void)code, *text = "told by the fake", SUCCESS; }
+int cuGetErrorString(int code, const char** text) {
+    return (void)code, *text = "told by the fake", SUCCESS;
+}

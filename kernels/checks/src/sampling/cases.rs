@@ -94,7 +94,18 @@ pub fn run<D: Driver>(
     rows: &[Vec<f32>],
     cases: &[Case],
 ) -> Result<Vec<Answer>, String> {
-    try_run(device, drawable, rows, cases).map_err(|error| error.to_string())?
+    run_by(device, drawable, rows, cases, ROWS_MAX)
+}
+
+/// The device's answers in calls of so many rows, which share a room.
+pub fn run_by<D: Driver>(
+    device: &Cuda<D>,
+    drawable: usize,
+    rows: &[Vec<f32>],
+    cases: &[Case],
+    at_once: usize,
+) -> Result<Vec<Answer>, String> {
+    try_run(device, drawable, rows, cases, at_once).map_err(|error| error.to_string())?
 }
 
 fn try_run<D: Driver>(
@@ -102,11 +113,12 @@ fn try_run<D: Driver>(
     drawable: usize,
     rows: &[Vec<f32>],
     cases: &[Case],
+    at_once: usize,
 ) -> Result<Result<Vec<Answer>, String>, KernelError> {
     let vocab = rows[0].len();
-    let mut room = device.sample_room(ROWS_MAX.min(cases.len()), vocab, drawable)?;
+    let mut room = device.sample_room(at_once.min(cases.len()), vocab, drawable)?;
     let mut answers = Vec::with_capacity(cases.len());
-    for cases in cases.chunks(ROWS_MAX) {
+    for cases in cases.chunks(at_once) {
         let values: Vec<f32> =
             cases.iter().flat_map(|case| rows[case.row].iter().copied()).collect();
         let mut logits = Tensor::exact_from_host(device, vocab, &values)?;

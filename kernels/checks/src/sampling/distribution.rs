@@ -3,26 +3,41 @@
 use super::cases::{Case, params, run};
 use crate::{BF16, Device};
 use engine::plan::SamplingParams;
-use kernels::cuda::Driver;
+use kernels::{
+    cuda::Driver,
+    sampling::{Refused, Sampled},
+};
 use model::Sampler;
+use std::collections::BTreeSet;
 
-/// χ² of `DRAWS` draws of each case, below the 99.9th percentile of its distribution; each draw is
-/// the host's as well.
-pub fn follows<D: Driver, const DRAWS: usize>(device: Device<'_, D>) -> Result<(), String> {
-    let device = device(BF16);
-    let row: Vec<f32> = (0..40).map(|i| (i % 7) as f32 * 0.5 - (i % 3) as f32 * 0.3).collect();
-    let mut sampler = Sampler::new(40, 40);
-    for params in [
+const VOCAB: usize = 40;
+
+fn row() -> Vec<f32> {
+    (0..VOCAB).map(|i| (i % 7) as f32 * 0.5 - (i % 3) as f32 * 0.3).collect()
+}
+
+fn filters() -> [SamplingParams; 6] {
+    [
         params(),
         SamplingParams { temperature: 0.6, ..params() },
         SamplingParams { top_k: 12, ..params() },
         SamplingParams { top_p: 0.7, temperature: 1.3, ..params() },
         SamplingParams { min_p: 0.2, ..params() },
-    ] {
+        SamplingParams { top_k: 20, top_p: 0.9, min_p: 0.3, temperature: 0.9, ..params() },
+    ]
+}
+
+/// χ² of `DRAWS` draws of each case, below the 99.9th percentile of its distribution; each draw is
+/// the host's as well.
+pub fn follows<D: Driver, const DRAWS: usize>(device: Device<'_, D>) -> Result<(), String> {
+    let device = device(BF16);
+    let row = row();
+    let mut sampler = Sampler::new(VOCAB, VOCAB);
+    for params in filters() {
         let cases: Vec<_> =
             (0..DRAWS).map(|position| Case { position, ..Case::new(&params, 0) }).collect();
-        let answers = run(&device, 40, std::slice::from_ref(&row), &cases)?;
-        let mut counts = [0u32; 40];
+        let answers = run(&device, VOCAB, std::slice::from_ref(&row), &cases)?;
+        let mut counts = [0u32; VOCAB];
         for (case, answer) in cases.iter().zip(answers) {
             let token = answer.map_err(|refused| refused.to_string())?.token;
             counts[token as usize] += 1;
@@ -37,6 +52,74 @@ pub fn follows<D: Driver, const DRAWS: usize>(device: Device<'_, D>) -> Result<(
             .map_err(|error| format!("{params:?}: {error}"))?;
     }
     Ok(())
+}
+
+/// χ² of `DRAWS` draws of each case, of which the device makes some hundreds. A draw walks the ids
+/// in order to where its uniform number falls, so that tokens rise with it: sorted by it, draws of a
+/// token lie side by side, and where they begin and end is found by bisection. Draws between must
+/// fit in.
+pub fn bisected<D: Driver, const DRAWS: usize>(device: Device<'_, D>) -> Result<(), String> {
+    let device = device(BF16);
+    let row = row();
+    for params in filters() {
+        let mut positions: Vec<usize> = (0..DRAWS).collect();
+        positions.sort_by_key(|&position| philox(params.seed, position as u64));
+        let ask = |draws: &[usize]| -> Result<Vec<usize>, String> {
+            let case = |&at: &usize| Case { position: positions[at], ..Case::new(&params, 0) };
+            let cases: Vec<Case> = draws.iter().map(case).collect();
+            let answers = run(&device, VOCAB, std::slice::from_ref(&row), &cases)?;
+            let token = |answer: Result<Sampled, Refused>| answer.map(|drawn| drawn.token as usize);
+            answers.into_iter().map(|a| token(a).map_err(|refused| refused.to_string())).collect()
+        };
+        let ends = ends(DRAWS, &ask)?;
+        let counts: Vec<u32> = ends.array_windows().map(|[a, b]| (b - a) as u32).collect();
+        fits(&counts, &probabilities(&row, &params), DRAWS)
+            .map_err(|error| format!("{params:?}: {error}"))?;
+        let between: Vec<usize> = (0..DRAWS).step_by(DRAWS / 64).collect();
+        for (&at, token) in between.iter().zip(ask(&between)?) {
+            if !(ends[token]..ends[token + 1]).contains(&at) {
+                return Err(format!("draw {} of {params:?} is {token}", positions[at]));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Where the draws of each token begin, and all of them end, given the tokens of any of them.
+fn ends(
+    draws: usize,
+    ask: &dyn Fn(&[usize]) -> Result<Vec<usize>, String>,
+) -> Result<Vec<usize>, String> {
+    // The first draw of a token or a higher one lies in there.
+    let mut places = vec![0..draws; VOCAB + 1];
+    loop {
+        let open = places.iter().filter(|place| !place.is_empty());
+        let middles: BTreeSet<usize> = open.map(|place| place.start.midpoint(place.end)).collect();
+        if middles.is_empty() {
+            return Ok(places.into_iter().map(|place| place.start).collect());
+        }
+        let middles: Vec<usize> = middles.into_iter().collect();
+        for (&at, token) in middles.iter().zip(ask(&middles)?) {
+            for (id, place) in places.iter_mut().enumerate().filter(|(_, p)| p.contains(&at)) {
+                *place = if token < id { at + 1..place.end } else { place.start..at };
+            }
+        }
+    }
+}
+
+/// The first 64 bits of Philox4x32-10 at counter (position, 0) under key seed.
+fn philox(seed: u64, position: u64) -> u64 {
+    let (mut key, mut counter) = ([seed as u32, (seed >> 32) as u32], [0; 4]);
+    (counter[0], counter[1]) = (position as u32, (position >> 32) as u32);
+    for _ in 0..10 {
+        let [a, b] = [(0xd251_1f53_u64, 0), (0xcd9e_8d57, 2)]
+            .map(|(factor, at)| factor * u64::from(counter[at]));
+        let high = |product: u64| (product >> 32) as u32;
+        counter =
+            [high(b) ^ counter[1] ^ key[0], b as u32, high(a) ^ counter[3] ^ key[1], a as u32];
+        key = [key[0].wrapping_add(0x9e37_79b9), key[1].wrapping_add(0xbb67_ae85)];
+    }
+    u64::from(counter[0]) << 32 | u64::from(counter[1])
 }
 
 fn fits(counts: &[u32], probabilities: &[f64], draws: usize) -> Result<(), String> {

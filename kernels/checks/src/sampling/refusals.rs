@@ -35,12 +35,14 @@ pub fn rows<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let no_temperature = SamplingParams { temperature: -1.0, ..plain.clone() };
     let nan = SamplingParams { min_p: f32::NAN, ..plain.clone() };
     let negative = Refused::Parameter { name: "temperature", value: -1.0 };
-    let cases: [(Case, Option<Refused>); 14] = [
+    let cases: [(Case, Option<Refused>); 15] = [
         (Case::new(&plain, 0), None),
         (Case::new(&plain, 1), Some(Refused::NotFinite)),
         (Case::new(&SamplingParams::GREEDY, 2), Some(Refused::NotFinite)),
         (Case::new(&plain, 3), Some(Refused::NotFinite)),
         (Case { score: Some(4), ..Case::new(&plain, 2) }, Some(Refused::NotFinite)),
+        // What changes nothing about the number that is none.
+        (Case { row: 3, ..biased(6, 1.0) }, Some(Refused::NotFinite)),
         (biased(6, f32::INFINITY), Some(Refused::Adjusted)),
         (biased(989, f32::NAN), Some(Refused::Adjusted)),
         // Padding may become anything.
@@ -63,7 +65,7 @@ pub fn rows<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
         }
     }
     // The same request twice has the same answer, whatever lies between.
-    same(&answers[0], &answers[13])?;
+    same(&answers[0], &answers[14])?;
     match run(&device, DRAWABLE, &rows, &[Case::new(&nan, 0)])?[0] {
         Err(Refused::Parameter { name: "min_p", .. }) => Ok(()),
         ref other => Err(format!("a min_p of NaN: {other:?}")),

@@ -1,4 +1,5 @@
-//! Sequences with one row: splits of the context, then their sum. Kernels: `attention_decode.cu`.
+//! Sequences with one row: splits of the context, then their sum. Kernels: `attention_decode.cu`,
+//! `attention_combine.cu`.
 
 use super::Call;
 use crate::{

@@ -1,4 +1,4 @@
-//! Repacks 4-bit weights into the records that the kernels load (see `int4.cu`).
+//! Repacks 4-bit weights into the records that the kernels load (see `int4.cuh`).
 //!
 //! Columns take places: first in the order in which they lie or, where the checkpoint permuted
 //! them, group by group. Places without a column are filled with zeros, so that a run of `unit`
