@@ -5,6 +5,7 @@
 //! Tests run the checks on the host emulation, `gpu-check` on a device.
 #![forbid(unsafe_code)]
 
+pub mod accuracy;
 pub mod bench;
 mod compare;
 mod cuts;
@@ -54,6 +55,7 @@ pub fn all<D: Driver>() -> Vec<Check<D>> {
         linear::checks(),
         norm::checks(),
         rope::checks(),
+        accuracy::checks(),
         prefill::checks(),
         prefill_sm90::checks(),
         decode::checks(),

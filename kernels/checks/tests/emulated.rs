@@ -77,6 +77,11 @@ fn decode_agrees_on_a_long_context() {
     run(&checks::decode::long_checks(), PLAIN, Schedule::InTurn);
 }
 
+#[test]
+fn attention_is_about_as_exact_as_pytorchs() {
+    run(&checks::accuracy::checks(), PLAIN, Schedule::InTurn);
+}
+
 /// The kernels of mma.sync: those of wgmma emulate slowly, and have their own room.
 fn models(check: &str) {
     let device = |config| {
