@@ -19,18 +19,34 @@ const COPIES_TIMED: usize = 15;
 
 type Memory = <Gpu as Driver>::Memory;
 
-/// One device, however many checks or benches use it: code is loaded once, and a sanitizer
-/// instruments it once.
+/// One device, however many checks or benches use it one after another: code is loaded once, and a
+/// sanitizer instruments it once.
 #[derive(Clone)]
-pub struct Card(Arc<Gpu>);
+pub struct Card {
+    gpu: Arc<Gpu>,
+    config: GpuConfig,
+}
 
 impl Card {
     pub fn open(ordinal: usize, wait_limit: Duration) -> Result<Self, KernelError> {
-        Ok(Self(Arc::new(Gpu::open(GpuConfig { wait_limit, ..GpuConfig::new(ordinal) })?)))
+        Self::with(GpuConfig { wait_limit, ..GpuConfig::new(ordinal) })
     }
 
+    fn with(config: GpuConfig) -> Result<Self, KernelError> {
+        Ok(Self { gpu: Arc::new(Gpu::open(config)?), config })
+    }
+
+    /// Opened once more, with a stream of its own, where another backend is in use: ranks do not
+    /// share theirs.
+    ///
+    /// # Panics
+    /// Where that fails; checks have no other way to be told.
     pub fn backend(&self, config: CudaConfig) -> Cuda<Self> {
-        Cuda::new(self.clone(), config)
+        let card = match Arc::strong_count(&self.gpu) {
+            1 => self.clone(),
+            _ => Self::with(self.config).unwrap_or_else(|error| panic!("{error}")),
+        };
+        Cuda::new(card, config)
     }
 
     pub fn about(&self, date: &str) -> Result<About, KernelError> {
@@ -39,7 +55,7 @@ impl Card {
         Ok(About {
             device: facts.name.clone(),
             compute_capability: format!("{major}.{minor}"),
-            driver: self.0.driver_version()?,
+            driver: self.gpu.driver_version()?,
             date: date.to_owned(),
             peer: None,
         })
@@ -47,7 +63,7 @@ impl Card {
 
     /// Waits for all work so far: a fault is told to whom it belongs.
     pub fn settle(&self) -> Result<(), KernelError> {
-        self.0.settle()
+        self.gpu.settle()
     }
 
     /// Bytes read and written per second by the driver's own copy.
@@ -56,7 +72,7 @@ impl Card {
         let (from, to) = (room()?, room()?);
         let mut times = Vec::new();
         for _ in 0..COPIES {
-            times.push(self.0.time(&mut || self.0.copy(&to, (&from, 0), COPY_BYTES))?);
+            times.push(self.gpu.time(&mut || self.gpu.copy(&to, (&from, 0), COPY_BYTES))?);
         }
         let mut times = times.split_off(COPIES - COPIES_TIMED);
         times.sort();
@@ -68,31 +84,31 @@ impl Driver for Card {
     type Memory = Memory;
 
     fn facts(&self) -> &Facts {
-        self.0.facts()
+        self.gpu.facts()
     }
 
     fn zeroed(&self, what: &'static str, bytes: usize) -> Result<Memory, KernelError> {
-        self.0.zeroed(what, bytes)
+        self.gpu.zeroed(what, bytes)
     }
 
     fn address(&self, memory: &Memory) -> u64 {
-        self.0.address(memory)
+        self.gpu.address(memory)
     }
 
     fn write(&self, to: &Memory, offset: usize, bytes: &[u8]) -> Result<(), KernelError> {
-        self.0.write(to, offset, bytes)
+        self.gpu.write(to, offset, bytes)
     }
 
     fn read(&self, to: &mut [u8], from: &Memory, offset: usize) -> Result<(), KernelError> {
-        self.0.read(to, from, offset)
+        self.gpu.read(to, from, offset)
     }
 
     fn launch(&self, launch: Launch<'_>) -> Result<(), KernelError> {
-        self.0.launch(launch)
+        self.gpu.launch(launch)
     }
 
     fn gemm(&self, gemm: Gemm) -> Result<(), KernelError> {
-        self.0.gemm(gemm)
+        self.gpu.gemm(gemm)
     }
 }
 
@@ -113,7 +129,7 @@ impl Stopwatch {
     /// would pay for writing that back. Both are still busy while the run is launched, so that
     /// launching is not timed.
     pub fn time(&self, device: &Cuda<Card>, run: &mut Run<Card>) -> Result<Duration, KernelError> {
-        let gpu = &device.driver().0;
+        let gpu = &device.driver().gpu;
         gpu.copy(&self.to, (&self.from, 0), FLUSH_BYTES)?;
         for at in (0..READ_BYTES).step_by(SMALL_BYTES) {
             gpu.copy(&self.small, (&self.from, at), SMALL_BYTES)?;
