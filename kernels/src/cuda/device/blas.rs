@@ -45,12 +45,20 @@ fn checked(
     what: impl Display,
     status: lt::cublasStatus_t,
 ) -> Result<(), KernelError> {
-    if status == lt::cublasStatus_t::CUBLAS_STATUS_SUCCESS {
+    use lt::cublasStatus_t as Status;
+    if status == Status::CUBLAS_STATUS_SUCCESS {
         return Ok(());
     }
     // SAFETY: a text that is never freed.
     let text = unsafe { CStr::from_ptr(lt::cublasLtGetStatusString(status)) };
-    Err(context.fail(format!("cuBLASLt: {what}: {}", text.to_string_lossy())))
+    let text = format!("cuBLASLt: {what}: {}", text.to_string_lossy());
+    Err(match status {
+        Status::CUBLAS_STATUS_EXECUTION_FAILED
+        | Status::CUBLAS_STATUS_INTERNAL_ERROR
+        | Status::CUBLAS_STATUS_MAPPING_ERROR => context.fail(text),
+        // A product that the library does not know leaves the device as it was.
+        _ => KernelError::Device(text),
+    })
 }
 
 /// What products have in common that can share a plan.
@@ -79,6 +87,7 @@ pub(super) struct Blas {
     handle: lt::cublasLtHandle_t,
     workspace: Memory,
     plans: HashMap<Shape, Plan>,
+    context: Arc<Context>,
 }
 
 // SAFETY: the handles may be used from any thread, one at a time.
@@ -97,7 +106,7 @@ impl Blas {
         let workspace = Memory::zeroed(context, "the matrix product", WORKSPACE_BYTES)?;
         let mut handle = ptr::null_mut();
         blas!(context, "opening", cublasLtCreate(&mut handle))?;
-        Ok(Self { handle, workspace, plans: HashMap::new() })
+        Ok(Self { handle, workspace, plans: HashMap::new(), context: Arc::clone(context) })
     }
 
     /// Row-major out = x · weightᵀ is column-major outᵀ = weight · xᵀ, and every matrix here is
@@ -117,16 +126,10 @@ impl Blas {
         }
         let plan = match self.plans.entry(shape) {
             Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => entry.insert(Plan::new(context, self.handle, shape)?),
+            Entry::Vacant(entry) => entry.insert(Plan::new(context, self.handle, shape, &gemm)?),
         };
         plan.set_rows(context, m)?;
-        if let Some(bias) = gemm.bias {
-            plan.set(context, DescAttribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias)?;
-        }
-        if let Some(Scales { x, weight }) = gemm.scales {
-            plan.set(context, DescAttribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, weight)?;
-            plan.set(context, DescAttribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, x)?;
-        }
+        plan.point(context, &gemm)?;
         let (one, zero) = (1f32, 0f32);
         let scalar = |value: &f32| ptr::from_ref(value).cast::<c_void>();
         let pointer = |address: u64| address as *mut c_void;
@@ -160,8 +163,11 @@ impl Blas {
 impl Drop for Blas {
     fn drop(&mut self) {
         self.plans.clear();
-        // SAFETY: made by cublasLtCreate; no plan uses it.
-        unsafe { lt::cublasLtDestroy(self.handle) };
+        // The call waits for the device. Where that hangs, the process's end gives all back.
+        if self.context.settle().is_ok() {
+            // SAFETY: made by cublasLtCreate; no plan uses it.
+            unsafe { lt::cublasLtDestroy(self.handle) };
+        }
     }
 }
 
@@ -170,6 +176,7 @@ impl Plan {
         context: &Context,
         handle: lt::cublasLtHandle_t,
         shape: Shape,
+        gemm: &Gemm,
     ) -> Result<Self, KernelError> {
         let Shape { rows, n, k, f32_out, bias, fp8 } = shape;
         let bf16 = lt::cudaDataType_t::CUDA_R_16BF;
@@ -204,6 +211,8 @@ impl Plan {
             let (rows, cols, stride) = (rows as u64, cols as u64, stride as i64);
             blas!(context, what, cublasLtMatrixLayoutCreate(layout, element, rows, cols, stride))?;
         }
+        // The library refuses to choose for scales or a bias that are nowhere.
+        plan.point(context, gemm)?;
         plan.algorithm = plan.choose(context, handle, shape)?;
         Ok(plan)
     }
@@ -241,13 +250,26 @@ impl Plan {
                 &mut count,
             )
         )?;
-        if count == 0 {
+        // SAFETY: zeros are a result too, and the library has written over them what it found.
+        let found = unsafe { found.assume_init() };
+        if count == 0 || found.state != lt::cublasStatus_t::CUBLAS_STATUS_SUCCESS {
             let hint = if shape.fp8 { "; products in fp8 take cuBLASLt 12.9 or later" } else { "" };
             let text = format!("cuBLASLt has no algorithm for {shape:?}{hint}");
             return Err(KernelError::Device(text));
         }
-        // SAFETY: the library has written one result.
-        Ok(unsafe { found.assume_init() }.algo)
+        Ok(found.algo)
+    }
+
+    /// Bias and scales of the next product lie there.
+    fn point(&self, context: &Context, gemm: &Gemm) -> Result<(), KernelError> {
+        if let Some(bias) = gemm.bias {
+            self.set(context, DescAttribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias)?;
+        }
+        if let Some(Scales { x, weight }) = gemm.scales {
+            self.set(context, DescAttribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, weight)?;
+            self.set(context, DescAttribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, x)?;
+        }
+        Ok(())
     }
 
     fn set<T>(
