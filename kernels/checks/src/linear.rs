@@ -142,7 +142,8 @@ fn fp8<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
             let weight = uploaded(&data, shape, |parts| device.weight(parts))?;
             let got = product.run(&device, &weight, !bias)?;
             let (x, weight) = if products {
-                // Tensor cores keep about 13 bits of a sum of fp8 products before it is added up.
+                // Tensor cores keep about 13 bits of a sum of fp8 products before it is added up,
+                // of the largest term's size: of few products that is more than of many.
                 (quantised(&product.x, shape.2), quantised(&product.weight, shape.2))
             } else {
                 let weight = quantised(&product.weight, shape.2);
@@ -150,7 +151,7 @@ fn fp8<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
                 (widened(&product.x), weight.into_iter().map(round).collect())
             };
             let wanted = product.oracle(&x, &weight);
-            near(&format!("{shape:?}"), &got, &wanted, if products { 2e-4 } else { 1e-6 })?;
+            near(&format!("{shape:?}"), &got, &wanted, if products { 5e-4 } else { 1e-6 })?;
         }
     }
     Ok(())
