@@ -85,11 +85,11 @@ pub fn bisected<D: Driver, const DRAWS: usize>(device: Device<'_, D>) -> Result<
     Ok(())
 }
 
+/// Tells the tokens of draws.
+type Ask<'a> = dyn Fn(&[usize]) -> Result<Vec<usize>, String> + 'a;
+
 /// Where the draws of each token begin, and all of them end, given the tokens of any of them.
-fn ends(
-    draws: usize,
-    ask: &dyn Fn(&[usize]) -> Result<Vec<usize>, String>,
-) -> Result<Vec<usize>, String> {
+fn ends(draws: usize, ask: &Ask<'_>) -> Result<Vec<usize>, String> {
     // The first draw of a token or a higher one lies in there.
     let mut places = vec![0..draws; VOCAB + 1];
     loop {
