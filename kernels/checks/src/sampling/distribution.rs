@@ -55,8 +55,8 @@ pub fn follows<D: Driver, const DRAWS: usize>(device: Device<'_, D>) -> Result<(
 }
 
 /// χ² of `DRAWS` draws of each case, of which the device makes some hundreds. A draw walks the ids
-/// in order to where its uniform number falls, so that tokens rise with it: sorted by it, draws of a
-/// token lie side by side, and where they begin and end is found by bisection. Draws between must
+/// in order to where its uniform number falls, so that tokens rise with it: sorted by it, draws of
+/// a token lie side by side, and where they begin and end is found by bisection. Draws between must
 /// fit in.
 pub fn bisected<D: Driver, const DRAWS: usize>(device: Device<'_, D>) -> Result<(), String> {
     let device = device(BF16);
