@@ -91,7 +91,7 @@ struct Block {
 };
 
 // What runs on this thread of the host.
-extern SIMT_THREAD_LOCAL Block* block;
+extern __thread Block* block;
 
 // Threads of a block at most.
 constexpr unsigned THREADS_MAX = Queue::CAPACITY;

@@ -9,8 +9,8 @@
 
 namespace simt {
 
-SIMT_THREAD_LOCAL Block* block = nullptr;
-SIMT_THREAD_LOCAL const Thread* running = nullptr;
+__thread Block* block = nullptr;
+__thread const Thread* running = nullptr;
 
 namespace {
 

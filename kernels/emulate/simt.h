@@ -26,12 +26,8 @@ struct Thread {
     Index thread, block, block_size, grid_size;
 };
 
-// Of bare pointers, which are found without a call. A library that is loaded late has room for few
-// bytes of this kind, and all of its other thread-local variables count: they are small.
-#define SIMT_THREAD_LOCAL __thread __attribute__((tls_model("initial-exec")))
-
-// The thread that runs now.
-extern SIMT_THREAD_LOCAL const Thread* running;
+// The thread that runs now. A bare pointer, which no access has to initialise first.
+extern __thread const Thread* running;
 inline const Thread& self() { return *running; }
 
 // Ends the launch with an error.

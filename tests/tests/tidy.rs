@@ -212,8 +212,8 @@ fn wide_lines(file: &str, text: &str) -> Vec<String> {
     wide.map(|(columns, number)| format!("{file}:{number} is {columns} wide")).collect()
 }
 
-/// Functions of C++ and of shell scripts that are too long: they begin where a line, or several that
-/// are one, ends in a brace, and end in a line with a brace at the same depth.
+/// Functions of C++ and of shell scripts that are too long: they begin where a line, or several
+/// that are one, ends in a brace, and end in a line with a brace at the same depth.
 fn long_functions(file: &str, text: &str) -> Vec<String> {
     let lines: Vec<&str> = text.lines().collect();
     let depth = |at: usize| lines[at].len() - lines[at].trim_start().len();

@@ -55,8 +55,8 @@ pub fn follows<D: Driver, const DRAWS: usize>(device: Device<'_, D>) -> Result<(
 }
 
 /// χ² of `DRAWS` draws of each case, of which the device makes some hundreds. A draw walks the ids
-/// in order to where its uniform number falls, so that tokens rise with it: sorted by it, draws of a
-/// token lie side by side, and where they begin and end is found by bisection. Draws between must
+/// in order to where its uniform number falls, so that tokens rise with it: sorted by it, draws of
+/// a token lie side by side, and where they begin and end is found by bisection. Draws between must
 /// fit in.
 pub fn bisected<D: Driver, const DRAWS: usize>(device: Device<'_, D>) -> Result<(), String> {
     let device = device(BF16);
@@ -85,11 +85,11 @@ pub fn bisected<D: Driver, const DRAWS: usize>(device: Device<'_, D>) -> Result<
     Ok(())
 }
 
+/// Tells the tokens of draws.
+type Ask<'a> = dyn Fn(&[usize]) -> Result<Vec<usize>, String> + 'a;
+
 /// Where the draws of each token begin, and all of them end, given the tokens of any of them.
-fn ends(
-    draws: usize,
-    ask: &dyn Fn(&[usize]) -> Result<Vec<usize>, String>,
-) -> Result<Vec<usize>, String> {
+fn ends(draws: usize, ask: &Ask<'_>) -> Result<Vec<usize>, String> {
     // The first draw of a token or a higher one lies in there.
     let mut places = vec![0..draws; VOCAB + 1];
     loop {
