@@ -82,11 +82,10 @@ fn attention_is_about_as_exact_as_pytorchs() {
     run(&checks::accuracy::checks(), PLAIN, Schedule::InTurn);
 }
 
-/// The kernels of mma.sync: those of wgmma emulate slowly, and have their own room.
-fn models(check: &str) {
+fn models(check: &str, prefill: PrefillKernel) {
     let device = |config| {
         let emulator = Emulator::load(Path::new(PLAIN), Schedule::InTurn).expect("it loads");
-        Cuda::new(emulator, CudaConfig { prefill: PrefillKernel::Mma, ..config })
+        Cuda::new(emulator, CudaConfig { prefill, ..config })
     };
     let mut checks = checks::goldens::checks().into_iter();
     let check = checks.find(|one| one.name == check).expect("a check of this name");
@@ -95,17 +94,22 @@ fn models(check: &str) {
 
 #[test]
 fn models_agree_with_the_reference_implementations() {
-    models("models in bf16");
+    models("models in bf16", PrefillKernel::Mma);
+}
+
+#[test]
+fn models_agree_with_them_by_wgmma_too() {
+    models("models in bf16", PrefillKernel::Wgmma);
 }
 
 #[test]
 fn models_with_weights_in_fp8_come_near_them() {
-    models("models with weights in fp8");
+    models("models with weights in fp8", PrefillKernel::Wgmma);
 }
 
 #[test]
 fn models_with_caches_in_fp8_come_near_them() {
-    models("models with caches in fp8");
+    models("models with caches in fp8", PrefillKernel::Mma);
 }
 
 /// Where there are no products in fp8, such weights are widened.
