@@ -6,14 +6,14 @@
 //      `rope_rows[t]`: pairs are element i and i + D/2 (rotate-half, as Qwen is trained). YaRN and
 //      dynamic NTK are in the table
 //   3. query heads · q_scale[t] (logn attention)
-//   4. query and key heads back in place, in bf16, rounded once
+//   4. query heads back in place, in bf16, rounded once; key heads too where nothing is stored
 //   5. keys and values to slot `slots[t]` of the cache, keys and values each [blocks, kv, 16, D],
 //      bf16 or e4m3 (value · 1/scale); keys as the rounded bf16 has them
 //
 // Each part is left out where its pointer is null, and heads outside first_head..end_head are not
 // looked at: rope, qk_norm and store_kv alone are the same kernel.
 //
-// Moves 4 bytes for each element of q, 6 of k and 4 of v (5 and 3 with e4m3). Bound by memory.
+// Moves 4 bytes for each element (3 of k and v with e4m3). Bound by memory.
 // A head has D / 16 lanes; a lane holds 8 elements of the lower half and the 8 they are paired
 // with, so nothing is exchanged but the norm's sum. A warp has 2 · 512 / D heads of one token: two
 // heads a lane, 64 bytes on the way from each, under one load of its cosines and sines, which the
@@ -161,8 +161,11 @@ DEVICE void rotate_and_store(const RopeArgs& args) {
         if (turns && (args.q_norm != nullptr || args.cos_sin != nullptr)) {
             low[i] = pack(x);
             high[i] = pack(x + VECTOR);
-            store16_global(row + head * D, low[i]);
-            store16_global(row + head * D + D / 2, high[i]);
+            // Stored keys are read from the cache alone.
+            if (is_query || args.keys == nullptr) {
+                store16_global(row + head * D, low[i]);
+                store16_global(row + head * D + D / 2, high[i]);
+            }
         }
         if (args.keys == nullptr || is_query || head >= args.end_head) continue;
         const bool is_key = head < rotated;

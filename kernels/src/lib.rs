@@ -265,8 +265,9 @@ pub trait Backend: Send + Sync + Sized + 'static {
         self.add(x, delta)?;
         self.rms_norm(out, x, weight, eps)
     }
-    /// Norms (where there are weights) and rotates the query and key heads of qkv in place, then
-    /// stores keys and values at `batch.slots`.
+    /// Norms (where there are weights) and rotates the query heads of qkv in place and its key
+    /// heads on their way to `batch.slots`, where values go too. What it leaves of the key heads in
+    /// qkv is the device's own affair: attention takes them from the cache.
     fn rotate_and_store(
         &self,
         kv: &mut Self::Kv,

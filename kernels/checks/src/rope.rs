@@ -126,10 +126,33 @@ impl Case {
     }
 
     fn run<D: Driver>(&self, device: Device<'_, D>) -> Result<Left, String> {
-        let device = self.device(device);
-        let mut kv = self.cache(&device).map_err(text)?;
-        let qkv = self.rotate(&device, &mut kv).map_err(text)?;
-        left(&device, written(&device, &qkv)?, &kv)
+        let there = self.device(device);
+        let mut kv = self.cache(&there).map_err(text)?;
+        let qkv = self.rotate(&there, &mut kv).map_err(text)?;
+        let mut left = left(&there, written(&there, &qkv)?, &kv)?;
+        if self.format == KvFormat::Bf16 {
+            self.take_keys(&mut left.qkv, &left.keys);
+        } else {
+            let narrow = Self { format: KvFormat::Bf16, ..self.clone() }.run(device)?;
+            self.take_keys(&mut left.qkv, &narrow.keys);
+        }
+        Ok(left)
+    }
+
+    /// The key heads of rows, which only the cache holds: one in bf16 as they were rounded.
+    fn take_keys(&self, qkv: &mut [f32], cached: &[u8]) {
+        let Heads { q, kv, dim } = self.heads;
+        for (row, &token) in qkv.chunks_exact_mut(self.cols()).zip(&self.tokens) {
+            for (head, key) in row[q * dim..][..kv * dim].chunks_exact_mut(dim).enumerate() {
+                let (slot, width) = (Self::slot(token), 2);
+                let at = ((slot / BLOCK_TOKENS * kv + head) * BLOCK_TOKENS + slot % BLOCK_TOKENS)
+                    * dim
+                    * width;
+                let values = cached[at..at + dim * width].as_chunks::<2>().0;
+                let widened = values.iter().map(|v| half::bf16::from_le_bytes(*v).to_f32());
+                key.iter_mut().zip(widened).for_each(|(key, value)| *key = value);
+            }
+        }
     }
 
     /// Rows as the oracle has them.
@@ -139,7 +162,7 @@ impl Case {
         written(&Plain, &qkv)
     }
 
-    /// Runs the case; compares rows with the oracle's, and the cache with the rows.
+    /// Runs the case; compares rows and keys with the oracle's, and the cache with these.
     fn agree<D: Driver>(&self, device: Device<'_, D>) -> Result<(), String> {
         let got = self.run(device).map_err(|error| format!("{self:?}: {error}"))?;
         compare(&format!("{self:?}"), &got.qkv, &self.oracle()?, NEAR)?;

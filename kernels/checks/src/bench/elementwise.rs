@@ -94,12 +94,12 @@ fn gather<D: Driver>(
     Ok(Box::new(move |device| device.gather_rows(&mut out, &x, &batch, 0, rows)))
 }
 
-/// Reads packed rows, writes queries and keys back, and keys and values to the cache.
+/// Reads packed rows, writes queries back, and keys and values to the cache.
 fn rotation<D: Driver>(scale: Scale, kv_format: KvFormat) -> Bench<D> {
     let rows = scale.of(16384, 5);
     let heads = scale.of(Heads { q: 64, kv: 8, dim: 128 }, Heads { q: 4, kv: 2, dim: 64 });
     let Heads { q, kv, dim } = heads;
-    let packed = 2 * (heads.qkv_cols() + (q + kv) * dim);
+    let packed = 2 * (heads.qkv_cols() + q * dim);
     let cached = 2 * kv * dim * kv_format.element_bytes();
     Bench {
         op: match kv_format {
