@@ -45,14 +45,6 @@ pub enum FloatName {
     Fp8,
 }
 
-/// Which processors compute.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum DeviceName {
-    Cpu,
-    /// Cards from this one on.
-    Cuda(usize),
-}
-
 /// How the process logs; the filter comes from LOCKSTEP_LOG.
 #[derive(Args, Debug)]
 pub struct LogArgs {
@@ -85,7 +77,7 @@ pub struct GroupArgs {
     /// What computes: cpu, cuda, or cuda:N for cards from N on, one for each rank where there are
     /// as many
     #[arg(long, value_parser = device, default_value = "cpu", env = "LOCKSTEP_DEVICE")]
-    device: DeviceName,
+    device: Device,
     /// How CUDA cards keep the layers' weights, whatever the file stores; fp8 halves their memory,
     /// rounded with a scale for each row as they are loaded [default: bf16]
     #[arg(long, value_enum, env = "LOCKSTEP_WEIGHTS")]
@@ -153,22 +145,22 @@ impl GroupArgs {
     }
 
     fn device(&self) -> Result<Device> {
-        let DeviceName::Cuda(first) = self.device else {
+        let mut device = self.device;
+        let Device::Cuda { config, .. } = &mut device else {
             for (flag, given) in [("--weights", self.weights), ("--kv-cache", self.kv_cache)] {
                 if given.is_some() {
                     bail!("{flag} is for CUDA cards; add --device cuda, or leave it out");
                 }
             }
-            return Ok(Device::Cpu);
+            return Ok(device);
         };
-        let mut config = CudaConfig::default();
         if let Some(FloatName::Fp8) = self.weights {
             config.weights = WeightFormat::Fp8;
         }
         if let Some(FloatName::Fp8) = self.kv_cache {
             config.kv_format = KvFormat::Fp8;
         }
-        Ok(Device::Cuda { first, config })
+        Ok(device)
     }
 }
 
@@ -217,12 +209,13 @@ impl EtcdArgs {
 }
 
 /// `cpu`, `cuda` or `cuda:N`.
-fn device(text: &str) -> Result<DeviceName, String> {
+fn device(text: &str) -> Result<Device, String> {
     let wrong = || format!("{text:?} is no device; write cpu, cuda or cuda:N");
+    let cuda = |first| Device::Cuda { first, config: CudaConfig::default() };
     match text.split_once(':') {
-        None if text == "cpu" => Ok(DeviceName::Cpu),
-        None if text == "cuda" => Ok(DeviceName::Cuda(0)),
-        Some(("cuda", number)) => Ok(DeviceName::Cuda(number.parse().map_err(|_| wrong())?)),
+        None if text == "cpu" => Ok(Device::Cpu),
+        None if text == "cuda" => Ok(cuda(0)),
+        Some(("cuda", number)) => number.parse().map(cuda).map_err(|_| wrong()),
         _ => Err(wrong()),
     }
 }
@@ -249,9 +242,10 @@ mod tests {
 
     #[test]
     fn devices_are_read_with_their_number() {
-        assert_eq!(device("cpu"), Ok(DeviceName::Cpu));
-        assert_eq!(device("cuda"), Ok(DeviceName::Cuda(0)));
-        assert_eq!(device("cuda:3"), Ok(DeviceName::Cuda(3)));
+        let cuda = |first| Device::Cuda { first, config: CudaConfig::default() };
+        assert_eq!(device("cpu"), Ok(Device::Cpu));
+        assert_eq!(device("cuda"), Ok(cuda(0)));
+        assert_eq!(device("cuda:3"), Ok(cuda(3)));
         for text in ["", "gpu", "cpu:0", "cuda:", "cuda:-1", "cuda:x"] {
             assert!(device(text).is_err(), "{text}");
         }

@@ -1,4 +1,6 @@
-//! The oracle of e4m3: its 256 values, and the nearest to a number by looking at all of them.
+//! The oracle of e4m3: its 256 values, and the nearest to a number by looking it up among them.
+
+use std::sync::LazyLock;
 
 /// What a code stands for; `None` for the two NaNs.
 pub fn value(code: u8) -> Option<f64> {
@@ -17,14 +19,15 @@ pub fn nearest(x: f32) -> Option<u8> {
     if x.is_nan() {
         return None;
     }
+    // Those that are not negative, in the order of their codes, which is their own.
+    static VALUES: LazyLock<Vec<f64>> = LazyLock::new(|| (0..0x7f).filter_map(value).collect());
     let magnitude = f64::from(x).abs();
-    let distance = |code: u8| value(code).map_or(f64::INFINITY, |v| (v - magnitude).abs());
     let sign = if x.is_sign_negative() { 0x80 } else { 0 };
-    if magnitude >= 448.0 {
-        return Some(sign | 0x7e);
-    }
-    let nearer = |a: u8, b: u8| distance(a).total_cmp(&distance(b)).then((a & 1).cmp(&(b & 1)));
-    (0..0x7f).min_by(|&a, &b| nearer(a, b)).map(|code| sign | code)
+    let above = VALUES.partition_point(|v| *v < magnitude).min(0x7e);
+    let below = above.saturating_sub(1);
+    let (to_above, to_below) = (VALUES[above] - magnitude, magnitude - VALUES[below]);
+    let takes_below = to_below < to_above || (to_below == to_above && below % 2 == 0);
+    Some(sign | if takes_below { below } else { above } as u8)
 }
 
 /// `Ok` where `codes` are the nearest to `wanted`, and NaN where that is.

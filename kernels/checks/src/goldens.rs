@@ -43,14 +43,14 @@ const FAMILIES: [&str; 3] = ["qwen1_plain_hd128", "qwen2_gqa2_hd128", "qwen3_gqa
 
 pub fn checks<D: Driver>() -> Vec<Check<D>> {
     vec![
-        Check { name: "models in bf16", run: |device| in_bf16(device, &NAMES) },
+        Check { name: "models in bf16", run: in_bf16 },
         Check { name: "models with weights in fp8", run: weights_in_fp8 },
         Check { name: "models with caches in fp8", run: cache_in_fp8 },
     ]
 }
 
-fn in_bf16<D: Driver>(device: Device<'_, D>, names: &[&str]) -> Result<(), String> {
-    check(names, &|| device(BF16), IN_BF16)
+fn in_bf16<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    check(&NAMES, &|| device(BF16), IN_BF16)
 }
 
 fn weights_in_fp8<D: Driver>(device: Device<'_, D>) -> Result<(), String> {

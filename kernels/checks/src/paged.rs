@@ -4,13 +4,12 @@
 //! go on with numbers that are no blocks. A sequence's numbers depend on its seed and positions
 //! alone, so that cases which cut or mix sequences otherwise can be compared.
 
-use crate::{noise, rounded};
+use crate::{e4m3, noise, rounded};
 use kernels::{
     BLOCK_TOKENS, Backend, Batch, Heads, KernelError, Tensor,
     cuda::{Cuda, CudaKv, Driver, KvFormat},
     plain::Plain,
 };
-use std::sync::LazyLock;
 
 /// Queries are as much larger than keys and values, so that few keys have most of the weight and
 /// the loss of one shows.
@@ -147,7 +146,10 @@ impl Case {
             queries.iter_mut().for_each(|v| *v = sharp(*v));
             if self.format == KvFormat::Fp8 {
                 for (cached, scale) in cached.chunks_exact_mut(kv * dim).zip(SCALES) {
-                    let held = |v: f32| e4m3_value(e4m3_nearest(v / scale)) * scale;
+                    let held = |v: f32| {
+                        let value = e4m3::nearest(v / scale).and_then(e4m3::value);
+                        value.map_or(f32::NAN, |value| value as f32 * scale)
+                    };
                     cached.iter_mut().for_each(|v| *v = held(*v));
                 }
             }
@@ -272,28 +274,8 @@ impl Case {
             KvFormat::Bf16 => {
                 to.copy_from_slice(&half::bf16::from_f32(value).to_le_bytes());
             }
-            KvFormat::Fp8 => to[0] = e4m3_nearest(value / scale),
+            // Without a code for it, one that is NaN.
+            KvFormat::Fp8 => to[0] = e4m3::nearest(value / scale).unwrap_or(0x7f),
         }
     }
-}
-
-/// What an e4m3 code below NaN stands for.
-fn e4m3_value(code: u8) -> f32 {
-    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7) / 8.0);
-    let magnitude = match exponent {
-        0 => mantissa * 2f32.powi(-6),
-        _ => (1.0 + mantissa) * 2f32.powi(exponent - 7),
-    };
-    if code & 0x80 == 0 { magnitude } else { -magnitude }
-}
-
-/// A code whose value is no further from `value` than any other's.
-fn e4m3_nearest(value: f32) -> u8 {
-    static VALUES: LazyLock<Vec<f32>> = LazyLock::new(|| (0..0x7f).map(e4m3_value).collect());
-    let magnitude = value.abs();
-    let above = VALUES.partition_point(|v| *v < magnitude).min(VALUES.len() - 1);
-    let below = above.saturating_sub(1);
-    let nearer = magnitude - VALUES[below] < VALUES[above] - magnitude;
-    let code = if nearer { below } else { above } as u8;
-    if value < 0.0 { code | 0x80 } else { code }
 }

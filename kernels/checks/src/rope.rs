@@ -4,6 +4,7 @@ use crate::flat::{Indices, guarded, refused, text, written};
 use crate::{BF16, Check, Device, Tolerance, compare, e4m3, noise, rounded};
 use kernels::cuda::{Array, Cuda, CudaConfig, CudaKv, Driver, KvFormat};
 use kernels::{BLOCK_TOKENS, Backend, Heads, KernelError, Rotation, Tensor, plain::Plain};
+use std::ops::Range;
 
 pub fn checks<D: Driver>() -> Vec<Check<D>> {
     vec![
@@ -85,6 +86,14 @@ impl Case {
         token * 7 % (4 * BLOCK_TOKENS)
     }
 
+    /// The bytes of a token's key or value head in a cache of elements of `width` bytes.
+    fn place(&self, token: usize, head: usize, width: usize) -> Range<usize> {
+        let (slot, Heads { kv, dim, .. }) = (Self::slot(token), self.heads);
+        let block = slot / BLOCK_TOKENS * kv + head;
+        let at = (block * BLOCK_TOKENS + slot % BLOCK_TOKENS) * dim * width;
+        at..at + dim * width
+    }
+
     fn indices(&self) -> Indices {
         let scale = |&token: &usize| 1.0 + token as f32 / 16.0;
         Indices {
@@ -144,11 +153,7 @@ impl Case {
         let Heads { q, kv, dim } = self.heads;
         for (row, &token) in qkv.chunks_exact_mut(self.cols()).zip(&self.tokens) {
             for (head, key) in row[q * dim..][..kv * dim].chunks_exact_mut(dim).enumerate() {
-                let (slot, width) = (Self::slot(token), 2);
-                let at = ((slot / BLOCK_TOKENS * kv + head) * BLOCK_TOKENS + slot % BLOCK_TOKENS)
-                    * dim
-                    * width;
-                let values = cached[at..at + dim * width].as_chunks::<2>().0;
+                let values = cached[self.place(token, head, 2)].as_chunks::<2>().0;
                 let widened = values.iter().map(|v| half::bf16::from_le_bytes(*v).to_f32());
                 key.iter_mut().zip(widened).for_each(|(key, value)| *key = value);
             }
@@ -177,11 +182,8 @@ impl Case {
         for (pool, scale, first_head) in pools {
             let mut owned = vec![false; pool.len()];
             for (row, &token) in got.qkv.chunks_exact(self.cols()).zip(&self.tokens) {
-                let slot = Self::slot(token);
                 for head in 0..kv {
-                    let block = slot / BLOCK_TOKENS * kv + head;
-                    let at = (block * BLOCK_TOKENS + slot % BLOCK_TOKENS) * dim * width;
-                    let stored = at..at + dim * width;
+                    let stored = self.place(token, head, width);
                     owned[stored.clone()].fill(true);
                     let wanted = &row[(first_head + head) * dim..][..dim];
                     self.holds(&pool[stored], wanted, scale)

@@ -31,7 +31,7 @@ pub(super) fn fp8<D: Driver>(
 ) -> Result<Fp8<D>, KernelError> {
     let driver = device.driver();
     let row_bytes = cols * Element::Bf16.bytes();
-    let piece_bytes = rows_each(row_bytes) * row_bytes;
+    let piece_bytes = rows_each(row_bytes).min(rows) * row_bytes;
     let piece_memory = Array::zeroed(driver, "a piece of a weight", piece_bytes)?;
     let mut values = Fp8::zeros(device, (rows, cols), Fp8Scaling::Row)?;
     let all = values.scaled_rows(device, piece_memory.address(driver));
@@ -61,6 +61,7 @@ fn pieces(
     let rows_each = rows_each(cols * Element::Bf16.bytes());
     let (mut first, mut rounded) = (0, Vec::new());
     for part in parts {
+        let mut stored = vec![0.0; part.stored_cols];
         let as_stored = part.format == Format::Bf16 && part.cols == (0..part.stored_cols);
         for start in (0..part.rows).step_by(rows_each) {
             let end = (start + rows_each).min(part.rows);
@@ -68,18 +69,15 @@ fn pieces(
                 take(first, &part.data[start * part.row_bytes()..end * part.row_bytes()])?;
             } else {
                 rounded.clear();
-                (start..end).for_each(|row| round_row(part, row, &mut rounded));
+                for row in start..end {
+                    dequant::dequantize_row(part.format, part.stored_row(row), &mut stored);
+                    let values = stored[part.cols.clone()].iter();
+                    rounded.extend(values.flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()));
+                }
                 take(first, &rounded)?;
             }
             first += end - start;
         }
     }
     Ok(())
-}
-
-fn round_row(part: &WeightPart<'_>, row: usize, to: &mut Vec<u8>) {
-    let mut stored = vec![0.0; part.stored_cols];
-    dequant::dequantize_row(part.format, part.stored_row(row), &mut stored);
-    let values = stored[part.cols.clone()].iter();
-    to.extend(values.flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()));
 }
