@@ -77,6 +77,15 @@ impl EtcdOptions {
     fn prefix(&self) -> String {
         format!("/lockstep/{}/instances/", self.cluster)
     }
+
+    /// The keys of all instances: the first, and the first behind them.
+    fn keys(&self) -> (Vec<u8>, Vec<u8>) {
+        let first = self.prefix().into_bytes();
+        let mut end = first.clone();
+        // The prefix ends in a slash: no carry.
+        *end.last_mut().expect("a prefix is not empty") += 1;
+        (first, end)
+    }
 }
 
 /// Names become parts of keys, so they may not contain separators.

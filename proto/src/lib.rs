@@ -7,5 +7,11 @@ pub mod v1 {
     tonic::include_proto!("lockstep.v1");
 }
 
-/// Encoded `FileDescriptorSet` of every protocol here, for server reflection.
+/// What is used of etcd's v3 protocol, as a client.
+#[allow(clippy::all)]
+pub mod etcd {
+    tonic::include_proto!("etcdserverpb");
+}
+
+/// Encoded `FileDescriptorSet` of our own protocols, for server reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -23,7 +23,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("kernels/checks", &["engine", "formats", "kernels", "model"]),
     ("model", &["engine", "formats", "kernels"]),
     ("text", &["formats"]),
-    ("cluster", &[]),
+    ("cluster", &["proto"]),
     ("worker", &["cluster", "engine", "formats", "kernels", "model", "proto"]),
     ("router", &["cluster", "proto", "text"]),
 ];

@@ -84,7 +84,9 @@ fn pid(dir: &TempDir, rank: usize) -> String {
 }
 
 fn signal(pid: &str, name: &str) {
-    assert!(Command::new("kill").args([name, pid]).status().unwrap().success());
+    // The shell's own: the program `kill` is not on every machine.
+    let kill = format!("kill {name} {pid}");
+    assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
 }
 
 /// Waits for a process that somebody else reaps.

@@ -2,19 +2,23 @@
 
 use std::{future::Future, sync::Arc, time::Duration};
 
-use etcd_client::{
-    Client, ConnectOptions, Error, GetOptions, GetResponse, LeaseKeepAliveStream, LeaseKeeper,
-    PutOptions, WatchOptions, WatchStream,
+use proto::etcd::{
+    AuthenticateRequest, LeaseGrantRequest, LeaseKeepAliveRequest, LeaseKeepAliveResponse,
+    LeaseRevokeRequest, PutRequest, RangeRequest, RangeResponse, WatchCreateRequest, WatchRequest,
+    WatchResponse, auth_client::AuthClient, kv_client::KvClient, lease_client::LeaseClient,
+    watch_client::WatchClient, watch_request::RequestUnion,
 };
-use tokio::time::timeout;
+use tokio::{sync::mpsc, time::timeout};
+use tokio_stream::{StreamExt, wrappers::ReceiverStream};
+use tonic::{
+    Code, Request, Response, Status, Streaming,
+    metadata::AsciiMetadataValue,
+    service::{Interceptor, interceptor::InterceptedService},
+    transport::{Channel, Endpoint},
+};
 
 use super::{EtcdOptions, INSTANCES_MAX};
 
-/// gRPC codes by number: `etcd_client` does not hand out the type that names them.
-const INVALID_ARGUMENT: i32 = 3;
-const NOT_FOUND: i32 = 5;
-const PERMISSION_DENIED: i32 = 7;
-const UNAUTHENTICATED: i32 = 16;
 const MESSAGE_BYTES_MAX: usize = 256 << 20;
 
 /// Why a session is given up.
@@ -32,25 +36,53 @@ pub(super) enum Fault {
     Refused(String),
 }
 
-impl From<Error> for Fault {
-    fn from(error: Error) -> Self {
-        match &error {
-            Error::GRpcStatus(status) => match status.code() as i32 {
-                NOT_FOUND if status.message().contains("lease") => Self::LeaseGone,
-                INVALID_ARGUMENT | PERMISSION_DENIED | UNAUTHENTICATED => {
-                    Self::Refused(status.message().to_owned())
-                }
-                _ => Self::Broken(status.message().to_owned()),
-            },
-            // The client's own words for a first keepalive answer without time left.
-            Error::LeaseKeepAliveError(reason) if reason.contains("not found") => Self::LeaseGone,
-            _ => Self::Broken(error.to_string()),
+impl From<Status> for Fault {
+    fn from(status: Status) -> Self {
+        match status.code() {
+            Code::NotFound if status.message().contains("lease") => Self::LeaseGone,
+            Code::InvalidArgument | Code::PermissionDenied | Code::Unauthenticated => {
+                Self::Refused(status.message().to_owned())
+            }
+            _ => Self::Broken(match std::error::Error::source(&status) {
+                Some(source) => root_cause(source),
+                None => status.message().to_owned(),
+            }),
         }
     }
 }
 
+/// What transports wrap in sentences that say no more than that something failed.
+fn root_cause(mut error: &dyn std::error::Error) -> String {
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
+}
+
+/// What is sent with every call.
+#[derive(Clone)]
+struct Headers {
+    /// Says who asks, where etcd wants to know it.
+    token: Option<AsciiMetadataValue>,
+}
+
+impl Interceptor for Headers {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        let headers = request.metadata_mut();
+        // A member that has lost the others is to refuse instead of answering from the past.
+        headers.insert("hasleader", AsciiMetadataValue::from_static("true"));
+        if let Some(token) = &self.token {
+            headers.insert("token", token.clone());
+        }
+        Ok(request)
+    }
+}
+
+type Connection = InterceptedService<Channel, Headers>;
+
 pub(super) struct Session {
-    client: Client,
+    channel: Channel,
+    headers: Headers,
     options: Arc<EtcdOptions>,
 }
 
@@ -58,89 +90,166 @@ impl Session {
     /// Connects to endpoint number `at`, counted round and round.
     pub(super) async fn open(options: &Arc<EtcdOptions>, at: usize) -> Result<Self, Fault> {
         let endpoint = &options.endpoints[at % options.endpoints.len()];
+        let endpoint = match endpoint.starts_with("http://") {
+            true => endpoint.clone(),
+            false => format!("http://{endpoint}"),
+        };
+        let unusable = |error: tonic::transport::Error| Fault::Refused(root_cause(&error));
         let wait = options.call_deadline;
         // No HTTP/2 pings: etcd ends connections that ping more often than every 5 s. Readings and
         // renewals with deadlines notice a stopped member sooner.
-        let mut connect =
-            ConnectOptions::new().with_connect_timeout(wait).with_require_leader(true);
-        if let Some((user, password)) = &options.user {
-            // Tokens are not known to every member at once.
-            connect = connect.with_user(user, password).with_auto_token_refresh(true);
-        }
-        let client = within(wait, "connect", Client::connect([endpoint], Some(connect))).await?;
-        Ok(Self { client, options: options.clone() })
+        let endpoint = Endpoint::from_shared(endpoint).map_err(unusable)?.connect_timeout(wait);
+        within(wait, "connect", async {
+            let broken = |error| Fault::Broken(root_cause(&error));
+            let channel = endpoint.connect().await.map_err(broken)?;
+            let headers = Headers { token: None };
+            let mut session = Self { channel, headers, options: options.clone() };
+            session.authenticate().await?;
+            Ok(session)
+        })
+        .await
     }
 
-    async fn call<T>(
-        &self,
+    /// Gets a token for the user, where there is one.
+    async fn authenticate(&mut self) -> Result<(), Status> {
+        let Some((name, password)) = self.options.user.clone() else { return Ok(()) };
+        self.headers.token = None;
+        let request = AuthenticateRequest { name, password };
+        let answer = AuthClient::new(self.connection()).authenticate(request).await?;
+        let token = answer.into_inner().token.parse();
+        self.headers.token =
+            Some(token.map_err(|_| Status::internal("etcd's token is no header"))?);
+        Ok(())
+    }
+
+    fn connection(&self) -> Connection {
+        InterceptedService::new(self.channel.clone(), self.headers.clone())
+    }
+
+    /// Asks once, and once more with a new token where the old one is not known: tokens end, and
+    /// a new one is not known to every member at once.
+    async fn call<Q: Clone, A, W>(
+        &mut self,
         what: &'static str,
-        call: impl Future<Output = Result<T, Error>>,
-    ) -> Result<T, Fault> {
-        within(self.options.call_deadline, what, call).await
+        question: Q,
+        ask: impl Fn(Connection, Q) -> W,
+    ) -> Result<A, Fault>
+    where
+        W: Future<Output = Result<A, Status>>,
+    {
+        within(self.options.call_deadline, what, async {
+            match ask(self.connection(), question.clone()).await {
+                Err(status)
+                    if status.code() == Code::Unauthenticated && self.options.user.is_some() =>
+                {
+                    self.authenticate().await?;
+                    Ok(ask(self.connection(), question).await?)
+                }
+                answer => Ok(answer?),
+            }
+        })
+        .await
     }
 
     /// Every instance of the cluster, as a majority of the members knows it.
-    pub(super) async fn list(&mut self) -> Result<GetResponse, Fault> {
-        let mut kv = self.client.kv_client().max_decoding_message_size(MESSAGE_BYTES_MAX);
-        let limit = GetOptions::new().with_prefix().with_limit(INSTANCES_MAX as i64);
-        self.call("list", kv.get(self.options.prefix(), Some(limit))).await
+    pub(super) async fn list(&mut self) -> Result<RangeResponse, Fault> {
+        let (key, range_end) = self.options.keys();
+        let request = RangeRequest { key, range_end, limit: INSTANCES_MAX as i64 };
+        self.call("list", request, async |connection, request| {
+            let mut client = KvClient::new(connection).max_decoding_message_size(MESSAGE_BYTES_MAX);
+            client.range(request).await.map(Response::into_inner)
+        })
+        .await
     }
 
     /// Changes from `revision` on.
-    pub(super) async fn watch(&mut self, revision: i64) -> Result<WatchStream, Fault> {
-        let from = WatchOptions::new().with_prefix().with_start_revision(revision);
-        let mut watch = self.client.watch_client().max_decoding_message_size(MESSAGE_BYTES_MAX);
-        self.call("watch", watch.watch(self.options.prefix(), Some(from))).await
+    pub(super) async fn watch(&mut self, revision: i64) -> Result<Streaming<WatchResponse>, Fault> {
+        let (key, range_end) = self.options.keys();
+        let create = WatchCreateRequest { key, range_end, start_revision: revision };
+        let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
+        self.call("watch", request, async |connection, request| {
+            let mut client =
+                WatchClient::new(connection).max_decoding_message_size(MESSAGE_BYTES_MAX);
+            let open = tokio_stream::once(request).chain(tokio_stream::pending());
+            client.watch(open).await.map(Response::into_inner)
+        })
+        .await
     }
 
     /// A new lease.
     pub(super) async fn grant(&mut self) -> Result<i64, Fault> {
-        let seconds = self.options.lease.as_secs_f64().ceil() as i64;
-        let mut lease = self.client.lease_client();
-        Ok(self.call("grant a lease", lease.grant(seconds, None)).await?.id())
+        let ttl = self.options.lease.as_secs_f64().ceil() as i64;
+        let request = LeaseGrantRequest { ttl };
+        self.call("grant a lease", request, async |connection, request| {
+            Ok(LeaseClient::new(connection).lease_grant(request).await?.into_inner().id)
+        })
+        .await
     }
 
     pub(super) async fn put(&mut self, key: &str, value: Vec<u8>, lease: i64) -> Result<(), Fault> {
-        let mut kv = self.client.kv_client();
-        let with_lease = Some(PutOptions::new().with_lease(lease));
-        self.call("put", kv.put(key, value, with_lease)).await.map(|_| ())
+        let request = PutRequest { key: key.into(), value, lease };
+        self.call("put", request, async |connection, request| {
+            KvClient::new(connection).put(request).await.map(|_| ())
+        })
+        .await
     }
 
     /// Opens the stream that keeps `lease` alive; its first answer has been seen.
     pub(super) async fn keep(&mut self, lease: i64) -> Result<Keepalive, Fault> {
-        let mut client = self.client.lease_client();
-        let opened = self.call("keep the lease alive", client.keep_alive(lease)).await;
-        let (keeper, answers) = opened?;
-        Ok(Keepalive { keeper, answers, wait: self.options.call_deadline })
+        let wait = self.options.call_deadline;
+        let request = LeaseKeepAliveRequest { id: lease };
+        let open = async |connection, request| {
+            let (renewals, sent) = mpsc::channel(1);
+            // Room for one: this never waits.
+            let _room = renewals.try_send(request);
+            let mut client = LeaseClient::new(connection);
+            let answers = client.lease_keep_alive(ReceiverStream::new(sent)).await?.into_inner();
+            let mut opened = Keepalive { request, renewals, answers, wait };
+            let first = opened.answers.message().await?;
+            Ok((opened, first))
+        };
+        let (opened, first) = self.call("keep the lease alive", request, open).await?;
+        renewed(first)?;
+        Ok(opened)
     }
 
     /// Ends the lease and with it the keys that it holds.
     pub(super) async fn revoke(&mut self, lease: i64) -> Result<(), Fault> {
-        let mut client = self.client.lease_client();
-        self.call("revoke the lease", client.revoke(lease)).await.map(|_| ())
+        let request = LeaseRevokeRequest { id: lease };
+        self.call("revoke the lease", request, async |connection, request| {
+            LeaseClient::new(connection).lease_revoke(request).await.map(|_| ())
+        })
+        .await
     }
 }
 
 /// An open keepalive stream.
 pub(super) struct Keepalive {
-    keeper: LeaseKeeper,
-    answers: LeaseKeepAliveStream,
+    request: LeaseKeepAliveRequest,
+    renewals: mpsc::Sender<LeaseKeepAliveRequest>,
+    answers: Streaming<LeaseKeepAliveResponse>,
     wait: Duration,
 }
 
 impl Keepalive {
     /// Renews the lease once. The end of the stream, an error and silence are all the same: dead.
     pub(super) async fn renew(&mut self) -> Result<(), Fault> {
-        let Self { keeper, answers, wait } = self;
+        let Self { request, renewals, answers, wait } = self;
         let exchange = async {
-            keeper.keep_alive().await?;
-            answers.message().await
+            // Fails where the stream has ended, which the answer tells better.
+            let _ended = renewals.send(*request).await;
+            renewed(answers.message().await?)
         };
-        match within(*wait, "keepalive", exchange).await? {
-            Some(answer) if answer.ttl() > 0 => Ok(()),
-            Some(_) => Err(Fault::LeaseGone),
-            None => Err(Fault::Broken("the keepalive stream ended".into())),
-        }
+        within(*wait, "keepalive", exchange).await
+    }
+}
+
+/// Whether the lease has time left.
+fn renewed(answer: Option<LeaseKeepAliveResponse>) -> Result<(), Fault> {
+    match answer {
+        Some(answer) if answer.ttl > 0 => Ok(()),
+        Some(_) => Err(Fault::LeaseGone),
+        None => Err(Fault::Broken("the keepalive stream ended".into())),
     }
 }
 
@@ -148,10 +257,55 @@ impl Keepalive {
 async fn within<T>(
     after: Duration,
     what: &'static str,
-    future: impl Future<Output = Result<T, Error>>,
+    future: impl Future<Output = Result<T, Fault>>,
 ) -> Result<T, Fault> {
-    match timeout(after, future).await {
-        Ok(result) => Ok(result?),
-        Err(_) => Err(Fault::Deadline { what, after }),
+    timeout(after, future).await.unwrap_or(Err(Fault::Deadline { what, after }))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::sleep;
+
+    use super::*;
+    use crate::etcd::tests::members::Cluster;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_user_gets_a_new_token_where_the_old_one_expired() {
+        let flags = ["--auth-token-ttl", "1", "--bcrypt-cost", "4"];
+        let Some(cluster) = Cluster::start_with(1, &flags).await else { return };
+        cluster.etcdctl(&["user", "add", "root:secret"]);
+        cluster.etcdctl(&["user", "grant-role", "root", "root"]);
+        cluster.etcdctl(&["auth", "enable"]);
+        let mut options = cluster.options();
+        options.call_deadline = Duration::from_secs(10);
+        let open = async |user: Option<&str>| {
+            let user = user.map(|password| ("root".to_owned(), password.to_owned()));
+            let options = Arc::new(EtcdOptions { user, ..options.clone() });
+            Session::open(&options, 0).await
+        };
+
+        let stranger = open(None).await.unwrap().list().await.unwrap_err();
+        assert!(matches!(stranger, Fault::Refused(_)), "{stranger}");
+        let Err(wrong) = open(Some("wrong")).await else { panic!("a wrong password was taken") };
+        assert!(matches!(wrong, Fault::Refused(_)), "{wrong}");
+
+        let mut session = open(Some("secret")).await.unwrap();
+        let first = session.headers.token.clone();
+        session.list().await.unwrap();
+        assert_eq!(session.headers.token, first, "a token that is known is kept");
+        let mut waited = 0;
+        while session.headers.token == first {
+            waited += 1;
+            assert!(waited < 10, "the token never expired");
+            sleep(Duration::from_secs(3)).await;
+            session.list().await.unwrap();
+        }
+        let lease = session.grant().await.unwrap();
+        session.put("/lockstep/test/instances/a", b"{}".to_vec(), lease).await.unwrap();
+        assert_eq!(session.list().await.unwrap().kvs.len(), 1);
+        session.revoke(lease).await.unwrap();
+        assert!(session.list().await.unwrap().kvs.is_empty());
+        let gone = session.revoke(lease).await.unwrap_err();
+        assert!(matches!(gone, Fault::LeaseGone), "{gone}");
     }
 }

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use etcd_client::{Event, EventType, GetResponse, KeyValue};
+use proto::etcd::{Event, KeyValue, RangeResponse, event::EventType};
 
 use super::VALUE_BYTES_MAX;
 use crate::{Instance, Roster};
@@ -43,14 +43,14 @@ impl View {
     }
 
     /// Takes a whole list in place of what was known.
-    pub(super) fn replace(&mut self, mut list: GetResponse, now: Instant) {
-        let revision = list.header().map_or(0, |header| header.revision());
+    pub(super) fn replace(&mut self, list: RangeResponse, now: Instant) {
+        let revision = list.header.map_or(0, |header| header.revision);
         let mut before = mem::take(&mut self.entries);
-        for kv in list.take_kvs() {
-            match before.remove(kv.key()) {
+        for kv in list.kvs {
+            match before.remove(&kv.key) {
                 // Rubbish is told once.
-                Some(known) if known == (kv.mod_revision(), None) => {
-                    self.entries.insert(kv.key().to_vec(), known);
+                Some(known) if known == (kv.mod_revision, None) => {
+                    self.entries.insert(kv.key, known);
                 }
                 _ => self.insert(&kv),
             }
@@ -61,15 +61,15 @@ impl View {
 
     /// Takes one change. Changes that the last list already held are history.
     pub(super) fn apply(&mut self, event: &Event, now: Instant) {
-        let Some(kv) = event.kv() else { return };
-        if kv.mod_revision() <= self.revision {
+        let Some(kv) = &event.kv else { return };
+        if kv.mod_revision <= self.revision {
             return;
         }
-        match event.event_type() {
+        match event.r#type() {
             EventType::Put => self.insert(kv),
             EventType::Delete => {
-                if let Some(entry) = self.entries.remove(kv.key()) {
-                    self.vanished(BTreeMap::from([(kv.key().to_vec(), entry)]), now);
+                if let Some(entry) = self.entries.remove(&kv.key) {
+                    self.vanished(BTreeMap::from([(kv.key.clone(), entry)]), now);
                 }
             }
         }
@@ -78,16 +78,16 @@ impl View {
     fn insert(&mut self, kv: &KeyValue) {
         let instance = match read(&self.prefix, kv) {
             Ok(instance) => {
-                self.held.remove(kv.key());
+                self.held.remove(&kv.key);
                 Some(instance)
             }
             Err(reason) => {
-                let key = String::from_utf8_lossy(kv.key());
+                let key = String::from_utf8_lossy(&kv.key);
                 tracing::warn!(%key, reason, "instance skipped");
                 None
             }
         };
-        self.entries.insert(kv.key().to_vec(), (kv.mod_revision(), instance));
+        self.entries.insert(kv.key.clone(), (kv.mod_revision, instance));
     }
 
     /// One instance may die at any time; that many die together soon after trouble with etcd is
@@ -129,12 +129,12 @@ impl View {
 }
 
 fn read(prefix: &str, kv: &KeyValue) -> Result<Instance, String> {
-    if kv.value().len() > VALUE_BYTES_MAX {
-        return Err(format!("{} bytes, at most {VALUE_BYTES_MAX}", kv.value().len()));
+    if kv.value.len() > VALUE_BYTES_MAX {
+        return Err(format!("{} bytes, at most {VALUE_BYTES_MAX}", kv.value.len()));
     }
     let instance: Instance =
-        serde_json::from_slice(kv.value()).map_err(|error| error.to_string())?;
-    match kv.key().strip_prefix(prefix.as_bytes()) {
+        serde_json::from_slice(&kv.value).map_err(|error| error.to_string())?;
+    match kv.key.strip_prefix(prefix.as_bytes()) {
         Some(id) if id == instance.id.as_bytes() => Ok(instance),
         _ => Err(format!("it says that it is {:?}", instance.id)),
     }

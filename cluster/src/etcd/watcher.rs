@@ -5,12 +5,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use etcd_client::WatchStream;
+use proto::etcd::WatchResponse;
 use tokio::{
     sync::watch,
     task::JoinHandle,
     time::{sleep, sleep_until},
 };
+use tonic::Streaming;
 
 use super::{
     EtcdOptions,
@@ -68,7 +69,7 @@ impl Watcher {
         loop {
             let list = session.list().await?;
             if std::mem::take(&mut self.away) {
-                tracing::info!(instances = list.kvs().len(), "roster: etcd answers again");
+                tracing::info!(instances = list.kvs.len(), "roster: etcd answers again");
             }
             self.view.replace(list, Instant::now());
             self.publish();
@@ -81,7 +82,7 @@ impl Watcher {
     async fn listen(
         &mut self,
         session: &mut Session,
-        changes: &mut WatchStream,
+        changes: &mut Streaming<WatchResponse>,
     ) -> Result<bool, Fault> {
         let now = Instant::now();
         let wake = self.view.settle(now).map_or(now + SILENCE, |at| at.min(now + SILENCE));
@@ -90,19 +91,18 @@ impl Watcher {
                 let Some(change) = change? else {
                     return Err(Fault::Broken("the watch ended".into()));
                 };
-                if change.canceled() {
-                    let compacted = change.compact_revision();
-                    let reason = change.cancel_reason();
+                if change.canceled {
+                    let (compacted, reason) = (change.compact_revision, change.cancel_reason);
                     tracing::info!(compacted, reason, "roster: listing anew");
                     // A refusal that is no compaction would come again at once.
                     return if compacted > 0 {
                         Ok(false)
                     } else {
-                        Err(Fault::Broken(change.cancel_reason().to_owned()))
+                        Err(Fault::Broken(reason))
                     };
                 }
                 let now = Instant::now();
-                change.events().iter().for_each(|event| self.view.apply(event, now));
+                change.events.iter().for_each(|event| self.view.apply(event, now));
             }
             () = sleep_until(wake.into()) => {
                 let list = session.list().await?;
@@ -143,7 +143,7 @@ mod tests {
             cluster.etcdctl(&["put", &format!("{}{id}", options.prefix()), &value]);
         }
         let mut session = Session::open(&options, 0).await.unwrap();
-        let revision = session.list().await.unwrap().header().unwrap().revision();
+        let revision = session.list().await.unwrap().header.unwrap().revision;
         cluster.etcdctl(&["compact", &revision.to_string()]);
         // The view is as old as revision 0: the first change it misses is compacted.
         let mut changes = session.watch(watcher.view.next_revision()).await.unwrap();

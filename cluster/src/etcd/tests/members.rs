@@ -38,6 +38,11 @@ fn spawn(arguments: &[String]) -> Child {
 impl Cluster {
     /// Starts `count` members and waits until they answer.
     pub async fn start(count: usize) -> Option<Self> {
+        Self::start_with(count, &[]).await
+    }
+
+    /// The same, with further flags of etcd.
+    pub async fn start_with(count: usize, flags: &[&str]) -> Option<Self> {
         if Command::new("etcd").arg("--version").output().is_err() {
             eprintln!("SKIPPED: etcd is not installed; apt-get install etcd-server runs this test");
             return None;
@@ -65,6 +70,7 @@ impl Cluster {
                     arguments.extend([flag.to_owned(), value.to_owned()]);
                 }
                 arguments.push("--unsafe-no-fsync".to_owned());
+                arguments.extend(flags.iter().map(|&flag| flag.to_owned()));
                 Member { process: spawn(&arguments), arguments, endpoint: client }
             })
             .collect();
@@ -114,8 +120,9 @@ impl Member {
     }
 
     pub fn signal(&self, name: &str) {
-        let pid = self.process.id().to_string();
-        assert!(Command::new("kill").args([name, &pid]).status().unwrap().success());
+        // The shell's own: the program `kill` is not on every machine.
+        let kill = format!("kill {name} {}", self.process.id());
+        assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
     }
 }
 
