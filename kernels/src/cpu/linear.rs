@@ -87,7 +87,7 @@ impl CpuWeight {
 
     /// Of memory, packed.
     pub fn bytes(&self) -> usize {
-        self.parts.iter().map(|part| part.data.bytes().len()).sum()
+        self.parts.iter().map(|part| part.data.len()).sum()
     }
 
     fn kernel(&self, part: &Part, isa: Isa) -> Kernel {
