@@ -2,7 +2,7 @@
 //!
 //! Raw here; `resolve` turns them into the typed configuration that the crates take.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -101,6 +101,11 @@ pub struct GroupArgs {
     /// Tokens in one step, at most
     #[arg(long, default_value_t = 512, env = "LOCKSTEP_STEP_TOKENS")]
     step_tokens: usize,
+    /// Seconds that a step should take while answers wait for their next tokens: prompts get fewer
+    /// tokens of a step until it does, whatever the machine's speed [default: 0.25, on CUDA cards
+    /// --step-tokens alone]
+    #[arg(long, value_parser = seconds, env = "LOCKSTEP_STEP_SECONDS")]
+    step_seconds: Option<Duration>,
     /// Sequences that run at once, at most [default: 64, on CUDA cards 256]
     #[arg(long, env = "LOCKSTEP_SEQUENCES")]
     sequences: Option<usize>,
@@ -137,6 +142,7 @@ impl GroupArgs {
         config.context_max = self.context;
         config.kv_memory = self.kv_memory;
         config.step_tokens_max = self.step_tokens;
+        config.step_target = self.step_seconds;
         // A card's products are bound by the weights' bytes up to about this many rows.
         let many = if config.device == Device::Cpu { config.sequences_max } else { 256 };
         config.sequences_max = self.sequences.unwrap_or(many);
@@ -220,6 +226,14 @@ fn device(text: &str) -> Result<Device, String> {
     }
 }
 
+/// A number of seconds above 0.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is no time above 0; write seconds, e.g. 0.25");
+    let seconds: f64 = text.parse().map_err(|_| wrong())?;
+    let time = Duration::try_from_secs_f64(seconds).map_err(|_| wrong())?;
+    if time.is_zero() { Err(wrong()) } else { Ok(time) }
+}
+
 /// A number of bytes, with K, M, G or T for powers of 1024.
 fn bytes(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is no amount of memory; write e.g. 512M or 4G");
@@ -277,6 +291,15 @@ mod tests {
         for flag in ["--weights", "--kv-cache"] {
             let error = parsed(&format!("x {flag} bf16")).expect_err(flag).to_string();
             assert!(error.contains(flag) && error.contains("--device cuda"), "{error}");
+        }
+    }
+
+    #[test]
+    fn times_are_seconds_above_0() {
+        assert_eq!(seconds("0.25"), Ok(Duration::from_millis(250)));
+        assert_eq!(seconds("2"), Ok(Duration::from_secs(2)));
+        for text in ["", "0", "0.0", "-1", "inf", "NaN", "1e30", "1s"] {
+            assert!(seconds(text).is_err(), "{text}");
         }
     }
 

@@ -1,15 +1,17 @@
 //! One sequence after another, straight through a group: for tools that need no server.
 
+mod kept_alive;
+
 use anyhow::{Result, anyhow, bail};
 use engine::plan::{
-    Admission, BLOCK_TOKENS, Chunk, Executor, SamplingParams, StepOutput, StepPlan, TokenLogprob,
-    Want,
+    Admission, BLOCK_TOKENS, Chunk, SamplingParams, StepOutput, StepPlan, TokenLogprob, Want,
 };
+use kept_alive::KeptAlive;
 use worker::{Group, ModelInfo};
 
 /// A group with nobody else on it.
 pub struct Direct {
-    executor: Box<dyn Executor>,
+    executor: KeptAlive,
     pub info: ModelInfo,
     /// The next plan's.
     number: u64,
@@ -19,9 +21,11 @@ pub struct Direct {
 }
 
 impl Direct {
-    pub fn new(group: Group) -> Self {
+    /// From here on the other ranks know that this one lives.
+    pub fn new(group: Group) -> Result<Self> {
         let Group { executor, info } = group;
-        Self { executor, info, number: 0, sequence: 0, released: Vec::new() }
+        let executor = KeptAlive::new(executor, info.ranks)?;
+        Ok(Self { executor, info, number: 0, sequence: 0, released: Vec::new() })
     }
 
     /// Refuses what the group cannot run: unknown ids, too many tokens.
@@ -59,8 +63,7 @@ impl Direct {
         let released = std::mem::take(&mut self.released);
         let plan = StepPlan { number: self.number, chunks: vec![chunk], released };
         self.number += 1;
-        self.executor.submit(&plan)?;
-        let output = self.executor.collect()?;
+        let output = self.executor.run(&plan)?;
         match output.failed.first() {
             Some((_, reason)) => Err(anyhow!("the model failed: {reason}")),
             None => Ok(output),

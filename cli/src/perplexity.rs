@@ -36,9 +36,8 @@ pub fn main(args: PerplexityArgs) -> Result<()> {
     let mut config = args.group.resolve(RankMode::Threads)?;
     let context = config.context_max.unwrap_or(WINDOW);
     config.context_max = Some(context);
-    let group = load::group(config)?;
-    let language = Language::load(&group.info.text_files)?;
-    let mut direct = Direct::new(group);
+    let mut direct = Direct::new(load::group(config)?)?;
+    let language = Language::load(&direct.info.text_files)?;
     let plain = language.encode_ordinary(&text)?;
     let (tokens, bos) = with_bos(&language, &text, plain)?;
     let windows = windows(&tokens, context, bos)?;

@@ -86,9 +86,8 @@ struct Logprob {
 }
 
 pub fn main(args: RunArgs) -> Result<()> {
-    let group = load::group(args.group.resolve(RankMode::Threads)?)?;
-    let language = Language::load(&group.info.text_files)?;
-    let mut direct = Direct::new(group);
+    let mut direct = Direct::new(load::group(args.group.resolve(RankMode::Threads)?)?)?;
+    let language = Language::load(&direct.info.text_files)?;
     let prompt = match (&args.prompt.prompt, &args.prompt.prompt_ids) {
         (Some(text), _) => language
             .encode(text)

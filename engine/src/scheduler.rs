@@ -3,13 +3,19 @@
 //! Pure and synchronous: no clock, no I/O, no device. Every decision is a function of the calls
 //! made so far, so a test can replay any schedule.
 //!
-//! Decodes go first, then prompts that have begun, then new ones in the order of arrival, all under
-//! one budget of tokens. A sequence gets the blocks of all its known tokens when it is admitted and
+//! Decodes go first, then prompts, as `prefill` shares them out, all under one budget of tokens and,
+//! where steps are to take a certain time, under one that is learned (`sizer`). A sequence gets the blocks of all its known tokens when it is admitted and
 //! one more whenever it has filled those. When none is left the youngest running sequence gives its
 //! blocks back and is computed again later, so the oldest always goes on. Nothing is admitted that
 //! could not run alone in an empty pool: a plan without chunks never exists.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+mod prefill;
+mod sizer;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
 
 use crate::{
     EngineError,
@@ -17,6 +23,7 @@ use crate::{
     plan::{BLOCK_TOKENS, Chunk, SequenceId, StepOutput, StepPlan, TokenLogprob, Want},
     sequence::{End, Request, Sequence, Update},
 };
+use sizer::{StepSizer, units};
 
 /// The bounds of one engine. All but `prefix_reuse_max` are at least 1.
 #[derive(Clone, Debug)]
@@ -25,6 +32,9 @@ pub struct SchedulerConfig {
     pub blocks: u32,
     /// Tokens in one plan.
     pub step_tokens_max: usize,
+    /// How long a step with decodes should take: prompts get fewer tokens of it until it does. One
+    /// without decodes may take three times as long. `None` sizes steps by tokens alone.
+    pub step_target: Option<Duration>,
     /// Sequences that run at once.
     pub sequences_max: usize,
     /// Requests that wait for a place.
@@ -77,6 +87,7 @@ struct Results {
 pub struct Scheduler {
     config: SchedulerConfig,
     pool: BlockPool,
+    sizer: StepSizer,
     /// By id, which is the order of arrival.
     running: BTreeMap<SequenceId, Sequence>,
     waiting: BTreeMap<SequenceId, Sequence>,
@@ -98,6 +109,7 @@ impl Scheduler {
         config.context_max = config.context_max.clamp(1, config.blocks as usize * BLOCK_TOKENS);
         Self {
             pool: BlockPool::new(config.blocks),
+            sizer: StepSizer::new(config.step_target),
             config,
             running: BTreeMap::new(),
             waiting: BTreeMap::new(),
@@ -161,10 +173,7 @@ impl Scheduler {
         let mut chunks = Vec::new();
         let mut budget = self.config.step_tokens_max;
         let preempted = self.plan_decodes(&mut chunks, &mut budget);
-        self.plan_prefills(&mut chunks, &mut budget);
-        if !preempted {
-            self.admit(&mut chunks, &mut budget);
-        }
+        self.plan_prefills(&mut chunks, budget, !preempted);
         if chunks.is_empty() {
             return None;
         }
@@ -208,8 +217,12 @@ impl Scheduler {
             if *budget == 0 {
                 break;
             }
-            if self.make_room(id) {
-                self.push_chunk(id, chunks, budget);
+            if !self.make_room(id) {
+                continue;
+            }
+            if let Some(sequence) = self.running.get_mut(&id) {
+                chunks.push(sequence.chunk(1, self.config.context_max));
+                *budget -= 1;
             }
         }
         self.stats.preemptions > preemptions
@@ -238,54 +251,11 @@ impl Scheduler {
         }
     }
 
-    fn plan_prefills(&mut self, chunks: &mut Vec<Chunk>, budget: &mut usize) {
-        let planned: BTreeSet<SequenceId> = chunks.iter().map(|chunk| chunk.sequence).collect();
-        let begun: Vec<SequenceId> = self
-            .running
-            .values()
-            .filter(|s| s.remaining() > 1 && !planned.contains(&s.id))
-            .map(|s| s.id)
-            .collect();
-        for id in begun {
-            if *budget == 0 {
-                return;
-            }
-            self.push_chunk(id, chunks, budget);
-        }
-    }
-
-    /// Starts waiting sequences in order while there is room. The first that does not fit blocks
-    /// the rest, or a long prompt would never have its turn.
-    fn admit(&mut self, chunks: &mut Vec<Chunk>, budget: &mut usize) {
-        while *budget > 0 && self.running.len() < self.config.sequences_max {
-            let Some((id, mut sequence)) = self.waiting.pop_first() else { return };
-            sequence.reuse_prefix(&mut self.pool);
-            // Every running sequence may soon need one more block; take none that would be taken
-            // back.
-            if sequence.blocks_missing() + self.running.len() > self.pool.free() {
-                sequence.free(&mut self.pool);
-                self.waiting.insert(id, sequence);
-                return;
-            }
-            while sequence.blocks_missing() > 0 {
-                let Some(block) = self.pool.allocate() else { break };
-                sequence.add_block(block);
-            }
-            if !sequence.met {
-                self.stats.prompt_tokens += sequence.prompt_len() as u64;
-                self.stats.prefix_hit_tokens += sequence.cached_tokens() as u64;
-            }
-            self.running.insert(id, sequence);
-            self.push_chunk(id, chunks, budget);
-        }
-    }
-
-    fn push_chunk(&mut self, id: SequenceId, chunks: &mut Vec<Chunk>, budget: &mut usize) {
-        if let Some(sequence) = self.running.get_mut(&id) {
-            let chunk = sequence.chunk(*budget, self.config.context_max);
-            *budget -= chunk.tokens.len();
-            chunks.push(chunk);
-        }
+    /// How long the plan in flight took, to be told before `commit`; later steps are sized by it.
+    pub fn measure(&mut self, step: Duration) {
+        let prefills = self.in_flight.iter().flatten().filter(|planned| !planned.is_decode());
+        let units = prefills.map(|planned| units(planned.start, planned.len)).sum();
+        self.sizer.learn(units, step.as_secs_f64());
     }
 
     /// Takes over what the plan in flight produced. One update for each sequence with news, in the
@@ -319,9 +289,11 @@ impl Scheduler {
         let Some(sequence) = self.running.get_mut(&planned.sequence) else {
             return Err(format!("sequence {} does not run", planned.sequence));
         };
-        let decode = planned.len == 1 && planned.want == Want::Sample;
-        *(if decode { &mut self.stats.decode_tokens } else { &mut self.stats.prefill_tokens }) +=
-            planned.len as u64;
+        *(if planned.is_decode() {
+            &mut self.stats.decode_tokens
+        } else {
+            &mut self.stats.prefill_tokens
+        }) += planned.len as u64;
         let mut update = Update::new(sequence);
         if let Some(reason) = results.failed.remove(&planned.sequence) {
             update.end = Some(End::Failed(reason));
@@ -350,6 +322,11 @@ impl Pending {
     fn of(chunk: &Chunk) -> Self {
         let Chunk { sequence, start, ref tokens, want, .. } = *chunk;
         Self { sequence, start, len: tokens.len(), want }
+    }
+
+    /// One token of a sequence whose prompt is computed.
+    fn is_decode(&self) -> bool {
+        self.len == 1 && self.want == Want::Sample
     }
 }
 

@@ -134,6 +134,11 @@ impl Sequence {
         self.cached_tokens
     }
 
+    /// Known tokens that are in the cache.
+    pub fn computed(&self) -> usize {
+        self.computed
+    }
+
     /// Known tokens that are not in the cache yet; one of them in a decode.
     pub fn remaining(&self) -> usize {
         self.tokens.len() - self.computed

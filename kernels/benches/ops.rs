@@ -120,8 +120,8 @@ fn regions(threads: usize) -> std::io::Result<()> {
     let pool = Pool::new(threads)?;
     let micros = best(|| {
         for _ in 0..100 {
-            pool.run(&|i| {
-                black_box(i);
+            pool.for_each(threads, &|_, item| {
+                black_box(item);
             });
         }
     });

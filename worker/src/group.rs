@@ -12,7 +12,7 @@ mod process;
 mod sizing;
 mod threads;
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use engine::{SchedulerConfig, plan::Executor};
 use kernels::{
@@ -65,8 +65,12 @@ pub struct GroupConfig {
     /// Bytes of the KV pool, all ranks together. Default: of the memory that weights and scratch
     /// leave, a quarter or 16 contexts, whichever is less, on the CPU; 90 % on CUDA devices.
     pub kv_memory: Option<u64>,
-    /// Tokens in one step.
+    /// Tokens in one step, at most.
     pub step_tokens_max: usize,
+    /// How long a step should take that has both prompts and answers in it; prompts get fewer tokens
+    /// of a step until it does. Default: 0.25 s on the CPU; on CUDA devices, which need many tokens
+    /// to be busy and are quick with them, `step_tokens_max` alone bounds steps.
+    pub step_target: Option<Duration>,
     /// Sequences that run at once.
     pub sequences_max: usize,
     pub rank_mode: RankMode,
@@ -88,6 +92,7 @@ impl GroupConfig {
             context_max: None,
             kv_memory: None,
             step_tokens_max: 512,
+            step_target: None,
             sequences_max: 64,
             rank_mode: RankMode::Threads,
             rank_program: None,
@@ -120,6 +125,8 @@ pub struct ModelInfo {
     /// Longest prompt whose blocks may be shared; `None` is any.
     pub prefix_reuse_max: Option<usize>,
     pub step_tokens_max: usize,
+    /// How long a step with answers in it should take, where that bounds steps.
+    pub step_target: Option<Duration>,
     pub sequences_max: usize,
     /// What a router needs to speak the model's language, by file name.
     pub text_files: BTreeMap<String, Vec<u8>>,
@@ -131,6 +138,7 @@ impl ModelInfo {
         SchedulerConfig {
             blocks: u32::try_from(self.blocks).unwrap_or(u32::MAX),
             step_tokens_max: self.step_tokens_max,
+            step_target: self.step_target,
             sequences_max: self.sequences_max,
             waiting_max,
             context_max: self.context_max,

@@ -228,7 +228,9 @@ impl Core {
         let start = Instant::now();
         self.executor.submit(&plan).map_err(|error| error.0)?;
         let output = self.executor.collect().map_err(|error| error.0)?;
-        self.metrics.step(start.elapsed());
+        let took = start.elapsed();
+        self.metrics.step(took);
+        self.scheduler.measure(took);
         for update in self.scheduler.commit(output).map_err(|error| error.to_string())? {
             let Some(mailbox) = self.mailboxes.get(&update.sequence) else { continue };
             let (id, ended) = (update.sequence, update.end.is_some());

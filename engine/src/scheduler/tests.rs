@@ -1,5 +1,9 @@
 //! Schedules as traces: each line is a step, `sequence:start+tokens`.
 
+mod timed;
+
+use std::collections::BTreeSet;
+
 use super::*;
 use crate::plan::SamplingParams;
 
@@ -11,6 +15,7 @@ fn config(blocks: u32, step_tokens_max: usize) -> SchedulerConfig {
     SchedulerConfig {
         blocks,
         step_tokens_max,
+        step_target: None,
         sequences_max: 4,
         waiting_max: 8,
         context_max: 1 << 20,
@@ -103,6 +108,45 @@ fn a_long_prompt_is_prefilled_in_chunks_beside_decodes() {
         "0:0+3 1:0+5\n0:3+1 1:5+7\n0:4+1 1:12+2 | 0 Length\n1:14+1 | 1 Length\n"
     );
     assert_eq!(s.stats().blocks_free, 16);
+}
+
+#[test]
+fn a_short_prompt_shares_the_steps_of_a_long_one() {
+    let mut s = Scheduler::new(config(64, 16));
+    s.submit(request(vec![1; 100], 1)).unwrap();
+    let plan = s.schedule().unwrap();
+    s.commit(run(&plan, |_, at| token_at(at))).unwrap();
+    // Of equally long ones the first goes first; the shortest of the short ones too.
+    s.submit(request(vec![2; 90], 1)).unwrap();
+    s.submit(request(vec![3; 20], 1)).unwrap();
+    s.submit(request(vec![4; 3], 2)).unwrap();
+    let text = trace(&mut s);
+    let first: Vec<_> = text.lines().take(4).collect();
+    assert_eq!(
+        first,
+        [
+            "3:0+3 2:0+5 0:16+8",
+            "3:3+1 2:5+7 0:24+8 | 3 Length",
+            "2:12+8 0:32+8 | 2 Length",
+            "0:40+16"
+        ],
+        "{text}"
+    );
+}
+
+#[test]
+fn nobody_is_overtaken_by_one_that_takes_its_blocks() {
+    // The first has 7 blocks and may want one more, the second wants 5, the short one 1: that is 14.
+    for (blocks, overtakes) in [(15, true), (13, false)] {
+        let mut s = Scheduler::new(config(blocks, 16));
+        s.submit(request(vec![1; 100], 1)).unwrap();
+        let plan = s.schedule().unwrap();
+        s.commit(run(&plan, |_, at| token_at(at))).unwrap();
+        s.submit(request(vec![2; 80], 1)).unwrap();
+        s.submit(request(vec![3; 3], 1)).unwrap();
+        let text = trace(&mut s);
+        assert_eq!(text.starts_with("2:0+3 0:16+13 | 2 Length"), overtakes, "{blocks}: {text}");
+    }
 }
 
 #[test]
@@ -370,6 +414,7 @@ impl World {
         let config = SchedulerConfig {
             blocks: 1 + random.below(12) as u32,
             step_tokens_max: 1 + random.below(40),
+            step_target: (random.below(2) == 0).then_some(Duration::from_millis(250)),
             sequences_max: 1 + random.below(6),
             waiting_max: 1 + random.below(6),
             context_max: 1 + random.below(200),
@@ -429,6 +474,7 @@ impl World {
         if disturb && self.random.below(30) == 0 {
             output.failed.push((plan.chunks[0].sequence, "bad luck".into()));
         }
+        self.scheduler.measure(Duration::from_millis(self.random.below(2000) as u64));
         let updates = self.scheduler.commit(output).unwrap();
         self.audit();
         for update in updates {

@@ -4,7 +4,7 @@
 //! without sums across lanes; values lie [block][head][16 tokens][D], D filled up to whole vectors.
 
 use super::{
-    memory::{Aligned, Disjoint},
+    memory::{Aligned, Disjoint, Number},
     simd::{Kernel, LANES, Simd},
 };
 use crate::{BLOCK_TOKENS, Heads, KernelError};
@@ -12,7 +12,7 @@ use crate::{BLOCK_TOKENS, Heads, KernelError};
 const _: () = assert!(BLOCK_TOKENS == LANES, "a block's keys are one vector");
 
 /// How K and V are kept.
-pub(super) trait Element: Copy + Default + Send + Sync {
+pub(super) trait Element: Number + Default {
     fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::V;
     fn store<S: Simd>(s: S, to: &mut [Self; LANES], v: S::V);
 }

@@ -87,7 +87,7 @@ impl CpuWeight {
 
     /// Of memory, packed.
     pub fn bytes(&self) -> usize {
-        self.parts.iter().map(|part| part.data.bytes().len()).sum()
+        self.parts.iter().map(|part| part.data.len()).sum()
     }
 
     fn kernel(&self, part: &Part, isa: Isa) -> Kernel {
@@ -158,9 +158,10 @@ pub fn linear(
     };
     let tiles = weight.parts.iter().map(Part::tiles).sum();
     let cuts = row_cuts(pool.threads(), tiles, rows);
-    pool.run(&|thread| {
-        let rows = row_share(rows, cuts, thread % cuts);
-        let mine = share(tiles, pool.threads() / cuts, thread / cuts);
+    let pieces = pieces(pool.threads() / cuts, tiles);
+    pool.for_each(cuts * pieces, &|_, item| {
+        let rows = row_share(rows, cuts, item % cuts);
+        let mine = tile_share(tiles, pieces, item / cuts);
         let mut first = 0;
         for part in &weight.parts {
             let end = first + part.tiles();
@@ -204,6 +205,22 @@ fn row_cuts(threads: usize, tiles: usize, rows: usize) -> usize {
     })
 }
 
+/// Into how many pieces `threads` threads cut the tiles: a few each, so that one that comes late or
+/// is held up leaves some to the others, but none so small that claiming it counts.
+fn pieces(threads: usize, tiles: usize) -> usize {
+    const EACH: usize = 4;
+    if threads == 1 { 1 } else { (threads * EACH).min(tiles.div_ceil(PAIR)).max(1) }
+}
+
+/// Tiles that kernels like to take together.
+const PAIR: usize = 2;
+
+/// Piece `at` of `pieces` of the tiles, in whole pairs.
+fn tile_share(tiles: usize, pieces: usize, at: usize) -> Range<usize> {
+    let pairs = share(tiles.div_ceil(PAIR), pieces, at);
+    (pairs.start * PAIR).min(tiles)..(pairs.end * PAIR).min(tiles)
+}
+
 /// Share `at` of `cuts` of the rows, in whole row tiles.
 fn row_share(rows: usize, cuts: usize, at: usize) -> Range<usize> {
     let tiles = share(rows.div_ceil(LANES), cuts, at);
@@ -225,9 +242,9 @@ fn check(out: &[f32], product: &Product<'_>) -> Result<(), KernelError> {
     Ok(())
 }
 
-/// The part of `0..total` that thread `thread` of `threads` takes.
-fn share(total: usize, threads: usize, thread: usize) -> Range<usize> {
-    total * thread / threads..total * (thread + 1) / threads
+/// Share `at` of `shares` of `0..total`.
+fn share(total: usize, shares: usize, at: usize) -> Range<usize> {
+    total * at / shares..total * (at + 1) / shares
 }
 
 /// First row and height of each row tile; `rows` starts at one.

@@ -1,25 +1,101 @@
 //! Host memory as kernels want it: on cache lines, and cut up between threads.
 
-use crate::{KernelError, host};
+use crate::KernelError;
 use std::{
+    alloc::{Layout, alloc_zeroed, dealloc},
     marker::PhantomData,
     ops::{Deref, DerefMut, Range},
+    ptr::NonNull,
 };
 
 const LINE_BYTES: usize = 64;
+/// From here on memory comes from the system, not from the allocator: that one may hand out what was
+/// used before, and would have to zero it, touching every page.
+const MAP_BYTES: usize = 1 << 20;
 
-/// Zeroed elements of which the first lies at the start of a cache line. Pages that were never
-/// written take no memory.
+/// Numbers of which any bytes, zeros too, are a value.
+pub(crate) trait Number: Copy + Send + Sync + 'static {}
+impl Number for u8 {}
+impl Number for u16 {}
+impl Number for f32 {}
+
+/// Zeroed numbers of which the first lies at the start of a cache line. Pages of a large array that
+/// were never written take no memory.
 pub struct Aligned<T> {
-    data: Vec<T>,
-    range: Range<usize>,
+    start: NonNull<T>,
+    len: usize,
+    mapped: bool,
 }
 
-impl<T: Copy + Default> Aligned<T> {
+// SAFETY: it owns plain numbers, and hands them out as a slice would.
+unsafe impl<T: Number> Send for Aligned<T> {}
+// SAFETY: as above.
+unsafe impl<T: Number> Sync for Aligned<T> {}
+
+#[allow(private_bounds)] // What can be in it is for this crate to say.
+impl<T: Number> Aligned<T> {
     pub(crate) fn zeroed(what: &'static str, len: usize) -> Result<Self, KernelError> {
-        let data: Vec<T> = host::zeroed(what, len.saturating_add(LINE_BYTES / size_of::<T>()))?;
-        let start = data.as_ptr().align_offset(LINE_BYTES).min(data.len() - len);
-        Ok(Self { data, range: start..start + len })
+        let bytes = len.saturating_mul(size_of::<T>());
+        let refused = || KernelError::Memory { what, bytes };
+        let layout = Layout::from_size_align(bytes, LINE_BYTES).map_err(|_| refused())?;
+        if let Some(start) = (bytes >= MAP_BYTES).then(|| map(bytes)).flatten() {
+            return Ok(Self { start: start.cast(), len, mapped: true });
+        }
+        if bytes == 0 {
+            return Ok(Self { start: empty(), len, mapped: false });
+        }
+        // SAFETY: the layout is not empty.
+        let start = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(refused)?;
+        Ok(Self { start: start.cast(), len, mapped: false })
+    }
+
+    /// Asks for large pages, where the system has them to give: for what is read from end to end.
+    pub(crate) fn in_large_pages(self) -> Self {
+        #[cfg(target_os = "linux")]
+        if self.mapped {
+            let (start, bytes) = (self.start.as_ptr().cast(), self.len * size_of::<T>());
+            // SAFETY: the range is this mapping. Refused, nothing changes.
+            unsafe { libc::madvise(start, bytes, libc::MADV_HUGEPAGE) };
+        }
+        self
+    }
+}
+
+/// Where nothing lies, on a cache line.
+fn empty<T>() -> NonNull<T> {
+    NonNull::without_provenance(const { std::num::NonZero::new(LINE_BYTES).unwrap() })
+}
+
+/// Fresh zero pages; `None` where the system refuses or knows no such thing.
+fn map(bytes: usize) -> Option<NonNull<u8>> {
+    #[cfg(unix)]
+    {
+        let (read_write, kind) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new mapping of nothing overlaps no other.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), bytes, read_write, kind, -1, 0) };
+        if start == libc::MAP_FAILED { None } else { NonNull::new(start.cast()) }
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = bytes;
+        None
+    }
+}
+
+impl<T> Drop for Aligned<T> {
+    fn drop(&mut self) {
+        let bytes = self.len * size_of::<T>();
+        if self.mapped {
+            #[cfg(unix)]
+            // SAFETY: `map` gave exactly this, and nobody else has it.
+            unsafe {
+                libc::munmap(self.start.as_ptr().cast(), bytes);
+            }
+        } else if let (1.., Ok(layout)) = (bytes, Layout::from_size_align(bytes, LINE_BYTES)) {
+            // SAFETY: allocated in `zeroed` with this layout.
+            unsafe { dealloc(self.start.as_ptr().cast(), layout) };
+        }
     }
 }
 
@@ -27,14 +103,16 @@ impl<T> Deref for Aligned<T> {
     type Target = [T];
     #[inline(always)]
     fn deref(&self) -> &[T] {
-        &self.data[self.range.clone()]
+        // SAFETY: `len` numbers lie there, initialised as zeros; the slice borrows `self`.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 }
 
 impl<T> DerefMut for Aligned<T> {
     #[inline(always)]
     fn deref_mut(&mut self) -> &mut [T] {
-        &mut self.data[self.range.clone()]
+        // SAFETY: as in `deref`, and the borrow is unique.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
 }
 
@@ -87,6 +165,25 @@ mod tests {
             assert!(halves.as_ptr().cast::<u8>().align_offset(64) == 0);
             floats.fill(1.0);
         }
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn untouched_pages_take_no_memory() {
+        let resident = || -> usize {
+            let status = std::fs::read_to_string("/proc/self/statm").unwrap();
+            status.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+        };
+        let before = resident();
+        // Another thread's allocator has no fresh memory of its own to hand out; sixty layers of 24 MiB.
+        let arrays = std::thread::spawn(|| {
+            let layer = |_| Aligned::<u16>::zeroed("a test", 12 << 20).unwrap();
+            (0..60).map(layer).collect::<Vec<_>>()
+        });
+        let mut arrays = arrays.join().unwrap();
+        assert!(resident() < before + (256 << 20), "{} of {before}", resident());
+        arrays[59][(12 << 20) - 1] = 1;
+        assert_eq!((arrays[59][0], arrays[59][(12 << 20) - 1]), (0, 1));
     }
 
     #[test]

@@ -22,14 +22,12 @@ pub(super) fn split(
     if rows <= 1 || out.len() * cost < INLINE_WORK {
         return f(0, out);
     }
-    let threads = pool.threads();
+    let shares = (2 * pool.threads()).min(rows);
     let out = Disjoint::new(out);
-    pool.run(&|thread| {
-        let mine = rows * thread / threads..rows * (thread + 1) / threads;
-        if !mine.is_empty() {
-            // SAFETY: each thread's rows end where the next one's begin.
-            f(mine.start, unsafe { out.part(mine.start * cols..mine.end * cols) });
-        }
+    pool.for_each(shares, &|_, at| {
+        let mine = rows * at / shares..rows * (at + 1) / shares;
+        // SAFETY: each share's rows end where the next one's begin.
+        f(mine.start, unsafe { out.part(mine.start * cols..mine.end * cols) });
     });
 }
 

@@ -1,6 +1,6 @@
 //! How large a group becomes: settled, checked and told before anything is loaded.
 
-use std::{sync::Arc, thread};
+use std::{sync::Arc, thread, time::Duration};
 
 use kernels::{
     BLOCK_TOKENS,
@@ -15,6 +15,9 @@ use super::{
     memory::{Available, human},
 };
 use crate::WorkerError;
+
+/// On the CPU: the longest that a reader does not notice as a stall.
+const STEP_TARGET: Duration = Duration::from_millis(250);
 
 /// A group before it is loaded.
 pub(super) struct Sizing {
@@ -68,6 +71,7 @@ impl Sizing {
             weights_bytes: means.weights_bytes,
             prefix_reuse_max: prefix_reuse_max(checkpoint.config()),
             step_tokens_max: config.step_tokens_max,
+            step_target: step_target(&config),
             sequences_max: config.sequences_max,
             text_files,
         };
@@ -92,11 +96,19 @@ fn check(config: &GroupConfig) -> Result<(), WorkerError> {
             return Err(WorkerError::Config(format!("0 {what}: at least 1 is needed")));
         }
     }
+    if config.step_target.is_some_and(|target| target.is_zero()) {
+        return Err(WorkerError::Config("steps of 0 s: they take longer than that".into()));
+    }
     if config.device != Device::Cpu && config.precision == Precision::Exact {
         let text = "--precision exact is the CPU's: CUDA devices compute in bf16; leave it out";
         return Err(WorkerError::Config(text.into()));
     }
     Ok(())
+}
+
+fn step_target(config: &GroupConfig) -> Option<Duration> {
+    let usual = (config.device == Device::Cpu).then_some(STEP_TARGET);
+    config.step_target.or(usual)
 }
 
 fn threads(config: &GroupConfig) -> usize {

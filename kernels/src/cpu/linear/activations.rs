@@ -148,12 +148,13 @@ impl Source<'_> {
         self.cols.div_ceil(BLOCK)
     }
 
-    /// Calls `each` with a range of rows on every thread, or once where there is little to do.
+    /// Calls `each` with ranges of rows on all threads, or once where there is little to do.
     fn over_rows(&self, pool: &Pool, each: &(dyn Fn(Range<usize>) + Sync)) {
         if self.rows * self.cols < ALONE || self.rows == 1 {
             each(0..self.rows);
         } else {
-            pool.run(&|thread| each(super::share(self.rows, pool.threads(), thread)));
+            let shares = (2 * pool.threads()).min(self.rows);
+            pool.for_each(shares, &|_, at| each(super::share(self.rows, shares, at)));
         }
     }
 

@@ -1,7 +1,7 @@
 //! Stored rows into tiles, once, at load.
 
-use super::packed::{Aligned, BLOCK, LANES, Part, Scales, TileLayout, quantised};
-use crate::{Format, KernelError, WeightPart};
+use super::packed::{BLOCK, LANES, Part, Scales, TileLayout, quantised};
+use crate::{Format, KernelError, WeightPart, cpu::memory::Aligned};
 
 /// Packs the rows of `part`, whose first one makes output `first`.
 ///
@@ -14,10 +14,10 @@ pub(super) fn pack(part: &WeightPart<'_>, first: usize) -> Result<Part, KernelEr
     let bytes = tiles
         .checked_mul(layout.bytes)
         .ok_or(KernelError::Memory { what: "a weight", bytes: usize::MAX })?;
-    let mut data = Aligned::zeroed("a weight", bytes)?;
+    let mut data = Aligned::zeroed("a weight", bytes)?.in_large_pages();
     if row_bytes > 0 && layout.bytes > 0 {
         let stored = part.data.chunks(row_bytes * LANES);
-        for (tile, rows) in data.bytes_mut().chunks_exact_mut(layout.bytes).zip(stored) {
+        for (tile, rows) in data.chunks_exact_mut(layout.bytes).zip(stored) {
             for (lane, row) in rows.chunks_exact(row_bytes).enumerate() {
                 match quantised(part.format) {
                     None => pack_plain(part, &layout, tile, lane, row),

@@ -11,7 +11,7 @@
 //!
 //! K is padded to whole blocks and N to whole tiles with zeros.
 
-use crate::{Format, KernelError};
+use crate::{Format, cpu::memory::Aligned};
 
 /// Columns of a tile.
 pub(super) const LANES: usize = 16;
@@ -153,36 +153,6 @@ impl TileLayout {
     }
 }
 
-/// A cache line, for the alignment.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
-/// Zeroed bytes that start at a multiple of 64.
-pub(super) struct Aligned(Vec<Line>);
-
-impl Aligned {
-    /// # Errors
-    /// `KernelError::Memory` where the allocator refuses.
-    pub fn zeroed(what: &'static str, bytes: usize) -> Result<Self, KernelError> {
-        let lines = bytes.div_ceil(64);
-        let mut data = Vec::new();
-        data.try_reserve_exact(lines).map_err(|_| KernelError::Memory { what, bytes })?;
-        data.resize(lines, Line([0; 64]));
-        Ok(Self(data))
-    }
-
-    pub fn bytes(&self) -> &[u8] {
-        // SAFETY: a `Line` is 64 plain bytes without padding, and the vector holds them in a row.
-        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.0.len() * 64) }
-    }
-
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as in `bytes`; any byte pattern is a valid `Line`.
-        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), self.0.len() * 64) }
-    }
-}
-
 /// Outputs of one format, packed.
 pub(super) struct Part {
     pub format: Format,
@@ -191,7 +161,8 @@ pub(super) struct Part {
     /// N of this part.
     pub rows: usize,
     pub layout: TileLayout,
-    pub data: Aligned,
+    /// [tiles][layout.bytes]
+    pub data: Aligned<u8>,
 }
 
 impl Part {
@@ -201,7 +172,7 @@ impl Part {
 
     #[inline(always)]
     pub fn tile(&self, tile: usize) -> Tile<'_> {
-        let bytes = &self.data.bytes()[tile * self.layout.bytes..][..self.layout.bytes];
+        let bytes = &self.data[tile * self.layout.bytes..][..self.layout.bytes];
         Tile { bytes, layout: self.layout }
     }
 
