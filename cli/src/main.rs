@@ -68,14 +68,16 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    match dispatch(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+    let outcome = dispatch(cli);
+    // The whole chain on one line: what failed: why: why that.
+    match outcome {
+        Ok(()) => telemetry::flush(),
         Err(error) => {
-            // The whole chain on one line: what failed: why: why that.
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            telemetry::fatal(format_args!("error: {error:#}"));
+            return ExitCode::FAILURE;
         }
     }
+    ExitCode::SUCCESS
 }
 
 fn dispatch(cli: Cli) -> Result<()> {

@@ -2,6 +2,7 @@
 
 use std::{io::IsTerminal, time::Duration};
 
+use cluster::telemetry::{self, LogFormat};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// What is counted.
@@ -24,7 +25,9 @@ pub struct Progress {
 impl Progress {
     pub fn new(what: impl Into<String>, unit: Unit, total: u64) -> Self {
         let what = what.into();
-        let bar = std::io::stderr().is_terminal().then(|| bar(&what, unit, total));
+        // A bar is nothing that a machine could read.
+        let people = std::io::stderr().is_terminal() && telemetry::format() == LogFormat::Human;
+        let bar = people.then(|| bar(&what, unit, total));
         Self { bar, what, unit, total, done: 0, told: 0 }
     }
 
@@ -39,14 +42,15 @@ impl Progress {
         if tenths > self.told {
             self.told = tenths;
             let (what, percent) = (&self.what, tenths * 10);
-            match self.unit {
+            let (done, total) = (self.done, self.total);
+            telemetry::say(match self.unit {
                 Unit::Bytes => {
                     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-                    let (done, total) = (mib(self.done), mib(self.total));
-                    eprintln!("{what}: {done:.0} of {total:.0} MiB ({percent} %)");
+                    let (done, total) = (mib(done), mib(total));
+                    format!("{what}: {done:.0} of {total:.0} MiB ({percent} %)")
                 }
-                Unit::Items => eprintln!("{what}: {} of {} ({percent} %)", self.done, self.total),
-            }
+                Unit::Items => format!("{what}: {done} of {total} ({percent} %)"),
+            });
         }
     }
 

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
 use clap::Args;
-use cluster::shutdown;
+use cluster::{shutdown, telemetry};
 use router::{Router, RouterConfig};
 
 use crate::args::{EtcdArgs, ListenArgs};
@@ -38,7 +38,7 @@ async fn run(args: RouterArgs) -> Result<()> {
     config.deadlines.drain = Duration::from_secs(args.drain_seconds);
     let router = Router::start(config, membership, stop.clone()).await?;
     if let (Some(http), Some(grpc)) = (router.http(), router.grpc()) {
-        crate::print(format_args!("ready http=http://{http} grpc=http://{grpc}"))?;
+        telemetry::ready(&[("http", format!("http://{http}")), ("grpc", format!("http://{grpc}"))]);
     }
     shutdown::requested(&mut stop).await;
     router.join().await;

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
 use clap::Args;
-use cluster::{InMemory, Membership, shutdown};
+use cluster::{InMemory, Membership, shutdown, telemetry};
 use engine::plan::BLOCK_TOKENS;
 use tokio::{net::TcpListener, sync::watch};
 use worker::{ModelInfo, RankMode, Worker, WorkerConfig, WorkerHandle};
@@ -38,7 +38,7 @@ async fn run(args: UpArgs) -> Result<()> {
         // Until requests are taken there is nothing to drain.
         () = shutdown::requested(&mut stop) => {
             tracing::info!("stopped while starting");
-            std::process::exit(130);
+            telemetry::exit(130);
         }
     }
 }
@@ -69,7 +69,7 @@ async fn start(args: &UpArgs, stop: watch::Receiver<bool>) -> Result<Up> {
     let mut config = router::RouterConfig::new(Some(args.listen.http), Some(args.listen.grpc));
     config.deadlines.drain = Duration::from_secs(args.drain_seconds);
     let router = router::Router::start(config, membership, ended).await?;
-    crate::print(ready(&router, &worker))?;
+    telemetry::ready(&facts(&router, &worker));
     Ok(Up { worker, router, stop: sender })
 }
 
@@ -78,20 +78,22 @@ async fn ensure_free(flag: &str, address: SocketAddr) -> Result<()> {
     TcpListener::bind(address).await.map(drop).with_context(remedy)
 }
 
-/// The one line that says where to go.
-fn ready(router: &router::RouterHandle, worker: &WorkerHandle) -> String {
+/// Where to go, and what is there.
+fn facts(router: &router::RouterHandle, worker: &WorkerHandle) -> Vec<(&'static str, String)> {
     let address = |scheme: &str, address: Option<SocketAddr>| match address {
         Some(address) => format!("{scheme}://{address}"),
         None => "off".to_owned(),
     };
-    let (http, grpc) = (address("http", router.http()), address("http", router.grpc()));
     let ModelInfo { name, ranks, blocks, context_max, .. } = worker.info();
-    let worker = worker.addr();
-    let tokens = blocks * BLOCK_TOKENS;
-    format!(
-        "ready http={http} grpc={grpc} worker=http://{worker} model={name} ranks={ranks} \
-         kv={tokens} tokens ({blocks} blocks) context={context_max}"
-    )
+    vec![
+        ("http", address("http", router.http())),
+        ("grpc", address("http", router.grpc())),
+        ("worker", format!("http://{}", worker.addr())),
+        ("model", name.clone()),
+        ("ranks", ranks.to_string()),
+        ("kv", format!("{} tokens ({blocks} blocks)", blocks * BLOCK_TOKENS)),
+        ("context", context_max.to_string()),
+    ]
 }
 
 async fn serve(up: Up, mut stop: watch::Receiver<bool>) -> Result<()> {

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use cluster::shutdown;
+use cluster::{shutdown, telemetry};
 use tokio::sync::watch;
 use worker::{RankMode, Worker, WorkerConfig, WorkerHandle};
 
@@ -51,12 +51,14 @@ async fn run(args: WorkerArgs) -> Result<()> {
         worker = start(args, stop) => worker?,
         () = shutdown::requested(&mut early) => {
             tracing::info!("stopped while starting");
-            std::process::exit(130);
+            telemetry::exit(130);
         }
     };
     load::tell(worker.info());
-    let (addr, model) = (worker.addr(), &worker.info().name);
-    crate::print(format_args!("ready worker=http://{addr} model={model}"))?;
+    telemetry::ready(&[
+        ("worker", format!("http://{}", worker.addr())),
+        ("model", worker.info().name.clone()),
+    ]);
     worker.join().await?;
     tracing::info!("stopped");
     Ok(())

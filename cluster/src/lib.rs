@@ -1,8 +1,11 @@
 #![forbid(unsafe_code)]
-//! Who is alive and what they serve: the roster, in memory or in etcd.
+//! Who is alive and what they serve: the roster, in memory or in etcd. Beside it what every server
+//! needs: its end by signals, its log lines, and how it tells its metrics.
 
 mod etcd;
 mod memory;
+pub mod metrics;
+mod process;
 pub mod shutdown;
 pub mod telemetry;
 

@@ -24,7 +24,7 @@ pub fn signals() -> io::Result<watch::Receiver<bool>> {
             };
             if sender.send_replace(true) {
                 tracing::warn!("second signal: ending at once");
-                std::process::exit(128 + number);
+                crate::telemetry::exit(128 + number);
             }
             tracing::info!("draining; a second signal ends the process at once");
         }

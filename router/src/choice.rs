@@ -5,11 +5,11 @@
 
 use crate::{
     RouterError,
-    metrics::Metrics,
+    metrics::Waits,
     upstream::{Progress, Sequence},
 };
 use proto::v1::{Finish, TokenInfo};
-use std::{collections::VecDeque, sync::Arc};
+use std::collections::VecDeque;
 use text::{Detokenizer, StopStrings};
 use tokio::time::Instant;
 
@@ -81,7 +81,7 @@ pub(crate) struct Choice {
 
 /// Measures the waits for tokens.
 struct Clock {
-    metrics: Arc<Metrics>,
+    waits: Waits,
     last: Instant,
     began: bool,
 }
@@ -90,8 +90,8 @@ impl Clock {
     fn tick(&mut self) {
         let since = self.last.elapsed();
         match self.began {
-            true => self.metrics.next_token(since),
-            false => self.metrics.first_token(since),
+            true => self.waits.next_token.observe(since.as_secs_f64()),
+            false => self.waits.first_token.observe(since.as_secs_f64()),
         }
         self.began = true;
         self.last = Instant::now();
@@ -105,7 +105,7 @@ impl Choice {
         detokenizer: Detokenizer,
         stop: Vec<String>,
         echo: Option<Echo>,
-        metrics: Arc<Metrics>,
+        waits: Waits,
     ) -> Self {
         Self {
             index,
@@ -117,7 +117,7 @@ impl Choice {
             pending: VecDeque::new(),
             decoded: 0,
             emitted: 0,
-            clock: Clock { metrics, last: Instant::now(), began: false },
+            clock: Clock { waits, last: Instant::now(), began: false },
         }
     }
 

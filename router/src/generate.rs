@@ -3,7 +3,9 @@
 use crate::{
     RouterError, Shared,
     choice::{Choice, Chunk, Echo},
+    metrics::Tokens,
     raised,
+    record::Facts,
     request::{Encoded, Prepared},
     upstream::Sequence,
 };
@@ -38,27 +40,18 @@ pub(crate) struct Generation {
     record: Record,
 }
 
-/// Counts a request while it lives, and says at its end what became of it.
+/// Counts a request while it lives.
 struct Record {
     shared: Arc<Shared>,
-    span: Span,
-    started: Instant,
+    facts: Arc<Facts>,
+    tokens: Tokens,
     choices: i64,
-    prompt_tokens: u32,
-    completion_tokens: u32,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Drop for Record {
     fn drop(&mut self) {
         self.shared.metrics.in_flight.dec_by(self.choices);
-        let _entered = self.span.enter();
-        tracing::info!(
-            prompt_tokens = self.prompt_tokens,
-            completion_tokens = self.completion_tokens,
-            milliseconds = self.started.elapsed().as_millis() as u64,
-            "request ended"
-        );
     }
 }
 
@@ -84,18 +77,21 @@ pub(crate) async fn start(
     let prompt_tokens = prepared.prompts.iter().map(|prompt| prompt.ids.len()).sum::<usize>();
     let prompt_tokens = u32::try_from(prompt_tokens).unwrap_or(u32::MAX);
     shared.metrics.in_flight.inc_by(count as i64);
-    shared.metrics.tokens("prompt", prompt_tokens.into());
+    let facts = prepared.trace.facts.clone();
+    facts.prompt_tokens(prompt_tokens);
+    let tokens = shared.metrics.tokens(&prepared.model.name);
+    tokens.prompt.inc_by(prompt_tokens.into());
     let record = Record {
         shared: shared.clone(),
-        span: span.clone(),
-        started: Instant::now(),
+        facts: facts.clone(),
+        tokens,
         choices: count as i64,
-        prompt_tokens,
-        completion_tokens: 0,
         _permit: permit,
     };
     let mut choices = choices(shared, &prepared);
+    let started = Instant::now();
     try_join_all(choices.iter_mut().map(Choice::open)).instrument(span.clone()).await?;
+    facts.queued(started.elapsed());
     let chunks = choices.into_iter().map(|choice| chunks(choice, span.clone())).collect();
     Ok(Generation {
         language: prepared.language,
@@ -131,7 +127,7 @@ fn choices(shared: &Arc<Shared>, prepared: &Prepared) -> Vec<Choice> {
                 prepared.language.decoder(),
                 prepared.sampling.stop.clone(),
                 echo,
-                shared.metrics.clone(),
+                shared.metrics.waits(&prepared.model.name),
             ));
         }
     }
@@ -190,29 +186,33 @@ impl Generation {
         };
         match &next {
             Ok(chunk) => self.count(chunk),
-            Err(error) => {
-                self.open = 0;
-                let _entered = self.record.span.enter();
-                tracing::warn!(%error, "request failed");
-            }
+            Err(_) => self.open = 0,
         }
         Some(next)
     }
 
     fn count(&mut self, chunk: &Chunk) {
-        let metrics = &self.record.shared.metrics;
-        metrics.tokens("completion", chunk.sampled.into());
-        metrics.tokens("cached", chunk.cached_tokens.into());
         self.usage.completion_tokens += chunk.sampled;
+        let Record { facts, tokens, .. } = &self.record;
+        tokens.completion.inc_by(chunk.sampled.into());
+        tokens.cached.inc_by(chunk.cached_tokens.into());
         // The first choice speaks for its prompt.
+        let mut cached = 0;
         if chunk.choice.is_multiple_of(self.n) {
-            let cached = self.usage.cached_tokens.saturating_add(chunk.cached_tokens);
-            self.usage.cached_tokens = cached.min(self.usage.prompt_tokens);
+            let before = self.usage.cached_tokens;
+            let all = before.saturating_add(chunk.cached_tokens).min(self.usage.prompt_tokens);
+            (self.usage.cached_tokens, cached) = (all, all - before);
         }
-        self.record.completion_tokens = self.usage.completion_tokens;
-        if chunk.finish.is_some() {
+        facts.tokens(chunk.sampled, cached);
+        if let Some(reason) = chunk.finish {
+            facts.finish(reason.as_str());
             self.open -= 1;
         }
+    }
+
+    /// Where the log learns of what befalls the request.
+    pub fn facts(&self) -> &Facts {
+        &self.record.facts
     }
 
     /// Tokens so far. Prompts count once, however many choices they have.

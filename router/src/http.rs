@@ -1,7 +1,11 @@
 //! The HTTP/1.1 server: bounded connections, a deadline for headers, a graceful end.
 
-use crate::{RouterError, raised};
-use hyper::server::conn::http1;
+use crate::{RouterError, raised, record::Client};
+use hyper::{
+    body::Incoming,
+    server::conn::http1,
+    service::{Service, service_fn},
+};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
@@ -52,8 +56,9 @@ pub(crate) async fn serve(
             () = raised(&mut drain) => break,
             Some(_) = connections.join_next() => {}
             accepted = accept(&listener, &places) => {
-                if let Some((stream, place)) = accepted {
-                    connections.spawn(connection(stream, app.clone(), drain.clone(), place));
+                if let Some((stream, client, place)) = accepted {
+                    let (app, drain) = (app.clone(), drain.clone());
+                    connections.spawn(connection((stream, client), app, drain, place));
                 }
             }
         }
@@ -66,11 +71,11 @@ pub(crate) async fn serve(
 async fn accept(
     listener: &TcpListener,
     places: &Arc<Semaphore>,
-) -> Option<(TcpStream, OwnedSemaphorePermit)> {
+) -> Option<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
     let place = places.clone().acquire_owned().await.ok()?;
     match listener.accept().await {
-        Ok((stream, _)) => match tune(&stream) {
-            Ok(()) => Some((stream, place)),
+        Ok((stream, client)) => match tune(&stream) {
+            Ok(()) => Some((stream, client, place)),
             Err(error) => {
                 tracing::debug!(%error, "connection gone before its first byte");
                 None
@@ -85,15 +90,20 @@ async fn accept(
 }
 
 async fn connection(
-    stream: TcpStream,
+    (stream, client): (TcpStream, SocketAddr),
     app: axum::Router,
     mut drain: watch::Receiver<bool>,
     _place: OwnedSemaphorePermit,
 ) {
+    let app = TowerToHyperService::new(app);
+    let service = service_fn(move |mut request: http::Request<Incoming>| {
+        request.extensions_mut().insert(Client(client));
+        app.call(request)
+    });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADERS)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(app));
+        .serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,

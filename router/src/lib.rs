@@ -15,6 +15,7 @@ mod metrics;
 mod openai;
 pub mod policy;
 mod queue;
+mod record;
 mod request;
 mod sampling;
 mod server;

@@ -10,10 +10,10 @@ mod sse;
 
 use crate::{
     RouterError, Shared, generate,
-    metrics::Outcome,
+    record::{Door, recorded},
     request::{self, Input, Prompt},
     sampling::SamplingInput,
-    trace::{REQUEST_ID, Trace},
+    trace::Trace,
 };
 use answer::{Answer, Part, Route};
 use axum::{
@@ -28,7 +28,7 @@ use http::{HeaderMap, StatusCode, header};
 use http_body_util::{BodyExt, Limited};
 use params::Delivery;
 use serde_json::{Value, json};
-use std::{fmt::Display, sync::Arc};
+use std::sync::Arc;
 use tokio::time::timeout;
 
 /// A body beyond the limit is still read, up to this many times the limit, so that the client
@@ -46,7 +46,8 @@ pub(crate) struct Body {
 
 /// Every route.
 pub(crate) fn routes(shared: Arc<Shared>) -> Router {
-    Router::new()
+    let metrics_of = shared.metrics.clone();
+    let routes = Router::new()
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/completions", post(text_completions))
         .route("/v1/models", get(models))
@@ -60,7 +61,8 @@ pub(crate) fn routes(shared: Arc<Shared>) -> Router {
             let path: String = request.uri().path().chars().take(100).collect();
             RouterError::RouteNotFound(format!("{} {path}", request.method()))
         })
-        .with_state(shared)
+        .with_state(shared);
+    recorded(routes, &metrics_of, Door::Http)
 }
 
 async fn chat_completions(State(shared): State<Arc<Shared>>, request: Request) -> Response {
@@ -72,31 +74,17 @@ async fn text_completions(State(shared): State<Arc<Shared>>, request: Request) -
 }
 
 async fn complete(shared: Arc<Shared>, request: Request, route: Route) -> Response {
-    let mut outcome = Outcome::new(&shared.metrics, route.path(), "499");
-    let trace = match Trace::from_headers(request.headers()) {
-        Ok(trace) => trace,
-        Err(failure) => {
-            outcome.set(error::label(&failure));
-            return failure.into_response();
-        }
-    };
-    let id = trace.header();
-    let mut response = match run(&shared, request, route, trace).await {
+    let trace = Trace::of(request.extensions());
+    match run(&shared, request, route, trace).await {
         Ok(Ready::Stream { generation, answer, include_usage }) => {
-            sse::respond(route, *generation, answer, include_usage, outcome)
+            sse::respond(route, *generation, answer, include_usage)
         }
-        Ok(Ready::Whole(body)) => {
-            outcome.set("200");
-            Json(body).into_response()
-        }
+        Ok(Ready::Whole(body)) => Json(body).into_response(),
         Err(failure) => {
-            outcome.set(error::label(&failure));
             shared.count_refusal(&failure);
             failure.into_response()
         }
-    };
-    response.headers_mut().insert(REQUEST_ID, id);
-    response
+    }
 }
 
 /// What is ready to be sent.
@@ -177,22 +165,15 @@ async fn discard(mut body: HttpBody, most: usize) {
 }
 
 async fn models(State(shared): State<Arc<Shared>>) -> Response {
-    let mut outcome = Outcome::new(&shared.metrics, "/v1/models", "499");
-    outcome.set("200");
     let models: Vec<Value> = shared.served().into_iter().map(|m| describe(&m)).collect();
     Json(json!({"object": "list", "data": models})).into_response()
 }
 
 async fn model(State(shared): State<Arc<Shared>>, Path(id): Path<String>) -> Response {
-    let mut outcome = Outcome::new(&shared.metrics, "/v1/models/{id}", "499");
     let served = shared.served();
     match served.iter().find(|model| model.id == id) {
-        Some(model) => {
-            outcome.set("200");
-            Json(describe(model)).into_response()
-        }
+        Some(model) => Json(describe(model)).into_response(),
         None => {
-            outcome.set("404");
             let names: Vec<&str> = served.iter().map(|model| model.id.as_str()).collect();
             RouterError::ModelNotFound { model: id, served: names.join(", ") }.into_response()
         }
@@ -215,13 +196,10 @@ async fn health(State(shared): State<Arc<Shared>>) -> Response {
     (status, Json(json!({"status": word, "models": models}))).into_response()
 }
 
-async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
-    let internal = |error: &dyn Display| RouterError::Internal(format!("metrics: {error}"));
-    match shared.metrics.encode() {
-        Ok(text) => {
-            let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-            ([(header::CONTENT_TYPE, kind)], text).into_response()
-        }
-        Err(error) => internal(&error).into_response(),
+async fn metrics(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Response {
+    let accept = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok());
+    match shared.metrics.exposition(accept) {
+        Ok((kind, text)) => ([(header::CONTENT_TYPE, kind)], text).into_response(),
+        Err(error) => RouterError::Internal(format!("metrics: {error}")).into_response(),
     }
 }

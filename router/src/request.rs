@@ -75,6 +75,7 @@ pub(crate) struct Prepared {
 /// Finds the model, encodes the prompts, checks every value.
 pub(crate) async fn prepare(shared: &Shared, input: Input) -> Result<Prepared, RouterError> {
     let (model, capacity) = find_model(shared, &input.model).await?;
+    input.trace.facts.model(&model.name);
     let targets = &shared.upstream.targets;
     let language = languages::language(targets, &model, &shared.upstream.deadlines).await?;
     let mut sampling = sampling::resolve(input.sampling, language.defaults(), capacity.vocab_size)?;

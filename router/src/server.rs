@@ -1,8 +1,15 @@
 //! Start, run and end of a router.
 
 use crate::{
-    RouterConfig, RouterError, Shared, http, metrics::Metrics, openai, policy::PrefixAffinity,
-    raised, service::Service, targets::Targets, upstream::Upstream,
+    RouterConfig, RouterError, Shared, http,
+    metrics::Metrics,
+    openai,
+    policy::PrefixAffinity,
+    raised,
+    record::{Door, recorded},
+    service::Service,
+    targets::Targets,
+    upstream::Upstream,
 };
 use cluster::Membership;
 use futures_util::StreamExt;
@@ -149,7 +156,8 @@ async fn grpc_routes(
         .add_service(health)
         .add_service(reflection().build_v1().map_err(broken)?)
         .add_service(reflection().build_v1alpha().map_err(broken)?);
-    Ok((reporter, routes.routes()))
+    let routes = routes.routes().into_axum_router();
+    Ok((reporter, recorded(routes, &shared.metrics, Door::Grpc).into()))
 }
 
 async fn serve_grpc(listener: TcpListener, routes: Routes, mut drain: watch::Receiver<bool>) {

@@ -5,7 +5,6 @@ use crate::{
     choice::{Chunk, FinishReason},
     generate::{self, Generation},
     languages,
-    metrics::Outcome,
     request::{self, Input, Prompt},
     sampling::SamplingInput,
     trace::Trace,
@@ -47,72 +46,35 @@ fn status(error: &RouterError) -> Status {
     status
 }
 
-/// A code as a metric's label.
-fn label(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::NotFound => "NOT_FOUND",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::Unavailable => "UNAVAILABLE",
-        _ => "INTERNAL",
-    }
-}
-
 impl Service {
-    fn outcome(&self, route: &'static str) -> Outcome {
-        Outcome::new(&self.shared.metrics, route, "CANCELLED")
-    }
-
-    fn refuse(&self, outcome: &mut Outcome, error: &RouterError) -> Status {
-        let status = status(error);
-        outcome.set(label(status.code()));
+    fn refuse(&self, error: &RouterError) -> Status {
         self.shared.count_refusal(error);
-        status
+        status(error)
     }
 
     async fn answer(
         &self,
-        route: &'static str,
-        trace: Result<Trace, RouterError>,
+        trace: Trace,
         input: impl FnOnce(Trace) -> Result<Input, RouterError>,
     ) -> Result<Response<Answer>, Status> {
-        let mut outcome = self.outcome(route);
         let start = async {
             let permit = self.shared.permit(1)?;
-            let prepared = request::prepare(&self.shared, input(trace?)?).await?;
+            let prepared = request::prepare(&self.shared, input(trace)?).await?;
             generate::start(&self.shared, prepared, permit).await
         };
-        let generation = start.await.map_err(|error| self.refuse(&mut outcome, &error))?;
-        let id = generation.request_id.parse();
-        let stream: Answer = Box::pin(unfold((generation, outcome), answer_next));
-        let mut response = Response::new(stream);
-        if let Ok(id) = id {
-            response.metadata_mut().insert("x-request-id", id);
-        }
-        Ok(response)
+        let generation = start.await.map_err(|error| self.refuse(&error))?;
+        Ok(Response::new(Box::pin(unfold(generation, answer_next))))
     }
 }
 
-type State = (Generation, Outcome);
-
 async fn answer_next(
-    (mut generation, mut outcome): State,
-) -> Option<(Result<GenerateResponse, Status>, State)> {
+    mut generation: Generation,
+) -> Option<(Result<GenerateResponse, Status>, Generation)> {
     let next = match generation.next().await? {
-        Ok(chunk) => {
-            if generation.ended() {
-                outcome.set(label(Code::Ok));
-            }
-            Ok(words(chunk, &generation))
-        }
-        Err(error) => {
-            let status = status(&error);
-            outcome.set(label(status.code()));
-            Err(status)
-        }
+        Ok(chunk) => Ok(words(chunk, &generation)),
+        Err(error) => Err(status(&error)),
     };
-    Some((next, (generation, outcome)))
+    Some((next, generation))
 }
 
 fn words(chunk: Chunk, generation: &Generation) -> GenerateResponse {
@@ -203,9 +165,8 @@ impl Inference for Service {
         &self,
         request: Request<GenerateRequest>,
     ) -> Result<Response<Answer>, Status> {
-        let (metadata, _, wire) = request.into_parts();
-        let trace = Trace::from_headers(&metadata.into_headers());
-        self.answer("Generate", trace, |trace| {
+        let (_, extensions, wire) = request.into_parts();
+        self.answer(Trace::of(&extensions), |trace| {
             let prompt = match wire.prompt {
                 Some(generate_request::Prompt::Text(text)) => Prompt::Text(text),
                 Some(generate_request::Prompt::Ids(ids)) => Prompt::Ids(ids.ids),
@@ -221,9 +182,8 @@ impl Inference for Service {
     }
 
     async fn chat(&self, request: Request<ChatRequest>) -> Result<Response<Answer>, Status> {
-        let (metadata, _, wire) = request.into_parts();
-        let trace = Trace::from_headers(&metadata.into_headers());
-        self.answer("Chat", trace, |trace| chat(wire, trace)).await
+        let (_, extensions, wire) = request.into_parts();
+        self.answer(Trace::of(&extensions), |trace| chat(wire, trace)).await
     }
 
     async fn tokenize(
@@ -231,21 +191,14 @@ impl Inference for Service {
         request: Request<TokenizeRequest>,
     ) -> Result<Response<TokenizeResponse>, Status> {
         let wire = request.into_inner();
-        let mut outcome = self.outcome("Tokenize");
-        match tokenize(&self.shared, wire).await {
-            Ok(response) => {
-                outcome.set(label(Code::Ok));
-                Ok(Response::new(response))
-            }
-            Err(error) => Err(self.refuse(&mut outcome, &error)),
-        }
+        let tokenized = tokenize(&self.shared, wire).await;
+        tokenized.map(Response::new).map_err(|error| self.refuse(&error))
     }
 
     async fn list_models(
         &self,
         _: Request<ListModelsRequest>,
     ) -> Result<Response<ListModelsResponse>, Status> {
-        self.outcome("ListModels").set(label(Code::Ok));
         Ok(Response::new(ListModelsResponse { models: self.shared.served() }))
     }
 }

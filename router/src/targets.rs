@@ -40,7 +40,7 @@ const REST_MAX: Duration = Duration::from_secs(8);
 /// The connection to one worker, and what this router knows of it by its own experience.
 pub(crate) struct Link {
     key: u64,
-    address: String,
+    pub address: String,
     channel: Channel,
     in_flight: AtomicUsize,
     faults: Mutex<Faults>,
@@ -297,7 +297,8 @@ impl Targets {
             loop {
                 tokio::select! {
                     changed = roster.changed() => if changed.is_err() {
-                        tracing::warn!("the roster ended; serving on as last known");
+                        // It ends with the membership, which the end of the process drops first.
+                        tracing::debug!("the roster ended; serving on as last known");
                         sender.closed().await;
                         return;
                     },

@@ -1,7 +1,8 @@
 //! What follows a request from end to end: its id, and the W3C trace context it came with.
 
-use crate::RouterError;
-use http::{HeaderMap, HeaderName, HeaderValue};
+use crate::{RouterError, record::Facts};
+use http::{Extensions, HeaderMap, HeaderName, HeaderValue};
+use std::sync::Arc;
 use tonic::metadata::{AsciiMetadataValue, MetadataMap};
 
 /// Names a request in answers, logs and on the worker.
@@ -9,12 +10,13 @@ pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id"
 const REQUEST_ID_BYTES_MAX: usize = 128;
 const TRACESTATE_BYTES_MAX: usize = 512;
 
-/// Identity of one request.
+/// Identity of one request, and what is known of it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Trace {
     pub request_id: String,
     traceparent: Option<String>,
     tracestate: Option<String>,
+    pub facts: Arc<Facts>,
 }
 
 impl Trace {
@@ -32,7 +34,13 @@ impl Trace {
             request_id,
             traceparent: traceparent.map(str::to_owned),
             tracestate: tracestate.map(str::to_owned),
+            facts: Arc::default(),
         })
+    }
+
+    /// That of a request which came through the recorded routes.
+    pub fn of(extensions: &Extensions) -> Self {
+        extensions.get::<Self>().cloned().unwrap_or_default()
     }
 
     /// The id as a header's value.

@@ -145,6 +145,7 @@ impl Sequence {
             };
             match self.call(&links[at]).await {
                 Ok(live) => {
+                    self.trace.facts.worker(&links[at].address);
                     self.live = Some(live);
                     return Ok(());
                 }

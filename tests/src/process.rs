@@ -3,7 +3,7 @@
 use std::{
     io::{BufRead, BufReader},
     path::PathBuf,
-    process::{Child, ChildStdout, Command, ExitStatus, Stdio},
+    process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio},
     sync::mpsc,
     thread,
     time::{Duration, Instant},
@@ -60,6 +60,11 @@ impl Process {
 
     pub(crate) fn output(&mut self) -> ChildStdout {
         self.child.stdout.take().expect("a pipe")
+    }
+
+    /// Both pipes of a child that was given them.
+    pub fn outputs(&mut self) -> (ChildStdout, ChildStderr) {
+        (self.output(), self.child.stderr.take().expect("a pipe"))
     }
 
     pub fn pid(&self) -> u32 {

@@ -81,7 +81,10 @@ struct Addresses {
 /// The value of a gauge.
 fn gauge(address: &str, name: &str) -> u64 {
     let text = exchange(address, "GET", "/metrics", b"").body;
-    let value = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+    let value = text.lines().find_map(|line| {
+        let (labels, value) = line.strip_prefix(name)?.rsplit_once(' ')?;
+        (labels.is_empty() || labels.starts_with('{')).then(|| value.parse().ok())?
+    });
     value.unwrap_or_else(|| panic!("no {name} in {text}"))
 }
 
@@ -134,11 +137,11 @@ fn clients_that_vanish_leave_nothing_behind() {
     });
     eprintln!("{visits} visits of {CLIENTS} clients");
 
-    let blocks = gauge(&up.worker, "lockstep_worker_blocks_capacity ");
-    let worker = |name: &str| gauge(&up.worker, &format!("lockstep_worker_{name} "));
+    let blocks = gauge(&up.worker, "lockstep_worker_blocks_capacity");
+    let worker = |name: &str| gauge(&up.worker, &format!("lockstep_worker_{name}"));
     let look = || {
-        let router = gauge(&up.http, "lockstep_router_in_flight ");
-        let queued = gauge(&up.http, "lockstep_router_queued ");
+        let router = gauge(&up.http, "lockstep_router_in_flight");
+        let queued = gauge(&up.http, "lockstep_router_queued");
         let sequences = (worker("sequences_running"), worker("sequences_waiting"));
         (worker("blocks_free"), sequences, router, queued)
     };

@@ -9,7 +9,11 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use axum::routing::get;
+use axum::{
+    http::{HeaderMap, StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::get,
+};
 use cluster::{Membership, State};
 use proto::v1::worker_server::WorkerServer;
 use tokio::{
@@ -122,7 +126,8 @@ impl Worker {
         mut at: Listening,
         shutdown: watch::Receiver<bool>,
     ) -> Result<WorkerHandle, WorkerError> {
-        let metrics = Arc::new(Metrics::new());
+        let name = config.model_name.as_deref().unwrap_or(&group.info.name);
+        let metrics = Arc::new(Metrics::new(name));
         let bounds = group.info.scheduler_config(config.waiting_max);
         let engine = Engine::start(group.executor, bounds, Arc::clone(&metrics))?;
         at.announcement.ready(engine.stats());
@@ -198,7 +203,7 @@ async fn spawn_server(
     let metrics = Arc::clone(&shared.metrics);
     let routes: Routes = routes
         .into_axum_router()
-        .route("/metrics", get(move || async move { metrics.encode() }))
+        .route("/metrics", get(move |headers: HeaderMap| async move { tell(&metrics, &headers) }))
         .into();
     let server = Server::builder()
         .accept_http1(true)
@@ -214,6 +219,14 @@ async fn spawn_server(
             },
         );
     (health, tokio::spawn(server))
+}
+
+fn tell(metrics: &Metrics, headers: &HeaderMap) -> Response {
+    let accept = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok());
+    match metrics.exposition(accept) {
+        Ok((kind, text)) => ([(header::CONTENT_TYPE, kind)], text).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
 }
 
 /// What the task that outlives `start` owns.
@@ -346,9 +359,9 @@ impl WorkerHandle {
         &self.shared.engine
     }
 
-    /// The metrics in Prometheus' text format; also under `/metrics` at `addr`.
-    pub fn metrics(&self) -> String {
-        self.shared.metrics.encode()
+    /// The figures behind `/metrics` at `addr`.
+    pub fn metrics(&self) -> &Metrics {
+        &self.shared.metrics
     }
 
     /// Takes nothing new, lets running streams finish within `limit`, leaves the roster and stops.

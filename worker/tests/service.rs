@@ -264,7 +264,8 @@ async fn a_full_queue_refuses_with_advice() {
     assert!(refused.metadata().get("retry-after-ms").is_some());
     drop(streams);
     w.until("all free", |stats| stats.blocks_free == BLOCKS).await;
-    assert!(w.handle.metrics().contains("lockstep_worker_requests_rejected_total 1"));
+    let (_, text) = w.handle.metrics().exposition(None).unwrap();
+    assert!(text.contains("lockstep_worker_requests_rejected_total{model=\"tiny\"} 1"), "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

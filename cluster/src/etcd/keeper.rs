@@ -21,6 +21,8 @@ use crate::{Instance, MembershipError, Registration};
 /// Changes closer together than this are written as one.
 const WRITE_GAP: Duration = Duration::from_millis(50);
 const PAUSE: Duration = Duration::from_millis(200);
+/// Between two lines about the same trouble.
+const TELL_AGAIN: Duration = Duration::from_secs(60);
 /// How long leaving may take before the lease is left to expire.
 const LEAVE_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -32,7 +34,9 @@ pub(super) async fn start(
     let key = format!("{}{}", options.prefix(), instance.borrow().id);
     let (stop, stopped) = watch::channel(false);
     let (registered, mut first) = oneshot::channel();
-    let mut keeper = Keeper { options: options.clone(), key, instance, stopped, lease: None };
+    let trouble = Trouble::default();
+    let mut keeper =
+        Keeper { options: options.clone(), key, instance, stopped, lease: None, trouble };
     // Every member may be tried twice: connecting, the lease, the keepalive, the value.
     let patience = options.call_deadline * 8 * options.endpoints.len() as u32;
     let task = tokio::spawn(async move { keeper.run(registered).await });
@@ -54,6 +58,7 @@ struct Keeper {
     instance: watch::Receiver<Instance>,
     stopped: watch::Receiver<bool>,
     lease: Option<Lease>,
+    trouble: Trouble,
 }
 
 #[derive(Clone, Copy)]
@@ -84,7 +89,13 @@ impl Keeper {
                 }
                 fault => {
                     let endpoint = &self.options.endpoints[at % self.options.endpoints.len()];
-                    tracing::warn!(endpoint, %fault, "registration: trying the next etcd member");
+                    if let Some(state) = self.trouble.failed(Instant::now()) {
+                        let State { seconds, attempts } = state;
+                        tracing::warn!(
+                            endpoint, %fault, seconds, attempts,
+                            "registration: etcd does not answer; serving on, trying each member"
+                        );
+                    }
                     at += 1;
                     sleep(PAUSE).await;
                 }
@@ -112,6 +123,9 @@ impl Keeper {
         let mut keepalive = session.keep(lease).await?;
         self.write(&mut session, lease).await?;
         tell(registered, Ok(()));
+        if let Some(State { seconds, attempts }) = self.trouble.over(Instant::now()) {
+            tracing::info!(key = self.key, seconds, attempts, "registration: etcd answers again");
+        }
         let mut renewal = interval(self.options.lease / 4);
         renewal.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut followed = true;
@@ -152,6 +166,50 @@ impl Keeper {
     }
 }
 
+/// Tells of trouble with etcd once at its beginning, then rarely, and once at its end: attempts
+/// come several a second.
+#[derive(Default)]
+struct Trouble {
+    since: Option<Instant>,
+    attempts: u64,
+    told: Option<Instant>,
+    /// This trouble was told, so its end is too.
+    known: bool,
+}
+
+/// How long etcd has been away, and how often it was tried.
+#[derive(Debug, PartialEq)]
+struct State {
+    seconds: u64,
+    attempts: u64,
+}
+
+impl Trouble {
+    /// One more attempt failed: what to tell, where it is time to.
+    fn failed(&mut self, now: Instant) -> Option<State> {
+        self.since.get_or_insert(now);
+        self.attempts += 1;
+        if self.told.is_some_and(|told| now.duration_since(told) < TELL_AGAIN) {
+            return None;
+        }
+        self.told = Some(now);
+        self.known = true;
+        Some(self.state(now))
+    }
+
+    /// An attempt was well: what to tell, where the trouble was told.
+    fn over(&mut self, now: Instant) -> Option<State> {
+        let state = self.known.then(|| self.state(now));
+        (self.since, self.attempts, self.known) = (None, 0, false);
+        state
+    }
+
+    fn state(&self, now: Instant) -> State {
+        let seconds = self.since.map_or(0, |since| now.duration_since(since).as_secs());
+        State { seconds, attempts: self.attempts }
+    }
+}
+
 /// Answers the one who waits for the first registration.
 fn tell(registered: &mut Option<oneshot::Sender<Result<(), String>>>, outcome: Result<(), String>) {
     if let Some(waiting) = registered.take() {
@@ -186,5 +244,25 @@ impl Drop for EtcdRegistration {
     /// The task goes on for as long as taking the lease back needs.
     fn drop(&mut self) {
         self.stop.send_replace(true);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trouble_is_told_at_its_beginning_then_rarely_then_at_its_end() {
+        let (mut trouble, began) = (Trouble::default(), Instant::now());
+        let at = |milliseconds| began + Duration::from_millis(milliseconds);
+        let told: Vec<State> = (0..1000).filter_map(|n| trouble.failed(at(200 * n))).collect();
+        let state = |seconds, attempts| State { seconds, attempts };
+        assert_eq!(told, [state(0, 1), state(60, 301), state(120, 601), state(180, 901)]);
+        assert_eq!(trouble.over(at(200_000)), Some(state(200, 1000)));
+        assert_eq!(trouble.over(at(200_000)), None);
+        // Again at once: a connection that comes and goes is no reason for a line each time.
+        assert_eq!(trouble.failed(at(200_200)), None);
+        assert_eq!(trouble.over(at(200_400)), None);
+        assert_eq!(trouble.failed(at(240_000)), Some(state(0, 1)));
     }
 }

@@ -16,15 +16,6 @@ pub(crate) enum Route {
     Completions,
 }
 
-impl Route {
-    pub fn path(self) -> &'static str {
-        match self {
-            Self::Chat => "/v1/chat/completions",
-            Self::Completions => "/v1/completions",
-        }
-    }
-}
-
 /// What all parts of one answer share.
 pub(crate) struct Answer {
     route: Route,

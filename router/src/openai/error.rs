@@ -1,6 +1,6 @@
 //! Errors in the shape that OpenAI's clients read.
 
-use crate::RouterError;
+use crate::{RouterError, record::Told};
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use serde_json::{Value, json};
@@ -70,6 +70,7 @@ pub(crate) fn body(error: &RouterError) -> Value {
 impl IntoResponse for RouterError {
     fn into_response(self) -> Response {
         let mut response = (words(&self).status, axum::Json(body(&self))).into_response();
+        response.extensions_mut().insert(Told(self.to_string()));
         let seconds = match &self {
             Self::Overloaded { retry_after, .. } => retry_after.as_secs().max(1),
             Self::Unavailable(_) => 5,

@@ -5,7 +5,7 @@ use super::{
     answer::{Answer, Route},
     error,
 };
-use crate::{generate::Generation, metrics::Outcome};
+use crate::generate::Generation;
 use axum::response::{
     IntoResponse, Response, Sse,
     sse::{Event, KeepAlive},
@@ -20,7 +20,6 @@ struct Events {
     generation: Generation,
     answer: Answer,
     include_usage: bool,
-    outcome: Outcome,
     ready: VecDeque<Event>,
     ended: bool,
 }
@@ -31,14 +30,13 @@ pub(crate) fn respond(
     generation: Generation,
     answer: Answer,
     include_usage: bool,
-    outcome: Outcome,
 ) -> Response {
     let mut ready = VecDeque::new();
     if route == Route::Chat {
         let openings = (0..generation.choices).map(|choice| answer.opening(choice, include_usage));
         ready.extend(openings.map(event));
     }
-    let events = Events { generation, answer, include_usage, outcome, ready, ended: false };
+    let events = Events { generation, answer, include_usage, ready, ended: false };
     let stream = unfold(events, |mut events| async {
         let event = events.next().await?;
         Some((Ok::<_, Infallible>(event), events))
@@ -62,12 +60,11 @@ impl Events {
                     self.ready.extend(chunk.map(event));
                 }
                 Some(Err(failure)) => {
-                    self.outcome.set(error::label(&failure));
+                    self.generation.facts().failed(error::label(&failure), &failure);
                     self.ended = true;
                     self.ready.push_back(event(error::body(&failure)));
                 }
                 None => {
-                    self.outcome.set("200");
                     self.ended = true;
                     if self.include_usage {
                         let closing = self.answer.closing(self.generation.usage());

@@ -3,6 +3,7 @@
 mod client;
 mod faults;
 mod grpc;
+mod logs;
 mod openai;
 mod streams;
 mod worker;

@@ -310,13 +310,13 @@ async fn models_health_and_metrics_are_told() {
     http.post("/v1/completions", &completion(json!({}))).await;
     http.post("/v1/completions", &completion(json!({"n": 0}))).await;
     let metrics = http.get("/metrics").await;
-    assert!(metrics.header("content-type").unwrap().starts_with("application/openmetrics-text"));
+    assert_eq!(metrics.header("content-type").unwrap(), "text/plain; version=0.0.4; charset=utf-8");
     for line in [
-        "lockstep_router_requests_total{route=\"/v1/completions\",code=\"200\"} 1",
-        "lockstep_router_requests_total{route=\"/v1/completions\",code=\"400\"} 1",
-        "lockstep_router_first_token_seconds_count 1",
+        "lockstep_router_requests_total{route=\"/v1/completions\",code=\"200\",model=\"org/tiny\"} 1",
+        "lockstep_router_requests_total{route=\"/v1/completions\",code=\"400\",model=\"org/tiny\"} 1",
+        "lockstep_router_first_token_seconds_count{model=\"org/tiny\"} 1",
         "lockstep_router_in_flight 0",
-        "lockstep_router_tokens_total{kind=\"cached\"} 1",
+        "lockstep_router_tokens_total{model=\"org/tiny\",kind=\"cached\"} 1",
     ] {
         assert!(metrics.body.contains(line), "{line} in {}", metrics.body);
     }

@@ -42,7 +42,10 @@ async fn a_client_that_leaves_cancels_upstream() {
     let http = cluster.http();
     for _ in 0..100 {
         let metrics = http.get("/metrics").await.body;
-        if metrics.contains("code=\"499\"} 2") && metrics.contains("code=\"CANCELLED\"} 1") {
+        let left = |code: &str, count: usize| {
+            metrics.contains(&format!("code=\"{code}\",model=\"{MODEL}\"}} {count}\n"))
+        };
+        if left("499", 2) && left("CANCELLED", 1) {
             assert!(metrics.contains("lockstep_router_in_flight 0"), "{metrics}");
             return;
         }

@@ -23,6 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use cluster::telemetry;
 use engine::plan::Executor;
 use kernels::collective::{CollectiveError, HostCollective, Tcp, TcpDoor};
 use model::{Checkpoint, ModelError, RunnerOptions};
@@ -112,7 +113,7 @@ impl Task for Follower<'_> {
 fn end_with_parent() {
     // An error says the same as the end: nobody holds the other side.
     let _closed = io::copy(&mut io::stdin(), &mut io::sink());
-    std::process::exit(1);
+    telemetry::exit(1);
 }
 
 /// Starts and watches the other ranks; this process is rank 0.
@@ -227,6 +228,7 @@ impl ProcessCrew {
             .args(["--world-size", &place.world_size.to_string()])
             .args(["--leader", &place.leader.to_string()])
             .env(RANK_TOKEN_VARIABLE, &place.token)
+            .env(telemetry::FORMAT_VARIABLE, telemetry::format().name())
             .stdin(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -285,7 +287,8 @@ impl Drop for ProcessCrew {
     }
 }
 
-/// Passes on what a rank says, until it says no more; keeps the last lines.
+/// Passes on what a rank says, until it says no more; keeps the last lines. Never waits for whoever
+/// reads this process's own lines: the rank would wait in turn.
 fn relay(rank: usize, stderr: ChildStderr) -> VecDeque<String> {
     let mut last = VecDeque::with_capacity(LAST_LINES);
     let mut lines = BufReader::new(stderr);
@@ -294,7 +297,7 @@ fn relay(rank: usize, stderr: ChildStderr) -> VecDeque<String> {
     // An error is the end of what can be heard; the process is waited for next.
     while read(&mut line).is_ok_and(|read| read > 0) {
         let text = String::from_utf8_lossy(&line).trim_end().to_owned();
-        eprintln!("[rank {rank}] {text}");
+        let text = telemetry::forward(rank, &text);
         if last.len() == LAST_LINES {
             last.pop_front();
         }
