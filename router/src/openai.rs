@@ -5,14 +5,15 @@ mod chat;
 mod completions;
 mod error;
 mod fields;
+mod harmless;
 mod params;
 mod sse;
+mod tokenize;
 
 use crate::{
     RouterError, Shared, generate,
     record::{Door, recorded},
     request::{self, Input, Prompt},
-    sampling::SamplingInput,
     trace::Trace,
 };
 use answer::{Answer, Part, Route};
@@ -26,7 +27,8 @@ use axum::{
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header};
 use http_body_util::{BodyExt, Limited};
-use params::Delivery;
+use params::{Delivery, UsageChunks};
+use proto::v1::Sampling;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use tokio::time::timeout;
@@ -40,8 +42,10 @@ const DISCARD_FACTOR: usize = 16;
 pub(crate) struct Body {
     model: String,
     prompts: Vec<Prompt>,
-    sampling: SamplingInput,
+    sampling: Sampling,
     delivery: Delivery,
+    /// Parameters without effect.
+    ignored: Vec<String>,
 }
 
 /// Every route.
@@ -52,6 +56,9 @@ pub(crate) fn routes(shared: Arc<Shared>) -> Router {
         .route("/v1/completions", post(text_completions))
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
+        .route("/version", get(tokenize::version))
         .route("/health", get(health))
         .route("/metrics", get(metrics))
         .method_not_allowed_fallback(async |request: Request| {
@@ -76,8 +83,8 @@ async fn text_completions(State(shared): State<Arc<Shared>>, request: Request) -
 async fn complete(shared: Arc<Shared>, request: Request, route: Route) -> Response {
     let trace = Trace::of(request.extensions());
     match run(&shared, request, route, trace).await {
-        Ok(Ready::Stream { generation, answer, include_usage }) => {
-            sse::respond(route, *generation, answer, include_usage)
+        Ok(Ready::Stream { generation, answer, usage }) => {
+            sse::respond(route, *generation, answer, usage)
         }
         Ok(Ready::Whole(body)) => Json(body).into_response(),
         Err(failure) => {
@@ -90,7 +97,7 @@ async fn complete(shared: Arc<Shared>, request: Request, route: Route) -> Respon
 /// What is ready to be sent.
 enum Ready {
     Whole(Value),
-    Stream { generation: Box<generate::Generation>, answer: Answer, include_usage: bool },
+    Stream { generation: Box<generate::Generation>, answer: Answer, usage: UsageChunks },
 }
 
 async fn run(
@@ -106,15 +113,19 @@ async fn run(
         Route::Completions => completions::parse(&body)?,
     };
     let logprobs = body.sampling.logprobs.is_some();
-    let Delivery { stream, include_usage } = body.delivery;
-    let Body { model, prompts, sampling, .. } = body;
+    let Body { model, prompts, sampling, delivery, ignored } = body;
+    let Delivery { stream, usage } = delivery;
+    if !ignored.is_empty() {
+        let (request_id, names) = (&trace.request_id, ignored.join(", "));
+        tracing::debug!(request_id, names, "parameters without effect on the answer");
+    }
     let input = Input { model, prompts, sampling, trace };
     let prepared = request::prepare(shared, input).await?;
     let mut generation = generate::start(shared, prepared, permit).await?;
     let answer = Answer::new(route, &generation, logprobs);
     if stream {
         let generation = Box::new(generation);
-        return Ok(Ready::Stream { generation, answer, include_usage });
+        return Ok(Ready::Stream { generation, answer, usage });
     }
     let mut parts: Vec<Part> = (0..generation.choices).map(|_| Part::default()).collect();
     while let Some(chunk) = generation.next().await {

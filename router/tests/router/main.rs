@@ -5,6 +5,7 @@ mod faults;
 mod grpc;
 mod logs;
 mod openai;
+mod shapes;
 mod streams;
 mod worker;
 

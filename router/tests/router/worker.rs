@@ -51,6 +51,8 @@ pub struct Worker {
     pub pace: Mutex<Duration>,
     /// Calls at once that do not yet lead to RESOURCE_EXHAUSTED.
     pub places: AtomicUsize,
+    /// Messages that come as one, as they do when a router reads slowly.
+    pub together: AtomicUsize,
 }
 
 pub fn files() -> Files {
@@ -87,6 +89,7 @@ impl Worker {
             answer: Mutex::new(language().encode_ordinary("Hello, wörld! 漢字 done.").unwrap()),
             pace: Mutex::default(),
             places: AtomicUsize::new(usize::MAX),
+            together: AtomicUsize::new(1),
         });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
@@ -160,6 +163,18 @@ fn script(worker: &Worker, request: &RunRequest) -> Result<Vec<RunResponse>, Sta
     Ok(messages)
 }
 
+fn together(messages: Vec<RunResponse>, count: usize) -> Vec<RunResponse> {
+    let merged = messages.chunks(count).map(|messages| {
+        messages.iter().cloned().reduce(|mut all, message| {
+            all.prompt.extend(message.prompt);
+            all.tokens.extend(message.tokens);
+            all.finish = message.finish;
+            all
+        })
+    });
+    merged.flatten().collect()
+}
+
 #[tonic::async_trait]
 impl worker_server::Worker for Door {
     type RunStream = Pin<Box<dyn Stream<Item = Result<RunResponse, Status>> + Send>>;
@@ -174,6 +189,7 @@ impl worker_server::Worker for Door {
         }
         let fault = worker.faults.lock().unwrap().pop_front();
         let mut messages = script(&worker, &request)?;
+        messages = together(messages, worker.together.load(Ordering::SeqCst));
         let (mut last, mut silent) = (None, false);
         match fault {
             None => {}
