@@ -34,7 +34,7 @@ pub fn group(config: GroupConfig) -> Result<Group> {
 
 /// One line for each fact about program and machine.
 pub fn tell_machine() {
-    let (version, isa) = (env!("CARGO_PKG_VERSION"), Isa::detect().name());
+    let (version, isa) = (env!("LOCKSTEP_VERSION"), Isa::detect().name());
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     tracing::info!(version, arch = std::env::consts::ARCH, best_isa = isa, cores, "lockstep");
 }

@@ -35,7 +35,8 @@ use args::LogArgs;
 
 /// Serves Qwen models from one machine or a cluster of them.
 #[derive(Parser)]
-#[command(version, about, arg_required_else_help = true)]
+#[command(name = "lockstep", version = env!("LOCKSTEP_VERSION"), about)]
+#[command(arg_required_else_help = true)]
 struct Cli {
     #[command(flatten)]
     log: LogArgs,

@@ -5,6 +5,7 @@
 //! continued, a wrong one is thrown away.
 
 mod cache;
+mod causes;
 mod checksum;
 mod demo;
 mod files;
@@ -14,7 +15,7 @@ mod names;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Error, Result, anyhow, bail};
 
 pub use cache::Cache;
 pub use names::listing;
@@ -138,9 +139,17 @@ fn fetch(source: &Source, cache: &Cache) -> Result<PathBuf> {
             model_scope::fetch(repository, cache, &model_scope::endpoint())
         }
     }
-    .with_context(|| format!("cannot fetch {key}"))?;
-    cache.record(&key, &path, &files)?;
+    .map_err(|error| explained(&key, error))?;
+    cache.record(&key, &path, &files).map_err(|error| explained(&key, error))?;
     Ok(path)
+}
+
+/// Where the machine itself is the cause, that is said, and not what came of it on the way.
+fn explained(key: &str, error: Error) -> Error {
+    match causes::of(&format!("{error:#}")) {
+        Some(cause) => anyhow!("cannot fetch {key}: {cause}"),
+        None => error.context(format!("cannot fetch {key}")),
+    }
 }
 
 #[cfg(test)]

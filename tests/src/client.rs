@@ -1,6 +1,6 @@
 //! The Python clients in `tests/python`, run against a router.
 
-use crate::Process;
+use crate::{Process, skip};
 use std::{
     io::Read,
     path::Path,
@@ -16,8 +16,7 @@ pub fn client(router: &Process, script: &str) -> Option<String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ has a parent");
     let python = root.join(".venv/bin/python");
     if !python.exists() {
-        eprintln!("SKIPPED: no {}; `./dev test` makes it and runs this", python.display());
-        return None;
+        return skip(&format!("no {}; `./dev test` makes it and runs this", python.display()));
     }
     let mut command = Command::new(python);
     command

