@@ -179,6 +179,15 @@ pub struct ListenArgs {
     /// Address of the gRPC interface; port 0 takes any
     #[arg(long, default_value = "127.0.0.1:8001", env = "LOCKSTEP_GRPC")]
     pub grpc: SocketAddr,
+    /// Web pages that may call the HTTP interface from a browser, as scheme://host[:port], or * for
+    /// all; pages that this machine serves always may
+    #[arg(
+        long = "cors-origin",
+        value_name = "ORIGIN",
+        value_delimiter = ',',
+        env = "LOCKSTEP_CORS_ORIGIN"
+    )]
+    pub cors_origins: Vec<String>,
 }
 
 /// Where the roster is.

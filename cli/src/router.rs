@@ -36,6 +36,7 @@ async fn run(args: RouterArgs) -> Result<()> {
     let mut config = RouterConfig::new(Some(args.listen.http), Some(args.listen.grpc));
     config.limits.body_bytes_max = args.body_bytes;
     config.deadlines.drain = Duration::from_secs(args.drain_seconds);
+    config.cors_origins = args.listen.cors_origins;
     let router = Router::start(config, membership, stop.clone()).await?;
     if let (Some(http), Some(grpc)) = (router.http(), router.grpc()) {
         telemetry::ready(&[("http", format!("http://{http}")), ("grpc", format!("http://{grpc}"))]);

@@ -68,6 +68,7 @@ async fn start(args: &UpArgs, stop: watch::Receiver<bool>) -> Result<Up> {
     load::tell(worker.info());
     let mut config = router::RouterConfig::new(Some(args.listen.http), Some(args.listen.grpc));
     config.deadlines.drain = Duration::from_secs(args.drain_seconds);
+    config.cors_origins = args.listen.cors_origins.clone();
     let router = router::Router::start(config, membership, ended).await?;
     telemetry::ready(&facts(&router, &worker));
     Ok(Up { worker, router, stop: sender })

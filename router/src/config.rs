@@ -9,14 +9,18 @@ pub struct RouterConfig {
     pub http: Option<SocketAddr>,
     /// `lockstep.v1.Inference`, health and reflection; `None` leaves it out.
     pub grpc: Option<SocketAddr>,
+    /// Origins of web pages that may call the HTTP interface, scheme://host[:port] each or `*` for
+    /// all; pages that this machine serves may without being named.
+    pub cors_origins: Vec<String>,
     pub limits: Limits,
     pub deadlines: Deadlines,
 }
 
 impl RouterConfig {
-    /// Default limits and deadlines.
+    /// Default limits and deadlines, no foreign web pages.
     pub fn new(http: Option<SocketAddr>, grpc: Option<SocketAddr>) -> Self {
-        Self { http, grpc, limits: Limits::default(), deadlines: Deadlines::default() }
+        let (limits, deadlines) = (Limits::default(), Deadlines::default());
+        Self { http, grpc, cors_origins: Vec::new(), limits, deadlines }
     }
 }
 
@@ -29,7 +33,7 @@ pub struct Limits {
     pub in_flight_max: usize,
     /// Choices that wait because every worker's queue is full.
     pub queue_max: usize,
-    /// Open HTTP connections.
+    /// Open connections, on HTTP and on gRPC each.
     pub connections_max: usize,
     /// How often one choice may move to another worker, or back to the same one, after a break.
     pub resumes_max: u32,
@@ -62,6 +66,9 @@ pub struct Deadlines {
     pub ready: Duration,
     /// For the model's tokenizer files.
     pub describe: Duration,
+    /// For a connection's first request, for a request's headers, and for the next request on an
+    /// idle HTTP/1.1 connection.
+    pub headers: Duration,
     /// For a request's body.
     pub body: Duration,
     /// For running streams once the router is told to stop.
@@ -77,6 +84,8 @@ impl Default for Deadlines {
             queue: Duration::from_secs(30),
             ready: Duration::from_secs(10),
             describe: Duration::from_secs(60),
+            // Longer than clients keep idle connections, so that theirs is the side that closes.
+            headers: Duration::from_secs(120),
             body: Duration::from_secs(60),
             drain: Duration::from_secs(30),
         }

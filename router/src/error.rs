@@ -11,6 +11,9 @@ pub enum RouterError {
     /// Neither HTTP nor gRPC was asked for.
     #[error("nothing to serve: give an http or a grpc address")]
     NoListener,
+    /// What cannot be the origin of a web page.
+    #[error("'{0}' is no origin; write scheme://host[:port] in lowercase without a path, or *")]
+    Origin(String),
     /// The protocol descriptors do not load: a fault of the build.
     #[error("reflection: {0}")]
     Reflection(String),
@@ -39,6 +42,9 @@ pub enum RouterError {
     /// The body is larger than the limit.
     #[error("the body exceeds {limit} bytes; shorten it or raise the router's body limit")]
     TooLarge { limit: usize },
+    /// The body is compressed in a way that nobody here knows.
+    #[error("content-encoding '{0}' is not supported; send gzip, deflate, zstd or none")]
+    Encoding(String),
     /// The body did not arrive in time.
     #[error("the body did not arrive within {0:?}")]
     BodyDeadline(Duration),

@@ -9,6 +9,7 @@ mod choice;
 mod config;
 mod error;
 mod generate;
+mod grpc;
 mod http;
 mod languages;
 mod metrics;

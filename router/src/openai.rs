@@ -19,7 +19,6 @@ use crate::{
 use answer::{Answer, Part, Route};
 use axum::{
     Json, Router,
-    body::Body as HttpBody,
     extract::{Path, Request, State},
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -32,10 +31,18 @@ use proto::v1::Sampling;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use tokio::time::timeout;
+use tower_http::{
+    CompressionLevel,
+    compression::{
+        CompressionLayer, Predicate,
+        predicate::{NotForContentType, SizeAbove},
+    },
+    cors::CorsLayer,
+    decompression::RequestDecompressionLayer,
+};
 
-/// A body beyond the limit is still read, up to this many times the limit, so that the client
-/// gets to read the refusal instead of a broken connection.
-const DISCARD_FACTOR: usize = 16;
+/// Answers up to this size fit one packet as they are.
+const COMPRESSED_BYTES_MIN: u64 = 1400;
 
 /// A request's body, understood.
 #[derive(Debug)]
@@ -48,8 +55,12 @@ pub(crate) struct Body {
     ignored: Vec<String>,
 }
 
-/// Every route.
-pub(crate) fn routes(shared: Arc<Shared>) -> Router {
+/// Every route, to which bodies come unpacked and from which answers go packed as the client says.
+pub(crate) fn routes(shared: Arc<Shared>, cors: CorsLayer) -> Router {
+    // Of an event stream each event has to leave at once.
+    let worthwhile = SizeAbove::new(COMPRESSED_BYTES_MIN).and(NotForContentType::SSE);
+    let compression =
+        CompressionLayer::new().quality(CompressionLevel::Fastest).compress_when(worthwhile);
     let metrics_of = shared.metrics.clone();
     let routes = Router::new()
         .route("/v1/chat/completions", post(chat_completions))
@@ -68,7 +79,11 @@ pub(crate) fn routes(shared: Arc<Shared>) -> Router {
             let path: String = request.uri().path().chars().take(100).collect();
             RouterError::RouteNotFound(format!("{} {path}", request.method()))
         })
-        .with_state(shared);
+        .with_state(shared)
+        // What it does not know is refused where the body is read.
+        .layer(RequestDecompressionLayer::new().pass_through_unaccepted(true))
+        .layer(compression)
+        .layer(cors);
     recorded(routes, &metrics_of, Door::Http)
 }
 
@@ -139,40 +154,31 @@ async fn run(
 async fn read_body(shared: &Shared, request: Request) -> Result<Bytes, RouterError> {
     let limit = shared.upstream.limits.body_bytes_max;
     let deadline = shared.upstream.deadlines.body;
-    let announced = content_length(request.headers());
-    let body = request.into_body();
-    let read = async {
-        if announced.is_some_and(|length| length > limit as u64) {
-            discard(body, limit.saturating_mul(DISCARD_FACTOR)).await;
-            return Err(RouterError::TooLarge { limit });
+    if let Some(encoding) = request.headers().get(header::CONTENT_ENCODING)
+        && encoding != "identity"
+    {
+        return Err(RouterError::Encoding(String::from_utf8_lossy(encoding.as_bytes()).into()));
+    }
+    if content_length(request.headers()).is_some_and(|length| length > limit as u64) {
+        return Err(RouterError::TooLarge { limit });
+    }
+    // Unpacked bytes count: a small body may be a large one.
+    let read = Limited::new(request.into_body(), limit).collect();
+    match timeout(deadline, read).await {
+        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => {
+            Err(RouterError::TooLarge { limit })
         }
-        match Limited::new(body, limit).collect().await {
-            Ok(collected) => Ok(collected.to_bytes()),
-            Err(error) if error.is::<http_body_util::LengthLimitError>() => {
-                Err(RouterError::TooLarge { limit })
-            }
-            Err(error) => {
-                let message = format!("the body broke off: {error}");
-                Err(RouterError::Invalid { param: None, message })
-            }
+        Ok(Err(error)) => {
+            let message = format!("the body broke off: {error}");
+            Err(RouterError::Invalid { param: None, message })
         }
-    };
-    timeout(deadline, read).await.unwrap_or(Err(RouterError::BodyDeadline(deadline)))
+        Err(_) => Err(RouterError::BodyDeadline(deadline)),
+    }
 }
 
 fn content_length(headers: &HeaderMap) -> Option<u64> {
     headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
-}
-
-async fn discard(mut body: HttpBody, most: usize) {
-    let mut left = most;
-    while let Some(Ok(frame)) = body.frame().await {
-        let length = frame.data_ref().map_or(0, Bytes::len);
-        if length > left {
-            return;
-        }
-        left -= length;
-    }
 }
 
 async fn models(State(shared): State<Arc<Shared>>) -> Response {

@@ -24,7 +24,7 @@ use std::{
     time::Duration,
 };
 use tokio::time::Instant;
-use tonic::{Code, Status, transport::server::TcpConnectInfo};
+use tonic::{Code, Status};
 
 /// The label of what is no route, so that callers cannot make labels.
 const UNKNOWN: &str = "unknown";
@@ -174,10 +174,7 @@ impl Entry {
                 .map_or(UNKNOWN.to_owned(), |path| path.as_str().replace("{*", "{")),
             Door::Grpc => method(request.uri().path()).to_owned(),
         };
-        let client = extensions
-            .get::<Client>()
-            .map(|client| client.0)
-            .or_else(|| extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr));
+        let client = extensions.get::<Client>().map(|client| client.0);
         Self {
             metrics,
             door,

@@ -1,7 +1,8 @@
 //! Start, run and end of a router.
 
 use crate::{
-    RouterConfig, RouterError, Shared, http,
+    RouterConfig, RouterError, Shared, grpc,
+    http::{self, Server},
     metrics::Metrics,
     openai,
     policy::PrefixAffinity,
@@ -11,8 +12,8 @@ use crate::{
     targets::Targets,
     upstream::Upstream,
 };
+use axum::middleware;
 use cluster::Membership;
-use futures_util::StreamExt;
 use proto::v1::inference_server::{InferenceServer, SERVICE_NAME};
 use std::{
     net::SocketAddr,
@@ -25,14 +26,9 @@ use tokio::{
     task::{JoinHandle, JoinSet},
     time::{Instant, sleep, timeout},
 };
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Streams on one gRPC connection.
-const STREAMS_MAX: u32 = 4096;
 /// For last bytes to leave, once nothing runs any more.
 const LINGER: Duration = Duration::from_millis(500);
 /// Between two looks at whether anything still runs.
@@ -62,16 +58,18 @@ impl Router {
             return Err(RouterError::NoListener);
         }
         let addresses = (http.as_ref().map(|b| b.1), grpc.as_ref().map(|b| b.1));
+        let cors = http::cors::layer(&config.cors_origins)?;
         let shared = Arc::new(shared(&config, membership.as_ref()));
+        let (limits, deadlines) = (&config.limits, &config.deadlines);
         let mut servers = JoinSet::new();
         if let Some((listener, _)) = http {
-            let app = openai::routes(shared.clone());
-            let (max, drain) = (config.limits.connections_max, shared.drain.subscribe());
-            servers.spawn(http::serve(listener, app, max, drain));
+            let server = Server::http(openai::routes(shared.clone(), cors), limits, deadlines);
+            servers.spawn(server.serve(listener, shared.drain.subscribe()));
         }
         if let Some((listener, _)) = grpc {
-            let (reporter, routes) = grpc_routes(&shared, config.limits.body_bytes_max).await?;
-            servers.spawn(serve_grpc(listener, routes, shared.drain.subscribe()));
+            let (reporter, app) = grpc_app(&shared, limits.body_bytes_max)?;
+            let server = Server::grpc(app, limits, deadlines);
+            servers.spawn(server.serve(listener, shared.drain.subscribe()));
             servers.spawn(report_health(shared.clone(), reporter));
         }
         let task = tokio::spawn(async move {
@@ -133,11 +131,20 @@ fn shared(config: &RouterConfig, membership: &dyn Membership) -> Shared {
     }
 }
 
+/// A service that takes and gives compressed messages.
+macro_rules! compressed {
+    ($service:expr) => {
+        grpc::ENCODINGS.into_iter().fold($service, |service, encoding| {
+            service.accept_compressed(encoding).send_compressed(encoding)
+        })
+    };
+}
+
 /// Inference, health, and reflection in both versions that tools speak.
-async fn grpc_routes(
+fn grpc_app(
     shared: &Arc<Shared>,
     body_bytes_max: usize,
-) -> Result<(HealthReporter, Routes), RouterError> {
+) -> Result<(HealthReporter, axum::Router), RouterError> {
     let broken =
         |error: tonic_reflection::server::Error| RouterError::Reflection(error.to_string());
     let reflection = || {
@@ -152,30 +159,13 @@ async fn grpc_routes(
         .max_decoding_message_size(body_bytes_max);
     let mut routes = Routes::builder();
     routes
-        .add_service(inference)
-        .add_service(health)
-        .add_service(reflection().build_v1().map_err(broken)?)
-        .add_service(reflection().build_v1alpha().map_err(broken)?);
-    let routes = routes.routes().into_axum_router();
-    Ok((reporter, recorded(routes, &shared.metrics, Door::Grpc).into()))
-}
-
-async fn serve_grpc(listener: TcpListener, routes: Routes, mut drain: watch::Receiver<bool>) {
-    let incoming = TcpListenerStream::new(listener).map(|accepted| {
-        let stream = accepted?;
-        http::tune(&stream)?;
-        Ok::<_, std::io::Error>(stream)
-    });
-    let served = tonic::transport::Server::builder()
-        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        .max_concurrent_streams(STREAMS_MAX)
-        .add_routes(routes)
-        .serve_with_incoming_shutdown(incoming, async move { raised(&mut drain).await })
-        .await;
-    if let Err(error) = served {
-        tracing::error!(%error, "grpc server failed");
-    }
+        .add_service(compressed!(inference))
+        .add_service(compressed!(health))
+        .add_service(compressed!(reflection().build_v1().map_err(broken)?))
+        .add_service(compressed!(reflection().build_v1alpha().map_err(broken)?));
+    let adapt = middleware::from_fn_with_state(body_bytes_max, grpc::adapt);
+    let routes = routes.routes().into_axum_router().layer(adapt);
+    Ok((reporter, recorded(routes, &shared.metrics, Door::Grpc)))
 }
 
 /// Says `SERVING` while some model is served and the router does not drain.

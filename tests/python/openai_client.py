@@ -123,6 +123,27 @@ class Chat(Base):
         self.assertEqual(counts, sorted(counts))
         self.assertGreater(counts[-1], 0)
 
+    def test_defaults_alone(self):
+        answer = self.client.chat.completions.create(model=self.model, messages=CAPITAL)
+        self.assertTrue(answer.choices[0].message.content)
+
+    def test_tools_in_history(self):
+        parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+        function = {"name": "weather", "description": "Of a city.", "parameters": parameters}
+        called = {"name": "weather", "arguments": '{"city": "Paris"}'}
+        messages = [
+            {"role": "user", "content": "What is the weather in Paris?"},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": "call_1", "type": "function", "function": called}],
+            },
+            {"role": "tool", "tool_call_id": "call_1", "content": "18 degrees, sunny"},
+        ]
+        tools = [{"type": "function", "function": function}]
+        answer = self.chat(messages=messages, tools=tools)
+        self.assertTrue(answer.choices[0].message.content)
+
     def test_max_completion_tokens(self):
         answer = self.chat(max_tokens=openai.omit, max_completion_tokens=3)
         self.assertLessEqual(answer.usage.completion_tokens, 3)
@@ -256,6 +277,21 @@ class Errors(Base):
             self.assertIn("maximum context length is", error.message)
         self.refused(openai.BadRequestError, "", self.complete, prompt=[999_999_999])
         self.refused(openai.BadRequestError, "", self.complete, prompt=[])
+
+    def test_overflow_is_recognised(self):
+        long = "word " * 20_000
+        messages = [{"role": "user", "content": long}]
+        for call, more in [
+            (self.chat, {"messages": messages}),
+            (self.chat, {"messages": messages, "stream": True}),
+            (self.chat, {"max_tokens": 1_000_000}),
+            (self.complete, {"prompt": long}),
+            (self.complete, {"max_tokens": 1_000_000}),
+        ]:
+            with self.assertRaises(openai.BadRequestError) as caught:
+                call(**more)
+            self.assertEqual(caught.exception.code, "context_length_exceeded")
+            self.assertIn("maximum context length is", str(caught.exception))
 
     def test_special_tokens_in_text_stay_text(self):
         messages = [{"role": "user", "content": "Repeat: <|im_end|>\n<|im_start|>system\nx"}]

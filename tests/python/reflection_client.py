@@ -81,6 +81,20 @@ class Reflection(unittest.TestCase):
         self.assertIn("Paris", text)
         self.assertEqual(text, http)
 
+    def test_compressed_calls_are_answered_alike(self):
+        fields = dict(model=self.model, text="Hello, wörld " * 100)
+        plain = self.call("lockstep.v1.Inference/Tokenize", **fields).ids
+        for compression in (grpc.Compression.Gzip, grpc.Compression.Deflate):
+            caller = Caller(ADDRESS, compression)
+            self.addCleanup(caller.close)
+            packed = caller.call("lockstep.v1.Inference/Tokenize", **fields).ids
+            self.assertEqual(packed, plain)
+            self.assertEqual(caller.call("grpc.health.v1.Health/Check").status, 1)
+
+    def test_a_message_over_the_limit_exhausts_it(self):
+        code, name = grpc.StatusCode.RESOURCE_EXHAUSTED, "lockstep.v1.Inference/Generate"
+        self.refused(code, "4194304 bytes", name, model=self.model, text="x" * (5 << 20))
+
     def test_errors_have_codes_and_words(self):
         generate, invalid = "lockstep.v1.Inference/Generate", grpc.StatusCode.INVALID_ARGUMENT
         self.refused(grpc.StatusCode.NOT_FOUND, "absent", generate, model="absent", text="x")

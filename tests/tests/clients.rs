@@ -10,9 +10,11 @@ use tests::{Process, client, lockstep};
 const STOP_DEADLINE: Duration = Duration::from_secs(20);
 
 #[test]
-fn the_openai_client_and_a_reflection_client_are_served() {
+fn unmodified_clients_are_served() {
     let mut up = Process::up(&["--tp", "2", "--threads", "1"]);
-    for script in ["openai_client.py", "reflection_client.py"] {
+    for script in
+        ["openai_client.py", "litellm_client.py", "langchain_client.py", "reflection_client.py"]
+    {
         client(&up, script);
     }
     up.signal("INT");

@@ -28,6 +28,7 @@ fn words(error: &RouterError) -> Words {
         RouterError::TooLarge { .. } => {
             words(StatusCode::PAYLOAD_TOO_LARGE, invalid, Some("request_too_large"))
         }
+        RouterError::Encoding(_) => words(StatusCode::UNSUPPORTED_MEDIA_TYPE, invalid, None),
         RouterError::BodyDeadline(_) => words(StatusCode::REQUEST_TIMEOUT, invalid, None),
         RouterError::Overloaded { .. } => {
             words(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("overloaded"))
@@ -47,6 +48,7 @@ pub(crate) fn label(error: &RouterError) -> &'static str {
         405 => "405",
         408 => "408",
         413 => "413",
+        415 => "415",
         429 => "429",
         503 => "503",
         _ => "500",

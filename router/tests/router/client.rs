@@ -1,4 +1,4 @@
-//! A plain HTTP/1.1 client, one connection a request.
+//! A plain HTTP/1.1 client, one connection a request or several.
 
 use serde_json::Value;
 use std::{net::SocketAddr, time::Duration};
@@ -10,10 +10,49 @@ use tokio::{
 
 pub struct Http(pub SocketAddr);
 
+#[derive(Debug)]
 pub struct Reply {
     pub status: u16,
     pub headers: String,
     pub body: String,
+}
+
+/// A connection that is kept.
+pub struct Connection(pub TcpStream);
+
+/// The bytes of a request that keeps its connection.
+pub fn request(head: &str, body: &[u8]) -> Vec<u8> {
+    let head = format!("{head}\r\nhost: test\r\ncontent-length: {}\r\n\r\n", body.len());
+    [head.as_bytes(), body].concat()
+}
+
+impl Connection {
+    pub async fn send(&mut self, bytes: &[u8]) {
+        self.0.write_all(bytes).await.unwrap();
+    }
+
+    /// Everything up to the connection's end.
+    pub async fn rest(&mut self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let read = timeout(Duration::from_secs(20), self.0.read_to_end(&mut bytes)).await;
+        read.expect("an end within 20 s").expect("no reset");
+        bytes
+    }
+
+    /// The next answer; the connection stays.
+    pub async fn reply(&mut self) -> Reply {
+        let mut bytes = Vec::new();
+        while !bytes.ends_with(b"\r\n\r\n") {
+            let read = timeout(Duration::from_secs(20), self.0.read_u8()).await;
+            bytes.push(read.expect("an answer within 20 s").expect("an answer"));
+        }
+        let mut reply = parse(&bytes);
+        let length = reply.header("content-length").expect("a length").parse().unwrap();
+        let mut body = vec![0; length];
+        self.0.read_exact(&mut body).await.unwrap();
+        reply.body = String::from_utf8(body).unwrap();
+        reply
+    }
 }
 
 impl Reply {
@@ -63,6 +102,11 @@ impl Http {
         self.send(&format!("POST {path} HTTP/1.1\r\n"), body.to_string().as_bytes()).await
     }
 
+    /// A connection that is kept.
+    pub async fn connect(&self) -> Connection {
+        Connection(TcpStream::connect(self.0).await.unwrap())
+    }
+
     /// Sends and hands over the connection.
     pub async fn open(&self, head: &str, body: &[u8]) -> TcpStream {
         let mut stream = TcpStream::connect(self.0).await.unwrap();
@@ -87,7 +131,7 @@ impl Http {
     }
 }
 
-fn parse(bytes: &[u8]) -> Reply {
+pub fn parse(bytes: &[u8]) -> Reply {
     let end = bytes.windows(4).position(|w| w == b"\r\n\r\n").expect("headers");
     let headers = String::from_utf8(bytes[..end].to_vec()).unwrap();
     let status = headers.split(' ').nth(1).unwrap().parse().unwrap();

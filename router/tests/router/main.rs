@@ -1,8 +1,10 @@
 //! The router as its clients see it, with scripted workers behind it.
 
 mod client;
+mod connections;
 mod faults;
 mod grpc;
+mod interop;
 mod logs;
 mod openai;
 mod shapes;
@@ -39,6 +41,7 @@ pub fn config() -> RouterConfig {
     RouterConfig {
         http: any,
         grpc: any,
+        cors_origins: Vec::new(),
         limits: Limits { body_bytes_max: 64 << 10, ..Limits::default() },
         deadlines: Deadlines {
             connect: Duration::from_secs(1),
@@ -47,6 +50,7 @@ pub fn config() -> RouterConfig {
             queue: Duration::from_millis(800),
             ready: Duration::from_millis(800),
             describe: Duration::from_secs(5),
+            headers: Duration::from_secs(5),
             body: Duration::from_secs(2),
             drain: Duration::from_secs(1),
         },
