@@ -1,6 +1,6 @@
 //! What the router is told at its start: where to listen, how much to hold, how long to wait.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 /// Where to listen and within which bounds. Port 0 takes any free port.
 #[derive(Clone, Debug)]
@@ -11,12 +11,15 @@ pub struct RouterConfig {
     pub grpc: Option<SocketAddr>,
     pub limits: Limits,
     pub deadlines: Deadlines,
+    /// Further names for models: the alias, then the model's own name.
+    pub aliases: BTreeMap<String, String>,
 }
 
 impl RouterConfig {
     /// Default limits and deadlines.
     pub fn new(http: Option<SocketAddr>, grpc: Option<SocketAddr>) -> Self {
-        Self { http, grpc, limits: Limits::default(), deadlines: Deadlines::default() }
+        let (limits, deadlines) = (Limits::default(), Deadlines::default());
+        Self { http, grpc, limits, deadlines, aliases: BTreeMap::new() }
     }
 }
 

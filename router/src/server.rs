@@ -1,7 +1,9 @@
 //! Start, run and end of a router.
 
 use crate::{
-    RouterConfig, RouterError, Shared, http,
+    RouterConfig, RouterError, Shared,
+    aliases::Aliases,
+    http,
     metrics::Metrics,
     openai,
     policy::PrefixAffinity,
@@ -125,6 +127,7 @@ fn shared(config: &RouterConfig, membership: &dyn Membership) -> Shared {
     let threads = std::thread::available_parallelism().map_or(2, usize::from);
     Shared {
         upstream: Arc::new(upstream),
+        aliases: Aliases::new(config.aliases.clone()),
         metrics,
         tokenizers: Arc::new(Semaphore::new(threads)),
         in_flight: Arc::new(Semaphore::new(config.limits.in_flight_max)),

@@ -1,10 +1,12 @@
 //! The router as its clients see it, with scripted workers behind it.
 
+mod aliases;
 mod client;
 mod faults;
 mod grpc;
 mod logs;
 mod openai;
+mod static_list;
 mod streams;
 mod worker;
 
@@ -49,6 +51,7 @@ pub fn config() -> RouterConfig {
             body: Duration::from_secs(2),
             drain: Duration::from_secs(1),
         },
+        aliases: Default::default(),
     }
 }
 
