@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 pub use cache::Cache;
-pub use names::listing;
+pub use names::{distance, listing};
 
 /// A model's origin, read from what the user typed.
 #[derive(Clone, Debug, PartialEq, Eq)]
