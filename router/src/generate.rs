@@ -96,7 +96,7 @@ pub(crate) async fn start(
     let chunks = choices.into_iter().map(|choice| chunks(choice, span.clone())).collect();
     Ok(Generation {
         language: prepared.language,
-        model: prepared.model.name.clone(),
+        model: prepared.name.clone(),
         request_id: prepared.trace.request_id,
         choices: count,
         n: prepared.sampling.n,

@@ -198,8 +198,9 @@ async fn model(State(shared): State<Arc<Shared>>, Path(id): Path<String>) -> Res
 }
 
 fn describe(model: &proto::v1::Model) -> Value {
+    let root = if model.root.is_empty() { &model.id } else { &model.root };
     json!({"id": model.id, "object": "model", "created": model.created, "owned_by": "lockstep",
-        "max_model_len": model.context_max})
+        "root": root, "max_model_len": model.context_max})
 }
 
 /// 200 while requests can be answered: a worker is ready and the router does not drain.

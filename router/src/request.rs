@@ -93,6 +93,8 @@ pub(crate) struct Encoded {
 /// A request that can run.
 pub(crate) struct Prepared {
     pub model: Arc<Model>,
+    /// The name that the answer carries: as asked for, else the model's own.
+    pub name: String,
     pub language: Arc<Language>,
     pub sampling: Sampling,
     pub prompts: Vec<Encoded>,
@@ -118,24 +120,24 @@ pub(crate) async fn prepare(shared: &Shared, input: Input) -> Result<Prepared, R
         let max_tokens = room(param, ids.len(), sampling.max_tokens, capacity.context_max)?;
         prompts.push(Encoded { ids, text, max_tokens });
     }
-    Ok(Prepared { model, language, sampling, prompts, trace: input.trace })
+    let name = if input.model.is_empty() { model.name.clone() } else { input.model };
+    Ok(Prepared { model, name, language, sampling, prompts, trace: input.trace })
 }
 
-/// The model and what its ready workers can do; waits a little where there are none.
-async fn find_model(shared: &Shared, name: &str) -> Result<(Arc<Model>, Capacity), RouterError> {
-    if name.is_empty() {
-        return Err(RouterError::invalid("model", "model is missing; name one of /v1/models"));
-    }
+/// The model of a name, or the only one for an empty name, and what its ready workers can do; waits
+/// a little where there are none.
+async fn find_model(shared: &Shared, asked: &str) -> Result<(Arc<Model>, Capacity), RouterError> {
     let mut targets = shared.upstream.targets.clone();
     let deadline = Instant::now() + shared.upstream.deadlines.ready;
     loop {
         let now = targets.now();
+        let name = shared.aliases.model(&now, asked)?;
         if let Some(model) = now.models.get(name) {
             if let Some(capacity) = now.capacity(name) {
                 return Ok((model.clone(), capacity));
             }
         } else if !now.models.is_empty() {
-            let served = now.models.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+            let served = shared.aliases.names(&now);
             return Err(RouterError::ModelNotFound { model: name.to_owned(), served });
         }
         if timeout_at(deadline, targets.changed()).await.is_err() {

@@ -1,7 +1,8 @@
 //! A worker that answers by script.
 
 use proto::v1::{
-    DescribeModelRequest, Finish, ModelFile, RunRequest, RunResponse, TokenInfo, TopLogprob,
+    DescribeModelRequest, DescribeWorkerRequest, DescribeWorkerResponse, Finish, ModelFile,
+    RunRequest, RunResponse, TokenInfo, TopLogprob,
     worker_server::{self, WorkerServer},
 };
 use std::{
@@ -53,6 +54,8 @@ pub struct Worker {
     pub places: AtomicUsize,
     /// Messages that come as one, as they do when a router reads slowly.
     pub together: AtomicUsize,
+    /// What it says of itself.
+    pub instance: Mutex<Option<cluster::Instance>>,
 }
 
 pub fn files() -> Files {
@@ -90,6 +93,7 @@ impl Worker {
             pace: Mutex::default(),
             places: AtomicUsize::new(usize::MAX),
             together: AtomicUsize::new(1),
+            instance: Mutex::default(),
         });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
@@ -179,6 +183,16 @@ fn together(messages: Vec<RunResponse>, count: usize) -> Vec<RunResponse> {
 impl worker_server::Worker for Door {
     type RunStream = Pin<Box<dyn Stream<Item = Result<RunResponse, Status>> + Send>>;
     type DescribeModelStream = tokio_stream::Iter<std::vec::IntoIter<Result<ModelFile, Status>>>;
+
+    async fn describe_worker(
+        &self,
+        _: Request<DescribeWorkerRequest>,
+    ) -> Result<Response<DescribeWorkerResponse>, Status> {
+        let instance = self.0.instance.lock().unwrap().clone();
+        let instance = instance.ok_or_else(|| Status::unavailable("not in a roster"))?;
+        let instance = instance.encode().unwrap().into();
+        Ok(Response::new(DescribeWorkerResponse { instance }))
+    }
 
     async fn run(&self, request: Request<RunRequest>) -> Result<Response<Self::RunStream>, Status> {
         let worker = self.0.clone();
