@@ -7,6 +7,7 @@ mod args;
 mod bench;
 mod chat;
 mod client;
+mod deadlines;
 mod direct;
 mod load;
 mod logits;

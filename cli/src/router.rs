@@ -8,6 +8,7 @@ use cluster::shutdown;
 use router::{Router, RouterConfig};
 
 use crate::args::{EtcdArgs, ListenArgs};
+use crate::deadlines::DeadlineArgs;
 use crate::load;
 
 /// Flags of `router`.
@@ -17,6 +18,8 @@ pub struct RouterArgs {
     listen: ListenArgs,
     #[command(flatten)]
     etcd: EtcdArgs,
+    #[command(flatten)]
+    deadlines: DeadlineArgs,
     /// Bytes of one request's body, at most
     #[arg(long, default_value_t = 4 << 20, env = "LOCKSTEP_BODY_BYTES")]
     body_bytes: usize,
@@ -34,6 +37,7 @@ async fn run(args: RouterArgs) -> Result<()> {
     let mut stop = shutdown::signals().context("cannot listen for signals")?;
     let membership = Arc::new(args.etcd.connect().await?);
     let mut config = RouterConfig::new(Some(args.listen.http), Some(args.listen.grpc));
+    args.deadlines.apply(&mut config);
     config.limits.body_bytes_max = args.body_bytes;
     config.deadlines.drain = Duration::from_secs(args.drain_seconds);
     let router = Router::start(config, membership, stop.clone()).await?;

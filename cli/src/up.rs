@@ -10,6 +10,7 @@ use tokio::{net::TcpListener, sync::watch};
 use worker::{ModelInfo, RankMode, Worker, WorkerConfig, WorkerHandle};
 
 use crate::args::{EtcdArgs, GroupArgs, ListenArgs};
+use crate::deadlines::{DeadlineArgs, StepLimitArgs};
 use crate::load;
 
 /// Flags of `up`.
@@ -21,6 +22,10 @@ pub struct UpArgs {
     listen: ListenArgs,
     #[command(flatten)]
     etcd: EtcdArgs,
+    #[command(flatten)]
+    deadlines: DeadlineArgs,
+    #[command(flatten)]
+    step_limit: StepLimitArgs,
     /// Seconds that running answers may take to finish after Ctrl-C
     #[arg(long, default_value_t = 5, env = "LOCKSTEP_DRAIN_SECONDS")]
     drain_seconds: u64,
@@ -62,11 +67,13 @@ async fn start(args: &UpArgs, stop: watch::Receiver<bool>) -> Result<Up> {
     let group = load::resolve(&args.group, RankMode::Threads).await?;
     let mut config = WorkerConfig::new(group);
     config.drain_limit = Duration::from_secs(args.drain_seconds);
+    config.step_limit = args.step_limit.get();
     let (sender, ended) = watch::channel(*stop.borrow());
     let progress = Box::new(load::shown());
     let worker = Worker::start(config, membership.clone(), progress, ended.clone()).await?;
     load::tell(worker.info());
     let mut config = router::RouterConfig::new(Some(args.listen.http), Some(args.listen.grpc));
+    args.deadlines.apply(&mut config);
     config.deadlines.drain = Duration::from_secs(args.drain_seconds);
     let router = router::Router::start(config, membership, ended).await?;
     crate::print(ready(&router, &worker))?;

@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use worker::{RankMode, Worker, WorkerConfig, WorkerHandle};
 
 use crate::args::{EtcdArgs, GroupArgs};
+use crate::deadlines::StepLimitArgs;
 use crate::load;
 
 /// Flags of `worker`.
@@ -18,6 +19,8 @@ pub struct WorkerArgs {
     group: GroupArgs,
     #[command(flatten)]
     etcd: EtcdArgs,
+    #[command(flatten)]
+    step_limit: StepLimitArgs,
     /// Address that routers connect to; port 0 takes any
     #[arg(long, default_value = "127.0.0.1:0", env = "LOCKSTEP_LISTEN")]
     listen: SocketAddr,
@@ -71,5 +74,6 @@ async fn start(args: WorkerArgs, stop: watch::Receiver<bool>) -> Result<WorkerHa
     config.model_name = args.name;
     config.waiting_max = args.queue;
     config.drain_limit = Duration::from_secs(args.drain_seconds);
+    config.step_limit = args.step_limit.get();
     Ok(Worker::start(config, membership, Box::new(load::shown()), stop).await?)
 }

@@ -1,11 +1,15 @@
 //! One request's choices side by side: the stream of chunks that both APIs put in words.
+//!
+//! A start may take long: no worker is ready but one loads, or all are full. A client of a stream
+//! gets its response's head after a moment all the same, and waits on an open stream.
 
 use crate::{
     RouterError, Shared,
     choice::{Choice, Chunk, Echo},
     raised,
-    request::{Encoded, Prepared},
-    upstream::Sequence,
+    request::{self, Encoded, Input, Prepared},
+    time_limit::TimeLimit,
+    upstream::UpstreamStream,
 };
 use futures_util::{
     Stream, StreamExt,
@@ -13,14 +17,18 @@ use futures_util::{
     stream::{SelectAll, unfold},
 };
 use proto::v1::{RunRequest, Usage};
-use std::{pin::Pin, sync::Arc};
+use std::{pin::Pin, sync::Arc, time::Duration};
 use text::Language;
 use tokio::{
     sync::{OwnedSemaphorePermit, watch},
-    time::Instant,
+    time::{Instant, timeout},
 };
 use tracing::{Instrument, Span};
 
+/// For a start that decides the response's status; a later one, good or bad, is told in the stream.
+const HEAD_AFTER: Duration = Duration::from_secs(1);
+
+type Starting = Pin<Box<dyn Future<Output = Result<Generation, RouterError>> + Send>>;
 type Chunks = Pin<Box<dyn Stream<Item = Result<Chunk, RouterError>> + Send>>;
 
 /// A request being answered. Dropping it cancels what still runs.
@@ -35,7 +43,65 @@ pub(crate) struct Generation {
     usage: Usage,
     stop: watch::Receiver<bool>,
     open: usize,
+    time: Option<TimeLimit>,
     record: Record,
+}
+
+/// A generation, or the wait for its start. Dropping it ends either.
+pub(crate) enum Answering {
+    Starting(Starting),
+    Running(Box<Generation>),
+}
+
+impl Answering {
+    /// Prepares and starts a request, and waits a moment for that. Errors within the moment.
+    pub async fn begin(
+        shared: Arc<Shared>,
+        input: Input,
+        permit: OwnedSemaphorePermit,
+        time: Option<TimeLimit>,
+    ) -> Result<Self, RouterError> {
+        let patience = time.map_or(HEAD_AFTER, |time| HEAD_AFTER.min(time.limit / 2));
+        let mut starting: Starting = Box::pin(begin(shared, input, permit, time));
+        match timeout(patience, &mut starting).await {
+            Ok(started) => Ok(Self::Running(Box::new(started?))),
+            Err(_) => Ok(Self::Starting(starting)),
+        }
+    }
+
+    /// Waits for the start. Nothing follows an error.
+    pub async fn started(&mut self) -> Result<&mut Generation, RouterError> {
+        if let Self::Starting(starting) = self {
+            *self = Self::Running(Box::new(starting.await?));
+        }
+        match self {
+            Self::Running(generation) => Ok(generation),
+            Self::Starting(_) => Err(RouterError::Internal("a start did not end".into())),
+        }
+    }
+}
+
+/// From what the client said to choices on workers, within its time limit and the router's life.
+pub(crate) async fn begin(
+    shared: Arc<Shared>,
+    input: Input,
+    permit: OwnedSemaphorePermit,
+    time: Option<TimeLimit>,
+) -> Result<Generation, RouterError> {
+    let mut stop = shared.stop.subscribe();
+    let start = async {
+        let prepared = request::prepare(&shared, input).await?;
+        start(&shared, prepared, permit, time).await
+    };
+    tokio::select! {
+        started = start => started,
+        error = TimeLimit::over(time) => Err(error),
+        () = raised(&mut stop) => Err(stopping()),
+    }
+}
+
+fn stopping() -> RouterError {
+    RouterError::Unavailable("the router stops".to_owned())
 }
 
 /// Counts a request while it lives, and says at its end what became of it.
@@ -64,10 +130,11 @@ impl Drop for Record {
 
 /// Starts every choice of a request, each on a worker that took it. `permit` stands for the
 /// request's first choice; the others take theirs here.
-pub(crate) async fn start(
+async fn start(
     shared: &Arc<Shared>,
     prepared: Prepared,
     mut permit: OwnedSemaphorePermit,
+    time: Option<TimeLimit>,
 ) -> Result<Generation, RouterError> {
     let count = prepared.prompts.len().saturating_mul(prepared.sampling.n as usize);
     let max = shared.upstream.limits.in_flight_max;
@@ -107,6 +174,7 @@ pub(crate) async fn start(
         usage: Usage { prompt_tokens, completion_tokens: 0, cached_tokens: 0 },
         stop: shared.stop.subscribe(),
         open: count,
+        time,
         record,
     })
 }
@@ -119,7 +187,7 @@ fn choices(shared: &Arc<Shared>, prepared: &Prepared) -> Vec<Choice> {
         for turn in 0..n {
             let index = at as u32 * n + turn;
             let echo = prepared.sampling.echo.then(|| echo(prepared, prompt));
-            let sequence = Sequence::new(
+            let stream = UpstreamStream::new(
                 shared.upstream.clone(),
                 prepared.model.clone(),
                 prepared.trace.clone(),
@@ -127,7 +195,7 @@ fn choices(shared: &Arc<Shared>, prepared: &Prepared) -> Vec<Choice> {
             );
             choices.push(Choice::new(
                 index,
-                sequence,
+                stream,
                 prepared.language.decoder(),
                 prepared.sampling.stop.clone(),
                 echo,
@@ -184,9 +252,8 @@ impl Generation {
         }
         let next = tokio::select! {
             next = self.chunks.next() => next?,
-            () = raised(&mut self.stop) => {
-                Err(RouterError::Unavailable("the router stops".to_owned()))
-            }
+            error = TimeLimit::over(self.time) => Err(error),
+            () = raised(&mut self.stop) => Err(stopping()),
         };
         match &next {
             Ok(chunk) => self.count(chunk),

@@ -6,6 +6,7 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::Registry,
 };
+use proto::v1::Progress;
 use std::{sync::Arc, time::Duration};
 
 /// Seconds; from a cached prefix on a fast device to a long prefill on a CPU.
@@ -35,6 +36,9 @@ pub(crate) struct Metrics {
     pub in_flight: Gauge,
     /// Choices waiting because every worker is full.
     pub queued: Gauge,
+    /// Choices that wait on a worker, and those being prefilled, as the workers tell.
+    waiting: Gauge,
+    prefilling: Gauge,
     first_token: Histogram,
     next_token: Histogram,
     /// Streams that broke after their start and went on elsewhere.
@@ -53,6 +57,8 @@ impl Metrics {
             tokens: Family::default(),
             in_flight: Gauge::default(),
             queued: Gauge::default(),
+            waiting: Gauge::default(),
+            prefilling: Gauge::default(),
             first_token: Histogram::new(FIRST_TOKEN_SECONDS),
             next_token: Histogram::new(NEXT_TOKEN_SECONDS),
             resumes: Counter::default(),
@@ -69,6 +75,8 @@ impl Metrics {
         r.register("tokens", "Tokens by kind: prompt, cached, completion", self.tokens.clone());
         r.register("in_flight", "Choices generated or waiting now", self.in_flight.clone());
         r.register("queued", "Choices waiting for a place on a full worker", self.queued.clone());
+        r.register("waiting", "Choices waiting in a worker's queue", self.waiting.clone());
+        r.register("prefilling", "Choices whose prompt is computed", self.prefilling.clone());
         r.register(
             "first_token_seconds",
             "From a choice's start to its first token",
@@ -106,6 +114,41 @@ impl Metrics {
         let mut out = String::new();
         encode(&mut out, &self.registry)?;
         Ok(out)
+    }
+}
+
+/// Counts a choice by how far its worker says it is, until dropped.
+pub(crate) struct StageGauge {
+    metrics: Arc<Metrics>,
+    counted: Option<Gauge>,
+}
+
+impl StageGauge {
+    pub fn new(metrics: &Arc<Metrics>) -> Self {
+        Self { metrics: metrics.clone(), counted: None }
+    }
+
+    /// Takes over what the latest message says; one without progress brings tokens.
+    pub fn observe(&mut self, progress: Option<&Progress>) {
+        let now = match progress {
+            Some(Progress { running: false, .. }) => Some(&self.metrics.waiting),
+            // The last known token is computed together with the next one.
+            Some(p) if p.prefilled.saturating_add(1) < p.prompt => Some(&self.metrics.prefilling),
+            _ => None,
+        };
+        let now = now.cloned();
+        if let Some(gauge) = &now {
+            gauge.inc();
+        }
+        if let Some(gauge) = std::mem::replace(&mut self.counted, now) {
+            gauge.dec();
+        }
+    }
+}
+
+impl Drop for StageGauge {
+    fn drop(&mut self) {
+        self.observe(None);
     }
 }
 

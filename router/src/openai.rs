@@ -9,10 +9,12 @@ mod params;
 mod sse;
 
 use crate::{
-    RouterError, Shared, generate,
+    RouterError, Shared,
+    generate::{self, Answering},
     metrics::Outcome,
-    request::{self, Input, Prompt},
+    request::{Input, Prompt},
     sampling::SamplingInput,
+    time_limit::TimeLimit,
     trace::{REQUEST_ID, Trace},
 };
 use answer::{Answer, Part, Route};
@@ -82,8 +84,9 @@ async fn complete(shared: Arc<Shared>, request: Request, route: Route) -> Respon
     };
     let id = trace.header();
     let mut response = match run(&shared, request, route, trace).await {
-        Ok(Ready::Stream { generation, answer, include_usage }) => {
-            sse::respond(route, *generation, answer, include_usage, outcome)
+        Ok(Ready::Stream { answering, logprobs, delivery }) => {
+            let events = sse::Events::new(shared, route, answering, (logprobs, delivery), outcome);
+            events.respond()
         }
         Ok(Ready::Whole(body)) => {
             outcome.set("200");
@@ -102,7 +105,7 @@ async fn complete(shared: Arc<Shared>, request: Request, route: Route) -> Respon
 /// What is ready to be sent.
 enum Ready {
     Whole(Value),
-    Stream { generation: Box<generate::Generation>, answer: Answer, include_usage: bool },
+    Stream { answering: Answering, logprobs: bool, delivery: Delivery },
 }
 
 async fn run(
@@ -111,6 +114,7 @@ async fn run(
     route: Route,
     trace: Trace,
 ) -> Result<Ready, RouterError> {
+    let time = TimeLimit::from_http(request.headers())?;
     let permit = shared.permit(1)?;
     let body = read_body(shared, request).await?;
     let body = match route {
@@ -118,16 +122,14 @@ async fn run(
         Route::Completions => completions::parse(&body)?,
     };
     let logprobs = body.sampling.logprobs.is_some();
-    let Delivery { stream, include_usage } = body.delivery;
-    let Body { model, prompts, sampling, .. } = body;
+    let Body { model, prompts, sampling, delivery } = body;
     let input = Input { model, prompts, sampling, trace };
-    let prepared = request::prepare(shared, input).await?;
-    let mut generation = generate::start(shared, prepared, permit).await?;
-    let answer = Answer::new(route, &generation, logprobs);
-    if stream {
-        let generation = Box::new(generation);
-        return Ok(Ready::Stream { generation, answer, include_usage });
+    if delivery.stream {
+        let answering = Answering::begin(shared.clone(), input, permit, time).await?;
+        return Ok(Ready::Stream { answering, logprobs, delivery });
     }
+    let mut generation = generate::begin(shared.clone(), input, permit, time).await?;
+    let answer = Answer::new(route, &generation, logprobs);
     let mut parts: Vec<Part> = (0..generation.choices).map(|_| Part::default()).collect();
     while let Some(chunk) = generation.next().await {
         let chunk = chunk?;

@@ -2,13 +2,14 @@
 
 use crate::{
     RouterError, Shared, languages,
+    opening::Patience,
     sampling::{self, Sampling, SamplingInput},
     targets::{Capacity, Model},
     trace::Trace,
 };
 use std::sync::Arc;
 use text::{Chat, Language, TextError};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::timeout_at;
 
 /// Roles that a conversation may name.
 const ROLES: [&str; 4] = ["system", "user", "assistant", "tool"];
@@ -96,7 +97,7 @@ pub(crate) async fn prepare(shared: &Shared, input: Input) -> Result<Prepared, R
     Ok(Prepared { model, language, sampling, prompts, trace: input.trace })
 }
 
-/// The model and what its ready workers can do; waits a little where there are none.
+/// The model and what its ready workers can do; waits where there are none, longer while one loads.
 pub(crate) async fn find_model(
     shared: &Shared,
     name: &str,
@@ -105,7 +106,7 @@ pub(crate) async fn find_model(
         return Err(RouterError::invalid("model", "model is missing; name one of /v1/models"));
     }
     let mut targets = shared.upstream.targets.clone();
-    let deadline = Instant::now() + shared.upstream.deadlines.ready;
+    let mut patience = Patience::new(false);
     loop {
         let now = targets.now();
         if let Some(model) = now.models.get(name) {
@@ -116,7 +117,8 @@ pub(crate) async fn find_model(
             let served = now.models.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
             return Err(RouterError::ModelNotFound { model: name.to_owned(), served });
         }
-        if timeout_at(deadline, targets.changed()).await.is_err() {
+        let until = patience.until(&now, name, &shared.upstream.deadlines);
+        if timeout_at(until, targets.changed()).await.is_err() {
             return Err(RouterError::Unavailable(match now.models.is_empty() {
                 true => "no worker has joined yet".to_owned(),
                 false => now.shortage(name),

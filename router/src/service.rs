@@ -3,14 +3,16 @@
 use crate::{
     RouterError, Shared,
     choice::{Chunk, FinishReason},
-    generate::{self, Generation},
+    generate::{Answering, Generation},
     languages,
     metrics::Outcome,
     request::{self, Input, Prompt},
     sampling::SamplingInput,
+    time_limit::TimeLimit,
     trace::Trace,
 };
 use futures_util::{Stream, stream::unfold};
+use http::HeaderMap;
 use proto::v1::{
     ChatRequest, GenerateRequest, GenerateResponse, ListModelsRequest, ListModelsResponse,
     Message as WireMessage, Sampling as WireSampling, TokenizeRequest, TokenizeResponse,
@@ -34,6 +36,7 @@ fn status(error: &RouterError) -> Status {
         RouterError::Invalid { .. } | RouterError::ContextExceeded { .. } => Code::InvalidArgument,
         RouterError::ModelNotFound { .. } => Code::NotFound,
         RouterError::Overloaded { .. } => Code::ResourceExhausted,
+        RouterError::Timeout { .. } => Code::DeadlineExceeded,
         RouterError::Unavailable(_) => Code::Unavailable,
         _ => Code::Internal,
     };
@@ -54,6 +57,7 @@ fn label(code: Code) -> &'static str {
         Code::InvalidArgument => "INVALID_ARGUMENT",
         Code::NotFound => "NOT_FOUND",
         Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
         Code::Unavailable => "UNAVAILABLE",
         _ => "INTERNAL",
     }
@@ -74,45 +78,76 @@ impl Service {
     async fn answer(
         &self,
         route: &'static str,
-        trace: Result<Trace, RouterError>,
+        headers: HeaderMap,
+        include_progress: bool,
         input: impl FnOnce(Trace) -> Result<Input, RouterError>,
     ) -> Result<Response<Answer>, Status> {
         let mut outcome = self.outcome(route);
         let start = async {
+            let trace = Trace::from_headers(&headers)?;
+            let time = TimeLimit::from_grpc(&headers)?;
+            let id = trace.request_id.clone();
             let permit = self.shared.permit(1)?;
-            let prepared = request::prepare(&self.shared, input(trace?)?).await?;
-            generate::start(&self.shared, prepared, permit).await
+            let input = input(trace)?;
+            Ok((id, Answering::begin(self.shared.clone(), input, permit, time).await?))
         };
-        let generation = start.await.map_err(|error| self.refuse(&mut outcome, &error))?;
-        let id = generation.request_id.parse();
-        let stream: Answer = Box::pin(unfold((generation, outcome), answer_next));
+        let (id, answering) = start.await.map_err(|error| self.refuse(&mut outcome, &error))?;
+        let shared = self.shared.clone();
+        let messages = Messages { shared, answering, include_progress, outcome, ended: false };
+        let stream: Answer = Box::pin(unfold(messages, |mut messages| async {
+            let next = messages.next().await?;
+            Some((next, messages))
+        }));
         let mut response = Response::new(stream);
-        if let Ok(id) = id {
+        if let Ok(id) = id.parse() {
             response.metadata_mut().insert("x-request-id", id);
         }
         Ok(response)
     }
 }
 
-type State = (Generation, Outcome);
+/// One answer's stream of messages.
+struct Messages {
+    shared: Arc<Shared>,
+    answering: Answering,
+    include_progress: bool,
+    outcome: Outcome,
+    ended: bool,
+}
 
-async fn answer_next(
-    (mut generation, mut outcome): State,
-) -> Option<(Result<GenerateResponse, Status>, State)> {
-    let next = match generation.next().await? {
-        Ok(chunk) => {
-            if generation.ended() {
-                outcome.set(label(Code::Ok));
+impl Messages {
+    /// `None` after every choice's finish, or an error.
+    async fn next(&mut self) -> Option<Result<GenerateResponse, Status>> {
+        if self.ended {
+            return None;
+        }
+        loop {
+            let generation = match self.answering.started().await {
+                Ok(generation) => generation,
+                Err(error) => {
+                    self.shared.count_refusal(&error);
+                    return Some(Err(self.fail(&error)));
+                }
+            };
+            match generation.next().await? {
+                Ok(chunk) if chunk.progress.is_some() && !self.include_progress => {}
+                Ok(chunk) => {
+                    if generation.ended() {
+                        self.outcome.set(label(Code::Ok));
+                    }
+                    return Some(Ok(words(chunk, generation)));
+                }
+                Err(error) => return Some(Err(self.fail(&error))),
             }
-            Ok(words(chunk, &generation))
         }
-        Err(error) => {
-            let status = status(&error);
-            outcome.set(label(status.code()));
-            Err(status)
-        }
-    };
-    Some((next, (generation, outcome)))
+    }
+
+    fn fail(&mut self, error: &RouterError) -> Status {
+        self.ended = true;
+        let status = status(error);
+        self.outcome.set(label(status.code()));
+        status
+    }
 }
 
 fn words(chunk: Chunk, generation: &Generation) -> GenerateResponse {
@@ -123,6 +158,7 @@ fn words(chunk: Chunk, generation: &Generation) -> GenerateResponse {
         finish_reason: chunk.finish.map_or("", FinishReason::as_str).to_owned(),
         usage: generation.ended().then(|| generation.usage()),
         request_id: generation.request_id.clone(),
+        progress: chunk.progress,
     }
 }
 
@@ -204,8 +240,8 @@ impl Inference for Service {
         request: Request<GenerateRequest>,
     ) -> Result<Response<Answer>, Status> {
         let (metadata, _, wire) = request.into_parts();
-        let trace = Trace::from_headers(&metadata.into_headers());
-        self.answer("Generate", trace, |trace| {
+        let headers = metadata.into_headers();
+        self.answer("Generate", headers, wire.include_progress, |trace| {
             let prompt = match wire.prompt {
                 Some(generate_request::Prompt::Text(text)) => Prompt::Text(text),
                 Some(generate_request::Prompt::Ids(ids)) => Prompt::Ids(ids.ids),
@@ -222,8 +258,8 @@ impl Inference for Service {
 
     async fn chat(&self, request: Request<ChatRequest>) -> Result<Response<Answer>, Status> {
         let (metadata, _, wire) = request.into_parts();
-        let trace = Trace::from_headers(&metadata.into_headers());
-        self.answer("Chat", trace, |trace| chat(wire, trace)).await
+        let headers = metadata.into_headers();
+        self.answer("Chat", headers, wire.include_progress, |trace| chat(wire, trace)).await
     }
 
     async fn tokenize(

@@ -3,6 +3,7 @@
 //! them with the value. Every wait has a deadline; what goes wrong fails the test that asked.
 
 mod client;
+mod etcd;
 mod http;
 mod process;
 
@@ -12,6 +13,7 @@ use std::{
 };
 
 pub use client::client;
+pub use etcd::etcd;
 pub use http::{Reply, exchange, request};
 pub use process::{Process, lockstep};
 

@@ -157,6 +157,7 @@ impl Target {
                     model: self.model.clone(),
                     prompt: Some(Prompt::Ids(TokenIds { ids: prompt })),
                     sampling: Some(sampling),
+                    include_progress: false,
                 };
                 read_messages(client.clone(), request).await
             }

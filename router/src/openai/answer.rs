@@ -4,7 +4,7 @@ use crate::{
     choice::{Chunk, FinishReason, Token},
     generate::Generation,
 };
-use proto::v1::{TopLogprob, Usage};
+use proto::v1::{Progress, TopLogprob, Usage};
 use serde_json::{Map, Value, json};
 use std::time::{SystemTime, UNIX_EPOCH};
 use text::Language;
@@ -130,6 +130,16 @@ impl Answer {
     pub fn closing(&self, usage: Usage) -> Value {
         let mut chunk = self.piece(Value::Array(Vec::new()), true);
         chunk["usage"] = self::usage(usage);
+        chunk
+    }
+
+    /// A chunk without choices: how far one has come towards its next token.
+    pub fn progress(&self, choice: u32, progress: Progress, include_usage: bool) -> Value {
+        let Progress { waiting_ahead, prefilled, prompt, running } = progress;
+        let mut chunk = self.piece(Value::Array(Vec::new()), include_usage);
+        chunk["progress"] = json!({"index": choice, "running": running,
+            "waiting_ahead": waiting_ahead, "prefilled_tokens": prefilled,
+            "prompt_tokens": prompt});
         chunk
     }
 

@@ -32,6 +32,9 @@ fn words(error: &RouterError) -> Words {
         RouterError::Overloaded { .. } => {
             words(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("overloaded"))
         }
+        RouterError::Timeout { .. } => {
+            words(StatusCode::GATEWAY_TIMEOUT, "timeout", Some("timeout"))
+        }
         RouterError::Unavailable(_) => {
             words(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable", Some("unavailable"))
         }
@@ -49,6 +52,7 @@ pub(crate) fn label(error: &RouterError) -> &'static str {
         413 => "413",
         429 => "429",
         503 => "503",
+        504 => "504",
         _ => "500",
     }
 }

@@ -11,6 +11,8 @@ pub(crate) struct Delivery {
     pub stream: bool,
     /// A last chunk with the usage.
     pub include_usage: bool,
+    /// Chunks without choices that say how far each has come.
+    pub include_progress: bool,
 }
 
 /// Everything about sampling but `logprobs`, which the two routes spell differently.
@@ -87,7 +89,7 @@ fn logit_bias(fields: &mut Fields) -> Result<BTreeMap<u32, f32>, RouterError> {
 /// `stream` and `stream_options`.
 pub(crate) fn delivery(fields: &mut Fields) -> Result<Delivery, RouterError> {
     let stream = fields.boolean("stream")?.unwrap_or(false);
-    let mut include_usage = false;
+    let (mut include_usage, mut include_progress) = (false, false);
     if let Some(options) = fields.take("stream_options") {
         if !stream {
             let message = "stream_options is allowed only with stream: true";
@@ -95,10 +97,11 @@ pub(crate) fn delivery(fields: &mut Fields) -> Result<Delivery, RouterError> {
         }
         let mut options = Fields::nested("stream_options", options)?;
         include_usage = options.boolean("include_usage")?.unwrap_or(false);
+        include_progress = options.boolean("include_progress")?.unwrap_or(false);
         options.only("include_obfuscation", &[json!(false)])?;
         options.finish()?;
     }
-    Ok(Delivery { stream, include_usage })
+    Ok(Delivery { stream, include_usage, include_progress })
 }
 
 /// What clients send along that changes no answer, and what would change one but is not here.
