@@ -9,6 +9,7 @@ mod bench;
 mod chat;
 mod client;
 mod config;
+mod deadlines;
 mod direct;
 mod generated;
 mod load;

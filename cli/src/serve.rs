@@ -8,7 +8,7 @@ use cluster::{Etcd, EtcdOptions, Membership, StaticList};
 use router::RouterConfig;
 use worker::{GroupConfig, WorkerConfig};
 
-use crate::address;
+use crate::{address, deadlines::DeadlineArgs};
 
 /// The router's side of `up` and `router`.
 #[derive(Args, Debug)]
@@ -36,6 +36,8 @@ pub struct FrontArgs {
         env = "LOCKSTEP_CORS_ORIGIN"
     )]
     cors_origins: Vec<String>,
+    #[command(flatten)]
+    deadlines: DeadlineArgs,
 }
 
 impl FrontArgs {
@@ -44,6 +46,7 @@ impl FrontArgs {
             bail!("--body-bytes must be at least 1");
         }
         let mut config = RouterConfig::new(Some(self.http), Some(self.grpc));
+        self.deadlines.apply(&mut config);
         config.limits.body_bytes_max = self.body_bytes;
         config.deadlines.drain = Duration::from_secs(drain_seconds);
         config.aliases = aliases(&self.alias)?;

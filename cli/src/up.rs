@@ -10,6 +10,7 @@ use tokio::{net::TcpListener, sync::watch};
 use worker::{ModelInfo, RankMode, Worker, WorkerHandle};
 
 use crate::args::GroupArgs;
+use crate::deadlines::StepLimitArgs;
 use crate::load;
 use crate::serve::{EtcdArgs, FrontArgs, Listen, ServedArgs};
 
@@ -27,6 +28,8 @@ pub struct UpArgs {
     worker_listen: SocketAddr,
     #[command(flatten)]
     etcd: EtcdArgs,
+    #[command(flatten)]
+    step_limit: StepLimitArgs,
     /// Seconds that running answers may take to finish after Ctrl-C
     #[arg(long, default_value_t = 5, env = "LOCKSTEP_DRAIN_SECONDS")]
     drain_seconds: u64,
@@ -70,7 +73,8 @@ async fn start(args: &UpArgs, stop: watch::Receiver<bool>) -> Result<Up> {
         None => Arc::new(InMemory::new()),
     };
     let group = load::resolve(&args.group, RankMode::Threads).await?;
-    let config = args.served.resolve(group, at, args.drain_seconds);
+    let mut config = args.served.resolve(group, at, args.drain_seconds);
+    config.step_limit = args.step_limit.get();
     let (sender, ended) = watch::channel(*stop.borrow());
     let progress = Box::new(load::shown());
     let worker = Worker::start(config, membership.clone(), progress, ended.clone()).await?;

@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use worker::{RankMode, Worker, WorkerHandle};
 
 use crate::args::GroupArgs;
+use crate::deadlines::StepLimitArgs;
 use crate::load;
 use crate::serve::{EtcdArgs, Listen, ServedArgs};
 
@@ -19,6 +20,8 @@ pub struct WorkerArgs {
     group: GroupArgs,
     #[command(flatten)]
     etcd: EtcdArgs,
+    #[command(flatten)]
+    step_limit: StepLimitArgs,
     /// Address that routers connect to; port 0 takes any
     #[arg(long, default_value = "127.0.0.1:0", env = "LOCKSTEP_LISTEN")]
     listen: SocketAddr,
@@ -65,6 +68,7 @@ async fn start(args: WorkerArgs, stop: watch::Receiver<bool>) -> Result<WorkerHa
         None => Arc::new(InMemory::new()),
     };
     let group = load::resolve(&args.group, RankMode::Processes).await?;
-    let config = args.served.resolve(group, args.at(), args.drain_seconds);
+    let mut config = args.served.resolve(group, args.at(), args.drain_seconds);
+    config.step_limit = args.step_limit.get();
     Ok(Worker::start(config, membership, Box::new(load::shown()), stop).await?)
 }

@@ -6,7 +6,7 @@ pub mod plan;
 mod scheduler;
 mod sequence;
 
-pub use scheduler::{Scheduler, SchedulerConfig, Stats};
+pub use scheduler::{Position, Scheduler, SchedulerConfig, Stats};
 pub use sequence::{End, Request, Update};
 
 /// Why a request was refused, or an output could not be taken over.

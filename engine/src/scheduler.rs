@@ -9,8 +9,11 @@
 //! blocks back and is computed again later, so the oldest always goes on. Nothing is admitted that
 //! could not run alone in an empty pool: a plan without chunks never exists.
 
+mod positions;
 mod prefill;
 mod sizer;
+
+pub use positions::Position;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -144,7 +147,7 @@ impl Scheduler {
 
     /// Puts a request at the end of the queue.
     pub fn submit(&mut self, request: Request) -> Result<SequenceId, EngineError> {
-        Sequence::check(&request, self.config.context_max)?;
+        request.check(self.config.context_max)?;
         if self.waiting.len() >= self.config.waiting_max {
             return Err(EngineError::Overloaded(self.waiting.len()));
         }

@@ -22,6 +22,25 @@ pub struct Request {
     pub score_prompt: bool,
 }
 
+impl Request {
+    /// Whether it makes sense and can ever run within `context_max` tokens. Errors: `Invalid`,
+    /// `TooLong`.
+    pub fn check(&self, context_max: usize) -> Result<(), EngineError> {
+        if self.prompt.is_empty() {
+            return Err(EngineError::Invalid("the prompt is empty; give at least one token"));
+        }
+        if self.generated.len() > self.max_tokens {
+            return Err(EngineError::Invalid("more tokens were generated than max_tokens allows"));
+        }
+        let prompt = self.prompt.len() + self.generated.len();
+        let new = usize::from(self.generated.len() < self.max_tokens);
+        if prompt + new > context_max {
+            return Err(EngineError::TooLong { prompt, new, context: context_max });
+        }
+        Ok(())
+    }
+}
+
 /// Why a sequence ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
@@ -137,6 +156,11 @@ impl Sequence {
     /// Known tokens that are in the cache.
     pub fn computed(&self) -> usize {
         self.computed
+    }
+
+    /// Tokens of the prompt and of the answer so far.
+    pub fn known(&self) -> usize {
+        self.tokens.len()
     }
 
     /// Known tokens that are not in the cache yet; one of them in a decode.
@@ -267,21 +291,5 @@ impl Sequence {
         let last = self.rows_wanted.saturating_sub(start).clamp(first, len);
         self.delivered = self.delivered.max(start + last);
         first..last
-    }
-
-    /// Whether the request itself makes sense and can ever run within `context_max` tokens.
-    pub fn check(request: &Request, context_max: usize) -> Result<(), EngineError> {
-        if request.prompt.is_empty() {
-            return Err(EngineError::Invalid("the prompt is empty; give at least one token"));
-        }
-        if request.generated.len() > request.max_tokens {
-            return Err(EngineError::Invalid("more tokens were generated than max_tokens allows"));
-        }
-        let prompt = request.prompt.len() + request.generated.len();
-        let new = usize::from(request.generated.len() < request.max_tokens);
-        if prompt + new > context_max {
-            return Err(EngineError::TooLong { prompt, new, context: context_max });
-        }
-        Ok(())
     }
 }

@@ -7,9 +7,9 @@
 use crate::{
     RouterError,
     metrics::Waits,
-    upstream::{Progress, Sequence},
+    upstream::{Received, UpstreamStream},
 };
-use proto::v1::{Finish, TokenInfo};
+use proto::v1::{Finish, Progress, TokenInfo};
 use std::collections::VecDeque;
 use text::{Detokenizer, StopStrings};
 use tokio::time::Instant;
@@ -51,6 +51,8 @@ pub(crate) struct Chunk {
     pub sampled: u32,
     /// Prompt tokens that came out of a worker's cache; on one chunk only.
     pub cached_tokens: u32,
+    /// How far the choice has come towards its next token; alone in its chunk.
+    pub progress: Option<Progress>,
 }
 
 /// The prompt in front of the answer.
@@ -79,7 +81,7 @@ pub(crate) struct Stops {
 /// A choice being generated.
 pub(crate) struct Choice {
     index: u32,
-    sequence: Sequence,
+    stream: UpstreamStream,
     detokenizer: Detokenizer,
     strings: StopStrings,
     stops: Stops,
@@ -117,7 +119,7 @@ impl Clock {
 impl Choice {
     pub fn new(
         index: u32,
-        sequence: Sequence,
+        stream: UpstreamStream,
         detokenizer: Detokenizer,
         mut stops: Stops,
         echo: Option<Echo>,
@@ -125,7 +127,7 @@ impl Choice {
     ) -> Self {
         Self {
             index,
-            sequence,
+            stream,
             detokenizer,
             strings: StopStrings::new(std::mem::take(&mut stops.strings)).keeping(stops.keep),
             stops,
@@ -143,7 +145,7 @@ impl Choice {
     pub async fn open(&mut self) -> Result<(), RouterError> {
         match &self.echo {
             Some(Echo { alone: true, scored: false, .. }) => Ok(()),
-            _ => self.sequence.open().await,
+            _ => self.stream.open().await,
         }
     }
 
@@ -156,10 +158,14 @@ impl Choice {
             return Ok(chunk);
         }
         loop {
-            let Some(progress) = self.sequence.next().await? else {
+            let Some(received) = self.stream.next().await? else {
                 return Err(RouterError::Internal("a choice ended without its finish".into()));
             };
-            let chunk = self.advance(progress)?;
+            if received.progress.is_some() {
+                let (choice, progress) = (self.index, received.progress);
+                return Ok(Chunk { choice, progress, ..Chunk::default() });
+            }
+            let chunk = self.advance(received)?;
             let news = chunk.sampled > 0 || chunk.cached_tokens > 0 || !chunk.tokens.is_empty();
             if news || chunk.finish.is_some() {
                 return Ok(chunk);
@@ -167,12 +173,12 @@ impl Choice {
         }
     }
 
-    fn advance(&mut self, progress: Progress) -> Result<Chunk, RouterError> {
-        let mut chunk =
-            Chunk { choice: self.index, cached_tokens: progress.cached_tokens, ..Chunk::default() };
-        self.scores.extend(progress.prompt);
+    fn advance(&mut self, received: Received) -> Result<Chunk, RouterError> {
+        let Received { prompt, tokens, finish, cached_tokens, .. } = received;
+        let mut chunk = Chunk { choice: self.index, cached_tokens, ..Chunk::default() };
+        self.scores.extend(prompt);
         if let Some(echo) = &self.echo {
-            let begins = !progress.tokens.is_empty() || progress.finish.is_some();
+            let begins = !tokens.is_empty() || finish.is_some();
             if !begins && self.scores.len() < echo.ids.len() {
                 return Ok(chunk);
             }
@@ -181,10 +187,10 @@ impl Choice {
                 return Ok(chunk);
             }
         }
-        if !progress.tokens.is_empty() {
+        if !tokens.is_empty() {
             self.clock.tick();
         }
-        self.read(progress.tokens, progress.finish, &mut chunk);
+        self.read(tokens, finish, &mut chunk);
         Ok(chunk)
     }
 

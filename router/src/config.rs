@@ -40,6 +40,9 @@ pub struct Limits {
     pub connections_max: usize,
     /// How often one choice may move to another worker, or back to the same one, after a break.
     pub resumes_max: u32,
+    /// How often in a row without anything new between: a request that breaks its workers must not
+    /// go through all of them.
+    pub barren_resumes_max: u32,
 }
 
 impl Default for Limits {
@@ -49,24 +52,28 @@ impl Default for Limits {
             in_flight_max: 4096,
             queue_max: 1024,
             connections_max: 4096,
-            resumes_max: 4,
+            resumes_max: 16,
+            barren_resumes_max: 1,
         }
     }
 }
 
-/// How long each wait may last. Prefill on a CPU is slow, so the first token may take long.
+/// How long each wait may last. None of them ends work that progresses: a worker tells its progress
+/// every second, and only its silence counts against it.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadlines {
-    /// Until a worker has answered the call itself.
+    /// Until a worker has accepted or refused a call.
     pub connect: Duration,
-    /// From there to its first message.
-    pub first_token: Duration,
-    /// Between two messages of a stream.
-    pub next_token: Duration,
-    /// For a place while every worker's queue is full.
-    pub queue: Duration,
-    /// For a ready worker of a known model.
+    /// Without any message from a worker that runs a sequence.
+    pub silence: Duration,
+    /// For a worker that takes the request, while those that are ready fail.
+    pub open: Duration,
+    /// For a ready worker, while the model has none and none loads.
     pub ready: Duration,
+    /// For a ready worker, while one loads.
+    pub loading: Duration,
+    /// For a place while every worker's queue is full: longer expected waits are refused at once.
+    pub queue: Duration,
     /// For the model's tokenizer files.
     pub describe: Duration,
     /// For a connection's first request, for a request's headers, and for the next request on an
@@ -82,10 +89,11 @@ impl Default for Deadlines {
     fn default() -> Self {
         Self {
             connect: Duration::from_secs(10),
-            first_token: Duration::from_secs(120),
-            next_token: Duration::from_secs(60),
-            queue: Duration::from_secs(30),
+            silence: Duration::from_secs(10),
+            open: Duration::from_secs(30),
             ready: Duration::from_secs(10),
+            loading: Duration::from_secs(600),
+            queue: Duration::from_secs(30),
             describe: Duration::from_secs(60),
             // Longer than clients keep idle connections, so that theirs is the side that closes.
             headers: Duration::from_secs(120),

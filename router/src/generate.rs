@@ -1,4 +1,7 @@
 //! One request's choices side by side: the stream of chunks that both APIs put in words.
+//!
+//! A start may take long: no worker is ready but one loads, or all are full. A client of a stream
+//! gets its response's head after a moment all the same, and waits on an open stream.
 
 use crate::{
     RouterError, Shared,
@@ -6,9 +9,10 @@ use crate::{
     metrics::Tokens,
     raised,
     record::Facts,
-    request::{Encoded, Prepared},
+    request::{self, Encoded, Input, Prepared},
     sampling::choice_seed,
-    upstream::Sequence,
+    time_limit::TimeLimit,
+    upstream::UpstreamStream,
 };
 use futures_util::{
     Stream, StreamExt,
@@ -16,14 +20,18 @@ use futures_util::{
     stream::{SelectAll, unfold},
 };
 use proto::v1::{RunRequest, SamplingParams, Usage};
-use std::{pin::Pin, sync::Arc};
+use std::{pin::Pin, sync::Arc, time::Duration};
 use text::Language;
 use tokio::{
     sync::{OwnedSemaphorePermit, watch},
-    time::Instant,
+    time::{Instant, timeout},
 };
 use tracing::{Instrument, Span};
 
+/// For a start that decides the response's status; a later one, good or bad, is told in the stream.
+const HEAD_AFTER: Duration = Duration::from_secs(1);
+
+type Starting = Pin<Box<dyn Future<Output = Result<Generation, RouterError>> + Send>>;
 type Chunks = Pin<Box<dyn Stream<Item = Result<Chunk, RouterError>> + Send>>;
 
 /// A request being answered. Dropping it cancels what still runs.
@@ -38,7 +46,65 @@ pub(crate) struct Generation {
     usage: Usage,
     stop: watch::Receiver<bool>,
     open: usize,
+    time: Option<TimeLimit>,
     record: Record,
+}
+
+/// A generation, or the wait for its start. Dropping it ends either.
+pub(crate) enum Answering {
+    Starting(Starting),
+    Running(Box<Generation>),
+}
+
+impl Answering {
+    /// Prepares and starts a request, and waits a moment for that. Errors within the moment.
+    pub async fn begin(
+        shared: Arc<Shared>,
+        input: Input,
+        permit: OwnedSemaphorePermit,
+        time: Option<TimeLimit>,
+    ) -> Result<Self, RouterError> {
+        let patience = time.map_or(HEAD_AFTER, |time| HEAD_AFTER.min(time.limit / 2));
+        let mut starting: Starting = Box::pin(begin(shared, input, permit, time));
+        match timeout(patience, &mut starting).await {
+            Ok(started) => Ok(Self::Running(Box::new(started?))),
+            Err(_) => Ok(Self::Starting(starting)),
+        }
+    }
+
+    /// Waits for the start. Nothing follows an error.
+    pub async fn started(&mut self) -> Result<&mut Generation, RouterError> {
+        if let Self::Starting(starting) = self {
+            *self = Self::Running(Box::new(starting.await?));
+        }
+        match self {
+            Self::Running(generation) => Ok(generation),
+            Self::Starting(_) => Err(RouterError::Internal("a start did not end".into())),
+        }
+    }
+}
+
+/// From what the client said to choices on workers, within its time limit and the router's life.
+pub(crate) async fn begin(
+    shared: Arc<Shared>,
+    input: Input,
+    permit: OwnedSemaphorePermit,
+    time: Option<TimeLimit>,
+) -> Result<Generation, RouterError> {
+    let mut stop = shared.stop.subscribe();
+    let start = async {
+        let prepared = request::prepare(&shared, input).await?;
+        start(&shared, prepared, permit, time).await
+    };
+    tokio::select! {
+        started = start => started,
+        error = TimeLimit::over(time) => Err(error),
+        () = raised(&mut stop) => Err(stopping()),
+    }
+}
+
+fn stopping() -> RouterError {
+    RouterError::Unavailable("the router stops".to_owned())
 }
 
 /// Counts a request while it lives.
@@ -58,10 +124,11 @@ impl Drop for Record {
 
 /// Starts every choice of a request, each on a worker that took it. `permit` stands for the
 /// request's first choice; the others take theirs here.
-pub(crate) async fn start(
+async fn start(
     shared: &Arc<Shared>,
     prepared: Prepared,
     mut permit: OwnedSemaphorePermit,
+    time: Option<TimeLimit>,
 ) -> Result<Generation, RouterError> {
     let count = prepared.prompts.len().saturating_mul(prepared.sampling.n as usize);
     let max = shared.upstream.limits.in_flight_max;
@@ -104,6 +171,7 @@ pub(crate) async fn start(
         usage: Usage { prompt_tokens, completion_tokens: 0, cached_tokens: 0 },
         stop: shared.stop.subscribe(),
         open: count,
+        time,
         record,
     })
 }
@@ -120,7 +188,7 @@ fn choices(shared: &Arc<Shared>, prepared: &Prepared) -> Result<Vec<Choice>, Rou
                 None => crate::trace::random()?,
             };
             let echo = prepared.sampling.echo.then(|| echo(prepared, prompt));
-            let sequence = Sequence::new(
+            let stream = UpstreamStream::new(
                 shared.upstream.clone(),
                 prepared.model.clone(),
                 prepared.trace.clone(),
@@ -128,7 +196,7 @@ fn choices(shared: &Arc<Shared>, prepared: &Prepared) -> Result<Vec<Choice>, Rou
             );
             choices.push(Choice::new(
                 index,
-                sequence,
+                stream,
                 prepared.language.decoder(),
                 prepared.sampling.stops.clone(),
                 echo,
@@ -184,9 +252,8 @@ impl Generation {
         }
         let next = tokio::select! {
             next = self.chunks.next() => next?,
-            () = raised(&mut self.stop) => {
-                Err(RouterError::Unavailable("the router stops".to_owned()))
-            }
+            error = TimeLimit::over(self.time) => Err(error),
+            () = raised(&mut self.stop) => Err(stopping()),
         };
         match &next {
             Ok(chunk) => self.count(chunk),

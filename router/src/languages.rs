@@ -6,8 +6,13 @@ use crate::{
     targets::{Link, Model, Targets},
 };
 use proto::v1::DescribeModelRequest;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 use text::{Files, Language};
+use tokio::time::timeout;
+use tonic::Status;
 
 /// Bytes of all files together that a model may need to be spoken.
 const FILES_BYTES_MAX: usize = 256 << 20;
@@ -36,7 +41,7 @@ impl LanguageSlot {
 }
 
 /// The model's language, fetched on first use. Errors: `Unavailable` when no ready worker hands
-/// out its files, `Internal` when they are unusable.
+/// out its files in time, `Internal` when they are unusable.
 pub(crate) async fn language(
     targets: &Targets,
     model: &Model,
@@ -45,6 +50,18 @@ pub(crate) async fn language(
     if let Some(language) = model.language.get() {
         return Ok(language);
     }
+    let limit = deadlines.describe;
+    timeout(limit, first_language(targets, model, deadlines)).await.unwrap_or_else(|_| {
+        let late = format!("the tokenizer of '{}' did not come within {limit:?}", model.name);
+        Err(RouterError::Unavailable(late))
+    })
+}
+
+async fn first_language(
+    targets: &Targets,
+    model: &Model,
+    deadlines: &Deadlines,
+) -> Result<Arc<Language>, RouterError> {
     let _fetching = model.language.fetching.lock().await;
     if let Some(language) = model.language.get() {
         return Ok(language);
@@ -53,14 +70,10 @@ pub(crate) async fn language(
         targets.now().ready(&model.name).map(|entry| entry.link.clone()).collect();
     let mut last = format!("no ready worker of '{}'", model.name);
     for link in links {
-        let files = match tokio::time::timeout(deadlines.describe, fetch(&link)).await {
-            Ok(Ok(files)) => files,
-            Ok(Err(reason)) => {
-                last = reason;
-                continue;
-            }
-            Err(_) => {
-                last = format!("no tokenizer files within {:?}", deadlines.describe);
+        let files = match fetch(&link, deadlines.silence).await {
+            Ok(files) => files,
+            Err(reason) => {
+                last = format!("{}: {reason}", link.id());
                 continue;
             }
         };
@@ -78,16 +91,14 @@ pub(crate) async fn language(
     Err(RouterError::Unavailable(format!("the tokenizer of '{}': {last}", model.name)))
 }
 
-async fn fetch(link: &Link) -> Result<Files, String> {
-    let mut stream = link
-        .client()
-        .describe_model(DescribeModelRequest {})
-        .await
-        .map_err(|status| status.message().to_owned())?
-        .into_inner();
+/// The files of a worker that is never silent for longer than `silence`.
+async fn fetch(link: &Link, silence: Duration) -> Result<Files, String> {
+    let mut client = link.client();
+    let called = within(silence, client.describe_model(DescribeModelRequest {})).await?;
+    let mut stream = called.into_inner();
     let mut files = Files::new();
     let mut total = 0usize;
-    while let Some(part) = stream.message().await.map_err(|status| status.message().to_owned())? {
+    while let Some(part) = within(silence, stream.message()).await? {
         total = total.saturating_add(part.data.len());
         if total > FILES_BYTES_MAX {
             return Err(format!("files exceed {FILES_BYTES_MAX} bytes"));
@@ -95,4 +106,14 @@ async fn fetch(link: &Link) -> Result<Files, String> {
         files.entry(part.name).or_default().extend_from_slice(&part.data);
     }
     Ok(files)
+}
+
+async fn within<T>(
+    silence: Duration,
+    call: impl Future<Output = Result<T, Status>>,
+) -> Result<T, String> {
+    match timeout(silence, call).await {
+        Ok(answer) => answer.map_err(|status| status.message().to_owned()),
+        Err(_) => Err(format!("silent for {silence:?} while sending its tokenizer files")),
+    }
 }

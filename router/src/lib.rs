@@ -15,6 +15,8 @@ mod http;
 mod languages;
 mod metrics;
 mod openai;
+mod opening;
+mod placement;
 pub mod policy;
 mod queue;
 mod record;
@@ -23,6 +25,7 @@ mod sampling;
 mod server;
 mod service;
 mod targets;
+mod time_limit;
 mod trace;
 mod upstream;
 
@@ -62,7 +65,7 @@ impl Shared {
         let count = u32::try_from(choices).unwrap_or(u32::MAX);
         self.in_flight.clone().try_acquire_many_owned(count).map_err(|_| {
             let max = self.upstream.limits.in_flight_max;
-            queue::overloaded(&format!("this router holds {max} choices at most"))
+            queue::overloaded(&format!("this router holds {max} choices at most"), None)
         })
     }
 

@@ -9,7 +9,8 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::Registry,
 };
-use std::fmt;
+use proto::v1::Progress;
+use std::{fmt, sync::Arc};
 use tokio::time::Instant;
 
 /// From a cached prefix on a fast device to a long prefill on a CPU.
@@ -69,6 +70,9 @@ pub(crate) struct Metrics {
     pub in_flight: Gauge,
     /// Choices waiting because every worker is full.
     pub queued: Gauge,
+    /// Choices that wait on a worker, and those being prefilled, as the workers tell.
+    waiting: Gauge,
+    prefilling: Gauge,
     times: Times,
     prompt_tokens: Histograms,
     completion_tokens: Histograms,
@@ -123,6 +127,8 @@ impl Metrics {
             finished: Family::default(),
             in_flight: Gauge::default(),
             queued: Gauge::default(),
+            waiting: Gauge::default(),
+            prefilling: Gauge::default(),
             times: Times {
                 request: Family::new_with_constructor(|| Histogram::new(REQUEST_SECONDS)),
                 queue: Family::new_with_constructor(|| Histogram::new(QUEUE_SECONDS)),
@@ -154,6 +160,8 @@ impl Metrics {
         );
         r.register("in_flight", "Choices generated or waiting now", self.in_flight.clone());
         r.register("queued", "Choices waiting for a place on a full worker", self.queued.clone());
+        r.register("waiting", "Choices waiting in a worker's queue", self.waiting.clone());
+        r.register("prefilling", "Choices whose prompt is computed", self.prefilling.clone());
         r.register("resumes", "Broken streams that went on elsewhere", self.resumes.clone());
         r.register("retries", "Calls that a worker did not take", self.retries.clone());
         r.register("rejected", "Requests refused as overload", self.rejected.clone());
@@ -239,5 +247,40 @@ impl Metrics {
     /// Everything, in the format that this `Accept` header asks for: its media type and the text.
     pub fn exposition(&self, accept: Option<&str>) -> Result<(&'static str, String), fmt::Error> {
         cluster::metrics::exposition(&self.registry, accept)
+    }
+}
+
+/// Counts a choice by how far its worker says it is, until dropped.
+pub(crate) struct StageGauge {
+    metrics: Arc<Metrics>,
+    counted: Option<Gauge>,
+}
+
+impl StageGauge {
+    pub fn new(metrics: &Arc<Metrics>) -> Self {
+        Self { metrics: metrics.clone(), counted: None }
+    }
+
+    /// Takes over what the latest message says; one without progress brings tokens.
+    pub fn observe(&mut self, progress: Option<&Progress>) {
+        let now = match progress {
+            Some(Progress { running: false, .. }) => Some(&self.metrics.waiting),
+            // The last known token is computed together with the next one.
+            Some(p) if p.prefilled.saturating_add(1) < p.prompt => Some(&self.metrics.prefilling),
+            _ => None,
+        };
+        let now = now.cloned();
+        if let Some(gauge) = &now {
+            gauge.inc();
+        }
+        if let Some(gauge) = std::mem::replace(&mut self.counted, now) {
+            gauge.dec();
+        }
+    }
+}
+
+impl Drop for StageGauge {
+    fn drop(&mut self) {
+        self.observe(None);
     }
 }

@@ -11,9 +11,11 @@ mod sse;
 mod tokenize;
 
 use crate::{
-    RouterError, Shared, generate,
+    RouterError, Shared,
+    generate::{self, Answering},
     record::{Door, recorded},
-    request::{self, Input, Prompt},
+    request::{Input, Prompt},
+    time_limit::TimeLimit,
     trace::Trace,
 };
 use answer::{Answer, Part, Route};
@@ -97,9 +99,10 @@ async fn text_completions(State(shared): State<Arc<Shared>>, request: Request) -
 
 async fn complete(shared: Arc<Shared>, request: Request, route: Route) -> Response {
     let trace = Trace::of(request.extensions());
+    let facts = trace.facts.clone();
     match run(&shared, request, route, trace).await {
-        Ok(Ready::Stream { generation, answer, usage }) => {
-            sse::respond(route, *generation, answer, usage)
+        Ok(Ready::Stream { answering, logprobs, delivery }) => {
+            sse::Events::new(shared, facts, route, answering, (logprobs, delivery)).respond()
         }
         Ok(Ready::Whole(body)) => Json(body).into_response(),
         Err(failure) => {
@@ -112,7 +115,7 @@ async fn complete(shared: Arc<Shared>, request: Request, route: Route) -> Respon
 /// What is ready to be sent.
 enum Ready {
     Whole(Value),
-    Stream { generation: Box<generate::Generation>, answer: Answer, usage: UsageChunks },
+    Stream { answering: Answering, logprobs: bool, delivery: Delivery },
 }
 
 async fn run(
@@ -121,6 +124,7 @@ async fn run(
     route: Route,
     trace: Trace,
 ) -> Result<Ready, RouterError> {
+    let time = TimeLimit::from_http(request.headers())?;
     let permit = shared.permit(1)?;
     let body = read_body(shared, request).await?;
     let body = match route {
@@ -129,19 +133,17 @@ async fn run(
     };
     let logprobs = body.sampling.logprobs.is_some();
     let Body { model, prompts, sampling, delivery, ignored } = body;
-    let Delivery { stream, usage } = delivery;
     if !ignored.is_empty() {
         let (request_id, names) = (&trace.request_id, ignored.join(", "));
         tracing::debug!(request_id, names, "parameters without effect on the answer");
     }
     let input = Input { model, prompts, sampling, trace };
-    let prepared = request::prepare(shared, input).await?;
-    let mut generation = generate::start(shared, prepared, permit).await?;
-    let answer = Answer::new(route, &generation, logprobs);
-    if stream {
-        let generation = Box::new(generation);
-        return Ok(Ready::Stream { generation, answer, usage });
+    if delivery.stream {
+        let answering = Answering::begin(shared.clone(), input, permit, time).await?;
+        return Ok(Ready::Stream { answering, logprobs, delivery });
     }
+    let mut generation = generate::begin(shared.clone(), input, permit, time).await?;
+    let answer = Answer::new(route, &generation, logprobs);
     let mut parts: Vec<Part> = (0..generation.choices).map(|_| Part::default()).collect();
     while let Some(chunk) = generation.next().await {
         let chunk = chunk?;

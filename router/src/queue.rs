@@ -1,79 +1,271 @@
 //! The line in front of full workers: in order of arrival, one for each model, bounded over all.
+//!
+//! When a place comes free somewhere the first in line tries to get it, two where two came free, and
+//! so on; nobody holds the others up while a worker is being asked. From how often places come free
+//! follows how long a newcomer would wait. What is longer than the limit is told at once.
 
 use crate::{RouterError, targets::Model, upstream::Upstream};
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    collections::{BTreeMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::Duration,
 };
 use tokio::{
-    sync::OwnedMutexGuard,
-    time::{Instant, timeout_at},
+    sync::Notify,
+    time::{Instant, sleep},
 };
 
-/// What a refused client is told to wait.
+/// What a refused client is told to wait where nothing better is known.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(600);
+/// Between two tries of the first in line, unless a place of this router's own comes free earlier.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
+/// Freed places that the rate is measured by: at least, and at most.
+const MEASURED: (usize, usize) = (4, 64);
 
-/// Being first in line, until dropped.
-pub(crate) struct Ticket {
-    _waiting: Waiting,
-    _turn: OwnedMutexGuard<()>,
+/// In order: sequences that were under way before, then the others; each by arrival.
+type Key = (bool, u64);
+
+/// Those who wait for a place on the workers of one model.
+#[derive(Default)]
+pub(crate) struct Line(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    arrivals: u64,
+    waiting: BTreeMap<Key, Waiter>,
+    /// When the line formed, or the oldest of `freed` that is left.
+    measured_since: Option<Instant>,
+    /// When places came free since then.
+    freed: VecDeque<Instant>,
 }
 
-/// Standing in line, counted until dropped.
-struct Waiting {
+struct Waiter {
+    wake: Arc<Notify>,
+    /// It asks the workers now.
+    tries: bool,
+}
+
+impl State {
+    fn place_freed(&mut self, now: Instant) {
+        if self.waiting.is_empty() {
+            return;
+        }
+        if self.freed.len() == MEASURED.1 {
+            self.measured_since = self.freed.pop_front();
+        }
+        self.freed.push_back(now);
+        self.wake_next();
+    }
+
+    /// Lets the next one try.
+    fn wake_next(&mut self) {
+        let idle = self.waiting.values_mut().find(|waiter| !waiter.tries);
+        if let Some(waiter) = idle {
+            waiter.tries = true;
+            waiter.wake.notify_one();
+        } else if let Some(first) = self.waiting.values().next() {
+            // It tries again in case its question came too early.
+            first.wake.notify_one();
+        }
+    }
+
+    /// How long one more would wait; `None` before enough is known.
+    fn expected_wait(&self, now: Instant, patience: Duration) -> Option<Duration> {
+        let elapsed = now.saturating_duration_since(self.measured_since?);
+        if self.freed.len() < MEASURED.0 && elapsed < patience {
+            return None;
+        }
+        let each = elapsed.as_secs_f64() / self.freed.len().max(1) as f64;
+        let wait = each * (self.waiting.len() + 1) as f64;
+        Duration::try_from_secs_f64(wait).ok()
+    }
+}
+
+impl Line {
+    /// Whether others wait, so that a newcomer belongs behind them.
+    pub fn is_empty(&self) -> bool {
+        self.state().waiting.is_empty()
+    }
+
+    /// A place came free on some worker of the model.
+    pub fn place_freed(&self) {
+        self.state().place_freed(Instant::now());
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A place in the line, given up when dropped.
+pub(crate) struct Ticket {
     upstream: Arc<Upstream>,
     model: Arc<Model>,
-}
-
-impl Waiting {
-    fn new(upstream: &Arc<Upstream>, model: &Arc<Model>) -> Result<Self, RouterError> {
-        let max = upstream.limits.queue_max;
-        let take = |count: &AtomicUsize| {
-            let more = |waiting: usize| (waiting < max).then_some(waiting + 1);
-            count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
-        };
-        if take(&upstream.queued).is_err() {
-            return Err(overloaded(&format!("{max} choices wait for a place already")));
-        }
-        model.waiting.fetch_add(1, Ordering::Relaxed);
-        upstream.metrics.queued.inc();
-        Ok(Self { upstream: upstream.clone(), model: model.clone() })
-    }
-}
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        self.upstream.queued.fetch_sub(1, Ordering::Relaxed);
-        self.model.waiting.fetch_sub(1, Ordering::Relaxed);
-        self.upstream.metrics.queued.dec();
-    }
+    key: Key,
+    wake: Arc<Notify>,
+    entered: Instant,
 }
 
 impl Ticket {
-    /// Whether others wait for this model, so that a newcomer belongs behind them.
-    pub fn line_waits(model: &Model) -> bool {
-        model.waiting.load(Ordering::Relaxed) > 0
-    }
-
-    /// Stands in line until first. Errors: `Overloaded` when the line is full or too slow.
-    pub async fn take(
+    /// Joins the line; a sequence that was `under_way` before goes to its front, and is never
+    /// refused. Errors: `Overloaded` when the line is full, or too long for the queue deadline.
+    pub fn take(
         upstream: &Arc<Upstream>,
         model: &Arc<Model>,
-        started: Instant,
+        under_way: bool,
     ) -> Result<Self, RouterError> {
-        let waiting = Waiting::new(upstream, model)?;
-        let limit = upstream.deadlines.queue;
-        match timeout_at(started + limit, model.turn.clone().lock_owned()).await {
-            Ok(turn) => Ok(Self { _waiting: waiting, _turn: turn }),
-            Err(_) => Err(overloaded(&format!("no place for '{}' within {limit:?}", model.name))),
+        let max = upstream.limits.queue_max;
+        let now = Instant::now();
+        let mut state = model.line.state();
+        if !under_way {
+            let (patience, ahead) = (upstream.deadlines.queue, state.waiting.len());
+            let wait = state.expected_wait(now, patience);
+            if let Some(wait) = wait.filter(|&wait| wait > patience) {
+                let seconds = wait.as_secs_f64().ceil();
+                let long = format!(
+                    "{ahead} choices wait for a place on a worker of '{}', about {seconds} s",
+                    model.name
+                );
+                return Err(overloaded(&long, Some(wait)));
+            }
+            if upstream.queued.load(Ordering::Relaxed) >= max {
+                let full = format!("{max} choices wait for a place already");
+                return Err(overloaded(&full, wait));
+            }
+        }
+        if state.waiting.is_empty() {
+            state.freed.clear();
+            state.measured_since = Some(now);
+        }
+        upstream.queued.fetch_add(1, Ordering::Relaxed);
+        upstream.metrics.queued.inc();
+        state.arrivals += 1;
+        let key = (!under_way, state.arrivals);
+        let wake = Arc::new(Notify::new());
+        state.waiting.insert(key, Waiter { wake: wake.clone(), tries: false });
+        drop(state);
+        Ok(Self { upstream: upstream.clone(), model: model.clone(), key, wake, entered: now })
+    }
+
+    /// Waits for the turn to try: a place came free, or this is the first and it is time to look.
+    /// Errors: `Overloaded` when no place at all came free for as long as the queue deadline.
+    pub async fn turn(&self) -> Result<(), RouterError> {
+        let mut targets = self.upstream.targets.clone();
+        let patience = self.upstream.deadlines.queue;
+        loop {
+            let woken = tokio::select! {
+                () = self.wake.notified() => true,
+                () = targets.changed() => false,
+                () = sleep(LOOK_AGAIN.min(patience)) => false,
+            };
+            let mut state = self.model.line.state();
+            let moved = state.freed.back().map_or(self.entered, |&freed| freed.max(self.entered));
+            if moved.elapsed() >= patience {
+                let wait = state.expected_wait(Instant::now(), patience);
+                let stuck =
+                    format!("no place on a worker of '{}' for {patience:?}", self.model.name);
+                return Err(overloaded(&stuck, wait));
+            }
+            let first = state.waiting.keys().next() == Some(&self.key);
+            if (woken || first)
+                && let Some(waiter) = state.waiting.get_mut(&self.key)
+            {
+                waiter.tries = true;
+                return Ok(());
+            }
+        }
+    }
+
+    /// Every worker was still full: on with the wait.
+    pub fn stay(&self) {
+        if let Some(waiter) = self.model.line.state().waiting.get_mut(&self.key) {
+            waiter.tries = false;
         }
     }
 }
 
-/// Refused for now.
-pub(crate) fn overloaded(reason: &str) -> RouterError {
-    RouterError::Overloaded { reason: reason.to_owned(), retry_after: RETRY_AFTER }
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.upstream.queued.fetch_sub(1, Ordering::Relaxed);
+        self.upstream.metrics.queued.dec();
+        let mut state = self.model.line.state();
+        state.waiting.remove(&self.key);
+        // Where this one got a place there may be another; where it gave up, its turn is free.
+        state.wake_next();
+    }
+}
+
+/// Refused for now; `wait` is how long it would have taken.
+pub(crate) fn overloaded(reason: &str, wait: Option<Duration>) -> RouterError {
+    let retry_after = wait.unwrap_or(RETRY_AFTER).clamp(Duration::from_secs(1), RETRY_AFTER_MAX);
+    // Whole seconds are what HTTP can say.
+    let retry_after = Duration::from_secs(retry_after.as_secs_f64().ceil() as u64);
+    RouterError::Overloaded { reason: reason.to_owned(), retry_after }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    fn line(start: Instant, waiting: u64) -> State {
+        let waiter = |at| ((true, at), Waiter { wake: Arc::new(Notify::new()), tries: false });
+        let waiting = (0..waiting).map(waiter).collect();
+        State { waiting, measured_since: Some(start), ..State::default() }
+    }
+
+    #[test]
+    fn the_wait_follows_from_how_often_places_come_free() {
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let mut line = line(start, 9);
+        for at in [2, 4, 6] {
+            line.place_freed(after(at));
+            assert_eq!(line.expected_wait(after(at), PATIENCE), None, "too little is known");
+        }
+        line.place_freed(after(8));
+        let wait = |at| line.expected_wait(after(at), PATIENCE);
+        assert_eq!(wait(8), Some(Duration::from_secs(20)), "ten places, one every 2 s");
+        assert_eq!(wait(16), Some(Duration::from_secs(40)), "it has become slower");
+    }
+
+    #[test]
+    fn only_the_latest_places_are_measured() {
+        let start = Instant::now();
+        let mut line = line(start, 1);
+        for at in 1..=100 {
+            line.place_freed(start + Duration::from_secs(at));
+        }
+        line.place_freed(start + Duration::from_secs(100));
+        assert_eq!(line.freed.len(), MEASURED.1);
+        let wait = line.expected_wait(start + Duration::from_secs(100), PATIENCE).unwrap();
+        assert!((1.9..2.1).contains(&wait.as_secs_f64()), "{wait:?}");
+    }
+
+    #[test]
+    fn where_nothing_comes_free_the_wait_is_long() {
+        let start = Instant::now();
+        let line = line(start, 1);
+        assert_eq!(line.expected_wait(start, PATIENCE), None);
+        let expected = line.expected_wait(start + PATIENCE, PATIENCE).unwrap();
+        assert!(expected >= 2 * PATIENCE, "{expected:?}");
+        assert_eq!(State::default().expected_wait(start, PATIENCE), None, "no line");
+    }
+
+    #[test]
+    fn as_many_try_as_places_came_free() {
+        let now = Instant::now();
+        let mut line = line(now, 3);
+        let first = Waiter { wake: Arc::new(Notify::new()), tries: false };
+        line.waiting.insert((false, 9), first);
+        let trying = |line: &State| -> Vec<Key> {
+            line.waiting.iter().filter(|(_, waiter)| waiter.tries).map(|(&key, _)| key).collect()
+        };
+        line.place_freed(now);
+        assert_eq!(trying(&line), [(false, 9)], "what was under way goes first");
+        line.place_freed(now);
+        assert_eq!(trying(&line), [(false, 9), (true, 0)]);
+    }
 }

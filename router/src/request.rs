@@ -2,6 +2,7 @@
 
 use crate::{
     RouterError, Shared, languages,
+    opening::Patience,
     sampling::{self, Sampling},
     targets::{Capacity, Model},
     trace::Trace,
@@ -10,7 +11,7 @@ use proto::v1;
 use serde_json::{Map, Value};
 use std::sync::Arc;
 use text::{Chat, Language, Message, TextError};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::timeout_at;
 
 /// Roles that a conversation may name.
 const ROLES: [&str; 4] = ["system", "user", "assistant", "tool"];
@@ -125,10 +126,10 @@ pub(crate) async fn prepare(shared: &Shared, input: Input) -> Result<Prepared, R
 }
 
 /// The model of a name, or the only one for an empty name, and what its ready workers can do; waits
-/// a little where there are none.
+/// where there are none, longer while one loads.
 async fn find_model(shared: &Shared, asked: &str) -> Result<(Arc<Model>, Capacity), RouterError> {
     let mut targets = shared.upstream.targets.clone();
-    let deadline = Instant::now() + shared.upstream.deadlines.ready;
+    let mut patience = Patience::new(false);
     loop {
         let now = targets.now();
         let name = shared.aliases.model(&now, asked)?;
@@ -140,7 +141,8 @@ async fn find_model(shared: &Shared, asked: &str) -> Result<(Arc<Model>, Capacit
             let served = shared.aliases.names(&now);
             return Err(RouterError::ModelNotFound { model: name.to_owned(), served });
         }
-        if timeout_at(deadline, targets.changed()).await.is_err() {
+        let until = patience.until(&now, name, &shared.upstream.deadlines);
+        if timeout_at(until, targets.changed()).await.is_err() {
             return Err(RouterError::Unavailable(match now.models.is_empty() {
                 true => "no worker has joined yet".to_owned(),
                 false => now.shortage(name),

@@ -3,11 +3,13 @@
 use crate::{
     RouterError, Shared,
     choice::{Chunk, FinishReason},
-    generate::{self, Generation},
+    generate::{Answering, Generation},
     request::{self, Input, Prompt, Reading},
+    time_limit::TimeLimit,
     trace::Trace,
 };
 use futures_util::{Stream, stream::unfold};
+use http::HeaderMap;
 use proto::v1::{
     ChatRequest, DetokenizeRequest, DetokenizeResponse, GenerateRequest, GenerateResponse,
     ListModelsRequest, ListModelsResponse, Message as WireMessage, TokenizeRequest,
@@ -31,6 +33,7 @@ fn status(error: &RouterError) -> Status {
         RouterError::Invalid { .. } | RouterError::ContextExceeded { .. } => Code::InvalidArgument,
         RouterError::ModelNotFound { .. } => Code::NotFound,
         RouterError::Overloaded { .. } => Code::ResourceExhausted,
+        RouterError::Timeout { .. } => Code::DeadlineExceeded,
         RouterError::Unavailable(_) => Code::Unavailable,
         _ => Code::Internal,
     };
@@ -61,26 +64,59 @@ impl Service {
     async fn answer(
         &self,
         trace: Trace,
+        (headers, include_progress): (HeaderMap, bool),
         input: impl FnOnce(Trace) -> Result<Input, RouterError>,
     ) -> Result<Response<Answer>, Status> {
         let start = async {
+            let time = TimeLimit::from_grpc(&headers)?;
             let permit = self.shared.permit(1)?;
-            let prepared = request::prepare(&self.shared, input(trace)?).await?;
-            generate::start(&self.shared, prepared, permit).await
+            let input = input(trace)?;
+            Answering::begin(self.shared.clone(), input, permit, time).await
         };
-        let generation = start.await.map_err(|error| self.refuse(&error))?;
-        Ok(Response::new(Box::pin(unfold(generation, answer_next))))
+        let answering = start.await.map_err(|error| self.refuse(&error))?;
+        let shared = self.shared.clone();
+        let messages = Messages { shared, answering, include_progress, ended: false };
+        Ok(Response::new(Box::pin(unfold(messages, |mut messages| async {
+            let next = messages.next().await?;
+            Some((next, messages))
+        }))))
     }
 }
 
-async fn answer_next(
-    mut generation: Generation,
-) -> Option<(Result<GenerateResponse, Status>, Generation)> {
-    let next = match generation.next().await? {
-        Ok(chunk) => Ok(words(chunk, &generation)),
-        Err(error) => Err(status(&error)),
-    };
-    Some((next, generation))
+/// One answer's stream of messages.
+struct Messages {
+    shared: Arc<Shared>,
+    answering: Answering,
+    include_progress: bool,
+    ended: bool,
+}
+
+impl Messages {
+    /// `None` after every choice's finish, or an error.
+    async fn next(&mut self) -> Option<Result<GenerateResponse, Status>> {
+        if self.ended {
+            return None;
+        }
+        loop {
+            let generation = match self.answering.started().await {
+                Ok(generation) => generation,
+                Err(error) => {
+                    self.shared.count_refusal(&error);
+                    return Some(Err(self.fail(&error)));
+                }
+            };
+            match generation.next().await? {
+                Ok(chunk) if chunk.progress.is_some() && !self.include_progress => {}
+                Ok(chunk) => return Some(Ok(words(chunk, generation))),
+                Err(error) => return Some(Err(self.fail(&error))),
+            }
+        }
+    }
+
+    fn fail(&mut self, error: &RouterError) -> Status {
+        self.ended = true;
+        status(error)
+    }
 }
 
 fn words(chunk: Chunk, generation: &Generation) -> GenerateResponse {
@@ -91,6 +127,7 @@ fn words(chunk: Chunk, generation: &Generation) -> GenerateResponse {
         finish_reason: chunk.finish.map_or("", FinishReason::as_str).to_owned(),
         usage: generation.ended().then(|| generation.usage()),
         request_id: generation.request_id.clone(),
+        progress: chunk.progress,
     }
 }
 
@@ -150,8 +187,9 @@ impl Inference for Service {
         &self,
         request: Request<GenerateRequest>,
     ) -> Result<Response<Answer>, Status> {
-        let (_, extensions, wire) = request.into_parts();
-        self.answer(Trace::of(&extensions), |trace| {
+        let (metadata, extensions, wire) = request.into_parts();
+        let asked = (metadata.into_headers(), wire.include_progress);
+        self.answer(Trace::of(&extensions), asked, |trace| {
             let prompt = match wire.prompt {
                 Some(generate_request::Prompt::Text(text)) => {
                     let parse_special = wire.parse_special.unwrap_or(true);
@@ -170,8 +208,9 @@ impl Inference for Service {
     }
 
     async fn chat(&self, request: Request<ChatRequest>) -> Result<Response<Answer>, Status> {
-        let (_, extensions, wire) = request.into_parts();
-        self.answer(Trace::of(&extensions), |trace| chat(wire, trace)).await
+        let (metadata, extensions, wire) = request.into_parts();
+        let asked = (metadata.into_headers(), wire.include_progress);
+        self.answer(Trace::of(&extensions), asked, |trace| chat(wire, trace)).await
     }
 
     async fn tokenize(

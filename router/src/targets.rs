@@ -6,7 +6,7 @@
 //! Models that left the roster are remembered, so that their clients hear "unavailable" and not
 //! "unknown"; the memory is bounded.
 
-use crate::{config::Deadlines, languages::LanguageSlot, policy::Target};
+use crate::{config::Deadlines, languages::LanguageSlot, policy::Target, queue::Line};
 use cluster::{Instance, Roster, State};
 use proto::v1::worker_client::WorkerClient;
 use std::{
@@ -18,7 +18,7 @@ use std::{
     },
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tonic::transport::{Channel, Endpoint};
 
 /// Tokens in one KV block, as the roster counts them.
@@ -39,6 +39,7 @@ const REST_MAX: Duration = Duration::from_secs(8);
 
 /// The connection to one worker, and what this router knows of it by its own experience.
 pub(crate) struct Link {
+    id: String,
     key: u64,
     pub address: String,
     channel: Channel,
@@ -66,12 +67,22 @@ impl Link {
         let mut hasher = DefaultHasher::new();
         instance.id.hash(&mut hasher);
         Ok(Self {
+            id: instance.id.clone(),
             key: hasher.finish(),
             address: instance.address.clone(),
             channel,
             in_flight: AtomicUsize::new(0),
             faults: Mutex::default(),
         })
+    }
+
+    /// The worker's name in the roster.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub fn address(&self) -> &str {
+        &self.address
     }
 
     /// A client on the shared channel.
@@ -104,12 +115,18 @@ impl Link {
 pub(crate) struct InFlight {
     link: Arc<Link>,
     model: Arc<Model>,
+    accepted: bool,
 }
 
 impl InFlight {
     pub fn new(link: Arc<Link>, model: Arc<Model>) -> Self {
         link.in_flight.fetch_add(1, Ordering::Relaxed);
-        Self { link, model }
+        Self { link, model, accepted: false }
+    }
+
+    /// The worker took it: its end will free a place.
+    pub fn accepted(&mut self) {
+        self.accepted = true;
     }
 
     pub fn link(&self) -> &Link {
@@ -120,7 +137,9 @@ impl InFlight {
 impl Drop for InFlight {
     fn drop(&mut self) {
         self.link.in_flight.fetch_sub(1, Ordering::Relaxed);
-        self.model.freed.notify_one();
+        if self.accepted {
+            self.model.line.place_freed();
+        }
     }
 }
 
@@ -130,12 +149,8 @@ pub(crate) struct Model {
     /// Unix seconds at which this router first saw it.
     pub created: u64,
     pub language: LanguageSlot,
-    /// Held by the sequence that is next when every worker is full; the others wait in order.
-    pub turn: Arc<tokio::sync::Mutex<()>>,
-    /// Sequences waiting for `turn`.
-    pub waiting: AtomicUsize,
-    /// A sequence of this model ended.
-    pub freed: Notify,
+    /// Sequences that wait while every worker is full.
+    pub line: Line,
 }
 
 impl Model {
@@ -145,9 +160,7 @@ impl Model {
             name: name.to_owned(),
             created,
             language: LanguageSlot::default(),
-            turn: Arc::default(),
-            waiting: AtomicUsize::new(0),
-            freed: Notify::new(),
+            line: Line::default(),
         }
     }
 }
@@ -198,6 +211,11 @@ impl Snapshot {
     /// Ready workers of a model.
     pub fn ready<'a>(&'a self, model: &'a str) -> impl Iterator<Item = &'a Entry> {
         self.of(model).filter(|entry| entry.instance.state == State::Ready)
+    }
+
+    /// Whether a worker of the model is on its way.
+    pub fn loads(&self, model: &str) -> bool {
+        self.of(model).any(|entry| entry.instance.state == State::Loading)
     }
 
     /// The least of what its ready workers can do; `None` without any.

@@ -4,6 +4,7 @@
 
 mod client;
 mod connection;
+mod etcd;
 mod http;
 mod process;
 
@@ -14,6 +15,7 @@ use std::{
 
 pub use client::client;
 pub use connection::Connection;
+pub use etcd::etcd;
 pub use http::{Reply, exchange, request};
 pub use process::{Process, lockstep};
 

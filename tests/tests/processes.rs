@@ -1,12 +1,8 @@
 //! Router, worker and ranks as separate processes, joined by a real etcd.
 
-use std::{
-    net::{TcpListener, TcpStream},
-    process::{Command, Stdio},
-    time::Duration,
-};
+use std::time::Duration;
 
-use tests::{Process, client, exchange, skip, wait_for};
+use tests::{Process, client, etcd, exchange, wait_for};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -14,30 +10,6 @@ fn models(address: &str) -> Vec<String> {
     let listed = exchange(address, "GET", "/v1/models", b"").json();
     let ids = listed["data"].as_array().cloned().unwrap_or_default();
     ids.iter().map(|model| model["id"].as_str().unwrap().to_owned()).collect()
-}
-
-/// A registry of one member: the process, its URL and its data.
-fn etcd() -> Option<(Process, String, tempfile::TempDir)> {
-    if Command::new("etcd").arg("--version").output().is_err() {
-        return skip("etcd is not installed; apt-get install etcd-server runs this test");
-    }
-    let data = tempfile::tempdir().unwrap();
-    let held = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
-    let ports = held.each_ref().map(|port| port.local_addr().unwrap().to_string());
-    drop(held);
-    let [client, peer] = ports.each_ref().map(|port| format!("http://{port}"));
-    let mut command = Command::new("etcd");
-    command
-        .arg("--data-dir")
-        .arg(data.path())
-        .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
-        .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-        .args(["--initial-cluster", &format!("default={peer}")])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    let process = Process::spawn(&mut command);
-    wait_for("etcd", DEADLINE, || TcpStream::connect(&ports[0]).map(drop), Result::is_ok);
-    Some((process, client, data))
 }
 
 /// Ten answers of 64 tokens over HTTP and gRPC.

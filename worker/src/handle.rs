@@ -1,52 +1,73 @@
 //! The engine loop: one OS thread that owns the scheduler and the executor.
 //!
-//! Requests come in through a bounded channel, results go out through mailboxes that never make the
-//! loop wait. A reader that is gone is a cancelled sequence: its blocks are free before the next
-//! step. With nothing to do the thread sleeps, and wakes twice a second to tell the other ranks
-//! that it lives.
+//! Requests are accepted or refused without the loop, which may be in a long step (`places.rs`);
+//! results go out through mailboxes that never make it wait, and with them how far each sequence has
+//! come. A reader that is gone is a cancelled sequence: its blocks are free before the next step.
+//! With nothing to do the thread sleeps, and wakes twice a second to tell the other ranks that it
+//! lives. The loop leaves a mark at every turn, so that others can tell when it hangs.
 
 use std::{
     collections::HashMap,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, PoisonError,
-        mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, TrySendError, sync_channel},
+        atomic::{AtomicU64, Ordering},
+        mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
 use engine::{
-    EngineError, Request, Scheduler, SchedulerConfig, Stats,
+    Position, Request, Scheduler, SchedulerConfig, Stats,
     plan::{Executor, SequenceId},
 };
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 
 use crate::{
     WorkerError,
-    mailbox::{Mailbox, Output},
+    mailbox::{Delivery, Mailbox, Output},
     metrics::Metrics,
+    places::Places,
 };
 
-/// Requests on their way to the loop; it empties the channel before every step.
-const COMMANDS_MAX: usize = 256;
 /// Between two signs of life of an idle leader.
 const IDLE_PERIOD: Duration = Duration::from_millis(500);
+/// Between two looks at how far every sequence has come: readers are told once a second.
+const POSITIONS_PERIOD: Duration = Duration::from_millis(200);
 
 enum Command {
-    Submit {
-        request: Box<Request>,
-        mailbox: Arc<Mailbox>,
-        reply: oneshot::Sender<Result<(), EngineError>>,
-    },
+    Submit { request: Box<Request>, delivery: Delivery },
     Stop,
+}
+
+/// When the loop last turned.
+struct Pulse {
+    start: Instant,
+    /// Milliseconds after `start`.
+    turned: AtomicU64,
+}
+
+impl Pulse {
+    fn turn(&self) {
+        self.turned.store(self.start.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    fn age(&self) -> Duration {
+        let turned = Duration::from_millis(self.turned.load(Ordering::Relaxed));
+        self.start.elapsed().saturating_sub(turned)
+    }
 }
 
 /// A running engine. Dropping it stops the loop and fails what still runs.
 pub struct Engine {
-    commands: SyncSender<Command>,
+    /// No longer than `places` allow.
+    commands: Sender<Command>,
+    places: Arc<Places>,
+    pulse: Arc<Pulse>,
+    context_max: usize,
     stats: watch::Receiver<Stats>,
-    failure: watch::Receiver<Option<String>>,
+    failure: Arc<watch::Sender<Option<String>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -54,48 +75,62 @@ impl Engine {
     /// Starts the loop on a thread of its own. Fails when the system gives no thread.
     pub fn start(
         executor: Box<dyn Executor>,
-        config: SchedulerConfig,
+        mut config: SchedulerConfig,
         metrics: Arc<Metrics>,
     ) -> Result<Self, WorkerError> {
+        let (waiting_max, running_max) = (config.waiting_max.max(1), config.sequences_max.max(1));
+        let places = Arc::new(Places::new(waiting_max, running_max));
+        // What was accepted is not refused: those on their way to a place count there as waiting.
+        config.waiting_max = waiting_max + running_max;
         let scheduler = Scheduler::new(config);
-        let (commands, inbox) = sync_channel(COMMANDS_MAX);
+        let context_max = scheduler.context_max();
+        let pulse = Arc::new(Pulse { start: Instant::now(), turned: AtomicU64::new(0) });
+        let (commands, inbox) = channel();
         let (stats_sender, stats) = watch::channel(scheduler.stats());
-        let (failure_sender, failure) = watch::channel(None);
+        let failure = Arc::new(watch::Sender::new(None));
         metrics.observe(&Stats::default(), &scheduler.stats());
         let core = Core {
             last: scheduler.stats(),
             scheduler,
             executor,
             inbox,
+            received: 0,
             mailboxes: HashMap::new(),
+            places: Arc::clone(&places),
+            pulse: Arc::clone(&pulse),
+            positions_told: None,
             stats: stats_sender,
             metrics,
         };
         let thread = thread::Builder::new()
             .name("engine".into())
-            .spawn(move || core.run_to_end(failure_sender))
+            .spawn({
+                let failure = Arc::clone(&failure);
+                move || core.run_to_end(&failure)
+            })
             .map_err(WorkerError::io("starting the engine thread"))?;
-        Ok(Self { commands, stats, failure, thread: Mutex::new(Some(thread)) })
+        let thread = Mutex::new(Some(thread));
+        Ok(Self { commands, places, pulse, context_max, stats, failure, thread })
     }
 
-    /// Hands a request to the scheduler. The output's first update comes when the first result
-    /// does.
+    /// Accepts a request, or refuses it, at once. The output's first update comes when the first
+    /// result does.
     ///
-    /// Errors: refused by the scheduler (`Engine`), or the group is lost (`Group`).
-    pub async fn run(&self, request: Request) -> Result<Output, WorkerError> {
-        let (mailbox, output) = Mailbox::open();
-        let (reply, answer) = oneshot::channel();
-        let command = Command::Submit { request: Box::new(request), mailbox, reply };
-        match self.commands.try_send(command) {
-            Ok(()) => {}
-            Err(TrySendError::Full(_)) => return Err(EngineError::Overloaded(COMMANDS_MAX).into()),
-            Err(TrySendError::Disconnected(_)) => return Err(self.lost()),
-        }
-        match answer.await {
-            Ok(answer) => answer?,
-            Err(_) => return Err(self.lost()),
-        }
+    /// Errors: it can never run or too many wait (`Engine`), or the group is lost (`Group`).
+    pub fn run(&self, request: Request) -> Result<Output, WorkerError> {
+        request.check(self.context_max)?;
+        let known = request.prompt.len() + request.generated.len();
+        let waiting_ahead = self.places.take()?;
+        let position = Position { waiting_ahead, known, ..Position::default() };
+        let (delivery, output) = Mailbox::open(position);
+        let command = Command::Submit { request: Box::new(request), delivery };
+        self.commands.send(command).map_err(|_| self.lost())?;
         Ok(output)
+    }
+
+    /// How long ago the loop last turned: an idle one turns twice a second, a busy one once a step.
+    pub fn silent_for(&self) -> Duration {
+        self.pulse.age()
     }
 
     /// Figures after the latest step.
@@ -105,12 +140,21 @@ impl Engine {
 
     /// Becomes `Some(reason)` when the group is lost.
     pub fn failure(&self) -> watch::Receiver<Option<String>> {
-        self.failure.clone()
+        self.failure.subscribe()
+    }
+
+    /// Takes the group for lost though the loop has not ended: it hangs.
+    pub(crate) fn give_up(&self, reason: &str) {
+        set_failure(&self.failure, reason);
+    }
+
+    /// Why the group is lost, once it is.
+    pub(crate) fn loss(&self) -> Option<String> {
+        self.failure.borrow().clone()
     }
 
     fn lost(&self) -> WorkerError {
-        let reason = self.failure.borrow().clone();
-        WorkerError::Group(reason.unwrap_or_else(|| "the engine has stopped".into()))
+        WorkerError::Group(self.loss().unwrap_or_else(|| "the engine has stopped".into()))
     }
 
     /// Ends the loop and waits for it and the ranks behind it: at most one step, within the
@@ -129,8 +173,17 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         // The loop ends as well when the channel closes; this only wakes it earlier.
-        let _full = self.commands.try_send(Command::Stop);
+        let _ended = self.commands.send(Command::Stop);
     }
+}
+
+/// The first reason stays.
+fn set_failure(failure: &watch::Sender<Option<String>>, reason: &str) {
+    failure.send_if_modified(|known| {
+        let first = known.is_none();
+        known.get_or_insert_with(|| reason.to_owned());
+        first
+    });
 }
 
 /// What the thread owns.
@@ -138,7 +191,12 @@ struct Core {
     scheduler: Scheduler,
     executor: Box<dyn Executor>,
     inbox: Receiver<Command>,
-    mailboxes: HashMap<SequenceId, Arc<Mailbox>>,
+    /// Requests received since `places` last heard of them.
+    received: usize,
+    mailboxes: HashMap<SequenceId, Delivery>,
+    places: Arc<Places>,
+    pulse: Arc<Pulse>,
+    positions_told: Option<Instant>,
     stats: watch::Sender<Stats>,
     /// The figures that the metrics have seen.
     last: Stats,
@@ -146,7 +204,7 @@ struct Core {
 }
 
 impl Core {
-    fn run_to_end(mut self, failure: watch::Sender<Option<String>>) {
+    fn run_to_end(mut self, failure: &watch::Sender<Option<String>>) {
         let outcome = catch_unwind(AssertUnwindSafe(|| self.run()));
         let reason = match outcome {
             Ok(Ok(())) => None,
@@ -161,7 +219,14 @@ impl Core {
         for mailbox in self.mailboxes.values() {
             mailbox.fail(told);
         }
-        failure.send_replace(reason);
+        for command in self.inbox.try_iter() {
+            if let Command::Submit { delivery, .. } = command {
+                delivery.fail(told);
+            }
+        }
+        if let Some(reason) = &reason {
+            set_failure(failure, reason);
+        }
     }
 
     /// Until stopped, or until the group fails with the reason given.
@@ -176,40 +241,35 @@ impl Core {
 
     /// Takes what waits in the inbox; with nothing else to do, waits for it. False is the end.
     fn take_commands(&mut self) -> Result<bool, String> {
+        self.pulse.turn();
         while self.scheduler.is_idle() {
             match self.inbox.recv_timeout(IDLE_PERIOD) {
-                Ok(Command::Submit { request, mailbox, reply }) => {
-                    self.submit(*request, mailbox, reply);
-                }
+                Ok(Command::Submit { request, delivery }) => self.submit(*request, delivery),
                 Ok(Command::Stop) | Err(RecvTimeoutError::Disconnected) => return Ok(false),
                 Err(RecvTimeoutError::Timeout) => {
                     self.executor.idle().map_err(|error| error.0)?;
                 }
             }
+            self.pulse.turn();
         }
-        for _ in 0..COMMANDS_MAX {
+        loop {
             match self.inbox.try_recv() {
-                Ok(Command::Submit { request, mailbox, reply }) => {
-                    self.submit(*request, mailbox, reply);
-                }
+                Ok(Command::Submit { request, delivery }) => self.submit(*request, delivery),
                 Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return Ok(false),
-                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Empty) => return Ok(true),
             }
         }
-        Ok(true)
     }
 
-    fn submit(
-        &mut self,
-        request: Request,
-        mailbox: Arc<Mailbox>,
-        reply: oneshot::Sender<Result<(), EngineError>>,
-    ) {
-        let outcome = self.scheduler.submit(request).map(|id| {
-            self.mailboxes.insert(id, mailbox);
-        });
-        // Nobody waits for the answer when the caller has gone; the mailbox knows it too.
-        let _gone = reply.send(outcome);
+    fn submit(&mut self, request: Request, delivery: Delivery) {
+        self.received += 1;
+        match self.scheduler.submit(request) {
+            Ok(id) => {
+                self.mailboxes.insert(id, delivery);
+            }
+            // Checked before it was accepted; should the two disagree, its reader hears of it.
+            Err(error) => delivery.fail(&error.to_string()),
+        }
     }
 
     fn cancel_abandoned(&mut self) {
@@ -224,14 +284,20 @@ impl Core {
     }
 
     fn step(&mut self) -> Result<(), String> {
-        let Some(plan) = self.scheduler.schedule() else { return Ok(()) };
+        let plan = self.scheduler.schedule();
+        self.settle();
+        let Some(plan) = plan else { return Ok(()) };
+        self.tell_positions();
         let start = Instant::now();
         self.executor.submit(&plan).map_err(|error| error.0)?;
         let output = self.executor.collect().map_err(|error| error.0)?;
         let took = start.elapsed();
         self.metrics.step(took);
         self.scheduler.measure(took);
-        for update in self.scheduler.commit(output).map_err(|error| error.to_string())? {
+        let updates = self.scheduler.commit(output).map_err(|error| error.to_string())?;
+        // Before readers hear of an end: they may send the next request at once.
+        self.places.open(updates.iter().filter(|update| update.end.is_some()).count());
+        for update in updates {
             let Some(mailbox) = self.mailboxes.get(&update.sequence) else { continue };
             let (id, ended) = (update.sequence, update.end.is_some());
             mailbox.put(update);
@@ -240,6 +306,24 @@ impl Core {
             }
         }
         Ok(())
+    }
+
+    /// Says how far each sequence has come, now and then.
+    fn tell_positions(&mut self) {
+        if self.positions_told.is_some_and(|told| told.elapsed() < POSITIONS_PERIOD) {
+            return;
+        }
+        self.positions_told = Some(Instant::now());
+        for (id, position) in self.scheduler.positions() {
+            if let Some(mailbox) = self.mailboxes.get(&id) {
+                mailbox.set_position(position);
+            }
+        }
+    }
+
+    fn settle(&mut self) {
+        let Stats { waiting, running, .. } = self.scheduler.stats();
+        self.places.settle(std::mem::take(&mut self.received), waiting, running);
     }
 
     fn publish(&mut self) {

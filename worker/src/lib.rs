@@ -7,6 +7,7 @@ mod group;
 mod handle;
 mod mailbox;
 mod metrics;
+mod places;
 mod server;
 mod service;
 mod validate;

@@ -9,7 +9,7 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use engine::Update;
+use engine::{Position, Update};
 use tokio::sync::Notify;
 
 use crate::WorkerError;
@@ -21,9 +21,10 @@ struct Slot {
     failure: Option<String>,
     /// The last update was put in.
     ended: bool,
+    position: Position,
 }
 
-/// The engine's end.
+/// What both ends share.
 #[derive(Default)]
 pub(crate) struct Mailbox {
     slot: Mutex<Slot>,
@@ -32,40 +33,56 @@ pub(crate) struct Mailbox {
 }
 
 impl Mailbox {
-    /// Both ends of a new mailbox.
-    pub fn open() -> (Arc<Self>, Output) {
-        let mailbox = Arc::new(Self::default());
-        (Arc::clone(&mailbox), Output { mailbox })
+    /// Both ends of a new mailbox, for a sequence that stands at `position`.
+    pub fn open(position: Position) -> (Delivery, Output) {
+        let slot = Mutex::new(Slot { position, ..Slot::default() });
+        let mailbox = Arc::new(Self { slot, ..Self::default() });
+        (Delivery(Arc::clone(&mailbox)), Output { mailbox })
     }
 
+    fn slot(&self) -> MutexGuard<'_, Slot> {
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The engine's end. Dropped before the last update, it tells the reader that the engine is gone.
+pub(crate) struct Delivery(Arc<Mailbox>);
+
+impl Delivery {
     pub fn put(&self, update: Update) {
-        let mut slot = self.slot();
+        let mut slot = self.0.slot();
         slot.ended = update.end.is_some();
         match &mut slot.pending {
             Some(pending) => pending.merge(update),
             None => slot.pending = Some(update),
         }
         drop(slot);
-        self.bell.notify_one();
+        self.0.bell.notify_one();
     }
 
     /// The group is lost: after what already waits, the reader gets the reason.
     pub fn fail(&self, reason: &str) {
-        let mut slot = self.slot();
+        let mut slot = self.0.slot();
         if !slot.ended {
-            slot.failure = Some(reason.to_owned());
+            slot.failure.get_or_insert_with(|| reason.to_owned());
         }
         drop(slot);
-        self.bell.notify_one();
+        self.0.bell.notify_one();
+    }
+
+    pub fn set_position(&self, position: Position) {
+        self.0.slot().position = position;
     }
 
     /// Whether nobody will read any more.
     pub fn is_abandoned(&self) -> bool {
-        self.reader_gone.load(Ordering::Acquire)
+        self.0.reader_gone.load(Ordering::Acquire)
     }
+}
 
-    fn slot(&self) -> MutexGuard<'_, Slot> {
-        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+impl Drop for Delivery {
+    fn drop(&mut self) {
+        self.fail("the engine has stopped");
     }
 }
 
@@ -95,6 +112,13 @@ impl Output {
             }
             rung.await;
         }
+    }
+}
+
+impl Output {
+    /// How far the sequence had come when the engine last said.
+    pub fn position(&self) -> Position {
+        self.mailbox.slot().position
     }
 }
 

@@ -31,7 +31,7 @@ use tonic_health::server::HealthReporter;
 use crate::{
     Engine, Group, GroupConfig, GroupPlan, Metrics, ModelInfo, WorkerError,
     announce::Announcement,
-    service::{Service, Shared},
+    service::{Service, ServiceState},
 };
 
 /// Largest request: a prompt of millions of tokens.
@@ -45,6 +45,8 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 const LEAVE_LIMIT: Duration = Duration::from_secs(3);
 /// How long connections may take to close once every stream has ended.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+/// Between two looks at whether the group hangs.
+const HANG_POLL: Duration = Duration::from_millis(500);
 /// Between two looks at the streams while draining.
 const DRAIN_POLL: Duration = Duration::from_millis(20);
 
@@ -62,10 +64,13 @@ pub struct WorkerConfig {
     pub waiting_max: usize,
     /// How long running streams may take to finish once shutdown is asked for.
     pub drain_limit: Duration,
+    /// A step that lasts longer means a group that hangs: the worker fails.
+    pub step_limit: Duration,
 }
 
 impl WorkerConfig {
-    /// The defaults for a group: any loopback port, 256 waiting requests, 30 s of draining.
+    /// The defaults for a group: any loopback port, 256 waiting requests, 30 s of draining, 10
+    /// minutes for a step.
     pub fn new(group: GroupConfig) -> Self {
         Self {
             group,
@@ -74,6 +79,7 @@ impl WorkerConfig {
             model_name: None,
             waiting_max: 256,
             drain_limit: Duration::from_secs(30),
+            step_limit: Duration::from_secs(600),
         }
     }
 }
@@ -131,7 +137,7 @@ impl Worker {
         let bounds = group.info.scheduler_config(config.waiting_max);
         let engine = Engine::start(group.executor, bounds, Arc::clone(&metrics))?;
         at.announcement.ready(engine.stats());
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(ServiceState {
             engine,
             model: group.info,
             metrics,
@@ -149,6 +155,7 @@ impl Worker {
             server,
             closing,
             drain_limit: config.drain_limit,
+            step_limit: config.step_limit,
         };
         let task = tokio::spawn(life.run(shutdown, drain_asked));
         Ok(WorkerHandle { addr: at.addr, shared, drain, task })
@@ -192,7 +199,7 @@ async fn announce(
 
 /// gRPC, health and, by HTTP/1 on the same port, `/metrics`.
 async fn spawn_server(
-    shared: &Arc<Shared>,
+    shared: &Arc<ServiceState>,
     listener: TcpListener,
     mut closed: watch::Receiver<bool>,
 ) -> (HealthReporter, JoinHandle<Result<(), tonic::transport::Error>>) {
@@ -232,12 +239,13 @@ fn tell(metrics: &Metrics, headers: &HeaderMap) -> Response {
 
 /// What the task that outlives `start` owns.
 struct Life {
-    shared: Arc<Shared>,
+    shared: Arc<ServiceState>,
     announcement: Announcement,
     health: HealthReporter,
     server: JoinHandle<Result<(), tonic::transport::Error>>,
     closing: watch::Sender<bool>,
     drain_limit: Duration,
+    step_limit: Duration,
 }
 
 impl Life {
@@ -249,6 +257,10 @@ impl Life {
         let mut failure = self.shared.engine.failure();
         let limit = tokio::select! {
             reason = failed(&mut failure) => return self.give_up(reason).await,
+            reason = hangs(&self.shared.engine, self.step_limit) => {
+                self.shared.engine.give_up(&reason);
+                return self.give_up(reason).await;
+            }
             ended = &mut self.server => {
                 let reason = format!("the gRPC server ended: {ended:?}");
                 return self.give_up(reason).await;
@@ -322,6 +334,21 @@ async fn failed(failure: &mut watch::Receiver<Option<String>>) -> String {
     }
 }
 
+/// The reason, once the engine loop has not turned for longer than a step may last.
+async fn hangs(engine: &Engine, limit: Duration) -> String {
+    loop {
+        let silent = engine.silent_for();
+        if silent > limit {
+            let (silent, limit) = (silent.as_secs(), limit.as_secs());
+            return format!(
+                "the group hangs: a step has lasted {silent} s, more than the limit of {limit} s; \
+                 if it is only slow, raise --step-limit-seconds"
+            );
+        }
+        time::sleep(HANG_POLL).await;
+    }
+}
+
 async fn asked(drain: &mut watch::Receiver<Option<Duration>>) -> Duration {
     let limit = drain.wait_for(Option::is_some).await.ok().and_then(|limit| *limit);
     match limit {
@@ -340,7 +367,7 @@ async fn signalled(shutdown: &mut watch::Receiver<bool>) {
 /// A running worker. Dropping the handle leaves it running until `shutdown`.
 pub struct WorkerHandle {
     addr: SocketAddr,
-    shared: Arc<Shared>,
+    shared: Arc<ServiceState>,
     drain: watch::Sender<Option<Duration>>,
     task: JoinHandle<Result<(), WorkerError>>,
 }

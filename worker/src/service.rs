@@ -7,15 +7,15 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use cluster::Instance;
-use engine::{End, EngineError, Update, plan::TokenLogprob};
+use engine::{End, EngineError, Position, Update, plan::TokenLogprob};
 use futures_util::{Stream, StreamExt, stream};
 use proto::v1::{self, worker_server};
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 use tonic::{Code, Request, Response, Status, metadata::MetadataValue};
-use tracing::Instrument;
 
 use crate::{Engine, Metrics, ModelInfo, Output, WorkerError, validate};
 
@@ -25,9 +25,12 @@ const FILE_PART_BYTES: usize = 1 << 20;
 const ENTRIES_MAX: usize = 1 << 16;
 /// Advice to callers that met a full queue.
 const RETRY_AFTER_MS: &str = "500";
+/// A stream with nothing else to say tells its progress this often: its reader takes a longer
+/// silence for a worker that is gone.
+const PROGRESS_PERIOD: Duration = Duration::from_secs(1);
 
 /// What every request needs.
-pub(crate) struct Shared {
+pub(crate) struct ServiceState {
     pub engine: Engine,
     pub model: ModelInfo,
     pub metrics: Arc<Metrics>,
@@ -39,7 +42,7 @@ pub(crate) struct Shared {
 }
 
 #[derive(Clone)]
-pub(crate) struct Service(pub Arc<Shared>);
+pub(crate) struct Service(pub Arc<ServiceState>);
 
 impl From<WorkerError> for Status {
     fn from(error: WorkerError) -> Self {
@@ -62,10 +65,10 @@ impl From<WorkerError> for Status {
 }
 
 /// Counts a stream for as long as it lives.
-struct Counted(Arc<Shared>);
+struct Counted(Arc<ServiceState>);
 
 impl Counted {
-    fn new(shared: &Arc<Shared>) -> Self {
+    fn new(shared: &Arc<ServiceState>) -> Self {
         shared.streams.fetch_add(1, Ordering::SeqCst);
         Self(Arc::clone(shared))
     }
@@ -92,7 +95,7 @@ impl worker_server::Worker for Service {
         let trace = trace.unwrap_or_default().to_owned();
         let run = request.into_inner();
         let span = tracing::info_span!("run", request_id = %run.request_id, traceparent = trace);
-        let started = self.start(run).instrument(span.clone()).await;
+        let started = span.in_scope(|| self.start(run));
         let running = started.inspect_err(|error| {
             self.0.metrics.rejected();
             span.in_scope(|| tracing::debug!(%error, "refused"));
@@ -136,7 +139,7 @@ fn file_parts(files: &BTreeMap<String, Vec<u8>>) -> Vec<(String, usize)> {
 }
 
 impl Service {
-    async fn start(&self, run: v1::RunRequest) -> Result<Running, WorkerError> {
+    fn start(&self, run: v1::RunRequest) -> Result<Running, WorkerError> {
         // Counted before the flag is looked at: a drain either sees the stream or refuses it.
         let counted = Counted::new(&self.0);
         if self.0.draining.load(Ordering::SeqCst) {
@@ -144,9 +147,10 @@ impl Service {
         }
         let request = validate::request(run, &self.0.model)?;
         let entries = request.params.logprobs.unwrap_or(0) as usize + 1;
-        let output = self.0.engine.run(request).await?;
+        let output = self.0.engine.run(request)?;
         let tokens_max = (ENTRIES_MAX / entries).max(1);
-        Ok(Running { output, ready: VecDeque::new(), tokens_max, ended: false, _counted: counted })
+        let ready = VecDeque::from([Ok(progress(output.position()))]);
+        Ok(Running { output, ready, tokens_max, ended: false, counted })
     }
 }
 
@@ -158,7 +162,7 @@ struct Running {
     /// Tokens in one message.
     tokens_max: usize,
     ended: bool,
-    _counted: Counted,
+    counted: Counted,
 }
 
 impl Running {
@@ -167,12 +171,22 @@ impl Running {
             if self.ended {
                 return None;
             }
-            match self.output.next().await? {
-                Ok(update) => self.take(update),
-                Err(error) => {
-                    self.ended = true;
-                    self.ready.push_back(Err(error.into()));
-                }
+            match timeout(PROGRESS_PERIOD, self.output.next()).await {
+                Ok(update) => match update? {
+                    Ok(update) => self.take(update),
+                    Err(error) => {
+                        self.ended = true;
+                        self.ready.push_back(Err(error.into()));
+                    }
+                },
+                Err(_) => match self.counted.0.engine.loss() {
+                    // The loop hangs and cannot say so itself.
+                    Some(reason) => {
+                        self.ended = true;
+                        self.ready.push_back(Err(WorkerError::Group(reason).into()));
+                    }
+                    None => self.ready.push_back(Ok(progress(self.output.position()))),
+                },
             }
         }
         self.ready.pop_front().map(|message| (message, self))
@@ -188,7 +202,8 @@ impl Running {
             while tokens.peek().is_some() {
                 let part: Vec<_> = tokens.by_ref().take(self.tokens_max).collect();
                 let (prompt, tokens) = if of_prompt { (part, vec![]) } else { (vec![], part) };
-                messages.push(v1::RunResponse { prompt, tokens, finish: 0, cached_tokens });
+                let message = v1::RunResponse { prompt, tokens, cached_tokens, ..empty() };
+                messages.push(message);
             }
         };
         cut(scores, true);
@@ -205,7 +220,7 @@ impl Running {
                 }
             };
             if messages.is_empty() {
-                messages.push(v1::RunResponse { cached_tokens, ..Default::default() });
+                messages.push(v1::RunResponse { cached_tokens, ..empty() });
             }
             if let Some(last) = messages.last_mut() {
                 last.set_finish(finish);
@@ -213,6 +228,21 @@ impl Running {
         }
         self.ready.extend(messages.into_iter().map(Ok));
     }
+}
+
+fn empty() -> v1::RunResponse {
+    v1::RunResponse::default()
+}
+
+fn progress(position: Position) -> v1::RunResponse {
+    let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+    let progress = v1::Progress {
+        waiting_ahead: count(position.waiting_ahead),
+        prefilled: count(position.computed),
+        prompt: count(position.known),
+        running: position.running,
+    };
+    v1::RunResponse { progress: Some(progress), ..empty() }
 }
 
 fn token_info(token: TokenLogprob) -> v1::TokenInfo {

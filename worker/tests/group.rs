@@ -197,7 +197,7 @@ async fn an_engine_over_two_ranks_answers_and_stops() {
     let group = group(config("qwen2_gqa4_tied_sharded", 2, Precision::Fast));
     let bounds = group.info.scheduler_config(8);
     let engine = Engine::start(group.executor, bounds, Arc::new(Metrics::new("tiny"))).unwrap();
-    let mut output = engine.run(request(1, 30, 10)).await.unwrap();
+    let mut output = engine.run(request(1, 30, 10)).unwrap();
     let mut tokens = 0;
     while let Some(update) = timeout(PATIENCE, output.next()).await.unwrap() {
         tokens += update.unwrap().tokens.len();

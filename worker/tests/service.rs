@@ -29,6 +29,7 @@ struct Levers {
     fail: AtomicBool,
     panic: AtomicBool,
     steps: AtomicU64,
+    steps_done: AtomicU64,
     idles: AtomicU64,
 }
 
@@ -65,6 +66,7 @@ impl Executor for Fake {
     fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
         self.levers.steps.fetch_add(1, Ordering::SeqCst);
         std::thread::sleep(Duration::from_micros(self.levers.step_micros.load(Ordering::SeqCst)));
+        self.levers.steps_done.fetch_add(1, Ordering::SeqCst);
         assert!(!self.levers.panic.load(Ordering::SeqCst), "a test said so");
         if self.levers.fail.load(Ordering::SeqCst) {
             return Err(ExecutorError("rank 1 ended".into()));
@@ -87,6 +89,10 @@ struct World {
 }
 
 async fn world(waiting_max: usize) -> World {
+    world_with(waiting_max, Duration::from_secs(600)).await
+}
+
+async fn world_with(waiting_max: usize, step_limit: Duration) -> World {
     let levers = Arc::new(Levers::default());
     let info = ModelInfo {
         name: "fake".into(),
@@ -115,6 +121,7 @@ async fn world(waiting_max: usize) -> World {
     let config = WorkerConfig {
         waiting_max,
         drain_limit: PATIENCE,
+        step_limit,
         ..WorkerConfig::new(GroupConfig::new("fake"))
     };
     let group = Group { info, executor };
@@ -243,7 +250,7 @@ async fn a_dropped_stream_frees_its_blocks() {
     w.levers.step_micros.store(1000, Ordering::SeqCst);
     let mut stream = w.run(request(100, 400)).await.unwrap();
     assert!(stream.message().await.unwrap().is_some());
-    assert!(w.handle.engine().stats().borrow().blocks_free < BLOCKS);
+    w.until("it runs", |stats| stats.blocks_free < BLOCKS).await;
     drop(stream);
     w.until("all free", |stats| stats.blocks_free == BLOCKS && stats.cancelled == 1).await;
 }
@@ -281,7 +288,7 @@ async fn a_reader_that_sleeps_stalls_nobody_and_misses_nothing() {
         stop_ids: vec![],
         score_prompt: false,
     };
-    let mut slow = w.handle.engine().run(request_of(300)).await.unwrap();
+    let mut slow = w.handle.engine().run(request_of(300)).unwrap();
     let fast = read(w.run(request(20, 400)).await.unwrap()).await.unwrap();
     assert_eq!(fast.ids.len(), 400);
     w.until("both ended", |stats| stats.finished == 2).await;
@@ -412,4 +419,102 @@ async fn many_clients_that_vanish_leave_nothing_behind() {
     while clients.join_next().await.is_some() {}
     w.until("all free", |s| s.running + s.waiting == 0 && s.blocks_free == BLOCKS).await;
     assert_eq!(read(w.run(request(4, 3)).await.unwrap()).await.unwrap().ids, [4, 5, 6]);
+}
+
+/// A step that lasts long enough for everything that a test does meanwhile.
+const LONG_STEP_MICROS: u64 = 4_000_000;
+
+impl World {
+    /// Starts a sequence whose step lasts long.
+    async fn in_a_long_step(&self) -> Streaming<v1::RunResponse> {
+        self.levers.step_micros.store(LONG_STEP_MICROS, Ordering::SeqCst);
+        let stream = self.run(request(100, 4)).await.unwrap();
+        let started = || self.levers.steps.load(Ordering::SeqCst) == 1;
+        for _ in 0..1000 {
+            if started() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        assert!(started(), "the step began");
+        stream
+    }
+
+    fn still_in_the_step(&self) -> bool {
+        self.levers.steps_done.load(Ordering::SeqCst) == 0
+    }
+}
+
+async fn progress(stream: &mut Streaming<v1::RunResponse>) -> v1::Progress {
+    let message = timeout(PATIENCE, stream.message()).await.expect("in time").unwrap();
+    message.expect("a message").progress.expect("progress alone")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_step_keeps_nobody_waiting_for_an_answer() {
+    let w = world(2).await;
+    let _busy = w.in_a_long_step().await;
+    // Three places are open and two may wait.
+    let mut accepted = Vec::new();
+    for _ in 0..5 {
+        accepted.push(w.run(request(4, 1)).await.unwrap());
+    }
+    assert_eq!(w.refused(request(4, 1)).await.code(), Code::ResourceExhausted);
+    assert_eq!(w.refused(request(512, 4)).await.code(), Code::InvalidArgument);
+    for (ahead, stream) in accepted.iter_mut().enumerate() {
+        let told = progress(stream).await;
+        let wanted = v1::Progress { waiting_ahead: ahead as u32, prompt: 4, ..Default::default() };
+        assert_eq!(told, wanted);
+    }
+    assert!(w.still_in_the_step(), "all of it within one step");
+    w.levers.step_micros.store(0, Ordering::SeqCst);
+    for stream in accepted {
+        assert_eq!(read(stream).await.unwrap().ids, [4]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn progress_is_told_while_there_is_nothing_else_to_say() {
+    let w = world(8).await;
+    let mut stream = w.in_a_long_step().await;
+    let first = progress(&mut stream).await;
+    assert_eq!((first.prefilled, first.prompt), (0, 100));
+    let second = progress(&mut stream).await;
+    assert!(second.running && second.prefilled == 0, "{second:?}");
+    assert!(w.still_in_the_step());
+    // 64 tokens are computed in the first step, 36 in the second, which brings a token.
+    let mut told = Vec::new();
+    let token = loop {
+        let message = timeout(PATIENCE, stream.message()).await.expect("in time").unwrap().unwrap();
+        match message.progress {
+            Some(progress) => told.push(progress.prefilled),
+            None => break message,
+        }
+    };
+    assert!(told.contains(&64) && told.is_sorted(), "{told:?}");
+    assert_eq!(token.tokens[0].id, 100);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_that_hangs_ends_its_worker() {
+    let w = world_with(8, Duration::from_secs(1)).await;
+    let stream = w.in_a_long_step().await;
+    let end = timeout(PATIENCE, w.handle.join()).await.expect("in time");
+    let reason = end.expect_err("a failure").to_string();
+    assert!(reason.contains("hangs") && reason.contains("--step-limit-seconds"), "{reason}");
+    assert!(w.roster.borrow().is_empty());
+    assert!(read(stream).await.is_err(), "its streams end without a finish");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_that_the_loop_never_saw_fail_with_the_group() {
+    let w = world(8).await;
+    let busy = w.in_a_long_step().await;
+    let late = w.run(request(4, 1)).await.unwrap();
+    w.levers.fail.store(true, Ordering::SeqCst);
+    for stream in [busy, late] {
+        let status = read(stream).await.err().expect("an error, not an end");
+        assert_eq!(status.code(), Code::Unavailable, "{status}");
+        assert!(status.message().contains("rank 1 ended"), "{status}");
+    }
 }

@@ -158,6 +158,7 @@ impl Target {
                     prompt: Some(Prompt::Ids(TokenIds { ids: prompt })),
                     sampling: Some(sampling),
                     parse_special: None,
+                    include_progress: false,
                 };
                 read_messages(client.clone(), request).await
             }

@@ -440,7 +440,7 @@ impl World {
             stop_ids: vec![EOS],
             score_prompt: r.below(4) == 0,
         };
-        let fits = Sequence::check(&request, self.scheduler.context_max());
+        let fits = request.check(self.scheduler.context_max());
         match self.scheduler.submit(request.clone()) {
             Ok(id) => drop(self.open.insert(id, (request, Vec::new()))),
             Err(EngineError::Overloaded(_)) => {

@@ -4,7 +4,7 @@ use crate::{
     choice::{Chunk, FinishReason, Token},
     generate::Generation,
 };
-use proto::v1::{TokenInfo, Usage};
+use proto::v1::{Progress, TokenInfo, Usage};
 use serde_json::{Map, Value, json};
 use std::time::{SystemTime, UNIX_EPOCH};
 use text::Language;
@@ -120,6 +120,16 @@ impl Answer {
     /// The chunk after the last: no choice, only the usage.
     pub fn closing(&self, usage: Usage) -> Value {
         self.piece(Value::Array(Vec::new()), Some(self::usage(usage)))
+    }
+
+    /// A chunk without choices: how far one has come towards its next token.
+    pub fn progress(&self, choice: u32, progress: Progress, usage: Option<Value>) -> Value {
+        let Progress { waiting_ahead, prefilled, prompt, running } = progress;
+        let mut chunk = self.piece(Value::Array(Vec::new()), usage);
+        chunk["progress"] = json!({"index": choice, "running": running,
+            "waiting_ahead": waiting_ahead, "prefilled_tokens": prefilled,
+            "prompt_tokens": prompt});
+        chunk
     }
 
     fn piece(&self, choices: Value, usage: Option<Value>) -> Value {

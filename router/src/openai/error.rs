@@ -33,6 +33,9 @@ fn words(error: &RouterError) -> Words {
         RouterError::Overloaded { .. } => {
             words(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("overloaded"))
         }
+        RouterError::Timeout { .. } => {
+            words(StatusCode::GATEWAY_TIMEOUT, "timeout", Some("timeout"))
+        }
         RouterError::Unavailable(_) => {
             words(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable", Some("unavailable"))
         }
@@ -51,6 +54,7 @@ pub(crate) fn label(error: &RouterError) -> &'static str {
         415 => "415",
         429 => "429",
         503 => "503",
+        504 => "504",
         _ => "500",
     }
 }

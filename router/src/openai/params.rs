@@ -11,6 +11,8 @@ use std::collections::HashMap;
 pub(crate) struct Delivery {
     pub stream: bool,
     pub usage: UsageChunks,
+    /// Chunks without choices that say how far each has come.
+    pub include_progress: bool,
 }
 
 /// Which chunks of a stream carry the usage.
@@ -124,7 +126,7 @@ fn logit_bias(fields: &mut Fields) -> Result<HashMap<u32, f32>, RouterError> {
 /// `stream` and `stream_options`.
 pub(crate) fn delivery(fields: &mut Fields) -> Result<Delivery, RouterError> {
     let stream = fields.boolean("stream")?.unwrap_or(false);
-    let mut usage = UsageChunks::None;
+    let (mut usage, mut include_progress) = (UsageChunks::None, false);
     if let Some(options) = fields.take("stream_options") {
         if !stream {
             let message = "stream_options is allowed only with stream: true";
@@ -138,9 +140,10 @@ pub(crate) fn delivery(fields: &mut Fields) -> Result<Delivery, RouterError> {
             (true, false) => UsageChunks::Last,
             (true, true) => UsageChunks::Every,
         };
+        include_progress = options.boolean("include_progress")?.unwrap_or(false);
         // Padding against eavesdroppers who count bytes.
         options.ignore("include_obfuscation");
         options.finish()?;
     }
-    Ok(Delivery { stream, usage })
+    Ok(Delivery { stream, usage, include_progress })
 }

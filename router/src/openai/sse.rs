@@ -1,59 +1,81 @@
 //! An answer as a stream of server-sent events, `[DONE]` last. An error after the stream began is
-//! an event in OpenAI's error shape, with nothing behind it.
+//! an event in OpenAI's error shape, with nothing behind it. While there is nothing to say, comments
+//! keep the connection open, also before any worker has taken the request.
 
 use super::{
     answer::{self, Answer, Route},
     error,
-    params::UsageChunks,
+    params::{Delivery, UsageChunks},
 };
-use crate::generate::Generation;
+use crate::{
+    RouterError, Shared,
+    choice::Chunk,
+    generate::{Answering, Generation},
+    record::Facts,
+};
 use axum::response::{
     IntoResponse, Response, Sse,
     sse::{Event, KeepAlive},
 };
 use futures_util::stream::unfold;
 use serde_json::Value;
-use std::{collections::VecDeque, convert::Infallible, time::Duration};
+use std::{collections::VecDeque, convert::Infallible, sync::Arc, time::Duration};
 
-/// Proxies cut connections that are silent for about a minute; a prefill may take longer.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// Between two comments of a silent stream. Proxies and clients cut silent connections after as
+/// little as ten seconds.
+const KEEP_ALIVE: Duration = Duration::from_secs(3);
+/// The comment's text.
+const WAITING: &str = "waiting";
 
-struct Events {
-    generation: Generation,
-    answer: Answer,
-    usage: UsageChunks,
+/// A stream of events being made.
+pub(crate) struct Events {
+    shared: Arc<Shared>,
+    facts: Arc<Facts>,
+    route: Route,
+    logprobs: bool,
+    delivery: Delivery,
+    answering: Answering,
+    /// Once the generation has started.
+    answer: Option<Answer>,
     ready: VecDeque<Event>,
     ended: bool,
 }
 
-/// Streams the answer. Dropping the response cancels the generation.
-pub(crate) fn respond(
-    route: Route,
-    generation: Generation,
-    answer: Answer,
-    usage: UsageChunks,
-) -> Response {
-    let mut events = Events { generation, answer, usage, ready: VecDeque::new(), ended: false };
-    if route == Route::Chat {
-        let openings = 0..events.generation.choices;
-        let openings = openings.map(|choice| events.answer.opening(choice, events.usage()));
-        events.ready = openings.map(event).collect();
+impl UsageChunks {
+    /// What a chunk with choices says under `usage`; `None` where it has no such field.
+    fn now(self, generation: &Generation) -> Option<Value> {
+        match self {
+            Self::None => None,
+            Self::Last => Some(Value::Null),
+            Self::Every => Some(answer::usage(generation.usage())),
+        }
     }
-    let stream = unfold(events, |mut events| async {
-        let event = events.next().await?;
-        Some((Ok::<_, Infallible>(event), events))
-    });
-    Sse::new(stream).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response()
 }
 
 impl Events {
-    /// What a chunk with choices says under `usage`; `None` where it has no such field.
-    fn usage(&self) -> Option<Value> {
-        match self.usage {
-            UsageChunks::None => None,
-            UsageChunks::Last => Some(Value::Null),
-            UsageChunks::Every => Some(answer::usage(self.generation.usage())),
+    pub fn new(
+        shared: Arc<Shared>,
+        facts: Arc<Facts>,
+        route: Route,
+        answering: Answering,
+        (logprobs, delivery): (bool, Delivery),
+    ) -> Self {
+        let mut ready = VecDeque::new();
+        if let Answering::Starting(_) = answering {
+            ready.push_back(Event::default().comment(WAITING));
         }
+        let (answer, ended) = (None, false);
+        Self { shared, facts, route, logprobs, delivery, answering, answer, ready, ended }
+    }
+
+    /// Streams the answer. Dropping the response cancels the generation.
+    pub fn respond(self) -> Response {
+        let stream = unfold(self, |mut events| async {
+            let event = events.next().await?;
+            Some((Ok::<_, Infallible>(event), events))
+        });
+        let comments = KeepAlive::new().interval(KEEP_ALIVE).text(WAITING);
+        Sse::new(stream).keep_alive(comments).into_response()
     }
 
     async fn next(&mut self) -> Option<Event> {
@@ -64,27 +86,56 @@ impl Events {
             if self.ended {
                 return None;
             }
-            match self.generation.next().await {
-                Some(Ok(chunk)) => {
-                    let language = &self.generation.language;
-                    let chunk = self.answer.chunk(chunk, self.usage(), language);
-                    self.ready.extend(chunk.map(event));
-                }
-                Some(Err(failure)) => {
-                    self.generation.facts().failed(error::label(&failure), &failure);
-                    self.ended = true;
-                    self.ready.push_back(event(error::body(&failure)));
-                }
-                None => {
-                    self.ended = true;
-                    if self.usage != UsageChunks::None {
-                        let closing = self.answer.closing(self.generation.usage());
-                        self.ready.push_back(event(closing));
-                    }
-                    self.ready.push_back(Event::default().data("[DONE]"));
-                }
+            if let Err(failure) = self.advance().await {
+                self.facts.failed(error::label(&failure), &failure);
+                self.ended = true;
+                self.ready.push_back(event(error::body(&failure)));
             }
         }
+    }
+
+    /// Makes the next events.
+    async fn advance(&mut self) -> Result<(), RouterError> {
+        let shared = &self.shared;
+        let started = self.answering.started().await;
+        let generation = started.inspect_err(|failure| shared.count_refusal(failure))?;
+        let usage = self.delivery.usage;
+        let answer = match &self.answer {
+            Some(answer) => answer,
+            None => {
+                let answer = Answer::new(self.route, generation, self.logprobs);
+                if self.route == Route::Chat {
+                    let choices = 0..generation.choices;
+                    let openings =
+                        choices.map(|choice| answer.opening(choice, usage.now(generation)));
+                    self.ready.extend(openings.map(event));
+                }
+                self.answer.insert(answer)
+            }
+        };
+        if !self.ready.is_empty() {
+            return Ok(());
+        }
+        match generation.next().await.transpose()? {
+            Some(Chunk { choice, progress: Some(progress), .. }) => {
+                if self.delivery.include_progress {
+                    let chunk = answer.progress(choice, progress, usage.now(generation));
+                    self.ready.push_back(event(chunk));
+                }
+            }
+            Some(chunk) => {
+                let chunk = answer.chunk(chunk, usage.now(generation), &generation.language);
+                self.ready.extend(chunk.map(event));
+            }
+            None => {
+                self.ended = true;
+                if usage != UsageChunks::None {
+                    self.ready.push_back(event(answer.closing(generation.usage())));
+                }
+                self.ready.push_back(Event::default().data("[DONE]"));
+            }
+        }
+        Ok(())
     }
 }
 

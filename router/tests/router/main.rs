@@ -9,6 +9,7 @@ mod interop;
 mod logs;
 mod openai;
 mod shapes;
+mod slow;
 mod static_list;
 mod streams;
 mod worker;
@@ -47,10 +48,11 @@ pub fn config() -> RouterConfig {
         limits: Limits { body_bytes_max: 64 << 10, ..Limits::default() },
         deadlines: Deadlines {
             connect: Duration::from_secs(1),
-            first_token: Duration::from_secs(1),
-            next_token: Duration::from_millis(500),
-            queue: Duration::from_millis(800),
+            silence: Duration::from_millis(500),
+            open: Duration::from_millis(800),
             ready: Duration::from_millis(800),
+            loading: Duration::from_secs(10),
+            queue: Duration::from_millis(800),
             describe: Duration::from_secs(5),
             headers: Duration::from_secs(5),
             body: Duration::from_secs(2),

@@ -34,8 +34,8 @@ async fn a_client_that_leaves_cancels_upstream() {
     let mut client = cluster.grpc().await;
     let prompt = proto::v1::generate_request::Prompt::Text("x".into());
     let request = proto::v1::GenerateRequest {
-        prompt: Some(prompt),
         model: MODEL.into(),
+        prompt: Some(prompt),
         ..Default::default()
     };
     let mut stream = client.generate(request).await.unwrap().into_inner();

@@ -2,7 +2,7 @@
 
 use proto::v1::{
     DescribeModelRequest, DescribeWorkerRequest, DescribeWorkerResponse, Finish, ModelFile,
-    RunRequest, RunResponse, TokenInfo, TopLogprob,
+    Progress, RunRequest, RunResponse, TokenInfo, TopLogprob,
     worker_server::{self, WorkerServer},
 };
 use std::{
@@ -11,7 +11,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, OnceLock,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU32, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -34,6 +34,10 @@ pub enum Fault {
     Silence(usize),
     /// Refused at once.
     Refuse(Status),
+    /// No answer to the call itself.
+    Mute,
+    /// So many tokens of the prompt are computed, told one by one; then this status.
+    Prefill(u32, Status),
     /// Too many tokens.
     Flood,
 }
@@ -50,6 +54,10 @@ pub struct Worker {
     pub answer: Mutex<Vec<u32>>,
     /// Between two tokens.
     pub pace: Mutex<Duration>,
+    /// Progress messages before the first token.
+    pub prefill: AtomicU32,
+    /// Between two of them.
+    pub prefill_pace: Mutex<Duration>,
     /// Calls at once that do not yet lead to RESOURCE_EXHAUSTED.
     pub places: AtomicUsize,
     /// Messages that come as one, as they do when a router reads slowly.
@@ -91,6 +99,8 @@ impl Worker {
             describes: AtomicUsize::new(0),
             answer: Mutex::new(language().encode_ordinary("Hello, wörld! 漢字 done.").unwrap()),
             pace: Mutex::default(),
+            prefill: AtomicU32::new(0),
+            prefill_pace: Mutex::default(),
             places: AtomicUsize::new(usize::MAX),
             together: AtomicUsize::new(1),
             instance: Mutex::default(),
@@ -130,6 +140,12 @@ fn info(id: u32, position: usize, request: &RunRequest) -> TokenInfo {
     let top = wanted.unwrap_or(0);
     let top = (0..top).map(|k| TopLogprob { id: id.wrapping_sub(k), logprob: -0.5 - k as f32 });
     TokenInfo { id, logprob: wanted.map(|_| -(position as f32) - 0.5), top: top.collect() }
+}
+
+/// Of a prompt of 1000 tokens.
+fn progress(prefilled: u32, running: bool) -> RunResponse {
+    let progress = Progress { waiting_ahead: 0, prefilled, prompt: 1000, running };
+    RunResponse { progress: Some(progress), ..RunResponse::default() }
 }
 
 /// The messages of an undisturbed call: one token each.
@@ -205,9 +221,16 @@ impl worker_server::Worker for Door {
         let mut messages = script(&worker, &request)?;
         messages = together(messages, worker.together.load(Ordering::SeqCst));
         let (mut last, mut silent) = (None, false);
+        let mut prefill = worker.prefill.load(Ordering::SeqCst);
         match fault {
             None => {}
             Some(Fault::Refuse(status)) => return Err(status),
+            Some(Fault::Mute) => std::future::pending().await,
+            Some(Fault::Prefill(count, status)) => {
+                messages.clear();
+                prefill = count;
+                last = Some(status);
+            }
             Some(Fault::End(count)) => messages.truncate(count),
             Some(Fault::Unfinished(count)) => {
                 messages.truncate(count);
@@ -236,6 +259,13 @@ impl worker_server::Worker for Door {
             }
             item
         });
+        let prefill_pace = *worker.prefill_pace.lock().unwrap();
+        let first = tokio_stream::once(Ok(progress(0, false)));
+        let prefill = tokio_stream::iter(1..=prefill).then(move |count| async move {
+            tokio::time::sleep(prefill_pace).await;
+            Ok(progress(count, true))
+        });
+        let paced = first.chain(prefill).chain(paced);
         let stream: Self::RunStream = match silent {
             true => Box::pin(paced.chain(tokio_stream::pending())),
             false => Box::pin(paced),

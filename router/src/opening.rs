@@ -1,0 +1,151 @@
+//! Finds a worker that takes a sequence: tries, stands in line, waits for one that loads.
+
+use crate::{
+    RouterError,
+    config::Deadlines,
+    placement::{Order, Placement, Refusal},
+    policy::{RouteKey, Target},
+    queue::Ticket,
+    targets::{Link, Snapshot},
+    upstream::Upstream,
+};
+use std::{sync::Arc, time::Duration};
+use tokio::time::{Instant, sleep};
+
+/// Between two looks at workers that are away or rest, unless the roster changes earlier.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// How long a request waits while no worker of its model takes it.
+pub(crate) struct Patience {
+    started: Instant,
+    /// For one whose answer has begun: it waits for a worker as long as for one that fails.
+    under_way: bool,
+    /// When a worker was last seen loading.
+    loading: Option<Instant>,
+}
+
+impl Patience {
+    pub fn new(under_way: bool) -> Self {
+        Self { started: Instant::now(), under_way, loading: None }
+    }
+
+    /// Until when to wait, given who is there now. One that loads is worth a longer wait.
+    pub fn until(&mut self, now: &Snapshot, model: &str, deadlines: &Deadlines) -> Instant {
+        if now.loads(model) {
+            self.loading = Some(Instant::now());
+            return self.started + deadlines.loading;
+        }
+        let there = now.ready(model).next().is_some();
+        let limit = match there || self.under_way {
+            true => deadlines.open.max(deadlines.ready),
+            false => deadlines.ready,
+        };
+        self.loading.unwrap_or(self.started) + limit
+    }
+}
+
+/// The search for a worker.
+pub(crate) struct Opening<'a> {
+    pub upstream: &'a Arc<Upstream>,
+    pub order: Order<'a>,
+    pub key: &'a RouteKey,
+    /// It ran before: it does not stand in line behind those that never began.
+    pub under_way: bool,
+    /// Full when last asked.
+    full: Vec<Arc<Link>>,
+    ticket: Option<Ticket>,
+    /// Running while nobody that is there answers.
+    patience: Option<Patience>,
+    last_fault: Option<String>,
+}
+
+impl<'a> Opening<'a> {
+    pub fn new(
+        upstream: &'a Arc<Upstream>,
+        order: Order<'a>,
+        key: &'a RouteKey,
+        under_way: bool,
+    ) -> Self {
+        let (full, ticket, patience, last_fault) = (Vec::new(), None, None, None);
+        Self { upstream, order, key, under_way, full, ticket, patience, last_fault }
+    }
+
+    /// Errors: `Overloaded`, `Unavailable` after the deadline for opening, what the client got
+    /// wrong.
+    pub async fn run(mut self) -> Result<Placement, RouterError> {
+        if !self.under_way && !self.order.model.line.is_empty() {
+            self.line_up().await?;
+        }
+        loop {
+            let now = self.upstream.targets.now();
+            let (links, targets): (Vec<Arc<Link>>, Vec<Target>) =
+                now.candidates(&self.order.model.name, &self.full).into_iter().unzip();
+            match self.upstream.policy.pick(self.key, &targets) {
+                Some(at) => {
+                    if let Some(placement) = self.ask(&links[at]).await? {
+                        return Ok(placement);
+                    }
+                    self.upstream.metrics.retries.inc();
+                }
+                None if !self.full.is_empty() => self.line_up().await?,
+                None => self.wait_for_worker(&now).await?,
+            }
+        }
+    }
+
+    async fn ask(&mut self, link: &Arc<Link>) -> Result<Option<Placement>, RouterError> {
+        match Placement::ask(link, &self.order, self.upstream.deadlines.connect).await {
+            Ok(placement) => Ok(Some(placement)),
+            Err(Refusal::Fatal(error)) => Err(error),
+            Err(Refusal::Full) => {
+                self.full.push(link.clone());
+                self.patience = None;
+                Ok(None)
+            }
+            Err(Refusal::Broken(reason)) => {
+                let (worker, address) = (link.id(), link.address());
+                tracing::warn!(worker, address, reason, "worker did not take the sequence");
+                link.failed();
+                self.last_fault = Some(format!("{worker}: {reason}"));
+                self.check_patience(&self.upstream.targets.now())?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Stands in line until it is time to try again.
+    async fn line_up(&mut self) -> Result<(), RouterError> {
+        self.full.clear();
+        let ticket = match self.ticket.take() {
+            Some(ticket) => {
+                ticket.stay();
+                ticket
+            }
+            None => Ticket::take(self.upstream, self.order.model, self.under_way)?,
+        };
+        self.ticket.insert(ticket).turn().await
+    }
+
+    async fn wait_for_worker(&mut self, now: &Snapshot) -> Result<(), RouterError> {
+        self.check_patience(now)?;
+        let mut targets = self.upstream.targets.clone();
+        tokio::select! {
+            () = targets.changed() => {}
+            () = sleep(LOOK_AGAIN) => {}
+        }
+        Ok(())
+    }
+
+    fn check_patience(&mut self, now: &Snapshot) -> Result<(), RouterError> {
+        let patience = self.patience.get_or_insert_with(|| Patience::new(self.under_way));
+        let name = &self.order.model.name;
+        if Instant::now() < patience.until(now, name, &self.upstream.deadlines) {
+            return Ok(());
+        }
+        let mut reason = now.shortage(name);
+        if let Some(fault) = &self.last_fault {
+            reason += &format!("; last {fault}");
+        }
+        Err(RouterError::Unavailable(reason))
+    }
+}

@@ -1,0 +1,36 @@
+//! A real etcd of one member.
+
+use std::{
+    net::{TcpListener, TcpStream},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use crate::{Process, wait_for};
+
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// A registry of one member: the process, its URL and its data. `None` where etcd is not installed.
+pub fn etcd() -> Option<(Process, String, tempfile::TempDir)> {
+    if Command::new("etcd").arg("--version").output().is_err() {
+        eprintln!("SKIPPED: etcd is not installed; apt-get install etcd-server runs this test");
+        return None;
+    }
+    let data = tempfile::tempdir().expect("a folder");
+    let held = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").expect("a port"));
+    let ports = held.each_ref().map(|port| port.local_addr().expect("a bound port").to_string());
+    drop(held);
+    let [client, peer] = ports.each_ref().map(|port| format!("http://{port}"));
+    let mut command = Command::new("etcd");
+    command
+        .arg("--data-dir")
+        .arg(data.path())
+        .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
+        .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+        .args(["--initial-cluster", &format!("default={peer}")])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let process = Process::spawn(&mut command);
+    wait_for("etcd", DEADLINE, || TcpStream::connect(&ports[0]).map(drop), Result::is_ok);
+    Some((process, client, data))
+}

@@ -1,0 +1,100 @@
+//! Slow is not broken, on real processes: long prompts on one thread each, in steps and queues that
+//! last longer than the router lets a worker be silent, are answered without a failure and without
+//! a restart.
+
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use tests::{Process, etcd, exchange, request, wait_for};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(300);
+/// Shorter than the prefill of one prompt.
+const SILENCE_SECONDS: &str = "3";
+const WORKERS: usize = 2;
+const PROMPTS: usize = 4;
+/// Each of these numbers is three tokens or four.
+const WORDS: usize = 350;
+
+fn metric(address: &str, name: &str) -> f64 {
+    let text = exchange(address, "GET", "/metrics", b"").body;
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+    value.unwrap_or_else(|| panic!("no {name} in {text}"))
+}
+
+/// One that shares no prefix with another client's.
+fn prompt(client: usize) -> String {
+    let words = (0..WORDS).map(|at| (at * 7919 + client * 104_729) % 900 + 100);
+    format!("{client} {}", words.map(|word| format!("{word} ")).collect::<String>())
+}
+
+/// A streamed completion: all of its bytes, and how long the whole took.
+fn stream(address: &str, model: &str, prompt: &str) -> (String, Duration) {
+    let body = json!({"model": model, "prompt": prompt, "max_tokens": 4, "ignore_eos": true,
+        "stream": true, "stream_options": {"include_progress": true}});
+    let began = Instant::now();
+    let mut stream = TcpStream::connect(address).expect("a router");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    let bytes = request("POST", "/v1/completions", body.to_string().as_bytes());
+    stream.write_all(&bytes).expect("a router that reads");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer in time");
+    (answer, began.elapsed())
+}
+
+/// The events' data.
+fn events(answer: &str) -> Vec<Value> {
+    let lines = answer.lines().filter_map(|line| line.strip_prefix("data: "));
+    lines.filter_map(|data| serde_json::from_str(data).ok()).collect()
+}
+
+#[test]
+fn long_prompts_on_slow_workers_neither_fail_nor_start_again() {
+    let Some((_etcd, endpoint, _data)) = etcd() else { return };
+    let flags = ["--threads", "1", "--precision", "exact", "--sequences", "1"];
+    let worker = ["worker", "--model", "demo", "--etcd", &endpoint, "--step-tokens", "4096"];
+    let workers: Vec<Process> =
+        (0..WORKERS).map(|_| Process::lockstep(&[&worker, &flags[..]].concat())).collect();
+    let ports = ["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
+    let silence = ["--silence-seconds", SILENCE_SECONDS, "--connect-seconds", SILENCE_SECONDS];
+    let router = ["router", "--etcd", &endpoint];
+    let router = Process::lockstep(&[&router, &ports[..], &silence[..]].concat());
+    let address = router.address("http");
+    let look = || exchange(address, "GET", "/v1/models", b"").json();
+    wait_for("a model", DEADLINE, look, |listed| listed["data"][0]["id"].is_string());
+    let model = look()["data"][0]["id"].as_str().expect("a name").to_owned();
+    // The first request fetches the tokenizer.
+    stream(address, &model, "Hello");
+
+    let answers: Vec<(String, Duration)> = thread::scope(|scope| {
+        let clients: Vec<_> = (0..PROMPTS)
+            .map(|client| {
+                let model = &model;
+                scope.spawn(move || stream(address, model, &prompt(client)))
+            })
+            .collect();
+        clients.into_iter().map(|client| client.join().expect("a client")).collect()
+    });
+    for (answer, took) in &answers {
+        assert!(answer.contains(": waiting\n\n") || *took < Duration::from_secs(4), "{answer}");
+        assert!(answer.trim_end().ends_with("data: [DONE]"), "{answer}");
+        let events = events(answer);
+        assert!(events.iter().all(|event| event["error"].is_null()), "{answer}");
+        assert!(events.iter().any(|event| event["progress"].is_object()), "{answer}");
+    }
+    let longest = answers.iter().map(|(_, took)| took.as_secs_f64()).fold(0.0, f64::max);
+    eprintln!("{PROMPTS} prompts of {WORDS} words on {WORKERS} workers: {longest:.1} s at most");
+    assert_eq!(metric(address, "lockstep_router_resumes_total "), 0.0, "nothing started again");
+    assert_eq!(metric(address, "lockstep_router_retries_total "), 0.0, "nothing was refused");
+    let finished = |worker: &Process| {
+        metric(worker.address("worker"), "lockstep_worker_requests_finished_total ")
+    };
+    let finished: Vec<f64> = workers.iter().map(finished).collect();
+    assert_eq!(finished.iter().sum::<f64>(), PROMPTS as f64 + 1.0);
+    assert!(finished.iter().all(|&count| count >= 2.0), "both took their share: {finished:?}");
+}
