@@ -281,11 +281,6 @@ impl Generation {
         }
     }
 
-    /// Where the log learns of what befalls the request.
-    pub fn facts(&self) -> &Facts {
-        &self.record.facts
-    }
-
     /// Tokens so far. Prompts count once, however many choices they have.
     pub fn usage(&self) -> Usage {
         self.usage

@@ -28,7 +28,7 @@ use axum::{
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header};
 use http_body_util::{BodyExt, Limited};
-use params::{Delivery, UsageChunks};
+use params::Delivery;
 use proto::v1::Sampling;
 use serde_json::{Value, json};
 use std::sync::Arc;

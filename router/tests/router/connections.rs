@@ -183,7 +183,7 @@ async fn a_client_that_leaves_is_told_from_one_that_listens() {
 #[tokio::test]
 async fn a_stream_without_words_ends_with_its_client() {
     let mut config = config();
-    config.deadlines.first_token = Duration::from_secs(60);
+    config.deadlines.silence = Duration::from_secs(60);
     let cluster = Cluster::start(config, 1).await;
     cluster.worker().fault(crate::worker::Fault::Silence(0));
     let mut connection = cluster.http().connect().await;

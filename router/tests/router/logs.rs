@@ -67,7 +67,12 @@ fn request<T>(id: &str, message: T) -> Request<T> {
 
 fn generate(prompt: &str) -> GenerateRequest {
     let sampling = Some(Sampling::default());
-    GenerateRequest { model: MODEL.into(), prompt: Some(Prompt::Text(prompt.into())), sampling }
+    GenerateRequest {
+        model: MODEL.into(),
+        prompt: Some(Prompt::Text(prompt.into())),
+        sampling,
+        ..GenerateRequest::default()
+    }
 }
 
 #[tokio::test]
