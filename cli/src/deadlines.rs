@@ -46,7 +46,12 @@ pub struct DeadlineArgs {
 #[derive(Args, Debug)]
 pub struct StepLimitArgs {
     /// Seconds that one step may last; a longer one means that the group hangs, and ends the worker
-    #[arg(long, default_value_t = 600, value_parser = seconds(), env = "LOCKSTEP_STEP_LIMIT_SECONDS")]
+    #[arg(
+        long,
+        default_value_t = 600,
+        value_parser = seconds(),
+        env = "LOCKSTEP_STEP_LIMIT_SECONDS"
+    )]
     step_limit_seconds: u64,
 }
 

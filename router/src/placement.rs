@@ -1,7 +1,7 @@
 //! One sequence on one worker.
 //!
-//! A worker accepts or refuses at once and then says something at least every second, if only how far
-//! it has come. So a deadline here means silence, never work: slow is not broken.
+//! A worker accepts or refuses at once and then says something at least every second, if only how
+//! far it has come. So a deadline here means silence, never work: slow is not broken.
 
 use crate::{
     RouterError,

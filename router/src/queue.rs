@@ -1,6 +1,7 @@
 //! The line in front of full workers: in order of arrival, one for each model, bounded over all.
 //!
-//! When a place comes free somewhere the first in line tries to get it, two where two came free, and
+//! When a place comes free somewhere the first in line tries to get it, two where two came free,
+//! and
 //! so on; nobody holds the others up while a worker is being asked. From how often places come free
 //! follows how long a newcomer would wait. What is longer than the limit is told at once.
 

@@ -1,5 +1,5 @@
-//! The total time that a client gives its request: `grpc-timeout`, or `x-request-timeout` over HTTP.
-//! Nothing else ends work that progresses.
+//! The total time that a client gives its request: `grpc-timeout`, or `x-request-timeout` over
+//! HTTP. Nothing else ends work that progresses.
 
 use crate::RouterError;
 use http::{HeaderMap, HeaderName};

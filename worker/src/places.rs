@@ -39,7 +39,8 @@ impl Places {
         Ok(waiting)
     }
 
-    /// What the loop knows once it has planned a step: how many it has received since the last call, how many wait and run.
+    /// What the loop knows once it has planned a step: how many it has received since the last
+    /// call, how many wait and run.
     pub fn settle(&self, received: usize, waiting: usize, running: usize) {
         let mut counts = self.counts();
         counts.inbox = counts.inbox.saturating_sub(received);

@@ -1,6 +1,6 @@
 //! An answer as a stream of server-sent events, `[DONE]` last. An error after the stream began is
-//! an event in OpenAI's error shape, with nothing behind it. While there is nothing to say, comments
-//! keep the connection open, also before any worker has taken the request.
+//! an event in OpenAI's error shape, with nothing behind it. While there is nothing to say,
+//! comments keep the connection open, also before any worker has taken the request.
 
 use super::{
     answer::{self, Answer, Route},
