@@ -247,8 +247,10 @@ async fn defaults_and_hints_of_other_servers_are_accepted() {
         "stream": true, "stream_options": {"include_usage": true, "continuous_usage_stats": true,
             "include_obfuscation": true},
     });
-    let more = json!({"messages": messages, "parallel_tool_calls": true,
-        "add_special_tokens": false, "max_tokens": 9, "max_completion_tokens": 9, "add_generation_prompt": true});
+    let more = json!({
+        "messages": messages, "parallel_tool_calls": true, "add_special_tokens": false,
+        "max_tokens": 9, "max_completion_tokens": 9, "add_generation_prompt": true,
+    });
     let reply = cluster.http().post(CHAT, &with(chat(shared.clone()), &more)).await;
     assert_eq!(reply.status, 200, "{}", reply.body);
     let reply = cluster.http().post(COMPLETIONS, &completion(shared)).await;
