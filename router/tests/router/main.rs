@@ -4,6 +4,7 @@ mod client;
 mod faults;
 mod grpc;
 mod openai;
+mod raw;
 mod shapes;
 mod streams;
 mod worker;
