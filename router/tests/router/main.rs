@@ -8,6 +8,7 @@ mod grpc;
 mod interop;
 mod logs;
 mod openai;
+mod raw;
 mod shapes;
 mod slow;
 mod static_list;
