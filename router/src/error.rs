@@ -23,10 +23,12 @@ pub enum RouterError {
     /// The client's fault, at `param` where one is to blame.
     #[error("{message}")]
     Invalid { param: Option<String>, message: String },
-    /// Prompt and answer do not fit the model's context.
+    /// Prompt and answer do not fit the model's context. In OpenAI's words and with its code in
+    /// them: client libraries look for either in the message.
     #[error(
-        "prompt of {prompt} + {new} new tokens exceeds the context of {context}; shorten the \
-         prompt or lower max_tokens"
+        "This model's maximum context length is {context} tokens. However, you requested {prompt} \
+         in the prompt and {new} in the completion. Please reduce the length of the prompt or \
+         max_tokens (context_length_exceeded)."
     )]
     ContextExceeded { prompt: usize, new: usize, context: usize },
     #[error("the model '{model}' does not exist; served: {served}")]
