@@ -2,11 +2,11 @@
 //!
 //! Raw here; `resolve` turns them into the typed configuration that the crates take.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
-use cluster::{Etcd, EtcdOptions, telemetry::LogFormat};
+use cluster::telemetry::LogFormat;
 use kernels::{
     cpu::{Isa, Precision},
     cuda::{CudaConfig, KvFormat, WeightFormat},
@@ -167,59 +167,6 @@ impl GroupArgs {
             config.kv_format = KvFormat::Fp8;
         }
         Ok(device)
-    }
-}
-
-/// Where a router listens.
-#[derive(Args, Debug)]
-pub struct ListenArgs {
-    /// Address of the OpenAI-compatible HTTP interface; port 0 takes any
-    #[arg(long, default_value = "127.0.0.1:8000", env = "LOCKSTEP_HTTP")]
-    pub http: SocketAddr,
-    /// Address of the gRPC interface; port 0 takes any
-    #[arg(long, default_value = "127.0.0.1:8001", env = "LOCKSTEP_GRPC")]
-    pub grpc: SocketAddr,
-    /// Web pages that may call the HTTP interface from a browser, as scheme://host[:port], or * for
-    /// all; pages that this machine serves always may
-    #[arg(
-        long = "cors-origin",
-        value_name = "ORIGIN",
-        value_delimiter = ',',
-        env = "LOCKSTEP_CORS_ORIGIN"
-    )]
-    pub cors_origins: Vec<String>,
-}
-
-/// Where the roster is.
-#[derive(Args, Debug)]
-pub struct EtcdArgs {
-    /// etcd members, e.g. http://10.0.0.1:2379,http://10.0.0.2:2379
-    #[arg(long, value_delimiter = ',', env = "LOCKSTEP_ETCD")]
-    pub etcd: Vec<String>,
-    /// Clusters of different names share an etcd
-    #[arg(long, default_value = "default", env = "LOCKSTEP_CLUSTER")]
-    cluster: String,
-    /// A file with user:password for etcd
-    #[arg(long, env = "LOCKSTEP_ETCD_CREDENTIALS")]
-    etcd_credentials: Option<PathBuf>,
-}
-
-impl EtcdArgs {
-    /// Connects.
-    pub async fn connect(&self) -> Result<Etcd> {
-        if self.etcd.is_empty() {
-            bail!("this command joins a cluster: name its etcd with --etcd http://HOST:2379");
-        }
-        let mut options = EtcdOptions::new(self.etcd.clone(), self.cluster.clone());
-        if let Some(path) = &self.etcd_credentials {
-            let text = std::fs::read_to_string(path)
-                .with_context(|| format!("cannot read --etcd-credentials {}", path.display()))?;
-            let Some((user, password)) = text.trim_end().split_once(':') else {
-                bail!("{} does not hold user:password", path.display());
-            };
-            options.user = Some((user.to_owned(), password.to_owned()));
-        }
-        Ok(Etcd::connect(options).await?)
     }
 }
 

@@ -12,6 +12,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
+use crate::address;
 use load::Load;
 use request::{Prompts, Target};
 
@@ -19,10 +20,11 @@ use request::{Prompts, Target};
 #[derive(Args)]
 pub struct BenchArgs {
     /// The router: http://HOST:PORT of its HTTP, or grpc://HOST:PORT of its gRPC interface
-    #[arg(long, default_value = "http://127.0.0.1:8000", env = "LOCKSTEP_URL")]
+    #[arg(long, value_parser = address::http_or_grpc, default_value = "http://127.0.0.1:8000",
+        env = "LOCKSTEP_URL")]
     url: String,
-    /// [default: the first that the router lists]
-    #[arg(long, env = "LOCKSTEP_MODEL")]
+    /// The name of the model to ask for [default: the first that the router lists]
+    #[arg(long, env = "LOCKSTEP_NAME")]
     model: Option<String>,
     /// Requests in all
     #[arg(long, default_value_t = 64, env = "LOCKSTEP_REQUESTS")]

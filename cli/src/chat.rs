@@ -1,6 +1,6 @@
 //! `lockstep chat`: a conversation in the terminal with a running router.
 
-use std::io::{Write, stdout};
+use std::io::{IsTerminal, Write, stdin, stdout};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -8,18 +8,19 @@ use proto::v1::{
     ChatRequest, ListModelsRequest, Message, Sampling, inference_client::InferenceClient,
 };
 use rustyline::{DefaultEditor, error::ReadlineError};
-use tonic::{Code, transport::Channel};
+use tonic::transport::Channel;
 
-use crate::client;
+use crate::{address, client};
 
 /// Flags of `chat`.
 #[derive(Args)]
 pub struct ChatArgs {
     /// The router's gRPC address
-    #[arg(long, default_value = "http://127.0.0.1:8001", env = "LOCKSTEP_ROUTER")]
+    #[arg(long, value_parser = address::http, default_value = "http://127.0.0.1:8001",
+        env = "LOCKSTEP_ROUTER")]
     router: String,
-    /// [default: the only model served]
-    #[arg(long, env = "LOCKSTEP_MODEL")]
+    /// The name of the model to ask for [default: the only one served]
+    #[arg(long, env = "LOCKSTEP_NAME")]
     model: Option<String>,
     /// The system prompt
     #[arg(long, env = "LOCKSTEP_SYSTEM")]
@@ -48,14 +49,22 @@ async fn run(args: ChatArgs) -> Result<()> {
         Some(model) => model,
         None => only_model(&mut client).await?,
     };
-    eprintln!("{model}; {HELP}");
     let sampling = Sampling {
         max_tokens: args.max_tokens,
         temperature: args.temperature,
         seed: args.seed,
         ..Sampling::default()
     };
-    let mut chat = Conversation { client, model, sampling, system: args.system, turns: Vec::new() };
+    let chat = Conversation { client, model, sampling, system: args.system, turns: Vec::new() };
+    match stdin().is_terminal() {
+        true => talk(chat).await,
+        false => read(chat).await,
+    }
+}
+
+/// Lines of a person: what goes wrong is told, and the next line is asked for.
+async fn talk(mut chat: Conversation) -> Result<()> {
+    eprintln!("{}; {HELP}", chat.model);
     let mut editor = DefaultEditor::new().context("cannot read the terminal")?;
     loop {
         let line = match tokio::task::block_in_place(|| editor.readline("> ")) {
@@ -67,34 +76,35 @@ async fn run(args: ChatArgs) -> Result<()> {
             Err(ReadlineError::Eof) => return Ok(()),
             Err(error) => return Err(error).context("cannot read the terminal"),
         };
-        let line = line.trim();
-        if line.is_empty() {
-            continue;
+        if !line.trim().is_empty() {
+            // Only history is lost where the line cannot be kept.
+            let _kept = editor.add_history_entry(line.trim());
         }
-        // Only history is lost where the line cannot be kept.
-        let _kept = editor.add_history_entry(line);
-        match Input::read(line) {
-            Input::Quit => return Ok(()),
-            Input::Reset => {
-                chat.turns.clear();
-                eprintln!("forgotten");
-            }
-            Input::System(text) => {
-                chat.system = (!text.is_empty()).then(|| text.to_owned());
-                eprintln!("system prompt {}", if text.is_empty() { "removed" } else { "set" });
-            }
-            Input::Unknown(word) => eprintln!("no command {word}; {HELP}"),
-            Input::Say(text) => {
-                if let Err(error) = chat.say(text).await {
-                    eprintln!("error: {error:#}");
-                }
-            }
+        match chat.take(&line).await {
+            Ok(true) => {}
+            Ok(false) => return Ok(()),
+            Err(error) => eprintln!("error: {error:#}"),
         }
     }
 }
 
+/// Lines of a file or a pipe: the first that goes wrong ends all, since later ones build on it.
+async fn read(mut chat: Conversation) -> Result<()> {
+    let mut lines = stdin().lines();
+    for number in 1.. {
+        let Some(line) = tokio::task::block_in_place(|| lines.next()) else { break };
+        let line = line.context("cannot read standard input")?;
+        let at = || format!("line {number} of standard input");
+        if !chat.take(&line).await.with_context(at)? {
+            break;
+        }
+    }
+    Ok(())
+}
+
 #[derive(Debug, PartialEq)]
 enum Input<'a> {
+    Nothing,
     Say(&'a str),
     System(&'a str),
     Reset,
@@ -104,11 +114,13 @@ enum Input<'a> {
 
 impl<'a> Input<'a> {
     fn read(line: &'a str) -> Self {
+        let line = line.trim();
         let (word, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
         match word {
             "/system" => Self::System(rest.trim()),
             "/reset" => Self::Reset,
             "/quit" | "/exit" => Self::Quit,
+            "" => Self::Nothing,
             _ if word.starts_with('/') => Self::Unknown(word),
             _ => Self::Say(line),
         }
@@ -117,11 +129,14 @@ impl<'a> Input<'a> {
 
 async fn only_model(client: &mut InferenceClient<Channel>) -> Result<String> {
     let listed = client.list_models(ListModelsRequest {}).await.map_err(client::explain)?;
-    let models: Vec<_> = listed.into_inner().models.into_iter().map(|model| model.id).collect();
+    let own = listed.into_inner().models.into_iter().filter(|model| model.root.is_empty());
+    let models: Vec<_> = own.map(|model| model.id).collect();
     match models.as_slice() {
         [only] => Ok(only.clone()),
         [] => bail!("the router serves no model yet; is a worker ready?"),
-        several => bail!("several models are served; choose one with --model: {several:?}"),
+        several => {
+            bail!("several models are served; name one with --model: {}", several.join(", "))
+        }
     }
 }
 
@@ -138,6 +153,25 @@ fn message(role: &str, content: &str) -> Message {
 }
 
 impl Conversation {
+    /// Does what a line says; false ends the conversation.
+    async fn take(&mut self, line: &str) -> Result<bool> {
+        match Input::read(line) {
+            Input::Nothing => {}
+            Input::Quit => return Ok(false),
+            Input::Reset => {
+                self.turns.clear();
+                eprintln!("forgotten");
+            }
+            Input::System(text) => {
+                self.system = (!text.is_empty()).then(|| text.to_owned());
+                eprintln!("system prompt {}", if text.is_empty() { "removed" } else { "set" });
+            }
+            Input::Unknown(word) => bail!("no command {word}; {HELP}"),
+            Input::Say(text) => self.say(text).await?,
+        }
+        Ok(true)
+    }
+
     /// Sends a message and shows the answer as it comes. What failed is not remembered.
     async fn say(&mut self, text: &str) -> Result<()> {
         self.turns.push(message("user", text));
@@ -163,6 +197,7 @@ impl Conversation {
             ..ChatRequest::default()
         };
         let mut answer = String::new();
+        let mut finish = String::new();
         let interrupted = tokio::signal::ctrl_c();
         tokio::pin!(interrupted);
         let mut stream = tokio::select! {
@@ -175,22 +210,31 @@ impl Conversation {
                     Ok(Some(part)) => {
                         answer.push_str(&part.text);
                         show(&part.text)?;
+                        if !part.finish_reason.is_empty() {
+                            finish = part.finish_reason;
+                        }
                     }
                     Ok(None) => break,
-                    Err(status) if status.code() == Code::Cancelled => break,
                     Err(status) => {
-                        println!();
+                        crate::print("")?;
                         return Err(client::explain(status));
                     }
                 },
                 // Dropping the stream is what stops the answer.
                 _ = &mut interrupted => {
-                    show(" …")?;
-                    break;
+                    crate::print(" …")?;
+                    return if stdin().is_terminal() { Ok(answer) } else { bail!("stopped") };
                 }
             }
         }
-        println!();
+        crate::print("")?;
+        match finish.as_str() {
+            "" => bail!("the router ended the answer without saying why"),
+            "length" => eprintln!(
+                "(truncated: the answer reached --max-tokens or the end of the model's context)"
+            ),
+            _ => {}
+        }
         Ok(answer)
     }
 }
@@ -211,5 +255,6 @@ mod tests {
         assert_eq!(Input::read("/system"), Input::System(""));
         assert_eq!(Input::read("/reset"), Input::Reset);
         assert_eq!(Input::read("/rest"), Input::Unknown("/rest"));
+        assert_eq!(Input::read(" \t"), Input::Nothing);
     }
 }

@@ -16,14 +16,13 @@ const MESSAGE_BYTES_MAX: usize = 64 << 20;
 /// A channel that notices a router which is gone.
 pub async fn connect(address: &str) -> Result<InferenceClient<Channel>> {
     let endpoint = Endpoint::from_shared(address.to_owned())
-        .with_context(|| format!("{address:?} is no address; write http://HOST:PORT"))?
+        .with_context(|| format!("{address:?} is no address; write HOST:PORT"))?
         .connect_timeout(CONNECT_DEADLINE)
         .http2_keep_alive_interval(PING)
         .keep_alive_timeout(PING);
-    let channel = endpoint
-        .connect()
-        .await
-        .with_context(|| format!("no router at {address}; start one with `lockstep up`"))?;
+    let channel = endpoint.connect().await.with_context(|| {
+        format!("no router's gRPC interface at {address}; start one with `lockstep up`")
+    })?;
     Ok(InferenceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX))
 }
 

@@ -3,11 +3,14 @@
 //!
 //! No logic of its own beyond that and the tools (`run`, `perplexity`, `chat`, `pull`, `bench`).
 
+mod address;
 mod args;
 mod bench;
 mod chat;
 mod client;
+mod config;
 mod direct;
+mod generated;
 mod load;
 mod logits;
 mod perplexity;
@@ -17,13 +20,18 @@ mod rank;
 mod router;
 mod run;
 mod sampling;
+mod serve;
 mod source;
+#[cfg(test)]
+mod tests;
 mod up;
 mod worker;
 
 use std::{
+    ffi::OsString,
     fmt::Display,
     io::{ErrorKind, Write, stdout},
+    path::PathBuf,
     process::ExitCode,
 };
 
@@ -38,6 +46,9 @@ use args::LogArgs;
 #[command(name = "lockstep", version = env!("LOCKSTEP_VERSION"), about)]
 #[command(arg_required_else_help = true)]
 struct Cli {
+    /// A TOML file with values for flags, in a section for each command
+    #[arg(long, global = true, value_name = "FILE", env = "LOCKSTEP_CONFIG")]
+    config: Option<PathBuf>,
     #[command(flatten)]
     log: LogArgs,
     #[command(subcommand)]
@@ -65,11 +76,19 @@ enum Command {
     Pull(pull::PullArgs),
     /// Load against a running router
     Bench(bench::BenchArgs),
+    /// Prints the completions of a shell
+    Completions(generated::CompletionsArgs),
+    /// Writes the man pages to a folder
+    Man(generated::ManArgs),
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let outcome = dispatch(cli);
+    let words: Vec<OsString> = std::env::args_os().collect();
+    let outcome = match config::parse(&words) {
+        Ok(cli) => dispatch(cli),
+        Err(config::Fault::File(error)) => Err(error),
+        Err(config::Fault::Usage(error)) => error.exit(),
+    };
     // The whole chain on one line: what failed: why: why that.
     match outcome {
         Ok(()) => telemetry::flush(),
@@ -88,6 +107,9 @@ fn dispatch(cli: Cli) -> Result<()> {
         _ => "warn",
     };
     telemetry::init(cli.log.format(), filter)?;
+    if let Some(file) = &cli.config {
+        tracing::info!(file = %file.display(), "configuration");
+    }
     match cli.command {
         Command::Up(args) => up::main(args),
         Command::Router(args) => router::main(args),
@@ -98,6 +120,8 @@ fn dispatch(cli: Cli) -> Result<()> {
         Command::Chat(args) => chat::main(args),
         Command::Pull(args) => pull::main(args),
         Command::Bench(args) => bench::main(args),
+        Command::Completions(args) => generated::completions(args),
+        Command::Man(args) => generated::man(args),
     }
 }
 
@@ -112,27 +136,4 @@ fn print(line: impl Display) -> Result<()> {
 /// The async runtime of the commands that talk over a network.
 fn runtime() -> Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use clap::CommandFactory;
-
-    #[test]
-    fn every_flag_has_its_environment_variable() {
-        let command = Cli::command();
-        command.clone().debug_assert();
-        for sub in command.get_subcommands().filter(|sub| !sub.is_hide_set()) {
-            for flag in sub.get_arguments().filter(|flag| !flag.is_positional()) {
-                let id = flag.get_id().as_str();
-                if ["help", "version"].contains(&id) {
-                    continue;
-                }
-                let twin = flag.get_env().and_then(|name| name.to_str());
-                let wanted = format!("LOCKSTEP_{}", id.to_uppercase());
-                assert_eq!(twin, Some(wanted.as_str()), "{} --{id}", sub.get_name());
-            }
-        }
-    }
 }

@@ -41,8 +41,8 @@ impl Progress {
         let tenths = self.done * 10 / self.total.max(1);
         if tenths > self.told {
             self.told = tenths;
-            let (what, percent) = (&self.what, tenths * 10);
             let (done, total) = (self.done, self.total);
+            let (what, percent) = (&self.what, done * 100 / total.max(1));
             telemetry::say(match self.unit {
                 Unit::Bytes => {
                     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);

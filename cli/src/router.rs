@@ -1,25 +1,20 @@
 //! `lockstep router`: the front of a cluster.
 
-use std::{sync::Arc, time::Duration};
-
 use anyhow::{Context, Result};
 use clap::Args;
 use cluster::{shutdown, telemetry};
-use router::{Router, RouterConfig};
+use router::Router;
 
-use crate::args::{EtcdArgs, ListenArgs};
 use crate::load;
+use crate::serve::{FrontArgs, WorkersArgs};
 
 /// Flags of `router`.
 #[derive(Args)]
 pub struct RouterArgs {
     #[command(flatten)]
-    listen: ListenArgs,
+    front: FrontArgs,
     #[command(flatten)]
-    etcd: EtcdArgs,
-    /// Bytes of one request's body, at most
-    #[arg(long, default_value_t = 4 << 20, env = "LOCKSTEP_BODY_BYTES")]
-    body_bytes: usize,
+    workers: WorkersArgs,
     /// Seconds that running answers may take to finish after a signal
     #[arg(long, default_value_t = 30, env = "LOCKSTEP_DRAIN_SECONDS")]
     drain_seconds: u64,
@@ -32,11 +27,8 @@ pub fn main(args: RouterArgs) -> Result<()> {
 async fn run(args: RouterArgs) -> Result<()> {
     load::tell_machine();
     let mut stop = shutdown::signals().context("cannot listen for signals")?;
-    let membership = Arc::new(args.etcd.connect().await?);
-    let mut config = RouterConfig::new(Some(args.listen.http), Some(args.listen.grpc));
-    config.limits.body_bytes_max = args.body_bytes;
-    config.deadlines.drain = Duration::from_secs(args.drain_seconds);
-    config.cors_origins = args.listen.cors_origins;
+    let config = args.front.resolve(args.drain_seconds)?;
+    let membership = args.workers.connect().await?;
     let router = Router::start(config, membership, stop.clone()).await?;
     if let (Some(http), Some(grpc)) = (router.http(), router.grpc()) {
         telemetry::ready(&[("http", format!("http://{http}")), ("grpc", format!("http://{grpc}"))]);

@@ -21,7 +21,7 @@ use crate::logits::LogitsFile;
 use crate::sampling::SamplingArgs;
 
 /// Flags of `run`.
-#[derive(Args)]
+#[derive(Args, Debug)]
 pub struct RunArgs {
     #[command(flatten)]
     group: GroupArgs,
@@ -52,7 +52,7 @@ pub struct RunArgs {
     logits_out: Option<PathBuf>,
 }
 
-#[derive(Args)]
+#[derive(Args, Debug)]
 #[group(required = true, multiple = false)]
 struct PromptArgs {
     /// Text to continue

@@ -56,6 +56,7 @@ impl SamplingArgs {
             frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
             seed: self.seed.unwrap_or_else(drawn_seed),
             logit_bias: self.logit_bias.clone(),
+            ban: None,
             logprobs: self.logprobs,
         };
         // Each test is written so that a NaN fails it.

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Error, Result, anyhow, bail};
 
 pub use cache::Cache;
-pub use names::listing;
+pub use names::{distance, listing};
 
 /// A model's origin, read from what the user typed.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,24 +1,30 @@
 //! `lockstep up`: router and one worker group in one process.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc};
 
 use anyhow::{Context, Result};
 use clap::Args;
 use cluster::{InMemory, Membership, shutdown, telemetry};
 use engine::plan::BLOCK_TOKENS;
 use tokio::{net::TcpListener, sync::watch};
-use worker::{ModelInfo, RankMode, Worker, WorkerConfig, WorkerHandle};
+use worker::{ModelInfo, RankMode, Worker, WorkerHandle};
 
-use crate::args::{EtcdArgs, GroupArgs, ListenArgs};
+use crate::args::GroupArgs;
 use crate::load;
+use crate::serve::{EtcdArgs, FrontArgs, Listen, ServedArgs};
 
 /// Flags of `up`.
-#[derive(Args)]
+#[derive(Args, Debug)]
 pub struct UpArgs {
     #[command(flatten)]
     group: GroupArgs,
     #[command(flatten)]
-    listen: ListenArgs,
+    front: FrontArgs,
+    #[command(flatten)]
+    served: ServedArgs,
+    /// Address of the worker: its metrics, and what routers connect to; port 0 takes any
+    #[arg(long, default_value = "127.0.0.1:0", env = "LOCKSTEP_WORKER_LISTEN")]
+    worker_listen: SocketAddr,
     #[command(flatten)]
     etcd: EtcdArgs,
     /// Seconds that running answers may take to finish after Ctrl-C
@@ -51,25 +57,25 @@ struct Up {
 }
 
 async fn start(args: &UpArgs, stop: watch::Receiver<bool>) -> Result<Up> {
+    let at = Listen { flag: "--worker-listen", address: args.worker_listen };
+    args.served.check(at, &args.etcd)?;
+    let front = args.front.resolve(args.drain_seconds)?;
     // A taken port is told before minutes are spent on loading.
-    for (flag, address) in [("--http", args.listen.http), ("--grpc", args.listen.grpc)] {
+    let (http, grpc) = (args.front.http, args.front.grpc);
+    for (flag, address) in [("--http", http), ("--grpc", grpc), (at.flag, at.address)] {
         ensure_free(flag, address).await?;
     }
-    let membership: Arc<dyn Membership> = match args.etcd.etcd.is_empty() {
-        true => Arc::new(InMemory::new()),
-        false => Arc::new(args.etcd.connect().await?),
+    let membership: Arc<dyn Membership> = match args.etcd.connect().await? {
+        Some(etcd) => etcd,
+        None => Arc::new(InMemory::new()),
     };
     let group = load::resolve(&args.group, RankMode::Threads).await?;
-    let mut config = WorkerConfig::new(group);
-    config.drain_limit = Duration::from_secs(args.drain_seconds);
+    let config = args.served.resolve(group, at, args.drain_seconds);
     let (sender, ended) = watch::channel(*stop.borrow());
     let progress = Box::new(load::shown());
     let worker = Worker::start(config, membership.clone(), progress, ended.clone()).await?;
     load::tell(worker.info());
-    let mut config = router::RouterConfig::new(Some(args.listen.http), Some(args.listen.grpc));
-    config.deadlines.drain = Duration::from_secs(args.drain_seconds);
-    config.cors_origins = args.listen.cors_origins.clone();
-    let router = router::Router::start(config, membership, ended).await?;
+    let router = router::Router::start(front, membership, ended).await?;
     telemetry::ready(&facts(&router, &worker));
     Ok(Up { worker, router, stop: sender })
 }
@@ -85,12 +91,12 @@ fn facts(router: &router::RouterHandle, worker: &WorkerHandle) -> Vec<(&'static 
         Some(address) => format!("{scheme}://{address}"),
         None => "off".to_owned(),
     };
-    let ModelInfo { name, ranks, blocks, context_max, .. } = worker.info();
+    let ModelInfo { ranks, blocks, context_max, .. } = worker.info();
     vec![
         ("http", address("http", router.http())),
         ("grpc", address("http", router.grpc())),
-        ("worker", format!("http://{}", worker.addr())),
-        ("model", name.clone()),
+        ("worker", worker.address()),
+        ("model", worker.model_name()),
         ("ranks", ranks.to_string()),
         ("kv", format!("{} tokens ({blocks} blocks)", blocks * BLOCK_TOKENS)),
         ("context", context_max.to_string()),

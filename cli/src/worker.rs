@@ -1,15 +1,16 @@
 //! `lockstep worker`: one group of ranks, each a process of its own.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Args;
-use cluster::{shutdown, telemetry};
+use cluster::{InMemory, Membership, shutdown, telemetry};
 use tokio::sync::watch;
-use worker::{RankMode, Worker, WorkerConfig, WorkerHandle};
+use worker::{RankMode, Worker, WorkerHandle};
 
-use crate::args::{EtcdArgs, GroupArgs};
+use crate::args::GroupArgs;
 use crate::load;
+use crate::serve::{EtcdArgs, Listen, ServedArgs};
 
 /// Flags of `worker`.
 #[derive(Args)]
@@ -21,15 +22,8 @@ pub struct WorkerArgs {
     /// Address that routers connect to; port 0 takes any
     #[arg(long, default_value = "127.0.0.1:0", env = "LOCKSTEP_LISTEN")]
     listen: SocketAddr,
-    /// The same address as routers see it, e.g. http://10.0.0.7:7001
-    #[arg(long, env = "LOCKSTEP_ADVERTISE")]
-    advertise: Option<String>,
-    /// The name that clients ask for [default: the checkpoint's]
-    #[arg(long, env = "LOCKSTEP_NAME")]
-    name: Option<String>,
-    /// Requests that wait for a place before others are refused
-    #[arg(long, default_value_t = 256, env = "LOCKSTEP_QUEUE")]
-    queue: usize,
+    #[command(flatten)]
+    served: ServedArgs,
     /// Seconds that running answers may take to finish after a signal
     #[arg(long, default_value_t = 30, env = "LOCKSTEP_DRAIN_SECONDS")]
     drain_seconds: u64,
@@ -41,10 +35,7 @@ pub fn main(args: WorkerArgs) -> Result<()> {
 
 async fn run(args: WorkerArgs) -> Result<()> {
     load::tell_machine();
-    if args.listen.ip().is_unspecified() && args.advertise.is_none() {
-        let wanted = "say with --advertise http://HOST:PORT how routers reach it";
-        bail!("--listen {} is no address to connect to; {wanted}", args.listen);
-    }
+    args.served.check(args.at(), &args.etcd)?;
     let stop = shutdown::signals().context("cannot listen for signals")?;
     let mut early = stop.clone();
     let worker = tokio::select! {
@@ -55,23 +46,25 @@ async fn run(args: WorkerArgs) -> Result<()> {
         }
     };
     load::tell(worker.info());
-    telemetry::ready(&[
-        ("worker", format!("http://{}", worker.addr())),
-        ("model", worker.info().name.clone()),
-    ]);
+    telemetry::ready(&[("worker", worker.address()), ("model", worker.model_name())]);
     worker.join().await?;
     tracing::info!("stopped");
     Ok(())
 }
 
+impl WorkerArgs {
+    fn at(&self) -> Listen {
+        Listen { flag: "--listen", address: self.listen }
+    }
+}
+
 async fn start(args: WorkerArgs, stop: watch::Receiver<bool>) -> Result<WorkerHandle> {
-    let membership = Arc::new(args.etcd.connect().await?);
+    // Without etcd it is for routers to know this address: see `router --workers`.
+    let membership: Arc<dyn Membership> = match args.etcd.connect().await? {
+        Some(etcd) => etcd,
+        None => Arc::new(InMemory::new()),
+    };
     let group = load::resolve(&args.group, RankMode::Processes).await?;
-    let mut config = WorkerConfig::new(group);
-    config.listen = args.listen;
-    config.advertise = args.advertise;
-    config.model_name = args.name;
-    config.waiting_max = args.queue;
-    config.drain_limit = Duration::from_secs(args.drain_seconds);
+    let config = args.served.resolve(group, args.at(), args.drain_seconds);
     Ok(Worker::start(config, membership, Box::new(load::shown()), stop).await?)
 }

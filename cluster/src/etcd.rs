@@ -18,8 +18,6 @@ use crate::{Instance, Membership, MembershipError, Registration, Roster};
 use session::{Fault, Session};
 use view::View;
 
-/// Bytes of one instance's value, at most.
-const VALUE_BYTES_MAX: usize = 16 * 1024;
 /// Instances of one cluster, at most.
 const INSTANCES_MAX: usize = 10_000;
 
@@ -155,7 +153,7 @@ impl Membership for Etcd {
         instance: watch::Receiver<Instance>,
     ) -> Result<Box<dyn Registration>, MembershipError> {
         check_name("instance id", &instance.borrow().id)?;
-        encode(&instance.borrow())?;
+        instance.borrow().encode()?;
         let registration = keeper::start(self.options.clone(), instance).await?;
         Ok(Box::new(registration))
     }
@@ -163,17 +161,6 @@ impl Membership for Etcd {
     fn roster(&self) -> watch::Receiver<Roster> {
         self.roster.clone()
     }
-}
-
-fn encode(instance: &Instance) -> Result<Vec<u8>, MembershipError> {
-    let invalid = |reason: String| {
-        MembershipError::Invalid(format!("instance {} cannot be announced: {reason}", instance.id))
-    };
-    let value = serde_json::to_vec(instance).map_err(|error| invalid(error.to_string()))?;
-    if value.len() > VALUE_BYTES_MAX {
-        return Err(invalid(format!("{} bytes, at most {VALUE_BYTES_MAX}", value.len())));
-    }
-    Ok(value)
 }
 
 #[cfg(test)]

@@ -1,16 +1,19 @@
 #![forbid(unsafe_code)]
-//! Who is alive and what they serve: the roster, in memory or in etcd. Beside it what every server
-//! needs: its end by signals, its log lines, and how it tells its metrics.
+//! Who is alive and what they serve: the roster, in memory, in etcd, or asked of a fixed list.
+//! Beside it what every server needs: its end by signals, its log lines, and how it tells its
+//! metrics.
 
 mod etcd;
 mod memory;
 pub mod metrics;
 mod process;
 pub mod shutdown;
+mod static_list;
 pub mod telemetry;
 
 pub use etcd::{Etcd, EtcdOptions};
 pub use memory::InMemory;
+pub use static_list::StaticList;
 
 use std::sync::Arc;
 
@@ -61,6 +64,34 @@ pub struct Instance {
     pub load: Load,
 }
 
+/// Bytes of one instance in its outer form, at most.
+const INSTANCE_BYTES_MAX: usize = 16 * 1024;
+
+impl Instance {
+    /// As JSON: what registries hold and what a worker says of itself.
+    ///
+    /// # Errors
+    /// `Invalid` for more than 16 KiB.
+    pub fn encode(&self) -> Result<Vec<u8>, MembershipError> {
+        let invalid = |reason: String| {
+            MembershipError::Invalid(format!("instance {} cannot be told: {reason}", self.id))
+        };
+        let value = serde_json::to_vec(self).map_err(|error| invalid(error.to_string()))?;
+        if value.len() > INSTANCE_BYTES_MAX {
+            return Err(invalid(format!("{} bytes, at most {INSTANCE_BYTES_MAX}", value.len())));
+        }
+        Ok(value)
+    }
+
+    /// Reads what `encode` wrote, here or in another process; without trusting it.
+    fn decode(value: &[u8]) -> Result<Self, String> {
+        if value.len() > INSTANCE_BYTES_MAX {
+            return Err(format!("{} bytes, at most {INSTANCE_BYTES_MAX}", value.len()));
+        }
+        serde_json::from_slice(value).map_err(|error| error.to_string())
+    }
+}
+
 /// Every known instance, in order of id. Always the whole set, never a difference.
 pub type Roster = Arc<Vec<Instance>>;
 
@@ -88,7 +119,7 @@ pub trait Registration: Send + Sync {
     async fn leave(self: Box<Self>);
 }
 
-/// The registry. Implementations: in memory (one process), etcd.
+/// The registry. Implementations: in memory (one process), etcd, a fixed list of addresses.
 #[async_trait::async_trait]
 pub trait Membership: Send + Sync + 'static {
     /// Puts the instance in the roster, follows its changes, and keeps it there through faults of

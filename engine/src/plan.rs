@@ -33,6 +33,8 @@ pub struct SamplingParams {
     pub seed: u64,
     /// Added to logits before anything else, by token id.
     pub logit_bias: Vec<(u32, f32)>,
+    /// Tokens that the beginning of the answer must not have.
+    pub ban: Option<Box<Ban>>,
     /// `Some(k)`: report the chosen token's logprob and the `k` likeliest.
     pub logprobs: Option<u32>,
 }
@@ -49,8 +51,37 @@ impl SamplingParams {
         frequency_penalty: 0.0,
         seed: 0,
         logit_bias: Vec::new(),
+        ban: None,
         logprobs: None,
     };
+
+    /// Keeps `tokens` out of all positions below `before`.
+    pub fn ban(&mut self, before: usize, tokens: impl IntoIterator<Item = u32>) {
+        let banned = tokens.into_iter().map(|token| (token, BAN));
+        let logit_bias = self.logit_bias.iter().copied().chain(banned).collect();
+        self.ban = Some(Box::new(Ban { before, logit_bias }));
+    }
+
+    /// What is added to logits for the token at `position`.
+    pub fn bias_at(&self, position: usize) -> &[(u32, f32)] {
+        match &self.ban {
+            Some(ban) if position < ban.before => &ban.logit_bias,
+            _ => &self.logit_bias,
+        }
+    }
+}
+
+/// Far below any logit: nothing is left of the token's probability. Finite, and so far from the
+/// largest number that no penalty makes it infinite.
+const BAN: f32 = -1e30;
+
+/// See [`SamplingParams::ban`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Ban {
+    /// Positions from here on are free.
+    pub before: usize,
+    /// In place of `SamplingParams::logit_bias`: that, and the ban.
+    pub logit_bias: Vec<(u32, f32)>,
 }
 
 /// What a sequence brings along when a runner first meets it, or meets it again after preemption.

@@ -35,7 +35,7 @@ pub fn next_token<'a>(
         frequency_penalty: params.frequency_penalty,
         seed: params.seed,
         position: position as u64,
-        logit_bias: &params.logit_bias,
+        logit_bias: params.bias_at(position),
         seen: seen.ascending(),
         allowed: None,
     }
@@ -101,12 +101,13 @@ impl Sampler {
         seen: &Seen,
         position: usize,
     ) -> Result<u32, Refused> {
-        let adjust = !params.logit_bias.is_empty() || !seen.is_empty();
+        let bias = params.bias_at(position);
+        let adjust = !bias.is_empty() || !seen.is_empty();
         let whole = self.drawable == logits.len();
         let (row, peak) = if adjust {
             let row = &mut self.adjusted[..logits.len()];
             row.copy_from_slice(logits);
-            penalties::apply(row, params, seen)?;
+            penalties::apply(row, bias, params, seen)?;
             let row = &row[..self.drawable];
             (row, logits::finite_peak(row).ok_or(Refused::Adjusted)?)
         } else if whole {

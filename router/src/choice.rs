@@ -1,7 +1,8 @@
 //! One choice of an answer: token ids become text, watched for stop strings.
 //!
 //! Text that may be the beginning of a stop string, or half a character, is held back together
-//! with its tokens. Tokens cut off by a stop string are counted but not shown.
+//! with its tokens. Tokens that a stop string cut off are counted up to the one that completed it,
+//! and not shown; a worker may have run ahead by then.
 
 use crate::{
     RouterError,
@@ -63,12 +64,27 @@ pub(crate) struct Echo {
     pub alone: bool,
 }
 
+/// What ends the text beside the worker's own finish.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Stops {
+    pub strings: Vec<String>,
+    /// Special tokens that stop strings name: the worker stops at their ids.
+    pub named: Vec<(u32, String)>,
+    /// The stop string is part of the text.
+    pub keep: bool,
+    /// The text of so many tokens is not searched.
+    pub min_tokens: u32,
+}
+
 /// A choice being generated.
 pub(crate) struct Choice {
     index: u32,
     sequence: Sequence,
     detokenizer: Detokenizer,
-    stops: StopStrings,
+    strings: StopStrings,
+    stops: Stops,
+    /// New tokens so far.
+    generated: u32,
     echo: Option<Echo>,
     scores: Vec<TokenInfo>,
     /// Tokens whose text is held back.
@@ -103,7 +119,7 @@ impl Choice {
         index: u32,
         sequence: Sequence,
         detokenizer: Detokenizer,
-        stop: Vec<String>,
+        mut stops: Stops,
         echo: Option<Echo>,
         waits: Waits,
     ) -> Self {
@@ -111,7 +127,9 @@ impl Choice {
             index,
             sequence,
             detokenizer,
-            stops: StopStrings::new(stop),
+            strings: StopStrings::new(std::mem::take(&mut stops.strings)).keeping(stops.keep),
+            stops,
+            generated: 0,
             echo,
             scores: Vec::new(),
             pending: VecDeque::new(),
@@ -172,10 +190,11 @@ impl Choice {
 
     /// Takes new tokens, in order, up to the finish or a stop string.
     fn read(&mut self, tokens: Vec<TokenInfo>, finish: Option<Finish>, chunk: &mut Chunk) {
-        chunk.sampled = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
         let last = tokens.len().wrapping_sub(1);
         let mut end = None;
         for (at, info) in tokens.into_iter().enumerate() {
+            chunk.sampled += 1;
+            self.generated += 1;
             if finish == Some(Finish::Stop) && at == last {
                 end = Some(Token { info, offset: 0, end: true });
                 break;
@@ -191,8 +210,12 @@ impl Choice {
         if self.tell(&tail, chunk) {
             return self.cut(chunk);
         }
-        chunk.text += &self.stops.flush();
+        chunk.text += &self.strings.flush();
         chunk.tokens.extend(self.pending.drain(..));
+        let named = |token: &Token| self.stops.named.iter().find(|(id, _)| *id == token.info.id);
+        if let Some((_, name)) = end.as_ref().and_then(named).filter(|_| self.stops.keep) {
+            chunk.text += name;
+        }
         chunk.tokens.extend(end.map(|token| Token { offset: self.decoded, ..token }));
         chunk.finish = Some(match finish {
             Finish::Length => FinishReason::Length,
@@ -203,7 +226,12 @@ impl Choice {
     /// Hands text on; true when a stop string is complete.
     fn tell(&mut self, piece: &str, chunk: &mut Chunk) -> bool {
         self.decoded += piece.chars().count();
-        let step = self.stops.push(piece);
+        if self.generated <= self.stops.min_tokens {
+            self.emitted += piece.chars().count();
+            chunk.text += piece;
+            return false;
+        }
+        let step = self.strings.push(piece);
         self.emitted += step.emit.chars().count();
         chunk.text += &step.emit;
         step.stopped

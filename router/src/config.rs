@@ -1,6 +1,6 @@
 //! What the router is told at its start: where to listen, how much to hold, how long to wait.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 /// Where to listen and within which bounds. Port 0 takes any free port.
 #[derive(Clone, Debug)]
@@ -14,13 +14,16 @@ pub struct RouterConfig {
     pub cors_origins: Vec<String>,
     pub limits: Limits,
     pub deadlines: Deadlines,
+    /// Further names for models: the alias, then the model's own name.
+    pub aliases: BTreeMap<String, String>,
 }
 
 impl RouterConfig {
     /// Default limits and deadlines, no foreign web pages.
     pub fn new(http: Option<SocketAddr>, grpc: Option<SocketAddr>) -> Self {
         let (limits, deadlines) = (Limits::default(), Deadlines::default());
-        Self { http, grpc, cors_origins: Vec::new(), limits, deadlines }
+        let (cors_origins, aliases) = (Vec::new(), BTreeMap::new());
+        Self { http, grpc, cors_origins, limits, deadlines, aliases }
     }
 }
 

@@ -25,12 +25,14 @@ pub enum RouterError {
     Invalid { param: Option<String>, message: String },
     /// Prompt and answer do not fit the model's context. In OpenAI's words and with its code in
     /// them: client libraries look for either in the message.
-    #[error(
-        "This model's maximum context length is {context} tokens. However, you requested {prompt} \
-         in the prompt and {new} in the completion. Please reduce the length of the prompt or \
-         max_tokens (context_length_exceeded)."
-    )]
-    ContextExceeded { prompt: usize, new: usize, context: usize },
+    #[error("{}", overflow(from, *prompt, *new, *context))]
+    ContextExceeded {
+        /// The parameter that the prompt came by.
+        from: &'static str,
+        prompt: usize,
+        new: usize,
+        context: usize,
+    },
     #[error("the model '{model}' does not exist; served: {served}")]
     ModelNotFound { model: String, served: String },
     #[error("no such route: {0}")]
@@ -55,6 +57,26 @@ pub enum RouterError {
     /// A worker, or the model's own files, failed in a way that another try will not mend.
     #[error("internal: {0}")]
     Internal(String),
+}
+
+/// Whether the prompt leaves no room for any answer.
+pub(crate) fn prompt_too_long(prompt: usize, context: usize) -> bool {
+    prompt >= context
+}
+
+fn overflow(from: &str, prompt: usize, new: usize, context: usize) -> String {
+    let limit = format!("This model's maximum context length is {context} tokens. However, you");
+    if prompt_too_long(prompt, context) {
+        return format!(
+            "{limit} requested {prompt} tokens in the {from} alone. Please reduce the length of \
+             the {from} (context_length_exceeded)."
+        );
+    }
+    let all = prompt.saturating_add(new);
+    format!(
+        "{limit} requested {all} tokens ({prompt} in the {from}, {new} in the completion). Please \
+         reduce the length of the {from} or max_tokens (context_length_exceeded)."
+    )
 }
 
 impl RouterError {

@@ -7,6 +7,7 @@ use crate::{
     raised,
     record::Facts,
     request::{Encoded, Prepared},
+    sampling::choice_seed,
     upstream::Sequence,
 };
 use futures_util::{
@@ -14,7 +15,7 @@ use futures_util::{
     future::try_join_all,
     stream::{SelectAll, unfold},
 };
-use proto::v1::{RunRequest, Usage};
+use proto::v1::{RunRequest, SamplingParams, Usage};
 use std::{pin::Pin, sync::Arc};
 use text::Language;
 use tokio::{
@@ -88,14 +89,14 @@ pub(crate) async fn start(
         choices: count as i64,
         _permit: permit,
     };
-    let mut choices = choices(shared, &prepared);
+    let mut choices = choices(shared, &prepared)?;
     let started = Instant::now();
     try_join_all(choices.iter_mut().map(Choice::open)).instrument(span.clone()).await?;
     facts.queued(started.elapsed());
     let chunks = choices.into_iter().map(|choice| chunks(choice, span.clone())).collect();
     Ok(Generation {
         language: prepared.language,
-        model: prepared.model.name.clone(),
+        model: prepared.name.clone(),
         request_id: prepared.trace.request_id,
         choices: count,
         n: prepared.sampling.n,
@@ -107,31 +108,35 @@ pub(crate) async fn start(
     })
 }
 
-/// Choice `i` of prompt `p` has the index p · n + i, and the seed of the request + i.
-fn choices(shared: &Arc<Shared>, prepared: &Prepared) -> Vec<Choice> {
+/// Choice `i` of prompt `p` has the index p · n + i, and draws of its own.
+fn choices(shared: &Arc<Shared>, prepared: &Prepared) -> Result<Vec<Choice>, RouterError> {
     let n = prepared.sampling.n;
     let mut choices = Vec::new();
     for (at, prompt) in prepared.prompts.iter().enumerate() {
         for turn in 0..n {
             let index = at as u32 * n + turn;
+            let seed = match prepared.sampling.seed {
+                Some(seed) => choice_seed(seed, index),
+                None => crate::trace::random()?,
+            };
             let echo = prepared.sampling.echo.then(|| echo(prepared, prompt));
             let sequence = Sequence::new(
                 shared.upstream.clone(),
                 prepared.model.clone(),
                 prepared.trace.clone(),
-                run_request(prepared, prompt, turn),
+                run_request(prepared, prompt, seed),
             );
             choices.push(Choice::new(
                 index,
                 sequence,
                 prepared.language.decoder(),
-                prepared.sampling.stop.clone(),
+                prepared.sampling.stops.clone(),
                 echo,
                 shared.metrics.waits(&prepared.model.name),
             ));
         }
     }
-    choices
+    Ok(choices)
 }
 
 fn echo(prepared: &Prepared, prompt: &Encoded) -> Echo {
@@ -144,10 +149,9 @@ fn echo(prepared: &Prepared, prompt: &Encoded) -> Echo {
     }
 }
 
-fn run_request(prepared: &Prepared, prompt: &Encoded, turn: u32) -> RunRequest {
+fn run_request(prepared: &Prepared, prompt: &Encoded, seed: u64) -> RunRequest {
     let sampling = &prepared.sampling;
-    let mut params = sampling.params.clone();
-    params.seed = params.seed.wrapping_add(turn.into());
+    let params = SamplingParams { seed, ..sampling.params.clone() };
     RunRequest {
         request_id: prepared.trace.request_id.clone(),
         prompt: prompt.ids.clone(),

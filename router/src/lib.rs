@@ -5,6 +5,7 @@
 //! text again. What breaks underneath is mended here (see `upstream`) or told in plain words.
 //! Everything is bounded: bodies, connections, requests in flight, lines, indices, waits.
 
+mod aliases;
 mod choice;
 mod config;
 mod error;
@@ -29,6 +30,7 @@ pub use config::{Deadlines, Limits, RouterConfig};
 pub use error::RouterError;
 pub use server::{Router, RouterHandle};
 
+use aliases::Aliases;
 use metrics::Metrics;
 use std::sync::Arc;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
@@ -37,6 +39,7 @@ use upstream::Upstream;
 /// What every request of one router shares.
 struct Shared {
     upstream: Arc<Upstream>,
+    aliases: Aliases,
     metrics: Arc<Metrics>,
     /// Threads that may tokenise long text at once.
     tokenizers: Arc<Semaphore>,
@@ -77,7 +80,7 @@ impl Shared {
         }
     }
 
-    /// Models with at least one ready worker, by name.
+    /// Names that can be asked for now: models with at least one ready worker, then aliases of these.
     fn served(&self) -> Vec<proto::v1::Model> {
         let now = self.upstream.targets.now();
         let served = now.models.values().filter_map(|model| {
@@ -88,8 +91,9 @@ impl Shared {
                 context_max: count(capacity.context_max),
                 workers: count(now.ready(&model.name).count()),
                 created: model.created,
+                root: String::new(),
             })
         });
-        served.collect()
+        self.aliases.listed(served.collect())
     }
 }

@@ -5,14 +5,15 @@ mod chat;
 mod completions;
 mod error;
 mod fields;
+mod harmless;
 mod params;
 mod sse;
+mod tokenize;
 
 use crate::{
     RouterError, Shared, generate,
     record::{Door, recorded},
     request::{self, Input, Prompt},
-    sampling::SamplingInput,
     trace::Trace,
 };
 use answer::{Answer, Part, Route};
@@ -25,7 +26,8 @@ use axum::{
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header};
 use http_body_util::{BodyExt, Limited};
-use params::Delivery;
+use params::{Delivery, UsageChunks};
+use proto::v1::Sampling;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use tokio::time::timeout;
@@ -47,8 +49,10 @@ const COMPRESSED_BYTES_MIN: u64 = 1400;
 pub(crate) struct Body {
     model: String,
     prompts: Vec<Prompt>,
-    sampling: SamplingInput,
+    sampling: Sampling,
     delivery: Delivery,
+    /// Parameters without effect.
+    ignored: Vec<String>,
 }
 
 /// Every route, to which bodies come unpacked and from which answers go packed as the client says.
@@ -63,6 +67,9 @@ pub(crate) fn routes(shared: Arc<Shared>, cors: CorsLayer) -> Router {
         .route("/v1/completions", post(text_completions))
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
+        .route("/version", get(tokenize::version))
         .route("/health", get(health))
         .route("/metrics", get(metrics))
         .method_not_allowed_fallback(async |request: Request| {
@@ -91,8 +98,8 @@ async fn text_completions(State(shared): State<Arc<Shared>>, request: Request) -
 async fn complete(shared: Arc<Shared>, request: Request, route: Route) -> Response {
     let trace = Trace::of(request.extensions());
     match run(&shared, request, route, trace).await {
-        Ok(Ready::Stream { generation, answer, include_usage }) => {
-            sse::respond(route, *generation, answer, include_usage)
+        Ok(Ready::Stream { generation, answer, usage }) => {
+            sse::respond(route, *generation, answer, usage)
         }
         Ok(Ready::Whole(body)) => Json(body).into_response(),
         Err(failure) => {
@@ -105,7 +112,7 @@ async fn complete(shared: Arc<Shared>, request: Request, route: Route) -> Respon
 /// What is ready to be sent.
 enum Ready {
     Whole(Value),
-    Stream { generation: Box<generate::Generation>, answer: Answer, include_usage: bool },
+    Stream { generation: Box<generate::Generation>, answer: Answer, usage: UsageChunks },
 }
 
 async fn run(
@@ -121,15 +128,19 @@ async fn run(
         Route::Completions => completions::parse(&body)?,
     };
     let logprobs = body.sampling.logprobs.is_some();
-    let Delivery { stream, include_usage } = body.delivery;
-    let Body { model, prompts, sampling, .. } = body;
+    let Body { model, prompts, sampling, delivery, ignored } = body;
+    let Delivery { stream, usage } = delivery;
+    if !ignored.is_empty() {
+        let (request_id, names) = (&trace.request_id, ignored.join(", "));
+        tracing::debug!(request_id, names, "parameters without effect on the answer");
+    }
     let input = Input { model, prompts, sampling, trace };
     let prepared = request::prepare(shared, input).await?;
     let mut generation = generate::start(shared, prepared, permit).await?;
     let answer = Answer::new(route, &generation, logprobs);
     if stream {
         let generation = Box::new(generation);
-        return Ok(Ready::Stream { generation, answer, include_usage });
+        return Ok(Ready::Stream { generation, answer, usage });
     }
     let mut parts: Vec<Part> = (0..generation.choices).map(|_| Part::default()).collect();
     while let Some(chunk) = generation.next().await {
@@ -187,8 +198,9 @@ async fn model(State(shared): State<Arc<Shared>>, Path(id): Path<String>) -> Res
 }
 
 fn describe(model: &proto::v1::Model) -> Value {
+    let root = if model.root.is_empty() { &model.id } else { &model.root };
     json!({"id": model.id, "object": "model", "created": model.created, "owned_by": "lockstep",
-        "max_model_len": model.context_max})
+        "root": root, "max_model_len": model.context_max})
 }
 
 /// 200 while requests can be answered: a worker is ready and the router does not drain.

@@ -2,35 +2,62 @@
 
 use crate::{
     RouterError, Shared, languages,
-    sampling::{self, Sampling, SamplingInput},
+    sampling::{self, Sampling},
     targets::{Capacity, Model},
     trace::Trace,
 };
+use proto::v1;
+use serde_json::{Map, Value};
 use std::sync::Arc;
-use text::{Chat, Language, TextError};
+use text::{Chat, Language, Message, TextError};
 use tokio::time::{Instant, timeout_at};
 
 /// Roles that a conversation may name.
 const ROLES: [&str; 4] = ["system", "user", "assistant", "tool"];
 /// Up to here text is tokenised where it stands; beyond on a thread of its own.
 const INLINE_BYTES_MAX: usize = 4096;
+/// What a template writes for each message, and JSON for each value, beside the text itself.
+const MESSAGE_BYTES: usize = 64;
+const VALUE_BYTES: usize = 8;
+
+/// How a text becomes ids.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Reading {
+    /// Names of special tokens are those tokens; else they are only text.
+    pub parse_special: bool,
+    /// With what the model wants around a text, e.g. BOS.
+    pub add_special: bool,
+}
+
+impl Default for Reading {
+    fn default() -> Self {
+        Self { parse_special: true, add_special: true }
+    }
+}
 
 /// What is to be continued.
 #[derive(Debug)]
 pub(crate) enum Prompt {
-    Text(String),
+    Text(String, Reading),
     Ids(Vec<u32>),
     Chat(Box<Chat>),
 }
 
 impl Prompt {
+    /// About how much there is to render and to encode.
     fn bytes(&self) -> usize {
         match self {
-            Self::Text(text) => text.len(),
-            Self::Ids(_) => 0,
+            Self::Text(text, _) => text.len(),
+            Self::Ids(ids) => ids.len(),
             Self::Chat(chat) => {
-                chat.messages.iter().map(|m| m.content.len()).sum::<usize>()
-                    + chat.tools.as_ref().map_or(0, |tools| tools.to_string().len())
+                let message = |message: &Message| {
+                    let calls = message.tool_calls.as_ref().map_or(0, value_bytes);
+                    let text = message.role.len() + message.content.as_str().len();
+                    MESSAGE_BYTES + text + calls + map_bytes(&message.extra)
+                };
+                chat.messages.iter().map(message).sum::<usize>()
+                    + chat.tools.as_ref().map_or(0, value_bytes)
+                    + map_bytes(&chat.args)
             }
         }
     }
@@ -38,7 +65,7 @@ impl Prompt {
     /// The parameter that a client gave it by.
     fn param(&self) -> &'static str {
         match self {
-            Self::Text(_) | Self::Ids(_) => "prompt",
+            Self::Text(..) | Self::Ids(_) => "prompt",
             Self::Chat(_) => "messages",
         }
     }
@@ -49,7 +76,7 @@ impl Prompt {
 pub(crate) struct Input {
     pub model: String,
     pub prompts: Vec<Prompt>,
-    pub sampling: SamplingInput,
+    pub sampling: v1::Sampling,
     pub trace: Trace,
 }
 
@@ -66,6 +93,8 @@ pub(crate) struct Encoded {
 /// A request that can run.
 pub(crate) struct Prepared {
     pub model: Arc<Model>,
+    /// The name that the answer carries: as asked for, else the model's own.
+    pub name: String,
     pub language: Arc<Language>,
     pub sampling: Sampling,
     pub prompts: Vec<Encoded>,
@@ -74,14 +103,11 @@ pub(crate) struct Prepared {
 
 /// Finds the model, encodes the prompts, checks every value.
 pub(crate) async fn prepare(shared: &Shared, input: Input) -> Result<Prepared, RouterError> {
-    let (model, capacity) = find_model(shared, &input.model).await?;
+    let (model, language, capacity) = spoken(shared, &input.model).await?;
     input.trace.facts.model(&model.name);
-    let targets = &shared.upstream.targets;
-    let language = languages::language(targets, &model, &shared.upstream.deadlines).await?;
-    let mut sampling = sampling::resolve(input.sampling, language.defaults(), capacity.vocab_size)?;
-    if !sampling.seed_given {
-        sampling.params.seed = crate::trace::random()?;
-    }
+    let special = |text: &str| language.special_token(text);
+    let sampling =
+        sampling::resolve(input.sampling, language.defaults(), capacity.vocab_size, special)?;
     let mut prompts = Vec::with_capacity(input.prompts.len());
     for prompt in input.prompts {
         let param = prompt.param();
@@ -91,30 +117,27 @@ pub(crate) async fn prepare(shared: &Shared, input: Input) -> Result<Prepared, R
             return Err(RouterError::invalid(param, empty));
         }
         sampling::in_vocabulary(param, &ids, capacity.vocab_size)?;
-        let max_tokens = room(ids.len(), sampling.max_tokens, capacity.context_max)?;
+        let max_tokens = room(param, ids.len(), sampling.max_tokens, capacity.context_max)?;
         prompts.push(Encoded { ids, text, max_tokens });
     }
-    Ok(Prepared { model, language, sampling, prompts, trace: input.trace })
+    let name = if input.model.is_empty() { model.name.clone() } else { input.model };
+    Ok(Prepared { model, name, language, sampling, prompts, trace: input.trace })
 }
 
-/// The model and what its ready workers can do; waits a little where there are none.
-pub(crate) async fn find_model(
-    shared: &Shared,
-    name: &str,
-) -> Result<(Arc<Model>, Capacity), RouterError> {
-    if name.is_empty() {
-        return Err(RouterError::invalid("model", "model is missing; name one of /v1/models"));
-    }
+/// The model of a name, or the only one for an empty name, and what its ready workers can do; waits
+/// a little where there are none.
+async fn find_model(shared: &Shared, asked: &str) -> Result<(Arc<Model>, Capacity), RouterError> {
     let mut targets = shared.upstream.targets.clone();
     let deadline = Instant::now() + shared.upstream.deadlines.ready;
     loop {
         let now = targets.now();
+        let name = shared.aliases.model(&now, asked)?;
         if let Some(model) = now.models.get(name) {
             if let Some(capacity) = now.capacity(name) {
                 return Ok((model.clone(), capacity));
             }
         } else if !now.models.is_empty() {
-            let served = now.models.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+            let served = shared.aliases.names(&now);
             return Err(RouterError::ModelNotFound { model: name.to_owned(), served });
         }
         if timeout_at(deadline, targets.changed()).await.is_err() {
@@ -127,7 +150,12 @@ pub(crate) async fn find_model(
 }
 
 /// New tokens that a prompt leaves room for.
-fn room(prompt: usize, asked: Option<u32>, context: usize) -> Result<u32, RouterError> {
+fn room(
+    from: &'static str,
+    prompt: usize,
+    asked: Option<u32>,
+    context: usize,
+) -> Result<u32, RouterError> {
     let free = context.saturating_sub(prompt);
     match asked {
         // Even where no token is wanted a worker samples one.
@@ -135,7 +163,7 @@ fn room(prompt: usize, asked: Option<u32>, context: usize) -> Result<u32, Router
         None if free > 0 => Ok(u32::try_from(free).unwrap_or(u32::MAX)),
         asked => {
             let new = asked.unwrap_or(1).max(1) as usize;
-            Err(RouterError::ContextExceeded { prompt, new, context })
+            Err(RouterError::ContextExceeded { from, prompt, new, context })
         }
     }
 }
@@ -152,8 +180,56 @@ async fn encode(
     on_tokenizer_thread(shared, bytes, move || encode_now(&language, prompt, echo)).await
 }
 
+/// A text's ids, and who gave them.
+pub(crate) struct Tokens {
+    pub ids: Vec<u32>,
+    pub language: Arc<Language>,
+    pub context_max: usize,
+}
+
+/// Encodes one prompt for whoever wants its ids.
+pub(crate) async fn tokenize(
+    shared: &Shared,
+    model: &str,
+    prompt: Prompt,
+) -> Result<Tokens, RouterError> {
+    let _permit = shared.permit(1)?;
+    let (_, language, capacity) = spoken(shared, model).await?;
+    let (ids, _) = encode(shared, &language, prompt, false).await?;
+    Ok(Tokens { ids, language, context_max: capacity.context_max })
+}
+
+/// The text that ids stand for, special tokens included; `param` brought them.
+pub(crate) async fn detokenize(
+    shared: &Shared,
+    model: &str,
+    param: &str,
+    ids: Vec<u32>,
+) -> Result<String, RouterError> {
+    let _permit = shared.permit(1)?;
+    let (_, language, capacity) = spoken(shared, model).await?;
+    sampling::in_vocabulary(param, &ids, capacity.vocab_size)?;
+    let bytes = ids.len();
+    on_tokenizer_thread(shared, bytes, move || {
+        let bytes: Vec<u8> = ids.iter().flat_map(|&id| language.piece(id)).collect();
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    })
+    .await
+}
+
+/// The model, how it speaks, and what its ready workers can do.
+async fn spoken(
+    shared: &Shared,
+    name: &str,
+) -> Result<(Arc<Model>, Arc<Language>, Capacity), RouterError> {
+    let (model, capacity) = find_model(shared, name).await?;
+    let upstream = &shared.upstream;
+    let language = languages::language(&upstream.targets, &model, &upstream.deadlines).await?;
+    Ok((model, language, capacity))
+}
+
 /// Runs work on `bytes` of text: here where they are few, else on one of a few threads.
-pub(crate) async fn on_tokenizer_thread<T: Send + 'static>(
+async fn on_tokenizer_thread<T: Send + 'static>(
     shared: &Shared,
     bytes: usize,
     work: impl FnOnce() -> Result<T, RouterError> + Send + 'static,
@@ -171,6 +247,20 @@ pub(crate) async fn on_tokenizer_thread<T: Send + 'static>(
     running.await.map_err(|error| internal(&error))?
 }
 
+fn value_bytes(value: &Value) -> usize {
+    VALUE_BYTES
+        + match value {
+            Value::String(text) => text.len(),
+            Value::Array(items) => items.iter().map(value_bytes).sum(),
+            Value::Object(map) => map_bytes(map),
+            Value::Null | Value::Bool(_) | Value::Number(_) => 0,
+        }
+}
+
+fn map_bytes(map: &Map<String, Value>) -> usize {
+    map.iter().map(|(key, value)| key.len() + value_bytes(value)).sum()
+}
+
 fn encode_now(
     language: &Language,
     prompt: Prompt,
@@ -179,9 +269,14 @@ fn encode_now(
     let param = prompt.param();
     let refuse = |error| text_error(param, error);
     match prompt {
-        Prompt::Text(text) => {
-            let ids = language.encode(&text).map_err(refuse)?;
-            Ok((ids, if echo { text } else { String::new() }))
+        Prompt::Text(text, reading) => {
+            let ids = match (reading.parse_special, reading.add_special) {
+                (true, true) => language.encode(&text),
+                (true, false) => language.encode_bare(&text),
+                (false, true) => language.encode_literal(&text),
+                (false, false) => language.encode_ordinary(&text),
+            };
+            Ok((ids.map_err(refuse)?, if echo { text } else { String::new() }))
         }
         Prompt::Ids(ids) => {
             let mut text = String::new();
@@ -214,7 +309,7 @@ fn check_roles(chat: &Chat) -> Result<(), RouterError> {
 }
 
 /// The client's fault, unless the model's own files are.
-pub(crate) fn text_error(param: &str, error: TextError) -> RouterError {
+fn text_error(param: &str, error: TextError) -> RouterError {
     match error {
         TextError::Tokenizer(_) | TextError::File { .. } => {
             RouterError::Internal(error.to_string())
@@ -226,15 +321,48 @@ pub(crate) fn text_error(param: &str, error: TextError) -> RouterError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     #[test]
     fn room_is_what_was_asked_for_or_what_the_context_leaves() {
-        assert_eq!(room(10, None, 16).unwrap(), 6);
-        assert_eq!(room(10, Some(6), 16).unwrap(), 6);
-        assert_eq!(room(10, Some(0), 16).unwrap(), 0);
+        assert_eq!(room("prompt", 10, None, 16).unwrap(), 6);
+        assert_eq!(room("prompt", 10, Some(6), 16).unwrap(), 6);
+        assert_eq!(room("prompt", 10, Some(0), 16).unwrap(), 0);
         for (prompt, asked) in [(10, Some(7)), (16, None), (17, None), (16, Some(0))] {
-            let error = room(prompt, asked, 16).unwrap_err();
+            let error = room("messages", prompt, asked, 16).unwrap_err();
             assert!(matches!(error, RouterError::ContextExceeded { context: 16, .. }));
+            let said = error.to_string();
+            assert!(
+                said.starts_with("This model's maximum context length is 16 tokens. "),
+                "{said}"
+            );
+            assert_eq!(said.contains("max_tokens"), prompt < 16, "{said}");
+        }
+    }
+
+    /// What is rendered and encoded beside the messages' text is not small either.
+    #[test]
+    fn nothing_large_counts_as_small() {
+        let large = "x".repeat(INLINE_BYTES_MAX);
+        let call = json!([{"function": {"name": "f", "arguments": {"a": [large]}}}]);
+        type Change<'a> = &'a dyn Fn(&mut Chat, &mut Message);
+        let with = |change: Change<'_>| {
+            let (mut chat, mut message) = (Chat::default(), Message::new("assistant", "x"));
+            change(&mut chat, &mut message);
+            chat.messages.push(message);
+            Prompt::Chat(Box::new(chat)).bytes()
+        };
+        assert!(with(&|_, _| {}) < 100);
+        let cases: [Change<'_>; 6] = [
+            &|_, message| message.content = large.clone(),
+            &|_, message| message.tool_calls = Some(call.clone()),
+            &|_, message| drop(message.extra.insert("thinking".into(), json!(large))),
+            &|chat, _| chat.tools = Some(call.clone()),
+            &|chat, _| drop(chat.args.insert("a".into(), json!({large.clone(): 1}))),
+            &|chat, _| chat.messages = vec![Message::new("user", ""); 64],
+        ];
+        for (at, case) in cases.iter().enumerate() {
+            assert!(with(case) > INLINE_BYTES_MAX, "case {at}");
         }
     }
 }

@@ -3,60 +3,41 @@
 //! Absent values come from the model's own `generation_config`, then from the defaults that
 //! `inference.proto` names. A value outside its range is refused with its name and the range.
 
-use crate::RouterError;
-use proto::v1::SamplingParams;
-use std::collections::{BTreeMap, HashMap};
+use crate::{RouterError, choice::Stops};
+use proto::v1::{self, SamplingParams};
 use text::GenerationDefaults;
 
 /// Choices of one prompt.
 const N_MAX: u32 = 128;
 const LOGPROBS_MAX: u32 = 20;
-const STOPS_MAX: usize = 16;
+const STOPS_MAX: usize = 64;
 const STOP_BYTES_MAX: usize = 1024;
 const STOP_IDS_MAX: usize = 256;
 const LOGIT_BIAS_MAX: usize = 1024;
 
-/// What a client said; `None` where it said nothing.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct SamplingInput {
-    pub max_tokens: Option<u32>,
-    pub temperature: Option<f32>,
-    pub top_p: Option<f32>,
-    pub top_k: Option<u32>,
-    pub min_p: Option<f32>,
-    pub repetition_penalty: Option<f32>,
-    pub presence_penalty: Option<f32>,
-    pub frequency_penalty: Option<f32>,
-    pub seed: Option<u64>,
-    pub stop: Vec<String>,
-    pub stop_token_ids: Vec<u32>,
-    pub n: Option<u32>,
-    pub logprobs: Option<u32>,
-    pub echo: bool,
-    pub ignore_eos: bool,
-    pub logit_bias: BTreeMap<u32, f32>,
-}
-
-/// What is valid and complete, but for the seed of a client that gave none.
+/// What is valid and complete, but for the seed of each choice.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Sampling {
-    /// `seed` is 0 where the client gave none.
+    /// `seed` is not yet that of a choice.
     pub params: SamplingParams,
-    pub seed_given: bool,
+    /// The client's.
+    pub seed: Option<u64>,
     /// `None`: up to the context.
     pub max_tokens: Option<u32>,
     pub n: u32,
-    pub stop: Vec<String>,
-    /// End-of-sequence ids included, unless ignored.
+    pub stops: Stops,
+    /// Those of stop strings and end-of-sequence ids included, unless the latter are ignored.
     pub stop_ids: Vec<u32>,
     pub echo: bool,
 }
 
-/// Checks everything and fills in the defaults. Errors: `Invalid`, with the parameter's name.
+/// Checks everything and fills in the defaults. `special` knows the ids of special tokens by their
+/// names. Errors: `Invalid`, with the parameter's name.
 pub(crate) fn resolve(
-    input: SamplingInput,
+    input: v1::Sampling,
     defaults: &GenerationDefaults,
     vocab_size: usize,
+    special: impl Fn(&str) -> Option<u32>,
 ) -> Result<Sampling, RouterError> {
     let n = input.n.unwrap_or(1);
     if !(1..=N_MAX).contains(&n) {
@@ -68,62 +49,84 @@ pub(crate) fn resolve(
     if input.max_tokens == Some(0) && !input.echo {
         return Err(outside("max_tokens", 0, "at least 1 (0 only with echo)"));
     }
+    if let Some(max) = input.max_tokens.filter(|&max| max < input.min_tokens) {
+        return Err(outside("min_tokens", input.min_tokens, &format!("0 to max_tokens, {max}")));
+    }
     check_stops(&input.stop)?;
     check_ids(&input, vocab_size)?;
-    let mut stop_ids = input.stop_token_ids.clone();
+    let params = params(&input, defaults)?;
+    // A special token leaves no text in which its name could be found.
+    let named = input.stop.iter().filter_map(|stop| Some((special(stop)?, stop.clone())));
+    let named: Vec<_> = named.filter(|(id, _)| (*id as usize) < vocab_size).collect();
+    let mut stop_ids = input.stop_token_ids;
+    stop_ids.extend(named.iter().map(|(id, _)| id));
     if !input.ignore_eos {
         stop_ids.extend(&defaults.eos_ids);
     }
     stop_ids.sort_unstable();
     stop_ids.dedup();
-    let params = params(&input, defaults)?;
     Ok(Sampling {
         params,
-        seed_given: input.seed.is_some(),
+        seed: input.seed,
         max_tokens: input.max_tokens,
         n,
-        stop: input.stop,
+        stops: Stops {
+            strings: input.stop,
+            named,
+            keep: input.include_stop_str_in_output,
+            min_tokens: input.min_tokens,
+        },
         stop_ids,
         echo: input.echo,
     })
 }
 
+/// The seed of the choice with this index over all prompts of a request: that of the client for
+/// the first, a mix of both for the others (the finaliser of SplitMix64), so that seeds and choices
+/// that are neighbours have nothing in common.
+pub(crate) fn choice_seed(seed: u64, index: u32) -> u64 {
+    if index == 0 {
+        return seed;
+    }
+    let mut mixed = seed.wrapping_add(u64::from(index).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    mixed = (mixed ^ mixed >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+    mixed ^ mixed >> 31
+}
+
 fn params(
-    input: &SamplingInput,
+    input: &v1::Sampling,
     defaults: &GenerationDefaults,
 ) -> Result<SamplingParams, RouterError> {
     let unit = |name, value: Option<f32>| ranged(name, value, 0.0..=1.0, "[0, 1]");
     let penalty = |name, value: Option<f32>| ranged(name, value, -2.0..=2.0, "[-2, 2]");
     let temperature = ranged("temperature", input.temperature, 0.0..=2.0, "[0, 2]")?;
-    let top_p = unit("top_p", input.top_p)?;
-    if top_p == Some(0.0) {
-        return Err(outside("top_p", 0, "(0, 1]"));
-    }
+    let top_p = unit("top_p", input.top_p)?.or(defaults.top_p).unwrap_or(1.0);
+    let top_k = input.top_k.or(defaults.top_k).unwrap_or(0);
+    // No mass at all still leaves the likeliest token, and only that.
+    let (top_p, top_k) = if top_p == 0.0 { (1.0, 1) } else { (top_p, top_k) };
     let repetition = ranged(
         "repetition_penalty",
         input.repetition_penalty,
         f32::MIN_POSITIVE..=100.0,
         "(0, 100]",
     )?;
+    for value in input.logit_bias.values() {
+        ranged("logit_bias", Some(*value), -100.0..=100.0, "[-100, 100]")?;
+    }
     Ok(SamplingParams {
         temperature: temperature.unwrap_or(defaults.temperature.unwrap_or(1.0)),
-        top_p: top_p.or(defaults.top_p).unwrap_or(1.0),
-        top_k: input.top_k.or(defaults.top_k).unwrap_or(0),
+        top_p,
+        top_k,
         min_p: unit("min_p", input.min_p)?.or(defaults.min_p).unwrap_or(0.0),
         repetition_penalty: repetition.or(defaults.repetition_penalty).unwrap_or(1.0),
         presence_penalty: penalty("presence_penalty", input.presence_penalty)?.unwrap_or(0.0),
         frequency_penalty: penalty("frequency_penalty", input.frequency_penalty)?.unwrap_or(0.0),
-        seed: input.seed.unwrap_or(0),
-        logit_bias: bias(&input.logit_bias)?,
+        seed: 0,
+        logit_bias: input.logit_bias.clone(),
         logprobs: input.logprobs,
+        min_tokens: input.min_tokens,
     })
-}
-
-fn bias(input: &BTreeMap<u32, f32>) -> Result<HashMap<u32, f32>, RouterError> {
-    for value in input.values() {
-        ranged("logit_bias", Some(*value), -100.0..=100.0, "[-100, 100]")?;
-    }
-    Ok(input.iter().map(|(&id, &value)| (id, value)).collect())
 }
 
 /// NaN is in no range.
@@ -157,7 +160,7 @@ fn check_stops(stops: &[String]) -> Result<(), RouterError> {
     Ok(())
 }
 
-fn check_ids(input: &SamplingInput, vocab_size: usize) -> Result<(), RouterError> {
+fn check_ids(input: &v1::Sampling, vocab_size: usize) -> Result<(), RouterError> {
     let lengths = [
         ("stop_token_ids", input.stop_token_ids.len(), STOP_IDS_MAX),
         ("logit_bias", input.logit_bias.len(), LOGIT_BIAS_MAX),
@@ -188,21 +191,22 @@ pub(crate) fn in_vocabulary(name: &str, ids: &[u32], vocab_size: usize) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::{HashMap, HashSet};
 
-    fn with(change: impl FnOnce(&mut SamplingInput)) -> Result<Sampling, RouterError> {
-        let mut input = SamplingInput::default();
+    fn with(change: impl FnOnce(&mut v1::Sampling)) -> Result<Sampling, RouterError> {
+        let mut input = v1::Sampling::default();
         change(&mut input);
-        resolve(input, &GenerationDefaults::default(), 100)
+        resolve(input, &GenerationDefaults::default(), 100, |_| None)
     }
 
     #[test]
     fn every_parameter_is_checked_by_name() {
-        type Change = fn(&mut SamplingInput);
+        type Change = fn(&mut v1::Sampling);
         let table: &[(&str, Change)] = &[
             ("temperature", |i| i.temperature = Some(f32::NAN)),
             ("temperature", |i| i.temperature = Some(-0.1)),
             ("temperature", |i| i.temperature = Some(f32::INFINITY)),
-            ("top_p", |i| i.top_p = Some(0.0)),
+            ("top_p", |i| i.top_p = Some(-0.1)),
             ("top_p", |i| i.top_p = Some(1.1)),
             ("top_p", |i| i.top_p = Some(f32::NAN)),
             ("min_p", |i| i.min_p = Some(-0.1)),
@@ -215,14 +219,15 @@ mod tests {
             ("n", |i| i.n = Some(129)),
             ("logprobs", |i| i.logprobs = Some(21)),
             ("max_tokens", |i| i.max_tokens = Some(0)),
+            ("min_tokens", |i| (i.min_tokens, i.max_tokens) = (3, Some(2))),
             ("stop", |i| i.stop = vec![String::new()]),
-            ("stop", |i| i.stop = vec!["x".into(); 17]),
+            ("stop", |i| i.stop = vec!["x".into(); 65]),
             ("stop", |i| i.stop = vec!["x".repeat(1025)]),
             ("stop_token_ids", |i| i.stop_token_ids = vec![100]),
             ("stop_token_ids", |i| i.stop_token_ids = vec![1; 257]),
-            ("logit_bias", |i| i.logit_bias = BTreeMap::from([(100, 0.0)])),
-            ("logit_bias", |i| i.logit_bias = BTreeMap::from([(1, f32::NAN)])),
-            ("logit_bias", |i| i.logit_bias = BTreeMap::from([(1, 100.5)])),
+            ("logit_bias", |i| i.logit_bias = HashMap::from([(100, 0.0)])),
+            ("logit_bias", |i| i.logit_bias = HashMap::from([(1, f32::NAN)])),
+            ("logit_bias", |i| i.logit_bias = HashMap::from([(1, 100.5)])),
         ];
         for (at, (name, change)) in table.iter().enumerate() {
             match with(change) {
@@ -244,6 +249,8 @@ mod tests {
             i.presence_penalty = Some(-2.0);
             i.logprobs = Some(20);
             i.n = Some(128);
+            i.stop = vec!["x".into(); 64];
+            (i.min_tokens, i.max_tokens) = (2, Some(2));
             i.stop_token_ids = vec![99, 99];
         })
         .unwrap();
@@ -259,13 +266,45 @@ mod tests {
             top_k: Some(20),
             ..GenerationDefaults::default()
         };
-        let input = SamplingInput { top_k: Some(3), ..SamplingInput::default() };
-        let sampling = resolve(input, &defaults, 100).unwrap();
+        let input = v1::Sampling { top_k: Some(3), ..v1::Sampling::default() };
+        let sampling = resolve(input, &defaults, 100, |_| None).unwrap();
         assert_eq!(sampling.stop_ids, [5, 7]);
         assert_eq!((sampling.params.temperature, sampling.params.top_k), (0.7, 3));
         assert_eq!((sampling.params.top_p, sampling.params.repetition_penalty), (1.0, 1.0));
-        let input = SamplingInput { ignore_eos: true, ..SamplingInput::default() };
-        assert!(resolve(input, &defaults, 100).unwrap().stop_ids.is_empty());
+        let input = v1::Sampling { ignore_eos: true, ..v1::Sampling::default() };
+        assert!(resolve(input, &defaults, 100, |_| None).unwrap().stop_ids.is_empty());
+    }
+
+    #[test]
+    fn no_mass_leaves_the_likeliest_token() {
+        let params = with(|i| (i.top_p, i.top_k) = (Some(0.0), Some(40))).unwrap().params;
+        assert_eq!((params.top_p, params.top_k), (1.0, 1));
+    }
+
+    #[test]
+    fn a_stop_string_that_names_a_special_token_is_its_id_as_well() {
+        let input = v1::Sampling {
+            stop: vec!["a".into(), "<|end|>".into(), "<|far|>".into()],
+            stop_token_ids: vec![9],
+            ..v1::Sampling::default()
+        };
+        let special = |name: &str| match name {
+            "<|end|>" => Some(7),
+            "<|far|>" => Some(100),
+            _ => None,
+        };
+        let sampling = resolve(input, &GenerationDefaults::default(), 100, special).unwrap();
+        assert_eq!(sampling.stop_ids, [7, 9]);
+        assert_eq!(sampling.stops.named, [(7, "<|end|>".to_owned())]);
+        assert_eq!(sampling.stops.strings.len(), 3, "it may also come spelt out");
+    }
+
+    #[test]
+    fn seeds_and_choices_that_are_neighbours_share_no_draws() {
+        let seeds = (0..100u64).flat_map(|seed| (0..100).map(move |at| choice_seed(seed, at)));
+        assert_eq!(seeds.collect::<HashSet<_>>().len(), 10_000);
+        assert_eq!(choice_seed(7, 0), 7);
+        assert_eq!(choice_seed(u64::MAX, 3), choice_seed(u64::MAX, 3));
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! Start, run and end of a router.
 
 use crate::{
-    RouterConfig, RouterError, Shared, grpc,
+    RouterConfig, RouterError, Shared,
+    aliases::Aliases,
+    grpc,
     http::{self, Server},
     metrics::Metrics,
     openai,
@@ -123,6 +125,7 @@ fn shared(config: &RouterConfig, membership: &dyn Membership) -> Shared {
     let threads = std::thread::available_parallelism().map_or(2, usize::from);
     Shared {
         upstream: Arc::new(upstream),
+        aliases: Aliases::new(config.aliases.clone()),
         metrics,
         tokenizers: Arc::new(Semaphore::new(threads)),
         in_flight: Arc::new(Semaphore::new(config.limits.in_flight_max)),

@@ -4,16 +4,14 @@ use crate::{
     RouterError, Shared,
     choice::{Chunk, FinishReason},
     generate::{self, Generation},
-    languages,
-    request::{self, Input, Prompt},
-    sampling::SamplingInput,
+    request::{self, Input, Prompt, Reading},
     trace::Trace,
 };
 use futures_util::{Stream, stream::unfold};
 use proto::v1::{
-    ChatRequest, GenerateRequest, GenerateResponse, ListModelsRequest, ListModelsResponse,
-    Message as WireMessage, Sampling as WireSampling, TokenizeRequest, TokenizeResponse,
-    generate_request, inference_server::Inference,
+    ChatRequest, DetokenizeRequest, DetokenizeResponse, GenerateRequest, GenerateResponse,
+    ListModelsRequest, ListModelsResponse, Message as WireMessage, TokenizeRequest,
+    TokenizeResponse, generate_request, inference_server::Inference,
 };
 use serde_json::{Map, Value};
 use std::{pin::Pin, sync::Arc};
@@ -52,6 +50,14 @@ impl Service {
         status(error)
     }
 
+    /// An answer of one message.
+    async fn tell<T>(
+        &self,
+        work: impl Future<Output = Result<T, RouterError>>,
+    ) -> Result<Response<T>, Status> {
+        work.await.map(Response::new).map_err(|error| self.refuse(&error))
+    }
+
     async fn answer(
         &self,
         trace: Trace,
@@ -88,28 +94,6 @@ fn words(chunk: Chunk, generation: &Generation) -> GenerateResponse {
     }
 }
 
-fn sampling(wire: Option<WireSampling>) -> SamplingInput {
-    let wire = wire.unwrap_or_default();
-    SamplingInput {
-        max_tokens: wire.max_tokens,
-        temperature: wire.temperature,
-        top_p: wire.top_p,
-        top_k: wire.top_k,
-        min_p: wire.min_p,
-        repetition_penalty: wire.repetition_penalty,
-        presence_penalty: wire.presence_penalty,
-        frequency_penalty: wire.frequency_penalty,
-        seed: wire.seed,
-        stop: wire.stop,
-        stop_token_ids: wire.stop_token_ids,
-        n: wire.n,
-        logprobs: wire.logprobs,
-        echo: wire.echo,
-        ignore_eos: wire.ignore_eos,
-        logit_bias: wire.logit_bias.into_iter().collect(),
-    }
-}
-
 /// A field that holds JSON; empty is absent.
 fn json<T: serde::de::DeserializeOwned>(
     name: &str,
@@ -139,7 +123,7 @@ fn message(at: usize, wire: WireMessage) -> Result<Message, RouterError> {
 }
 
 fn chat(wire: ChatRequest, trace: Trace) -> Result<Input, RouterError> {
-    let sampling = sampling(wire.sampling);
+    let sampling = wire.sampling.unwrap_or_default();
     if sampling.echo {
         return Err(RouterError::invalid("echo", "echo is supported by Generate only"));
     }
@@ -150,7 +134,8 @@ fn chat(wire: ChatRequest, trace: Trace) -> Result<Input, RouterError> {
         messages: messages.map(|(at, wire)| message(at, wire)).collect::<Result<_, _>>()?,
         tools: tools.filter(|tools| !tools.is_empty()).map(Value::Array),
         args: args.unwrap_or_default(),
-        add_generation_prompt: true,
+        add_generation_prompt: !wire.continue_final_message,
+        continue_final_message: wire.continue_final_message,
     };
     let prompts = vec![Prompt::Chat(Box::new(chat))];
     Ok(Input { model: wire.model, prompts, sampling, trace })
@@ -168,14 +153,17 @@ impl Inference for Service {
         let (_, extensions, wire) = request.into_parts();
         self.answer(Trace::of(&extensions), |trace| {
             let prompt = match wire.prompt {
-                Some(generate_request::Prompt::Text(text)) => Prompt::Text(text),
+                Some(generate_request::Prompt::Text(text)) => {
+                    let parse_special = wire.parse_special.unwrap_or(true);
+                    Prompt::Text(text, Reading { parse_special, ..Reading::default() })
+                }
                 Some(generate_request::Prompt::Ids(ids)) => Prompt::Ids(ids.ids),
                 None => {
                     let message = "prompt is missing; give text or ids";
                     return Err(RouterError::invalid("prompt", message));
                 }
             };
-            let sampling = sampling(wire.sampling);
+            let sampling = wire.sampling.unwrap_or_default();
             Ok(Input { model: wire.model, prompts: vec![prompt], sampling, trace })
         })
         .await
@@ -190,9 +178,14 @@ impl Inference for Service {
         &self,
         request: Request<TokenizeRequest>,
     ) -> Result<Response<TokenizeResponse>, Status> {
-        let wire = request.into_inner();
-        let tokenized = tokenize(&self.shared, wire).await;
-        tokenized.map(Response::new).map_err(|error| self.refuse(&error))
+        self.tell(tokenize(&self.shared, request.into_inner())).await
+    }
+
+    async fn detokenize(
+        &self,
+        request: Request<DetokenizeRequest>,
+    ) -> Result<Response<DetokenizeResponse>, Status> {
+        self.tell(detokenize(&self.shared, request.into_inner())).await
     }
 
     async fn list_models(
@@ -204,19 +197,20 @@ impl Inference for Service {
 }
 
 async fn tokenize(shared: &Shared, wire: TokenizeRequest) -> Result<TokenizeResponse, RouterError> {
-    let _permit = shared.permit(1)?;
-    let (model, capacity) = request::find_model(shared, &wire.model).await?;
-    let upstream = &shared.upstream;
-    let language = languages::language(&upstream.targets, &model, &upstream.deadlines).await?;
-    let context_max = u32::try_from(capacity.context_max).unwrap_or(u32::MAX);
-    request::on_tokenizer_thread(shared, wire.text.len(), move || {
-        let ids = match wire.add_special_tokens {
-            true => language.encode(&wire.text),
-            false => language.encode_ordinary(&wire.text),
-        };
-        let ids = ids.map_err(|error| request::text_error("text", error))?;
-        let pieces = ids.iter().map(|&id| language.piece(id).into()).collect();
-        Ok(TokenizeResponse { ids, pieces, context_max })
-    })
-    .await
+    let parse_special = wire.parse_special.unwrap_or(true);
+    let reading = Reading { parse_special, add_special: wire.add_special_tokens };
+    let prompt = Prompt::Text(wire.text, reading);
+    let request::Tokens { ids, language, context_max } =
+        request::tokenize(shared, &wire.model, prompt).await?;
+    let pieces = ids.iter().map(|&id| language.piece(id).into()).collect();
+    let context_max = u32::try_from(context_max).unwrap_or(u32::MAX);
+    Ok(TokenizeResponse { ids, pieces, context_max })
+}
+
+async fn detokenize(
+    shared: &Shared,
+    wire: DetokenizeRequest,
+) -> Result<DetokenizeResponse, RouterError> {
+    let text = request::detokenize(shared, &wire.model, "ids", wire.ids).await?;
+    Ok(DetokenizeResponse { text })
 }

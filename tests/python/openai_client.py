@@ -96,6 +96,33 @@ class Chat(Base):
         self.assertGreater(len(set(texts)), 1)
         self.assertEqual([choice.index for choice in first.choices], [0, 1, 2])
 
+    def test_defaults_and_hints_of_agents_are_accepted(self):
+        answer = self.chat()
+        past = [*CAPITAL, answer.choices[0].message.model_dump(), {"role": "user", "content": "?"}]
+        again = self.chat(
+            messages=past,
+            user="ann",
+            store=True,
+            metadata={"a": "b"},
+            reasoning_effort="low",
+            service_tier="auto",
+            parallel_tool_calls=True,
+            extra_body={"skip_special_tokens": True, "cache_control": None, "priority": 1},
+        )
+        self.assertTrue(again.choices)
+
+    def test_the_last_message_goes_on(self):
+        messages = [*CAPITAL, {"role": "assistant", "content": "The capital of France is"}]
+        answer = self.chat(messages=messages, extra_body={"continue_final_message": True})
+        self.assertTrue(answer.choices[0].message.content.startswith(" "), answer)
+
+    def test_usage_comes_with_every_chunk(self):
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        chunks = self.chat(stream=True, stream_options=options)
+        counts = [chunk.usage.completion_tokens for chunk in chunks]
+        self.assertEqual(counts, sorted(counts))
+        self.assertGreater(counts[-1], 0)
+
     def test_defaults_alone(self):
         answer = self.client.chat.completions.create(model=self.model, messages=CAPITAL)
         self.assertTrue(answer.choices[0].message.content)
@@ -167,6 +194,48 @@ class Completions(Base):
         forced = self.complete(max_tokens=3, logit_bias={"300": 100}, logprobs=0).choices[0]
         self.assertEqual(len(set(forced.logprobs.tokens)), 1)
 
+    def test_every_choice_of_a_batch_draws_its_own(self):
+        ask = dict(prompt=["Once upon a time"] * 4, temperature=1, max_tokens=16)
+        texts = [choice.text for choice in self.complete(**ask).choices]
+        self.assertGreater(len(set(texts)), 1)
+        again = dict(ask, seed=3, n=2)
+        first, second = self.complete(**again), self.complete(**again)
+        self.assertEqual([c.text for c in first.choices], [c.text for c in second.choices])
+        self.assertGreater(len({choice.text for choice in first.choices}), 2)
+
+    def test_no_mass_is_greedy(self):
+        greedy = self.complete().choices[0].text
+        self.assertEqual(self.complete(temperature=2, top_p=0).choices[0].text, greedy)
+
+    def test_logprobs_hold_the_sampled_token(self):
+        answer = self.complete(temperature=1.5, logprobs=1, max_tokens=32, seed=5)
+        logprobs = answer.choices[0].logprobs
+        for token, logprob, top in zip(
+            logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs
+        ):
+            self.assertLessEqual(len(top), 2)
+            self.assertGreaterEqual(top[token], logprob)
+
+    def test_an_answer_stops_late_or_at_a_special_token(self):
+        tokenize = openai.OpenAI(base_url=BASE.removesuffix("/v1"), api_key="none").post
+        body = {"model": self.model, "prompt": "<|im_end|>", "add_special_tokens": False}
+        [end] = tokenize("/tokenize", body=body, cast_to=object)["tokens"]
+        # The only token that is ever drawn ends the answer.
+        ask = dict(max_tokens=20, logit_bias={str(end): 100}, temperature=1, seed=1)
+        counted = []
+        for more in ({}, {"min_tokens": 6}, {"ignore_eos": True}):
+            answer = self.complete(**ask, extra_body=more)
+            counted.append(answer.usage.completion_tokens)
+        self.assertEqual(counted, [1, 7, 20])
+        body = {"ignore_eos": True, "include_stop_str_in_output": True}
+        answer = self.complete(**ask, stop=["<|im_end|>"], extra_body=body)
+        self.assertEqual(answer.choices[0].text, "<|im_end|>")
+        self.assertEqual(answer.choices[0].finish_reason, "stop")
+
+    def test_a_stop_counts_no_token_behind_it(self):
+        answer = self.complete(max_tokens=64, stop=[" "], logprobs=0)
+        self.assertEqual(answer.usage.completion_tokens, len(answer.choices[0].logprobs.tokens) + 1)
+
     def test_sampling_beyond_openai(self):
         body = {"top_k": 1, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": True}
         answer = self.complete(temperature=1, max_tokens=24, extra_body=body)
@@ -183,8 +252,8 @@ class Errors(Base):
 
     def test_values_out_of_range_are_named(self):
         for name, value in [
-            ("temperature", -1), ("top_p", 0), ("top_p", 1.5), ("presence_penalty", 9),
-            ("frequency_penalty", -9), ("n", 0), ("max_tokens", -1), ("top_logprobs", 1000),
+            ("temperature", -1), ("top_p", -0.1), ("top_p", 1.5), ("presence_penalty", 9),
+            ("frequency_penalty", -9), ("n", 0), ("max_tokens", -2), ("top_logprobs", 1000),
         ]:
             with self.subTest(name=name, value=value):
                 more = {name: value} | ({"logprobs": True} if name == "top_logprobs" else {})
@@ -194,7 +263,18 @@ class Errors(Base):
                 self.refused(openai.BadRequestError, name, self.chat, extra_body={name: value})
 
     def test_prompts_that_cannot_be(self):
-        self.refused(openai.BadRequestError, "context", self.complete, prompt="word " * 20_000)
+        long = "word " * 20_000
+        messages = [{"role": "user", "content": long}]
+        for param, call, more in [
+            ("prompt", self.complete, {"prompt": long}),
+            ("messages", self.chat, {"messages": messages}),
+            ("max_tokens", self.chat, {"max_tokens": 10_000_000}),
+        ]:
+            with self.assertRaises(openai.BadRequestError) as caught:
+                call(**more)
+            error = caught.exception
+            self.assertEqual((error.code, error.param), ("context_length_exceeded", param))
+            self.assertIn("maximum context length is", error.message)
         self.refused(openai.BadRequestError, "", self.complete, prompt=[999_999_999])
         self.refused(openai.BadRequestError, "", self.complete, prompt=[])
 

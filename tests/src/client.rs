@@ -22,15 +22,8 @@ pub fn client(router: &Process, script: &str) -> Option<String> {
     command
         .arg(root.join("tests/python").join(script))
         .env("LOCKSTEP_TEST_HTTP", format!("http://{}", router.address("http")))
-        .env("LOCKSTEP_TEST_GRPC", format!("http://{}", router.address("grpc")))
-        .stdout(Stdio::piped());
-    let mut process = Process::spawn(&mut command);
-    let mut output = process.output();
-    let reader = thread::spawn(move || {
-        let mut text = String::new();
-        output.read_to_string(&mut text).map(|_| text)
-    });
-    let status = process.wait(DEADLINE);
+        .env("LOCKSTEP_TEST_GRPC", format!("http://{}", router.address("grpc")));
+    let (status, output) = Process::run(&mut command, DEADLINE);
     assert!(status.success(), "{script}: {status}");
-    Some(reader.join().expect("the reader ends").expect("text"))
+    Some(output)
 }

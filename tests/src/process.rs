@@ -1,7 +1,7 @@
 //! A child process that lives no longer than its value.
 
 use std::{
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Read},
     path::PathBuf,
     process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio},
     sync::mpsc,
@@ -58,8 +58,25 @@ impl Process {
         found.unwrap_or_else(|| panic!("no {name} in {:?}", self.ready))
     }
 
-    pub(crate) fn output(&mut self) -> ChildStdout {
+    /// The ready line.
+    pub fn ready(&self) -> &str {
+        &self.ready
+    }
+
+    fn output(&mut self) -> ChildStdout {
         self.child.stdout.take().expect("a pipe")
+    }
+
+    /// Runs a program to its end: how it ended, and its standard output.
+    pub fn run(command: &mut Command, deadline: Duration) -> (ExitStatus, String) {
+        let mut process = Self::spawn(command.stdout(Stdio::piped()));
+        let mut output = process.output();
+        let reader = thread::spawn(move || {
+            let mut text = String::new();
+            output.read_to_string(&mut text).map(|_| text)
+        });
+        let status = process.wait(deadline);
+        (status, reader.join().expect("the reader ends").expect("text"))
     }
 
     /// Both pipes of a child that was given them.

@@ -94,7 +94,7 @@ fn refused_values(server: &Server, model: &str) {
         (json!({"top_k": -7}), "top_k"),
         (json!({"repetition_penalty": -1}), "repetition_penalty"),
         (json!({"presence_penalty": 1e300}), "presence_penalty"),
-        (json!({"max_tokens": -1}), "max_tokens"),
+        (json!({"max_tokens": -2}), "max_tokens"),
         (json!({"n": -1}), "n must"),
         (json!({"logit_bias": {"99999999": 1}}), "logit_bias"),
         (json!({"stop_token_ids": [99_999_999]}), "stop_token_ids"),

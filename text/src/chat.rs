@@ -31,6 +31,8 @@ pub struct Chat {
     pub args: Map<String, Value>,
     /// Whether the rendered text ends where the assistant begins.
     pub add_generation_prompt: bool,
+    /// Whether it ends where the last message's text does, so that the answer goes on there.
+    pub continue_final_message: bool,
 }
 
 /// Turns `function.arguments` of each call from the JSON text that OpenAI clients send into the

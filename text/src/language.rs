@@ -7,6 +7,7 @@ use formats::gguf::Metadata;
 use serde_json::Value;
 
 use crate::chat::Chat;
+use crate::continuation;
 use crate::defaults::GenerationDefaults;
 use crate::detokenize::Detokenizer;
 use crate::error::TextError;
@@ -70,6 +71,22 @@ impl Language {
         self.vocabulary()?.encode(text, false)
     }
 
+    /// As [`Self::encode`], without BOS.
+    pub fn encode_bare(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        self.encode_trusted(text)
+    }
+
+    /// Text taken literally: the names of added tokens are only text; BOS before it where the
+    /// model wants that.
+    pub fn encode_literal(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        self.vocabulary()?.encode(text, true)
+    }
+
+    /// The id of the added token with exactly this text, e.g. of a stop string that names one.
+    pub fn special_token(&self, text: &str) -> Option<u32> {
+        self.vocabulary.as_ref()?.specials.id(text)
+    }
+
     /// Text that the caller wrote, e.g. a template of its own: special tokens are parsed.
     pub fn encode_trusted(&self, text: &str) -> Result<Vec<u32>, TextError> {
         let marker = marker::choose(&Chat::default(), text)?;
@@ -88,13 +105,17 @@ impl Language {
         };
         let marker = marker::choose(chat, template.source())?;
         let rendered = template.render(&vocabulary.specials.mark_chat(chat, marker))?;
-        vocabulary.encode_rendered(&rendered, marker)
+        let mark = |text: &str| vocabulary.specials.mark(text, marker);
+        vocabulary.encode_rendered(continuation::part(&rendered, chat, &mark)?, marker)
     }
 
     /// The conversation as text. Whether a special token in it is one cannot be seen here.
     pub fn render_chat(&self, chat: &Chat) -> Result<String, TextError> {
         match self.template(chat) {
-            Some(template) => template.render(chat),
+            Some(template) => {
+                let rendered = template.render(chat)?;
+                Ok(continuation::part(&rendered, chat, &str::to_owned)?.to_owned())
+            }
             None if matches!(self.chat, ChatFormat::Qwen1) => {
                 Ok(qwen1::compose(chat, self.vocabulary()?)?.text)
             }

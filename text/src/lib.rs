@@ -5,6 +5,7 @@
 //! wrote never becomes a special token: only the model's own template can put those.
 
 mod chat;
+mod continuation;
 mod defaults;
 mod detokenize;
 mod error;

@@ -62,7 +62,7 @@ impl Specials {
 
     /// The text with `marker` inside every special name, and at an end that could become part of
     /// one together with what the template puts beside it.
-    fn mark(&self, text: &str, marker: char) -> String {
+    pub fn mark(&self, text: &str, marker: char) -> String {
         let mut at: BTreeSet<usize> = BTreeSet::new();
         for found in self.every.find_overlapping_iter(text) {
             let first = text[found.start()..].chars().next().map_or(1, char::len_utf8);
@@ -115,6 +115,7 @@ impl Specials {
             tools: chat.tools.as_ref().map(|tools| self.mark_value(tools, marker)),
             args: values(&chat.args),
             add_generation_prompt: chat.add_generation_prompt,
+            continue_final_message: chat.continue_final_message,
         }
     }
 

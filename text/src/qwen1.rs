@@ -63,6 +63,12 @@ pub fn compose(chat: &Chat, vocabulary: &Vocabulary) -> Result<Composed, TextErr
     for turn in tail {
         all.append(&following(vocabulary, turn)?);
     }
+    if chat.continue_final_message {
+        // The last message stays open.
+        all.ids.pop();
+        all.text.truncate(all.text.len() - END.len());
+        return Ok(all);
+    }
     all.text(vocabulary, "\n")?;
     if chat.add_generation_prompt {
         all.special(vocabulary, START)?;

@@ -19,13 +19,21 @@ pub struct StopStrings {
     stops: Vec<String>,
     held: String,
     stopped: bool,
+    /// The match is part of the text.
+    keeps: bool,
 }
 
 impl StopStrings {
     /// Empty strings are ignored: they would stop everything.
     pub fn new(mut stops: Vec<String>) -> Self {
         stops.retain(|stop| !stop.is_empty());
-        Self { stops, held: String::new(), stopped: false }
+        Self { stops, held: String::new(), stopped: false, keeps: false }
+    }
+
+    /// With `keeps`, the stop string that matched is emitted as well.
+    pub fn keeping(mut self, keeps: bool) -> Self {
+        self.keeps = keeps;
+        self
     }
 
     /// Takes the next piece of the stream.
@@ -34,8 +42,8 @@ impl StopStrings {
             return StopStep { emit: String::new(), stopped: true };
         }
         self.held.push_str(text);
-        if let Some(start) = self.first_match() {
-            self.held.truncate(start);
+        if let Some((end, start)) = self.first_match() {
+            self.held.truncate(if self.keeps { end } else { start });
             self.stopped = true;
             return StopStep { emit: std::mem::take(&mut self.held), stopped: true };
         }
@@ -49,13 +57,13 @@ impl StopStrings {
         std::mem::take(&mut self.held)
     }
 
-    /// Where the first complete stop string begins.
-    fn first_match(&self) -> Option<usize> {
+    /// Where the first complete stop string ends and begins.
+    fn first_match(&self) -> Option<(usize, usize)> {
         let found = self.stops.iter().filter_map(|stop| {
             let start = self.held.find(stop.as_str())?;
             Some((start + stop.len(), start))
         });
-        found.min().map(|(_, start)| start)
+        found.min()
     }
 }
 
@@ -93,6 +101,14 @@ mod tests {
         assert_eq!(stream(&["ab", "b"], &["xa", "b"]), ("x".into(), true));
         assert_eq!(stream(&[""], &["x"]), ("x".into(), false));
         assert_eq!(stream(&["abcd", "bc"], &["abcd"]), ("a".into(), true));
+    }
+
+    #[test]
+    fn the_match_is_kept_where_it_is_wanted() {
+        let mut watch = StopStrings::new(vec!["</end>".into(), "end".into()]).keeping(true);
+        assert_eq!(watch.push("hello </e").emit, "hello ");
+        let step = watch.push("nd> more");
+        assert_eq!((step.emit.as_str(), step.stopped), ("</end", true));
     }
 
     #[test]

@@ -62,6 +62,11 @@ impl Announcement {
         }));
     }
 
+    /// What the roster is told, now and later.
+    pub fn instance(&self) -> watch::Receiver<Instance> {
+        self.instance.subscribe()
+    }
+
     pub fn set_state(&self, state: State) {
         self.instance.send_modify(|instance| instance.state = state);
     }

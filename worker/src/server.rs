@@ -135,6 +135,7 @@ impl Worker {
             engine,
             model: group.info,
             metrics,
+            instance: at.announcement.instance(),
             draining: AtomicBool::new(false),
             streams: AtomicUsize::new(0),
         });
@@ -348,6 +349,16 @@ impl WorkerHandle {
     /// The bound address.
     pub fn addr(&self) -> SocketAddr {
         self.addr
+    }
+
+    /// What routers connect to: the advertised address.
+    pub fn address(&self) -> String {
+        self.shared.instance.borrow().address.clone()
+    }
+
+    /// The name that clients ask for.
+    pub fn model_name(&self) -> String {
+        self.shared.instance.borrow().model.clone()
     }
 
     pub fn info(&self) -> &ModelInfo {

@@ -9,9 +9,11 @@ use std::{
     },
 };
 
+use cluster::Instance;
 use engine::{End, EngineError, Update, plan::TokenLogprob};
 use futures_util::{Stream, StreamExt, stream};
 use proto::v1::{self, worker_server};
+use tokio::sync::watch;
 use tonic::{Code, Request, Response, Status, metadata::MetadataValue};
 use tracing::Instrument;
 
@@ -29,6 +31,8 @@ pub(crate) struct Shared {
     pub engine: Engine,
     pub model: ModelInfo,
     pub metrics: Arc<Metrics>,
+    /// What the roster is told.
+    pub instance: watch::Receiver<Instance>,
     pub draining: AtomicBool,
     /// Streams that have not ended.
     pub streams: AtomicUsize,
@@ -95,6 +99,15 @@ impl worker_server::Worker for Service {
         })?;
         let messages = stream::unfold(running, Running::next);
         Ok(Response::new(Box::pin(InSpan { messages: Box::pin(messages), span })))
+    }
+
+    async fn describe_worker(
+        &self,
+        _request: Request<v1::DescribeWorkerRequest>,
+    ) -> Result<Response<v1::DescribeWorkerResponse>, Status> {
+        let instance = self.0.instance.borrow().encode();
+        let instance = instance.map_err(|error| Status::internal(error.to_string()))?;
+        Ok(Response::new(v1::DescribeWorkerResponse { instance: instance.into() }))
     }
 
     async fn describe_model(

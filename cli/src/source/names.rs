@@ -50,7 +50,7 @@ pub fn nearest(name: &str) -> Option<&'static str> {
 }
 
 /// Single-letter edits between two names.
-fn distance(one: &str, other: &str) -> usize {
+pub fn distance(one: &str, other: &str) -> usize {
     let other: Vec<_> = other.chars().take(64).collect();
     let mut row: Vec<_> = (0..=other.len()).collect();
     for (i, a) in one.chars().enumerate() {

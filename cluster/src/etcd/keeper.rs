@@ -12,7 +12,7 @@ use tokio::{
 };
 
 use super::{
-    EtcdOptions, encode,
+    EtcdOptions,
     session::{Fault, Session},
     unreachable,
 };
@@ -148,7 +148,7 @@ impl Keeper {
 
     async fn write(&mut self, session: &mut Session, lease: i64) -> Result<(), Fault> {
         let current = self.instance.borrow_and_update().clone();
-        let value = encode(&current).map_err(|error| Fault::Refused(error.to_string()))?;
+        let value = current.encode().map_err(|error| Fault::Refused(error.to_string()))?;
         session.put(&self.key, value, lease).await
     }
 

@@ -11,7 +11,6 @@ use std::{
 
 use proto::etcd::{Event, KeyValue, RangeResponse, event::EventType};
 
-use super::VALUE_BYTES_MAX;
 use crate::{Instance, Roster};
 
 pub(super) struct View {
@@ -129,11 +128,7 @@ impl View {
 }
 
 fn read(prefix: &str, kv: &KeyValue) -> Result<Instance, String> {
-    if kv.value.len() > VALUE_BYTES_MAX {
-        return Err(format!("{} bytes, at most {VALUE_BYTES_MAX}", kv.value.len()));
-    }
-    let instance: Instance =
-        serde_json::from_slice(&kv.value).map_err(|error| error.to_string())?;
+    let instance = Instance::decode(&kv.value)?;
     match kv.key.strip_prefix(prefix.as_bytes()) {
         Some(id) if id == instance.id.as_bytes() => Ok(instance),
         _ => Err(format!("it says that it is {:?}", instance.id)),

@@ -261,6 +261,9 @@ mod tests {
     /// Sequences of three tokens with every want, and parameters of all kinds.
     fn mixed() -> Vec<Chunk> {
         let warm = SamplingParams { temperature: 0.9, seed: 5, ..GREEDY };
+        let mut banned = SamplingParams { repetition_penalty: 1.3, ..warm.clone() };
+        // Position 3 is the one that is sampled.
+        banned.ban(4, [7, 9, 2]);
         let params = [
             GREEDY,
             SamplingParams { top_p: 0.8, top_k: 20, repetition_penalty: 1.05, ..warm.clone() },
@@ -268,6 +271,7 @@ mod tests {
             // More than devices tell: the host has to.
             SamplingParams { logprobs: Some(TOP_MAX as u32 + 1), ..warm.clone() },
             SamplingParams { logit_bias: vec![(7, 9.0), (9, 8.5)], ..warm.clone() },
+            banned,
             SamplingParams { temperature: -1.0, ..warm },
         ];
         let wants = [
@@ -337,8 +341,8 @@ mod tests {
         };
         let (host, none) = finish(false);
         let (device, answered) = finish(true);
-        // Of six kinds of parameters the device takes five, and no row whose logits are wanted.
-        assert_eq!((none, answered, rows.len()), (0, 5 * 7, 6 * 10));
+        // Of seven kinds of parameters the device takes six, and no row whose logits are wanted.
+        assert_eq!((none, answered, rows.len()), (0, 6 * 7, 7 * 10));
         assert_eq!(host.failed.len(), 1 + 2);
         assert_eq!(device.failed, host.failed);
         assert_eq!(device.logits, host.logits);

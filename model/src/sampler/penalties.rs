@@ -60,9 +60,14 @@ impl Seen {
 }
 
 /// Bias first, then each seen token's penalties.
-pub fn apply(row: &mut [f32], params: &SamplingParams, seen: &Seen) -> Result<(), Refused> {
+pub fn apply(
+    row: &mut [f32],
+    bias: &[(u32, f32)],
+    params: &SamplingParams,
+    seen: &Seen,
+) -> Result<(), Refused> {
     let vocab = row.len();
-    for &(token, bias) in &params.logit_bias {
+    for &(token, bias) in bias {
         match row.get_mut(token as usize) {
             Some(logit) => *logit += bias,
             None => return Err(Refused::Bias { token, vocab }),

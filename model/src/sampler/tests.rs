@@ -174,7 +174,7 @@ fn penalties_by_hand() {
     let mut seen = seen(&params, &[0, 1, 1, 2], 2);
     seen.push(2);
     let mut row = vec![3.0, -1.0, 4.0, 1.0, 1.0, 1.0];
-    penalties::apply(&mut row, &params, &seen).unwrap();
+    penalties::apply(&mut row, &params.logit_bias, &params, &seen).unwrap();
     assert_eq!(row, [1.5, -2.75, 1.0, 2.5, 0.5, 1.0]);
 }
 
@@ -200,6 +200,33 @@ fn bias_and_penalties_decide_greedy_choices() {
     let penalized = SamplingParams { presence_penalty: 0.2, ..greedy };
     assert_eq!(token(&mut sampler, &penalized, &seen(&penalized, &[0], 1)), 0);
     assert_eq!(token(&mut sampler, &penalized, &seen(&penalized, &[0], 0)), 1);
+}
+
+#[test]
+fn a_ban_holds_below_its_position_whatever_favours_the_token() {
+    let mut sampler = Sampler::new(6, 6);
+    let logits = [9.0, 2.9, 1.0, 0.0, 0.0, 8.0];
+    for temperature in [0.0, 0.5, 2.0] {
+        let mut params = SamplingParams {
+            temperature,
+            repetition_penalty: 100.0,
+            logit_bias: vec![(0, 100.0), (1, 100.0)],
+            logprobs: Some(1),
+            ..params()
+        };
+        params.ban(40, [0, 5]);
+        for seed in 0..50 {
+            params.seed = seed;
+            for position in 0..40 {
+                let seen = seen(&params, &[0, 5, 1], 2);
+                let said = sampler.sample(&logits, &params, &seen, position).unwrap();
+                assert!(![0, 5].contains(&said.token), "{said:?} at {position}");
+                assert_eq!(said.top[0].0, 0, "logprobs are the model's own");
+            }
+        }
+        let free = sampler.sample(&logits, &params, &Seen::default(), 40).unwrap();
+        assert_eq!(free.token, 0);
+    }
 }
 
 #[test]

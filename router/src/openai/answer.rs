@@ -4,7 +4,7 @@ use crate::{
     choice::{Chunk, FinishReason, Token},
     generate::Generation,
 };
-use proto::v1::{TopLogprob, Usage};
+use proto::v1::{TokenInfo, Usage};
 use serde_json::{Map, Value, json};
 use std::time::{SystemTime, UNIX_EPOCH};
 use text::Language;
@@ -84,15 +84,15 @@ impl Answer {
     }
 
     /// The chunk that opens a choice of a chat: who speaks.
-    pub fn opening(&self, choice: usize, include_usage: bool) -> Value {
+    pub fn opening(&self, choice: usize, usage: Option<Value>) -> Value {
         let delta = json!({"role": "assistant", "content": "", "refusal": null});
         let choice =
             json!({"index": choice, "delta": delta, "logprobs": null, "finish_reason": null});
-        self.piece(Value::Array(vec![choice]), include_usage)
+        self.piece(Value::Array(vec![choice]), usage)
     }
 
     /// One chunk of a stream; `None` where it would say nothing.
-    pub fn chunk(&self, chunk: Chunk, include_usage: bool, language: &Language) -> Option<Value> {
+    pub fn chunk(&self, chunk: Chunk, usage: Option<Value>, language: &Language) -> Option<Value> {
         let index = chunk.choice;
         let mut part = Part::default();
         part.add(chunk);
@@ -114,22 +114,20 @@ impl Answer {
             Route::Completions => json!({"index": index, "text": part.text,
                 "logprobs": logprobs, "finish_reason": finish}),
         };
-        Some(self.piece(Value::Array(vec![choice]), include_usage))
+        Some(self.piece(Value::Array(vec![choice]), usage))
     }
 
     /// The chunk after the last: no choice, only the usage.
     pub fn closing(&self, usage: Usage) -> Value {
-        let mut chunk = self.piece(Value::Array(Vec::new()), true);
-        chunk["usage"] = self::usage(usage);
-        chunk
+        self.piece(Value::Array(Vec::new()), Some(self::usage(usage)))
     }
 
-    fn piece(&self, choices: Value, include_usage: bool) -> Value {
+    fn piece(&self, choices: Value, usage: Option<Value>) -> Value {
         let object =
             if self.route == Route::Chat { "chat.completion.chunk" } else { "text_completion" };
         let mut piece = self.frame(object, choices);
-        if include_usage {
-            piece["usage"] = Value::Null;
+        if let Some(usage) = usage {
+            piece["usage"] = usage;
         }
         piece
     }
@@ -151,7 +149,7 @@ impl Answer {
     }
 }
 
-fn usage(usage: Usage) -> Value {
+pub(super) fn usage(usage: Usage) -> Value {
     let total = u64::from(usage.prompt_tokens) + u64::from(usage.completion_tokens);
     json!({
         "prompt_tokens": usage.prompt_tokens,
@@ -184,24 +182,26 @@ fn text_logprobs<'a>(tokens: impl Iterator<Item = &'a Token>, language: &Languag
     for token in tokens {
         names.push(name(language, token.info.id));
         logprobs.push(token.info.logprob);
-        tops.push(token.info.logprob.map(|_| top_map(&token.info.top, language)));
+        tops.push(token.info.logprob.map(|logprob| top_map(&token.info, logprob, language)));
         offsets.push(token.offset);
     }
     json!({"tokens": names, "token_logprobs": logprobs, "top_logprobs": tops,
         "text_offset": offsets})
 }
 
-/// Likeliest first; of two ids with the same name the likelier one stays.
-fn top_map(top: &[TopLogprob], language: &Language) -> Value {
+/// The likeliest, and the token itself where it is none of them: one more than asked for, as
+/// OpenAI documents it. Of two ids with the same name the likelier one stays.
+fn top_map(token: &TokenInfo, logprob: f32, language: &Language) -> Value {
     let mut map = Map::new();
-    for entry in top {
+    for entry in &token.top {
         map.entry(name(language, entry.id)).or_insert_with(|| json!(entry.logprob));
     }
+    map.entry(name(language, token.id)).or_insert_with(|| json!(logprob));
     Value::Object(map)
 }
 
 /// A token's text, or its bytes spelled out where they are only part of a character.
-fn name(language: &Language, id: u32) -> String {
+pub(super) fn name(language: &Language, id: u32) -> String {
     let piece = language.piece(id);
     String::from_utf8(piece).unwrap_or_else(|error| {
         let bytes = error.as_bytes().iter().map(|byte| format!("\\x{byte:02x}"));

@@ -3,31 +3,37 @@
 use super::{
     Body,
     fields::{Fields, wrong},
-    params::{delivery, neutral, sampling},
+    harmless::harmless,
+    params::{Limit, delivery, max_tokens, sampling},
 };
-use crate::{RouterError, request::Prompt, sampling::SamplingInput};
+use crate::{RouterError, request::Prompt};
+use proto::v1::Sampling;
 use serde_json::{Value, json};
 use text::{Chat, Message, parse_tool_arguments};
-
-/// Known to OpenAI's API, not to this router.
-const UNSUPPORTED: [&str; 9] = [
-    "audio",
-    "echo",
-    "function_call",
-    "functions",
-    "prediction",
-    "prompt_cache_retention",
-    "reasoning_effort",
-    "verbosity",
-    "web_search_options",
-];
-/// Fields of a message that templates look at.
-const EXTRA: [&str; 3] = ["name", "tool_call_id", "reasoning_content"];
 
 /// Reads the body strictly.
 pub(crate) fn parse(body: &[u8]) -> Result<Body, RouterError> {
     let mut fields = Fields::parse(body)?;
     let model = fields.string("model")?.unwrap_or_default();
+    let chat = conversation(&mut fields)?;
+    let max_tokens = max_tokens(&mut fields)?.and_then(|limit| match limit {
+        Limit::Tokens(count) => Some(count),
+        Limit::Fitting => None,
+    });
+    let logprobs = logprobs(&mut fields)?;
+    let sampling = Sampling { max_tokens, logprobs, ..sampling(&mut fields)? };
+    let delivery = delivery(&mut fields)?;
+    for name in ["echo", "add_special_tokens", "parse_special"] {
+        fields.only(name, &[json!(false)])?;
+    }
+    harmless(&mut fields)?;
+    let ignored = fields.finish()?;
+    let prompts = vec![Prompt::Chat(Box::new(chat))];
+    Ok(Body { model, prompts, sampling, delivery, ignored })
+}
+
+/// Messages, tools and what else the template sees.
+pub(super) fn conversation(fields: &mut Fields) -> Result<Chat, RouterError> {
     let messages = fields.array("messages")?.ok_or_else(|| {
         RouterError::invalid("messages", "messages is missing; give an array of messages")
     })?;
@@ -36,39 +42,20 @@ pub(crate) fn parse(body: &[u8]) -> Result<Body, RouterError> {
         .enumerate()
         .map(|(at, value)| message(&format!("messages[{at}]"), value))
         .collect::<Result<_, _>>()?;
-    let chat = Chat {
+    let continue_final_message = fields.boolean("continue_final_message")?.unwrap_or(false);
+    let add_generation_prompt = fields.boolean("add_generation_prompt")?;
+    if continue_final_message && add_generation_prompt == Some(true) {
+        let message = "continue_final_message and add_generation_prompt exclude each other; give \
+                       one of them";
+        return Err(RouterError::invalid("continue_final_message", message));
+    }
+    Ok(Chat {
         messages,
-        tools: tools(&mut fields)?,
+        tools: tools(fields)?,
         args: fields.object("chat_template_kwargs")?.unwrap_or_default(),
-        add_generation_prompt: fields.boolean("add_generation_prompt")?.unwrap_or(true),
-    };
-    let sampling = SamplingInput {
-        max_tokens: max_tokens(&mut fields)?,
-        logprobs: logprobs(&mut fields)?,
-        ..sampling(&mut fields)?
-    };
-    let delivery = delivery(&mut fields)?;
-    neutral(&mut fields)?;
-    fields.only("response_format", &[json!({"type": "text"})])?;
-    fields.only("modalities", &[json!(["text"])])?;
-    fields.only("parallel_tool_calls", &[json!(true)])?;
-    for name in UNSUPPORTED {
-        fields.only(name, &[])?;
-    }
-    fields.finish()?;
-    Ok(Body { model, prompts: vec![Prompt::Chat(Box::new(chat))], sampling, delivery })
-}
-
-/// The newer name wins nothing over the older one: given both, they must agree.
-fn max_tokens(fields: &mut Fields) -> Result<Option<u32>, RouterError> {
-    let (old, new) = (fields.uint("max_tokens")?, fields.uint("max_completion_tokens")?);
-    match (old, new) {
-        (Some(old), Some(new)) if old != new => Err(RouterError::invalid(
-            "max_completion_tokens",
-            format!("max_completion_tokens is {new}, but max_tokens is {old}; give one of them"),
-        )),
-        _ => Ok(new.or(old)),
-    }
+        add_generation_prompt: add_generation_prompt.unwrap_or(!continue_final_message),
+        continue_final_message,
+    })
 }
 
 fn logprobs(fields: &mut Fields) -> Result<Option<u32>, RouterError> {
@@ -97,6 +84,10 @@ fn tools(fields: &mut Fields) -> Result<Option<Value>, RouterError> {
             let at = format!("tools[{at}]");
             return Err(wrong(&at, "a function with a name", tool));
         }
+    }
+    if fields.boolean("parallel_tool_calls")? == Some(false) && tools.is_some() {
+        let message = "parallel_tool_calls is supported only as true";
+        return Err(RouterError::invalid("parallel_tool_calls", message));
     }
     let choice = fields.take("tool_choice");
     match choice.as_ref().map(|choice| choice.as_str()) {
@@ -135,17 +126,15 @@ fn message(at: &str, value: Value) -> Result<Message, RouterError> {
             return Err(RouterError::invalid(name.clone(), format!("{name} is missing")));
         }
     };
-    let mut extra = serde_json::Map::new();
-    for name in EXTRA {
-        if let Some(text) = fields.string(name)? {
-            extra.insert(name.to_owned(), Value::String(text));
-        }
+    for name in ["audio", "function_call"] {
+        fields.unsupported(name)?;
     }
-    for name in ["audio", "function_call", "refusal"] {
-        fields.only(name, &[])?;
+    for name in ["annotations", "refusal"] {
+        fields.ignore(name);
     }
-    fields.only("annotations", &[json!([])])?;
-    fields.finish()?;
+    // Templates see whatever else a message has, as Hugging Face shows it to them.
+    let mut extra = fields.rest();
+    extra.retain(|_, value| !value.is_null());
     // OpenAI's newer name for the same role.
     let role = if role == "developer" { "system".to_owned() } else { role };
     Ok(Message { role, content, tool_calls, extra })
@@ -171,7 +160,6 @@ fn content(name: &str, value: Value) -> Result<String, RouterError> {
         text += &piece.ok_or_else(|| {
             RouterError::invalid(format!("{name}.text"), format!("{name}.text is missing"))
         })?;
-        part.finish()?;
     }
     Ok(text)
 }

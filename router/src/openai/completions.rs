@@ -3,9 +3,14 @@
 use super::{
     Body,
     fields::{Fields, as_uint, wrong},
-    params::{delivery, neutral, sampling},
+    harmless::harmless,
+    params::{Limit, delivery, max_tokens, sampling},
 };
-use crate::{RouterError, request::Prompt, sampling::SamplingInput};
+use crate::{
+    RouterError,
+    request::{Prompt, Reading},
+};
+use proto::v1::Sampling;
 use serde_json::{Value, json};
 
 /// Prompts of one request.
@@ -17,28 +22,41 @@ const MAX_TOKENS: u32 = 16;
 pub(crate) fn parse(body: &[u8]) -> Result<Body, RouterError> {
     let mut fields = Fields::parse(body)?;
     let model = fields.string("model")?.unwrap_or_default();
+    let reading = reading(&mut fields)?;
     let prompts = match fields.take("prompt") {
-        Some(value) => prompts(value)?,
+        Some(value) => prompts(value, reading)?,
         None => {
             let message = "prompt is missing; give text, token ids, or an array of either";
             return Err(RouterError::invalid("prompt", message));
         }
     };
+    let max_tokens = match max_tokens(&mut fields)? {
+        None => Some(MAX_TOKENS),
+        Some(Limit::Tokens(count)) => Some(count),
+        Some(Limit::Fitting) => None,
+    };
     let logprobs = fields.uint("logprobs")?;
     let echo = fields.boolean("echo")?.unwrap_or(false);
-    let mut sampling = SamplingInput { logprobs, echo, ..sampling(&mut fields)? };
-    sampling.max_tokens = sampling.max_tokens.or(Some(MAX_TOKENS));
+    let sampling = Sampling { max_tokens, logprobs, echo, ..sampling(&mut fields)? };
     let delivery = delivery(&mut fields)?;
-    neutral(&mut fields)?;
     fields.only("best_of", &[json!(sampling.n.unwrap_or(1))])?;
-    fields.only("suffix", &[json!("")])?;
-    fields.finish()?;
-    Ok(Body { model, prompts, sampling, delivery })
+    fields.unsupported("suffix")?;
+    harmless(&mut fields)?;
+    let ignored = fields.finish()?;
+    Ok(Body { model, prompts, sampling, delivery, ignored })
 }
 
-fn prompts(value: Value) -> Result<Vec<Prompt>, RouterError> {
+/// How text is to be read: as a template of the client's own, unless it says otherwise.
+pub(super) fn reading(fields: &mut Fields) -> Result<Reading, RouterError> {
+    Ok(Reading {
+        parse_special: fields.boolean("parse_special")?.unwrap_or(true),
+        add_special: fields.boolean("add_special_tokens")?.unwrap_or(true),
+    })
+}
+
+fn prompts(value: Value, reading: Reading) -> Result<Vec<Prompt>, RouterError> {
     let values = match value {
-        Value::String(text) => return Ok(vec![Prompt::Text(text)]),
+        Value::String(text) => return Ok(vec![Prompt::Text(text, reading)]),
         Value::Array(values) if !values.is_empty() => values,
         Value::Array(_) => {
             return Err(RouterError::invalid("prompt", "prompt is empty; give at least one token"));
@@ -55,7 +73,7 @@ fn prompts(value: Value) -> Result<Vec<Prompt>, RouterError> {
     values
         .into_iter()
         .map(|value| match value {
-            Value::String(text) => Ok(Prompt::Text(text)),
+            Value::String(text) => Ok(Prompt::Text(text, reading)),
             Value::Array(values) => ids(&values).map(Prompt::Ids),
             other => Err(wrong("prompt", "an array of texts, or of arrays of ids", &other)),
         })

@@ -1,6 +1,6 @@
 //! Errors in the shape that OpenAI's clients read.
 
-use crate::{RouterError, record::Told};
+use crate::{RouterError, error::prompt_too_long, record::Told};
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use serde_json::{Value, json};
@@ -59,7 +59,9 @@ pub(crate) fn label(error: &RouterError) -> &'static str {
 pub(crate) fn body(error: &RouterError) -> Value {
     let param = match error {
         RouterError::Invalid { param, .. } => param.as_deref(),
-        RouterError::ContextExceeded { .. } => Some("max_tokens"),
+        RouterError::ContextExceeded { from, prompt, context, .. } => {
+            Some(if prompt_too_long(*prompt, *context) { from } else { "max_tokens" })
+        }
         RouterError::ModelNotFound { .. } => Some("model"),
         _ => None,
     };

@@ -1,22 +1,62 @@
 //! Sampling parameters and options that chat and text completions share.
 
 use super::fields::{Fields, as_uint, wrong};
-use crate::{RouterError, sampling::SamplingInput};
+use crate::RouterError;
+use proto::v1::Sampling;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 
 /// How the answer is delivered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Delivery {
     pub stream: bool,
-    /// A last chunk with the usage.
-    pub include_usage: bool,
+    pub usage: UsageChunks,
 }
 
-/// Everything about sampling but `logprobs`, which the two routes spell differently.
-pub(crate) fn sampling(fields: &mut Fields) -> Result<SamplingInput, RouterError> {
-    Ok(SamplingInput {
-        max_tokens: fields.uint("max_tokens")?,
+/// Which chunks of a stream carry the usage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum UsageChunks {
+    #[default]
+    None,
+    /// One of its own after the last.
+    Last,
+    /// That one, and each before it with the tokens so far.
+    Every,
+}
+
+/// A bound on new tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Limit {
+    Tokens(u32),
+    /// -1: as many as fit.
+    Fitting,
+}
+
+/// The bound, by whichever of its names it was given; given twice, both must agree.
+pub(crate) fn max_tokens(fields: &mut Fields) -> Result<Option<Limit>, RouterError> {
+    let mut known: Option<(&str, Limit)> = None;
+    // The last is llama.cpp's.
+    for name in ["max_tokens", "max_completion_tokens", "n_predict"] {
+        let Some(value) = fields.take(name) else { continue };
+        let limit = match value.as_f64() == Some(-1.0) {
+            true => Limit::Fitting,
+            false => Limit::Tokens(as_uint(name, &value)?),
+        };
+        match known {
+            Some((first, other)) if other != limit => {
+                let message = format!("{name} is {value}, but {first} is not; give one of them");
+                return Err(RouterError::invalid(name, message));
+            }
+            _ => known = Some((name, limit)),
+        }
+    }
+    Ok(known.map(|(_, limit)| limit))
+}
+
+/// Everything about sampling but the bound on tokens and `logprobs`, which the two routes treat
+/// differently.
+pub(crate) fn sampling(fields: &mut Fields) -> Result<Sampling, RouterError> {
+    Ok(Sampling {
         temperature: fields.float("temperature")?,
         top_p: fields.float("top_p")?,
         top_k: top_k(fields)?,
@@ -26,11 +66,13 @@ pub(crate) fn sampling(fields: &mut Fields) -> Result<SamplingInput, RouterError
         frequency_penalty: fields.float("frequency_penalty")?,
         seed: seed(fields)?,
         stop: stop(fields)?,
-        stop_token_ids: ids(fields, "stop_token_ids")?,
+        stop_token_ids: fields.uints("stop_token_ids")?,
         n: fields.uint("n")?,
         ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
         logit_bias: logit_bias(fields)?,
-        ..SamplingInput::default()
+        min_tokens: fields.uint("min_tokens")?.unwrap_or(0),
+        include_stop_str_in_output: fields.boolean("include_stop_str_in_output")?.unwrap_or(false),
+        ..Sampling::default()
     })
 }
 
@@ -38,7 +80,7 @@ pub(crate) fn sampling(fields: &mut Fields) -> Result<SamplingInput, RouterError
 fn top_k(fields: &mut Fields) -> Result<Option<u32>, RouterError> {
     match fields.take("top_k") {
         None => Ok(None),
-        Some(value) if value == json!(-1) => Ok(Some(0)),
+        Some(value) if value.as_f64() == Some(-1.0) => Ok(Some(0)),
         Some(value) => as_uint("top_k", &value).map(Some),
     }
 }
@@ -65,12 +107,7 @@ fn stop(fields: &mut Fields) -> Result<Vec<String>, RouterError> {
     }
 }
 
-fn ids(fields: &mut Fields, name: &str) -> Result<Vec<u32>, RouterError> {
-    let values = fields.array(name)?.unwrap_or_default();
-    values.iter().map(|value| as_uint(name, value)).collect()
-}
-
-fn logit_bias(fields: &mut Fields) -> Result<BTreeMap<u32, f32>, RouterError> {
+fn logit_bias(fields: &mut Fields) -> Result<HashMap<u32, f32>, RouterError> {
     let map = fields.object("logit_bias")?.unwrap_or_default();
     map.iter()
         .map(|(key, value)| {
@@ -87,27 +124,23 @@ fn logit_bias(fields: &mut Fields) -> Result<BTreeMap<u32, f32>, RouterError> {
 /// `stream` and `stream_options`.
 pub(crate) fn delivery(fields: &mut Fields) -> Result<Delivery, RouterError> {
     let stream = fields.boolean("stream")?.unwrap_or(false);
-    let mut include_usage = false;
+    let mut usage = UsageChunks::None;
     if let Some(options) = fields.take("stream_options") {
         if !stream {
             let message = "stream_options is allowed only with stream: true";
             return Err(RouterError::invalid("stream_options", message));
         }
         let mut options = Fields::nested("stream_options", options)?;
-        include_usage = options.boolean("include_usage")?.unwrap_or(false);
-        options.only("include_obfuscation", &[json!(false)])?;
+        let last = options.boolean("include_usage")?.unwrap_or(false);
+        let every = options.boolean("continuous_usage_stats")?.unwrap_or(false);
+        usage = match (last, every) {
+            (false, _) => UsageChunks::None,
+            (true, false) => UsageChunks::Last,
+            (true, true) => UsageChunks::Every,
+        };
+        // Padding against eavesdroppers who count bytes.
+        options.ignore("include_obfuscation");
         options.finish()?;
     }
-    Ok(Delivery { stream, include_usage })
-}
-
-/// What clients send along that changes no answer, and what would change one but is not here.
-pub(crate) fn neutral(fields: &mut Fields) -> Result<(), RouterError> {
-    for name in ["user", "service_tier", "safety_identifier", "prompt_cache_key"] {
-        fields.string(name)?;
-    }
-    // llama.cpp's hint. A cached prefix changes no bit of an answer, so both values mean the same.
-    fields.boolean("cache_prompt")?;
-    fields.object("metadata")?;
-    fields.only("store", &[json!(false)])
+    Ok(Delivery { stream, usage })
 }

@@ -2,8 +2,9 @@
 //! an event in OpenAI's error shape, with nothing behind it.
 
 use super::{
-    answer::{Answer, Route},
+    answer::{self, Answer, Route},
     error,
+    params::UsageChunks,
 };
 use crate::generate::Generation;
 use axum::response::{
@@ -11,6 +12,7 @@ use axum::response::{
     sse::{Event, KeepAlive},
 };
 use futures_util::stream::unfold;
+use serde_json::Value;
 use std::{collections::VecDeque, convert::Infallible, time::Duration};
 
 /// Proxies cut connections that are silent for about a minute; a prefill may take longer.
@@ -19,7 +21,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 struct Events {
     generation: Generation,
     answer: Answer,
-    include_usage: bool,
+    usage: UsageChunks,
     ready: VecDeque<Event>,
     ended: bool,
 }
@@ -29,14 +31,14 @@ pub(crate) fn respond(
     route: Route,
     generation: Generation,
     answer: Answer,
-    include_usage: bool,
+    usage: UsageChunks,
 ) -> Response {
-    let mut ready = VecDeque::new();
+    let mut events = Events { generation, answer, usage, ready: VecDeque::new(), ended: false };
     if route == Route::Chat {
-        let openings = (0..generation.choices).map(|choice| answer.opening(choice, include_usage));
-        ready.extend(openings.map(event));
+        let openings = 0..events.generation.choices;
+        let openings = openings.map(|choice| events.answer.opening(choice, events.usage()));
+        events.ready = openings.map(event).collect();
     }
-    let events = Events { generation, answer, include_usage, ready, ended: false };
     let stream = unfold(events, |mut events| async {
         let event = events.next().await?;
         Some((Ok::<_, Infallible>(event), events))
@@ -45,6 +47,15 @@ pub(crate) fn respond(
 }
 
 impl Events {
+    /// What a chunk with choices says under `usage`; `None` where it has no such field.
+    fn usage(&self) -> Option<Value> {
+        match self.usage {
+            UsageChunks::None => None,
+            UsageChunks::Last => Some(Value::Null),
+            UsageChunks::Every => Some(answer::usage(self.generation.usage())),
+        }
+    }
+
     async fn next(&mut self) -> Option<Event> {
         loop {
             if let Some(event) = self.ready.pop_front() {
@@ -56,7 +67,7 @@ impl Events {
             match self.generation.next().await {
                 Some(Ok(chunk)) => {
                     let language = &self.generation.language;
-                    let chunk = self.answer.chunk(chunk, self.include_usage, language);
+                    let chunk = self.answer.chunk(chunk, self.usage(), language);
                     self.ready.extend(chunk.map(event));
                 }
                 Some(Err(failure)) => {
@@ -66,7 +77,7 @@ impl Events {
                 }
                 None => {
                     self.ended = true;
-                    if self.include_usage {
+                    if self.usage != UsageChunks::None {
                         let closing = self.answer.closing(self.generation.usage());
                         self.ready.push_back(event(closing));
                     }
@@ -77,6 +88,6 @@ impl Events {
     }
 }
 
-fn event(value: serde_json::Value) -> Event {
+fn event(value: Value) -> Event {
     Event::default().data(value.to_string())
 }

@@ -270,8 +270,11 @@ async fn a_drain_lets_streams_finish_and_then_ends_them() {
     let http = cluster.http();
     let mut client = cluster.grpc().await;
     let prompt = proto::v1::generate_request::Prompt::Text("x".into());
-    let request =
-        proto::v1::GenerateRequest { model: MODEL.into(), prompt: Some(prompt), sampling: None };
+    let request = proto::v1::GenerateRequest {
+        prompt: Some(prompt),
+        model: MODEL.into(),
+        ..Default::default()
+    };
     let mut stream = client.generate(request).await.unwrap().into_inner();
     let long = json!({"model": MODEL, "prompt": "x", "max_tokens": 1000});
     let (reply, status, ()) = tokio::join!(

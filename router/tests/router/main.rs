@@ -1,5 +1,6 @@
 //! The router as its clients see it, with scripted workers behind it.
 
+mod aliases;
 mod client;
 mod connections;
 mod faults;
@@ -7,6 +8,8 @@ mod grpc;
 mod interop;
 mod logs;
 mod openai;
+mod shapes;
+mod static_list;
 mod streams;
 mod worker;
 
@@ -53,6 +56,7 @@ pub fn config() -> RouterConfig {
             body: Duration::from_secs(2),
             drain: Duration::from_secs(1),
         },
+        aliases: Default::default(),
     }
 }
 

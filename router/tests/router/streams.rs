@@ -33,8 +33,11 @@ async fn a_client_that_leaves_cancels_upstream() {
     }
     let mut client = cluster.grpc().await;
     let prompt = proto::v1::generate_request::Prompt::Text("x".into());
-    let request =
-        proto::v1::GenerateRequest { model: MODEL.into(), prompt: Some(prompt), sampling: None };
+    let request = proto::v1::GenerateRequest {
+        prompt: Some(prompt),
+        model: MODEL.into(),
+        ..Default::default()
+    };
     let mut stream = client.generate(request).await.unwrap().into_inner();
     stream.message().await.unwrap();
     drop(stream);

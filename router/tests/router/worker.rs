@@ -1,7 +1,8 @@
 //! A worker that answers by script.
 
 use proto::v1::{
-    DescribeModelRequest, Finish, ModelFile, RunRequest, RunResponse, TokenInfo, TopLogprob,
+    DescribeModelRequest, DescribeWorkerRequest, DescribeWorkerResponse, Finish, ModelFile,
+    RunRequest, RunResponse, TokenInfo, TopLogprob,
     worker_server::{self, WorkerServer},
 };
 use std::{
@@ -51,6 +52,10 @@ pub struct Worker {
     pub pace: Mutex<Duration>,
     /// Calls at once that do not yet lead to RESOURCE_EXHAUSTED.
     pub places: AtomicUsize,
+    /// Messages that come as one, as they do when a router reads slowly.
+    pub together: AtomicUsize,
+    /// What it says of itself.
+    pub instance: Mutex<Option<cluster::Instance>>,
 }
 
 pub fn files() -> Files {
@@ -87,6 +92,8 @@ impl Worker {
             answer: Mutex::new(language().encode_ordinary("Hello, wörld! 漢字 done.").unwrap()),
             pace: Mutex::default(),
             places: AtomicUsize::new(usize::MAX),
+            together: AtomicUsize::new(1),
+            instance: Mutex::default(),
         });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
@@ -160,10 +167,32 @@ fn script(worker: &Worker, request: &RunRequest) -> Result<Vec<RunResponse>, Sta
     Ok(messages)
 }
 
+fn together(messages: Vec<RunResponse>, count: usize) -> Vec<RunResponse> {
+    let merged = messages.chunks(count).map(|messages| {
+        messages.iter().cloned().reduce(|mut all, message| {
+            all.prompt.extend(message.prompt);
+            all.tokens.extend(message.tokens);
+            all.finish = message.finish;
+            all
+        })
+    });
+    merged.flatten().collect()
+}
+
 #[tonic::async_trait]
 impl worker_server::Worker for Door {
     type RunStream = Pin<Box<dyn Stream<Item = Result<RunResponse, Status>> + Send>>;
     type DescribeModelStream = tokio_stream::Iter<std::vec::IntoIter<Result<ModelFile, Status>>>;
+
+    async fn describe_worker(
+        &self,
+        _: Request<DescribeWorkerRequest>,
+    ) -> Result<Response<DescribeWorkerResponse>, Status> {
+        let instance = self.0.instance.lock().unwrap().clone();
+        let instance = instance.ok_or_else(|| Status::unavailable("not in a roster"))?;
+        let instance = instance.encode().unwrap().into();
+        Ok(Response::new(DescribeWorkerResponse { instance }))
+    }
 
     async fn run(&self, request: Request<RunRequest>) -> Result<Response<Self::RunStream>, Status> {
         let worker = self.0.clone();
@@ -174,6 +203,7 @@ impl worker_server::Worker for Door {
         }
         let fault = worker.faults.lock().unwrap().pop_front();
         let mut messages = script(&worker, &request)?;
+        messages = together(messages, worker.together.load(Ordering::SeqCst));
         let (mut last, mut silent) = (None, false);
         match fault {
             None => {}

@@ -74,6 +74,7 @@ fn templates_render_as_the_reference_does() {
             tools: case.tools,
             args: case.kwargs,
             add_generation_prompt: case.add_generation_prompt,
+            continue_final_message: false,
         };
         let rendered = template.render(&chat).unwrap();
         assert_eq!(rendered, case.rendered, "{} {}", case.template, case.case);

@@ -58,10 +58,13 @@ pub(super) fn on_devices<T: Task>(
         #[cfg(feature = "cuda")]
         Device::Cuda { first, config } => task.on(cuda::Cards::find(first, config, ranks)?),
         #[cfg(not(feature = "cuda"))]
-        Device::Cuda { .. } => Err(WorkerError::Config(format!(
-            "this build has no CUDA backend for {ranks} ranks; build with `cargo build --release \
-             --features cuda`, or use --device cpu"
-        ))),
+        Device::Cuda { .. } => {
+            let ranks = if ranks == 1 { "1 rank".to_owned() } else { format!("{ranks} ranks") };
+            Err(WorkerError::Config(format!(
+                "this build has no CUDA backend for {ranks}; build with `cargo build --release \
+                 --features cuda`, or use --device cpu"
+            )))
+        }
     }
 }
 

@@ -1,0 +1,269 @@
+//! Flags of the servers: the router's side, the worker's side, and how the two find each other.
+
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use cluster::{Etcd, EtcdOptions, Membership, StaticList};
+use router::RouterConfig;
+use worker::{GroupConfig, WorkerConfig};
+
+use crate::address;
+
+/// The router's side of `up` and `router`.
+#[derive(Args, Debug)]
+pub struct FrontArgs {
+    /// Address of the OpenAI-compatible HTTP interface; port 0 takes any
+    #[arg(long, default_value = "127.0.0.1:8000", env = "LOCKSTEP_HTTP")]
+    pub http: SocketAddr,
+    /// Address of the gRPC interface; port 0 takes any
+    #[arg(long, default_value = "127.0.0.1:8001", env = "LOCKSTEP_GRPC")]
+    pub grpc: SocketAddr,
+    /// Bytes of one request's body, at most
+    #[arg(long, default_value_t = 4 << 20, env = "LOCKSTEP_BODY_BYTES")]
+    body_bytes: usize,
+    /// A further name that clients may ask for, as NAME=MODEL; may be given several times, in the
+    /// environment with commas between
+    #[arg(long, value_name = "NAME=MODEL", value_parser = alias, value_delimiter = ',',
+        env = "LOCKSTEP_ALIAS")]
+    alias: Vec<(String, String)>,
+    /// Web pages that may call the HTTP interface from a browser, as scheme://host[:port], or * for
+    /// all; pages that this machine serves always may
+    #[arg(
+        long = "cors-origin",
+        value_name = "ORIGIN",
+        value_delimiter = ',',
+        env = "LOCKSTEP_CORS_ORIGIN"
+    )]
+    cors_origins: Vec<String>,
+}
+
+impl FrontArgs {
+    pub fn resolve(&self, drain_seconds: u64) -> Result<RouterConfig> {
+        if self.body_bytes == 0 {
+            bail!("--body-bytes must be at least 1");
+        }
+        let mut config = RouterConfig::new(Some(self.http), Some(self.grpc));
+        config.limits.body_bytes_max = self.body_bytes;
+        config.deadlines.drain = Duration::from_secs(drain_seconds);
+        config.aliases = aliases(&self.alias)?;
+        config.cors_origins = self.cors_origins.clone();
+        Ok(config)
+    }
+}
+
+/// The worker's side of `up` and `worker`.
+#[derive(Args, Debug)]
+pub struct ServedArgs {
+    /// The name that clients ask for [default: the checkpoint's]
+    #[arg(long, env = "LOCKSTEP_NAME")]
+    name: Option<String>,
+    /// Requests that wait for a place before others are refused
+    #[arg(long, default_value_t = 256, env = "LOCKSTEP_QUEUE")]
+    queue: usize,
+    /// The worker's address as routers see it, e.g. http://10.0.0.7:7001 [default: where it listens]
+    #[arg(long, value_parser = address::http, env = "LOCKSTEP_ADVERTISE")]
+    advertise: Option<String>,
+}
+
+/// Where a worker listens, and by which flag that was said.
+#[derive(Clone, Copy)]
+pub struct Listen {
+    pub flag: &'static str,
+    pub address: SocketAddr,
+}
+
+impl ServedArgs {
+    /// Checks, before minutes are spent on loading, that routers can reach what is announced.
+    pub fn check(&self, Listen { flag, address }: Listen, etcd: &EtcdArgs) -> Result<()> {
+        if self.name.as_ref().is_some_and(String::is_empty) {
+            bail!("--name is empty; give a name, or leave it out for the checkpoint's");
+        }
+        match &self.advertise {
+            None if address.ip().is_unspecified() => bail!(
+                "{flag} {address} is no address to connect to; say with \
+                 --advertise http://HOST:PORT how routers reach it"
+            ),
+            None => address::check_reachable(flag, &format!("http://{address}"), &etcd.etcd),
+            Some(told) => address::check_reachable("--advertise", told, &etcd.etcd),
+        }
+    }
+
+    pub fn resolve(&self, group: GroupConfig, listen: Listen, drain_seconds: u64) -> WorkerConfig {
+        let mut config = WorkerConfig::new(group);
+        config.listen = listen.address;
+        config.advertise = self.advertise.clone();
+        config.model_name = self.name.clone();
+        config.waiting_max = self.queue;
+        config.drain_limit = Duration::from_secs(drain_seconds);
+        config
+    }
+}
+
+/// The registry.
+#[derive(Args, Debug)]
+pub struct EtcdArgs {
+    /// etcd members, e.g. http://10.0.0.1:2379,http://10.0.0.2:2379
+    #[arg(long, value_delimiter = ',', env = "LOCKSTEP_ETCD")]
+    pub etcd: Vec<String>,
+    /// Clusters of different names share an etcd
+    #[arg(long, default_value = "default", env = "LOCKSTEP_CLUSTER")]
+    cluster: String,
+    /// A file with user:password for etcd
+    #[arg(long, env = "LOCKSTEP_ETCD_CREDENTIALS")]
+    etcd_credentials: Option<PathBuf>,
+}
+
+impl EtcdArgs {
+    /// Connects, where members are named.
+    pub async fn connect(&self) -> Result<Option<Arc<dyn Membership>>> {
+        if self.etcd.is_empty() {
+            return Ok(None);
+        }
+        let mut options = EtcdOptions::new(self.etcd.clone(), self.cluster.clone());
+        if let Some(path) = &self.etcd_credentials {
+            let text = std::fs::read_to_string(path)
+                .with_context(|| format!("cannot read --etcd-credentials {}", path.display()))?;
+            let Some((user, password)) = text.trim_end().split_once(':') else {
+                bail!("{} does not hold user:password", path.display());
+            };
+            options.user = Some((user.to_owned(), password.to_owned()));
+        }
+        Ok(Some(Arc::new(Etcd::connect(options).await?)))
+    }
+}
+
+/// The workers of a router: by a registry or by their addresses.
+#[derive(Args, Debug)]
+pub struct WorkersArgs {
+    #[command(flatten)]
+    etcd: EtcdArgs,
+    /// Workers at fixed addresses in place of etcd, e.g. http://10.0.0.7:7001,http://10.0.0.8:7001
+    #[arg(long, value_parser = address::http, value_delimiter = ',', env = "LOCKSTEP_WORKERS")]
+    workers: Vec<String>,
+}
+
+impl WorkersArgs {
+    /// Follows the roster.
+    pub async fn connect(&self) -> Result<Arc<dyn Membership>> {
+        if !self.workers.is_empty() {
+            if !self.etcd.etcd.is_empty() {
+                bail!("--etcd and --workers both say where the workers are; give one of them");
+            }
+            return Ok(Arc::new(StaticList::follow(&self.workers)?));
+        }
+        let etcd = self.etcd.connect().await?;
+        etcd.context(
+            "nothing says where the workers are; name the cluster's etcd with \
+             --etcd http://HOST:2379, or the workers with --workers http://HOST:PORT",
+        )
+    }
+}
+
+/// `NAME=MODEL`.
+fn alias(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, model)) if !name.is_empty() && !model.is_empty() => {
+            Ok((name.to_owned(), model.to_owned()))
+        }
+        _ => Err(format!("{text:?} is no alias; write NAME=MODEL")),
+    }
+}
+
+/// One meaning for each alias, and none that leads to another.
+fn aliases(given: &[(String, String)]) -> Result<BTreeMap<String, String>> {
+    let mut all = BTreeMap::new();
+    for (name, model) in given {
+        match all.insert(name.clone(), model.clone()) {
+            Some(other) if other != *model => {
+                bail!("--alias {name} is given for {other} and for {model}; give it once")
+            }
+            _ => {}
+        }
+    }
+    match all.iter().find(|(_, model)| all.contains_key(*model)) {
+        Some((name, model)) => bail!(
+            "--alias {name}={model} leads to another alias; give the model's own name instead"
+        ),
+        None => Ok(all),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        front: FrontArgs,
+        #[command(flatten)]
+        served: ServedArgs,
+        #[command(flatten)]
+        workers: WorkersArgs,
+    }
+
+    fn line(words: &str) -> Result<Line, clap::Error> {
+        Line::try_parse_from(["x"].into_iter().chain(words.split_whitespace()))
+    }
+
+    #[test]
+    fn aliases_have_one_meaning_and_lead_to_models() {
+        let resolved = |words| line(words).expect(words).front.resolve(1);
+        let config = resolved("--alias a=m --alias b=m,c=n").unwrap();
+        let wanted = [("a", "m"), ("b", "m"), ("c", "n")];
+        assert_eq!(config.aliases, wanted.map(|(a, b)| (a.to_owned(), b.to_owned())).into());
+        for (words, part) in [
+            ("--alias a=m,a=n", "give it once"),
+            ("--alias a=b,b=m", "another alias"),
+            ("--alias a=a", "another alias"),
+            ("--body-bytes 0", "--body-bytes"),
+        ] {
+            let error = resolved(words).unwrap_err().to_string();
+            assert!(error.contains(part), "{words}: {error}");
+        }
+        for words in ["--alias a", "--alias =m", "--alias a="] {
+            assert!(line(words).err().expect(words).to_string().contains("NAME=MODEL"));
+        }
+    }
+
+    #[test]
+    fn what_a_worker_announces_can_be_reached() {
+        let check = |words: &str, listen: &str| {
+            let line = line(words).expect(words);
+            let listen = Listen { flag: "--listen", address: listen.parse().unwrap() };
+            line.served.check(listen, &line.workers.etcd).map_err(|error| error.to_string())
+        };
+        let far = "--etcd http://10.0.0.5:2379";
+        assert_eq!(check("", "127.0.0.1:0"), Ok(()));
+        assert_eq!(check("--etcd 127.0.0.1:2379", "127.0.0.1:0"), Ok(()));
+        assert_eq!(check(far, "10.0.0.7:7001"), Ok(()));
+        let advertised = format!("{far} --advertise 10.0.0.7:7001");
+        assert_eq!(check(&advertised, "0.0.0.0:7001"), Ok(()));
+        let hidden = format!("{far} --advertise localhost:7001");
+        for (words, listen, part) in [
+            (far, "127.0.0.1:0", "--listen HOST:PORT"),
+            ("", "0.0.0.0:7001", "--advertise http://HOST:PORT"),
+            (&hidden, "10.0.0.7:7001", "--advertise HOST:PORT"),
+        ] {
+            let error = check(words, listen).unwrap_err();
+            assert!(error.contains(part), "{words}: {error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_router_is_told_once_where_its_workers_are() {
+        for (words, part) in [
+            ("", "--workers"),
+            ("--etcd http://a:1 --workers b:1", "give one"),
+            ("--etcd https://a:1", "https"),
+        ] {
+            let error = line(words).expect(words).workers.connect().await.err().expect(words);
+            assert!(error.to_string().contains(part), "{words}: {error}");
+        }
+        let listed = line("--workers a:1,http://b:2").unwrap().workers;
+        assert_eq!(listed.workers, ["http://a:1", "http://b:2"]);
+        assert!(listed.connect().await.is_ok());
+    }
+}
