@@ -23,8 +23,8 @@ pub enum RouterError {
     /// The client's fault, at `param` where one is to blame.
     #[error("{message}")]
     Invalid { param: Option<String>, message: String },
-    /// Prompt and answer do not fit the model's context. In OpenAI's words, by which client
-    /// libraries know the case.
+    /// Prompt and answer do not fit the model's context. In OpenAI's words and with its code in
+    /// them: client libraries look for either in the message.
     #[error("{}", overflow(from, *prompt, *new, *context))]
     ContextExceeded {
         /// The parameter that the prompt came by.
@@ -72,13 +72,13 @@ fn overflow(from: &str, prompt: usize, new: usize, context: usize) -> String {
     if prompt_too_long(prompt, context) {
         return format!(
             "{limit} requested {prompt} tokens in the {from} alone. Please reduce the length of \
-             the {from}."
+             the {from} (context_length_exceeded)."
         );
     }
     let all = prompt.saturating_add(new);
     format!(
         "{limit} requested {all} tokens ({prompt} in the {from}, {new} in the completion). Please \
-         reduce the length of the {from} or max_tokens."
+         reduce the length of the {from} or max_tokens (context_length_exceeded)."
     )
 }
 

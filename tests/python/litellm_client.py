@@ -47,9 +47,7 @@ class Litellm(unittest.TestCase):
         return {"model": f"{provider}/{self.model}", "api_base": BASE, "api_key": "none"}
 
     def each(self):
-        for provider in PROVIDERS:
-            with self.subTest(provider=provider):
-                yield self.where(provider)
+        return [self.where(provider) for provider in PROVIDERS]
 
     def test_chat_with_defaults(self):
         for where in self.each():
