@@ -81,7 +81,7 @@ fn read(paths: &[PathBuf]) -> Vec<(String, String)> {
 
 /// Kernels, their emulation, and scripts: every file of theirs but what is built or fetched.
 fn other_sources() -> Vec<(String, String)> {
-    let mut found = vec![root().join("dev"), root().join(".ci/run")];
+    let mut found = vec![root().join("dev"), root().join(".ci/run"), root().join(".ci/bare")];
     let entries = fs::read_dir(root()).expect("the root");
     for path in entries.flatten().map(|entry| entry.path()) {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();

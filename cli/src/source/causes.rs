@@ -1,4 +1,5 @@
-//! What lies behind a failed download where the machine or its network is the cause, and the remedy.
+//! What lies behind a failed download where the machine or its network is the cause, with the
+//! remedy.
 
 /// Words of an error, any of them, and the sentence that they come to.
 type Cause = (&'static [&'static str], &'static str);
