@@ -3,8 +3,9 @@
 use super::{
     Job,
     activations::{Int8, Int8Run, Int8Tile},
+    avx512::prefetch,
     lanes,
-    packed::{BLOCK, BlockFormat, LANES, Lanes, Scales, Tile},
+    packed::{BlockFormat, LANES, Lanes, Scales, Tile},
 };
 use std::{arch::x86_64::*, ops::Range};
 
@@ -49,6 +50,7 @@ fn few<F: BlockFormat, const R: usize>(
 ) -> [Lanes; R] {
     let mut acc = [[0.0; LANES]; R];
     for block in 0..tile.layout.blocks {
+        prefetch(tile.block(block));
         let start = block * x.height + first;
         let q: &[Int8Run; R] = x.values[start..start + R].try_into().expect("R rows");
         let sides = &x.sides[start..start + R];
@@ -94,29 +96,52 @@ fn step<F: BlockFormat>(acc: &mut Lanes, d: &Lanes, scale: f32, sums: Sums, zero
 fn dots<F: BlockFormat, const R: usize>(block: &[u8], x: &[Int8Run; R]) -> ([Sums; R], [Sums; R]) {
     assert_eq!(block.len(), F::BITS * 64);
     let mut sums = [[[_mm256_setzero_si256(); 2]; R]; 2];
-    for g in 0..BLOCK / 4 {
-        let words = lanes::group::<F>(block, g);
-        // SAFETY: 16 words are two registers of eight.
-        let words = unsafe { std::mem::transmute::<[u32; LANES], Sums>(words) };
-        for r in 0..R {
-            let four = x[r].0.as_chunks::<4>().0[g];
-            let four = _mm256_set1_epi32(i32::from_le_bytes(four.map(|q| q as u8)));
-            for (sum, words) in sums[g / 4][r].iter_mut().zip(words) {
-                *sum = _mm256_add_epi32(*sum, dot_four::<F>(words, four));
+    let ones = _mm256_set1_epi16(1);
+    for (half, sums) in sums.iter_mut().enumerate() {
+        let mut pairs = [[_mm256_setzero_si256(); 2]; R];
+        for g in 4 * half..4 * half + 4 {
+            let words = lanes::group::<F>(block, g);
+            // SAFETY: 16 words are two registers of eight.
+            let words = unsafe { std::mem::transmute::<[u32; LANES], Sums>(words) };
+            let full = (g + 1).is_multiple_of(const { groups_in_16_bits(F::BITS) });
+            for r in 0..R {
+                let four = x[r].0.as_chunks::<4>().0[g];
+                let four = _mm256_set1_epi32(i32::from_le_bytes(four.map(|q| q as u8)));
+                for side in 0..2 {
+                    if F::BITS == 8 {
+                        let dot = dot_eight(words[side], four);
+                        sums[r][side] = _mm256_add_epi32(sums[r][side], dot);
+                        continue;
+                    }
+                    let products = _mm256_maddubs_epi16(words[side], four);
+                    pairs[r][side] = _mm256_add_epi16(pairs[r][side], products);
+                    if full {
+                        let wide = _mm256_madd_epi16(pairs[r][side], ones);
+                        sums[r][side] = _mm256_add_epi32(sums[r][side], wide);
+                        pairs[r][side] = _mm256_setzero_si256();
+                    }
+                }
             }
         }
     }
     (sums[0], sums[1])
 }
 
+/// Groups of four k whose products fit into 16 bits: pairs of weights of up to `bits` bits times
+/// −128.
+const fn groups_in_16_bits(bits: usize) -> usize {
+    match bits {
+        4 | 5 => 4,
+        6 => 2,
+        _ => 1,
+    }
+}
+
 /// Σ of four unsigned times signed bytes in each word. Pairs are summed in 16 bits, which seven
 /// bits of weight cannot overflow; the eighth goes its own way.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn dot_four<F: BlockFormat>(words: __m256i, x: __m256i) -> __m256i {
-    if F::BITS < 8 {
-        return _mm256_madd_epi16(_mm256_maddubs_epi16(words, x), _mm256_set1_epi16(1));
-    }
+fn dot_eight(words: __m256i, x: __m256i) -> __m256i {
     let seven = _mm256_and_si256(words, _mm256_set1_epi8(127));
     let eighth = _mm256_and_si256(_mm256_srli_epi32::<7>(words), _mm256_set1_epi8(1));
     _mm256_add_epi32(
