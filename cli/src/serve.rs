@@ -64,7 +64,8 @@ pub struct ServedArgs {
     /// Requests that wait for a place before others are refused
     #[arg(long, default_value_t = 256, env = "LOCKSTEP_QUEUE")]
     queue: usize,
-    /// The worker's address as routers see it, e.g. http://10.0.0.7:7001 [default: where it listens]
+    /// The worker's address as routers see it, e.g. http://10.0.0.7:7001 [default: where it
+    /// listens]
     #[arg(long, value_parser = address::http, env = "LOCKSTEP_ADVERTISE")]
     advertise: Option<String>,
 }

@@ -83,7 +83,8 @@ impl Shared {
         }
     }
 
-    /// Names that can be asked for now: models with at least one ready worker, then aliases of these.
+    /// Names that can be asked for now: models with at least one ready worker, then aliases of
+    /// these.
     fn served(&self) -> Vec<proto::v1::Model> {
         let now = self.upstream.targets.now();
         let served = now.models.values().filter_map(|model| {
