@@ -15,7 +15,7 @@ use std::{
 pub use client::client;
 pub use connection::Connection;
 pub use http::{Reply, exchange, request};
-pub use process::{Process, lockstep};
+pub use process::{Process, full_pipe, lockstep};
 
 /// Polls until it is so; a failure says what it waited for and what it saw last.
 pub fn wait_for<T: std::fmt::Debug>(
