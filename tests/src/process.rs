@@ -1,7 +1,7 @@
 //! A child process that lives no longer than its value.
 
 use std::{
-    io::{BufRead, BufReader, Read},
+    io::{BufRead, BufReader, PipeReader, Read, Write, pipe},
     path::PathBuf,
     process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio},
     sync::mpsc,
@@ -19,6 +19,16 @@ pub fn lockstep() -> PathBuf {
     let binary = build.join("lockstep");
     assert!(binary.exists(), "no {}: run `./dev test`, which builds it", binary.display());
     binary
+}
+
+/// A pipe that is full and stays so until its reading end is dropped: whoever writes to it, by
+/// either of the two ends for a child's output, waits.
+pub fn full_pipe() -> (PipeReader, [Stdio; 2]) {
+    let (reader, mut writer) = pipe().expect("a pipe");
+    let ends = [(); 2].map(|()| Stdio::from(writer.try_clone().expect("another descriptor")));
+    // The thread ends with the reading end.
+    thread::spawn(move || while writer.write_all(&[b'x'; 4096]).is_ok() {});
+    (reader, ends)
 }
 
 /// A running child, killed with the value.

@@ -2,7 +2,7 @@
 //! machines get JSON and nothing else.
 
 use std::{
-    io::{BufRead, BufReader, PipeReader, Read, Write, pipe},
+    io::{BufRead, BufReader, Read, Write},
     net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -11,7 +11,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use tests::{Connection, Process, exchange, lockstep, request, wait_for};
+use tests::{Connection, Process, exchange, full_pipe, lockstep, request, wait_for};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 const REQUESTS: usize = 10_000;
@@ -39,16 +39,6 @@ fn up([http, grpc]: &[String; 2], flags: &[&str]) -> Command {
     command
 }
 
-/// A pipe that is full and stays so until its reading end is dropped: whoever writes waits.
-fn full_pipe() -> (PipeReader, Stdio, Stdio) {
-    let (reader, mut writer) = pipe().unwrap();
-    let ends = [(); 2].map(|()| Stdio::from(writer.try_clone().unwrap()));
-    let [stdout, stderr] = ends;
-    // The thread ends with the reading end.
-    thread::spawn(move || while writer.write_all(&[b'x'; 4096]).is_ok() {});
-    (reader, stdout, stderr)
-}
-
 fn completion(extra: Value) -> Vec<u8> {
     let mut body = json!({"model": MODEL, "prompt": "Once", "max_tokens": 1});
     body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
@@ -70,7 +60,7 @@ fn is_ready(address: &str) -> bool {
 
 #[test]
 fn a_stalled_log_reader_stops_nothing() {
-    let (reader, stdout, stderr) = full_pipe();
+    let (reader, [stdout, stderr]) = full_pipe();
     let addresses = free();
     let mut command = up(&addresses, &[]);
     let mut process = Process::spawn(command.stdout(stdout).stderr(stderr));

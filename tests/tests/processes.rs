@@ -1,8 +1,9 @@
 //! Router, worker and ranks as separate processes, joined by a real etcd.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
-use tests::{Process, client, etcd, exchange, wait_for};
+use serde_json::json;
+use tests::{Process, client, etcd, exchange, full_pipe, lockstep, wait_for};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -42,4 +43,37 @@ fn any_number_of_ranks_in_any_number_of_processes_answers_alike() {
     roster("the worker out of the roster", 0);
     let status = worker.wait(DEADLINE);
     assert!(status.success(), "after a signal: {status}");
+}
+
+#[test]
+fn a_worker_whose_output_nobody_reads_serves_and_ends() {
+    let Some((_etcd, endpoint, _data)) = etcd() else { return };
+    let ports = ["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
+    let router = Process::lockstep(&[&["router", "--etcd", &endpoint], &ports[..]].concat());
+    let http = router.address("http");
+    let (reader, [stdout, stderr]) = full_pipe();
+    let model =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens/public/qwen2_gqa4_tied_sharded");
+    let mut command = Command::new(lockstep());
+    command
+        .args(["worker", "--etcd", &endpoint, "--tp", "2", "--threads", "1", "--kv-memory", "4M"])
+        .arg("--model")
+        .arg(model)
+        // Ranks, too, say what they can.
+        .env("LOCKSTEP_LOG", "trace")
+        .stdout(stdout)
+        .stderr(stderr);
+    let mut worker = Process::spawn(&mut command);
+    wait_for("the worker in the roster", DEADLINE, || models(http), |seen| seen.len() == 1);
+    let body = json!({
+        "model": "qwen2_gqa4_tied_sharded", "prompt": "Once", "max_tokens": 16, "ignore_eos": true,
+    });
+    for _ in 0..100 {
+        let reply = exchange(http, "POST", "/v1/completions", body.to_string().as_bytes());
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+    worker.signal("TERM");
+    let status = worker.wait(DEADLINE);
+    assert!(status.success(), "after a signal: {status}");
+    drop(reader);
 }
