@@ -29,7 +29,7 @@ impl Prompt {
             Self::Text(text) => text.len(),
             Self::Ids(_) => 0,
             Self::Chat(chat) => {
-                chat.messages.iter().map(|m| m.content.len()).sum::<usize>()
+                chat.messages.iter().map(|m| m.content.as_str().len()).sum::<usize>()
                     + chat.tools.as_ref().map_or(0, |tools| tools.to_string().len())
             }
         }

@@ -18,7 +18,7 @@ use proto::v1::{
 };
 use serde_json::{Map, Value};
 use std::{pin::Pin, sync::Arc};
-use text::{Chat, Message, parse_tool_arguments};
+use text::{Chat, Content, Message};
 use tonic::{Code, Request, Response, Status};
 
 type Answer = Pin<Box<dyn Stream<Item = Result<GenerateResponse, Status>> + Send>>;
@@ -164,16 +164,17 @@ fn json<T: serde::de::DeserializeOwned>(
 fn message(at: usize, wire: WireMessage) -> Result<Message, RouterError> {
     let name = format!("messages[{at}].tool_calls_json");
     let calls: Option<Vec<Value>> = json(&name, "array", &wire.tool_calls_json)?;
-    let tool_calls = calls.filter(|calls| !calls.is_empty()).map(|calls| {
-        let mut calls = Value::Array(calls);
-        parse_tool_arguments(&mut calls);
-        calls
-    });
+    let tool_calls = calls.filter(|calls| !calls.is_empty()).map(Value::Array);
     if tool_calls.is_some() && wire.role != "assistant" {
         let message = format!("{name} is only for messages of the assistant");
         return Err(RouterError::invalid(name, message));
     }
-    Ok(Message { role: wire.role, content: wire.content, tool_calls, extra: Map::new() })
+    // The wire has no null: a message that only calls tools has no text.
+    let content = match tool_calls {
+        Some(_) if wire.content.is_empty() => Content::Null,
+        _ => Content::Text(wire.content),
+    };
+    Ok(Message { role: wire.role, content, tool_calls, extra: Map::new() })
 }
 
 fn chat(wire: ChatRequest, trace: Trace) -> Result<Input, RouterError> {
@@ -259,7 +260,7 @@ async fn tokenize(shared: &Shared, wire: TokenizeRequest) -> Result<TokenizeResp
     request::on_tokenizer_thread(shared, wire.text.len(), move || {
         let ids = match wire.add_special_tokens {
             true => language.encode(&wire.text),
-            false => language.encode_ordinary(&wire.text),
+            false => language.encode_bare(&wire.text),
         };
         let ids = ids.map_err(|error| request::text_error("text", error))?;
         let pieces = ids.iter().map(|&id| language.piece(id).into()).collect();
