@@ -1,7 +1,10 @@
 //! Loading a group with progress, and the facts about it that a bug report needs.
 
-use anyhow::Result;
+use std::path::Path;
+
+use anyhow::{Context, Result};
 use kernels::cpu::Isa;
+use text::Language;
 use worker::{Group, GroupConfig, ModelInfo, RankMode};
 
 use crate::args::GroupArgs;
@@ -19,10 +22,26 @@ pub fn shown() -> impl FnMut(u64, u64) + Send + 'static {
     }
 }
 
-/// `GroupArgs::resolve` off the async threads: it may fetch a model.
+/// `GroupArgs::resolve` off the async threads: it may fetch a model, and reads its text files.
 pub async fn resolve(args: &GroupArgs, rank_mode: RankMode) -> Result<GroupConfig> {
     let args = args.clone();
-    tokio::task::spawn_blocking(move || args.resolve(rank_mode)).await?
+    let resolve = move || {
+        let config = args.resolve(rank_mode)?;
+        check_text(&config.model)?;
+        Ok(config)
+    };
+    tokio::task::spawn_blocking(resolve).await?
+}
+
+/// A model whose tokenizer or settings cannot be read is refused before its weights are loaded,
+/// not at the first request.
+fn check_text(model: &Path) -> Result<()> {
+    let language = Language::load(&formats::text_files(model)?)
+        .with_context(|| format!("cannot read the model {}", model.display()))?;
+    for warning in language.warnings() {
+        tracing::warn!(model = %model.display(), "{warning}");
+    }
+    Ok(())
 }
 
 /// Loads a group in this process.

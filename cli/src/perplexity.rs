@@ -69,7 +69,7 @@ pub fn main(args: PerplexityArgs) -> Result<()> {
 
 /// The text's tokens as the model wants them, and its beginning-of-text token where it has one.
 fn with_bos(language: &Language, text: &str, plain: Vec<u32>) -> Result<(Vec<u32>, Option<u32>)> {
-    let tokens = language.encode(text)?;
+    let tokens = language.encode_literal(text)?;
     let added = tokens.len().saturating_sub(plain.len());
     let bos = (added > 0).then(|| tokens.first().copied()).flatten();
     Ok((tokens, bos))

@@ -7,6 +7,7 @@
 //! Tensor data is read by position, in slices, so that nobody holds more of a file than asked for.
 
 pub mod gguf;
+pub mod json;
 pub mod safetensors;
 
 mod cursor;

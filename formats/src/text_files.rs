@@ -10,20 +10,26 @@ use crate::{
 /// Larger files of these kinds are refused.
 pub const TEXT_FILE_BYTES_MAX: u64 = 64 << 20;
 
-const NAMES: [&str; 8] = [
+const NAMES: [&str; 10] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
     "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
     "config.json",
 ];
 
+/// A folder inside a model's whose templates are named by their files.
+const TEMPLATES: &str = "additional_chat_templates";
+const TEMPLATES_MAX: usize = 64;
+
 /// Of a Hugging Face folder, the files that say how it speaks, as far as they are there, with every
-/// `*.tiktoken`; of a GGUF file one entry `metadata.gguf`, the file up to the end of its metadata,
-/// for [`gguf::parse_metadata`].
+/// `*.tiktoken` and every template as `additional_chat_templates/NAME.jinja`; of a GGUF file one
+/// entry `metadata.gguf`, the file up to the end of its metadata, for [`gguf::parse_metadata`].
 ///
 /// # Errors
 /// No model at `path`, files above [`TEXT_FILE_BYTES_MAX`], and what the system refuses.
@@ -33,8 +39,14 @@ pub fn text_files(path: &Path) -> Result<BTreeMap<String, Vec<u8>>, FormatError>
         Layout::Safetensors { folder, .. } => {
             let named = NAMES.iter().map(|name| folder.join(name)).filter(|path| path.is_file());
             for path in named.chain(list(&folder, "tiktoken")?) {
-                let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                files.insert(name, read_bounded(&path, TEXT_FILE_BYTES_MAX)?);
+                files.insert(file_name(&path), read_bounded(&path, TEXT_FILE_BYTES_MAX)?);
+            }
+            let templates = folder.join(TEMPLATES);
+            if templates.is_dir() {
+                for path in list(&templates, "jinja")?.into_iter().take(TEMPLATES_MAX) {
+                    let name = format!("{TEMPLATES}/{}", file_name(&path));
+                    files.insert(name, read_bounded(&path, TEXT_FILE_BYTES_MAX)?);
+                }
             }
         }
         Layout::Gguf { files: parts } => {
@@ -46,6 +58,10 @@ pub fn text_files(path: &Path) -> Result<BTreeMap<String, Vec<u8>>, FormatError>
         }
     }
     Ok(files)
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// A whole file, if it has at most `bytes_max`.

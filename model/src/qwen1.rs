@@ -52,7 +52,8 @@ pub(crate) fn config(fields: &Fields) -> Result<DecoderConfig, ModelError> {
     let dynamic_ntk = fields.flag("use_dynamic_ntk", true)?.then_some(trained);
     let logn = fields.flag("use_logn_attn", true)?.then_some(trained);
     let positions = fields.size_or_none(&["max_position_embeddings", "n_positions"])?;
-    let stretched = dynamic_ntk.and(positions).unwrap_or(trained);
+    // Either of the two carries the model past its trained length.
+    let stretched = dynamic_ntk.or(logn).and(positions).unwrap_or(trained);
     Ok(DecoderConfig {
         family: "qwen1",
         hidden,

@@ -82,6 +82,9 @@ async fn first_language(
             .await
             .map_err(|error| RouterError::Internal(format!("tokenizer of '{name}': {error}")))?
             .map_err(|error| RouterError::Internal(format!("files of '{name}': {error}")))?;
+        for warning in language.warnings() {
+            tracing::warn!(model = name, warning);
+        }
         let language = Arc::new(language);
         model.language.set(&language);
         tracing::info!(model = name, vocabulary = language.vocab_size(), "language loaded");

@@ -356,7 +356,7 @@ mod tests {
         };
         assert!(with(&|_, _| {}) < 100);
         let cases: [Change<'_>; 6] = [
-            &|_, message| message.content = large.clone(),
+            &|_, message| message.content = large.clone().into(),
             &|_, message| message.tool_calls = Some(call.clone()),
             &|_, message| drop(message.extra.insert("thinking".into(), json!(large))),
             &|chat, _| chat.tools = Some(call.clone()),

@@ -17,7 +17,7 @@ use proto::v1::{
 };
 use serde_json::{Map, Value};
 use std::{pin::Pin, sync::Arc};
-use text::{Chat, Message, parse_tool_arguments};
+use text::{Chat, Content, Message};
 use tonic::{Code, Request, Response, Status};
 
 type Answer = Pin<Box<dyn Stream<Item = Result<GenerateResponse, Status>> + Send>>;
@@ -147,16 +147,17 @@ fn json<T: serde::de::DeserializeOwned>(
 fn message(at: usize, wire: WireMessage) -> Result<Message, RouterError> {
     let name = format!("messages[{at}].tool_calls_json");
     let calls: Option<Vec<Value>> = json(&name, "array", &wire.tool_calls_json)?;
-    let tool_calls = calls.filter(|calls| !calls.is_empty()).map(|calls| {
-        let mut calls = Value::Array(calls);
-        parse_tool_arguments(&mut calls);
-        calls
-    });
+    let tool_calls = calls.filter(|calls| !calls.is_empty()).map(Value::Array);
     if tool_calls.is_some() && wire.role != "assistant" {
         let message = format!("{name} is only for messages of the assistant");
         return Err(RouterError::invalid(name, message));
     }
-    Ok(Message { role: wire.role, content: wire.content, tool_calls, extra: Map::new() })
+    // The wire has no null: a message that only calls tools has no text.
+    let content = match tool_calls {
+        Some(_) if wire.content.is_empty() => Content::Null,
+        _ => Content::Text(wire.content),
+    };
+    Ok(Message { role: wire.role, content, tool_calls, extra: Map::new() })
 }
 
 fn chat(wire: ChatRequest, trace: Trace) -> Result<Input, RouterError> {

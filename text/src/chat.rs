@@ -1,14 +1,40 @@
-//! A conversation as a template sees it.
+//! A conversation as a client sent it.
 
 use serde_json::{Map, Value};
+
+/// What a message says; templates tell nothing, null and empty text apart.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Content {
+    #[default]
+    Absent,
+    Null,
+    Text(String),
+}
+
+impl Content {
+    /// Nothing and null read as empty.
+    pub fn as_str(&self) -> &str {
+        match self {
+            Self::Absent | Self::Null => "",
+            Self::Text(text) => text,
+        }
+    }
+}
+
+impl<T: Into<String>> From<T> for Content {
+    fn from(text: T) -> Self {
+        Self::Text(text.into())
+    }
+}
 
 /// One turn of a conversation.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Message {
     /// Whatever the template knows: system, user, assistant, tool …
     pub role: String,
-    pub content: String,
-    /// The array of calls of an assistant's message.
+    pub content: Content,
+    /// The array of calls of an assistant's message, as OpenAI's API has it. Arguments may be JSON
+    /// text or an object; templates see an object.
     pub tool_calls: Option<Value>,
     /// Further fields that templates look at, e.g. `reasoning_content`, `name`, `tool_call_id`.
     pub extra: Map<String, Value>,
@@ -17,7 +43,7 @@ pub struct Message {
 impl Message {
     /// A plain message.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into(), ..Self::default() }
+        Self { role: role.into(), content: Content::from(content), ..Self::default() }
     }
 }
 
@@ -33,15 +59,4 @@ pub struct Chat {
     pub add_generation_prompt: bool,
     /// Whether it ends where the last message's text does, so that the answer goes on there.
     pub continue_final_message: bool,
-}
-
-/// Turns `function.arguments` of each call from the JSON text that OpenAI clients send into the
-/// object that templates print; what is no JSON object stays as it is.
-pub fn parse_tool_arguments(tool_calls: &mut Value) {
-    for call in tool_calls.as_array_mut().into_iter().flatten() {
-        let Some(arguments) = call.pointer_mut("/function/arguments") else { continue };
-        if let Some(Ok(parsed @ Value::Object(_))) = arguments.as_str().map(serde_json::from_str) {
-            *arguments = parsed;
-        }
-    }
 }

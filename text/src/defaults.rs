@@ -4,10 +4,10 @@
 //! use are refused by name when the model is loaded.
 
 use formats::gguf::Metadata;
-use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use crate::error::TextError;
-use crate::language::Files;
+use crate::language::{Files, json};
 use crate::tokenizer::{Vocabulary, gguf};
 
 /// Tokens that end an answer wherever they are special, though some files forget to say so.
@@ -30,17 +30,9 @@ pub struct GenerationDefaults {
     pub repetition_penalty: Option<f32>,
 }
 
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Ids {
-    One(u32),
-    Many(Vec<u32>),
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default)]
+#[derive(Default)]
 struct Config {
-    eos_token_id: Option<Ids>,
+    eos_ids: Option<Vec<u32>>,
     do_sample: Option<bool>,
     temperature: Option<f64>,
     top_p: Option<f64>,
@@ -57,16 +49,12 @@ impl GenerationDefaults {
     ) -> Result<Self, TextError> {
         let mut config = match metadata {
             Some(metadata) => from_metadata(metadata)?,
-            None => read(files, "generation_config.json")?,
+            None => from_json(files)?,
         };
-        if config.eos_token_id.is_none() && metadata.is_none() {
-            config.eos_token_id = read(files, "config.json")?.eos_token_id;
+        if config.eos_ids.is_none() && metadata.is_none() {
+            config.eos_ids = Fields::read(files, "config.json")?.ids("eos_token_id")?;
         }
-        let mut eos_ids = match config.eos_token_id.take() {
-            Some(Ids::One(id)) => vec![id],
-            Some(Ids::Many(ids)) => ids,
-            None => Vec::new(),
-        };
+        let mut eos_ids = config.eos_ids.take().unwrap_or_default();
         if let Some(vocabulary) = vocabulary {
             eos_ids.extend(END_NAMES.iter().filter_map(|name| vocabulary.specials.id(name)));
             if files.keys().any(|name| name.ends_with(".tiktoken")) {
@@ -119,9 +107,60 @@ impl Config {
     }
 }
 
-fn read(files: &Files, name: &str) -> Result<Config, TextError> {
-    let Some(json) = files.get(name) else { return Ok(Config::default()) };
-    serde_json::from_slice(json).map_err(|error| TextError::file(name, error))
+fn from_json(files: &Files) -> Result<Config, TextError> {
+    let fields = Fields::read(files, "generation_config.json")?;
+    Ok(Config {
+        eos_ids: fields.ids("eos_token_id")?,
+        do_sample: fields.typed("do_sample", "true or false", Value::as_bool)?,
+        temperature: fields.typed("temperature", "a number", Value::as_f64)?,
+        top_p: fields.typed("top_p", "a number", Value::as_f64)?,
+        top_k: fields.typed("top_k", "a whole number", whole)?,
+        min_p: fields.typed("min_p", "a number", Value::as_f64)?,
+        repetition_penalty: fields.typed("repetition_penalty", "a number", Value::as_f64)?,
+    })
+}
+
+/// The settings of one file, none where it is not there.
+struct Fields<'a> {
+    file: &'a str,
+    map: Map<String, Value>,
+}
+
+impl<'a> Fields<'a> {
+    fn read(files: &Files, file: &'a str) -> Result<Self, TextError> {
+        Ok(Self { file, map: json(files, file)?.unwrap_or_default() })
+    }
+
+    /// A setting; null is none.
+    fn typed<T>(
+        &self,
+        name: &str,
+        wanted: &str,
+        read: impl Fn(&Value) -> Option<T>,
+    ) -> Result<Option<T>, TextError> {
+        let Some(value) = self.map.get(name).filter(|value| !value.is_null()) else {
+            return Ok(None);
+        };
+        read(value).map(Some).ok_or_else(|| {
+            let found: String = value.to_string().chars().take(80).collect();
+            TextError::file(self.file, format!("{name} is {found}, not {wanted}"))
+        })
+    }
+
+    /// One id or a list of them.
+    fn ids(&self, name: &str) -> Result<Option<Vec<u32>>, TextError> {
+        let id = |value: &Value| u32::try_from(whole(value)?).ok();
+        self.typed(name, "a token id or a list of them", |value| match value {
+            Value::Array(list) => list.iter().map(id).collect(),
+            one => Some(vec![id(one)?]),
+        })
+    }
+}
+
+/// Python does not tell 50.0 from 50 everywhere, so files hold either.
+fn whole(value: &Value) -> Option<i64> {
+    let float = || value.as_f64().filter(|n| n.fract() == 0.0 && n.abs() < 1e15);
+    value.as_i64().or_else(|| float().map(|n| n as i64))
 }
 
 fn from_metadata(metadata: &Metadata) -> Result<Config, TextError> {
@@ -132,7 +171,7 @@ fn from_metadata(metadata: &Metadata) -> Result<Config, TextError> {
         ids.extend(gguf::id(metadata, &format!("tokenizer.ggml.{name}_token_id"))?);
     }
     Ok(Config {
-        eos_token_id: Some(Ids::Many(ids)),
+        eos_ids: Some(ids),
         do_sample: None,
         temperature: number("general.sampling.temp")?,
         top_p: number("general.sampling.top_p")?,
@@ -169,6 +208,8 @@ mod tests {
         let greedy = load(r#"{"eos_token_id": 2, "do_sample": false, "top_k": -1}"#).unwrap();
         assert_eq!((greedy.temperature, greedy.top_k), (Some(0.0), Some(0)));
         assert_eq!(greedy.eos_ids, [2]);
+        let floats = load(r#"{"eos_token_id": [2.0, 3], "top_k": 50.0, "top_p": null}"#).unwrap();
+        assert_eq!((floats.eos_ids, floats.top_k, floats.top_p), (vec![2, 3], Some(50), None));
     }
 
     #[test]
@@ -179,10 +220,14 @@ mod tests {
             ("min_p", "1.5"),
             ("repetition_penalty", "0"),
             ("temperature", "\"hot\""),
+            ("top_k", "50.5"),
+            ("eos_token_id", "-1"),
+            ("do_sample", "1"),
+            ("top_p", "NaN"),
         ] {
             let error = load(&format!(r#"{{"{name}": {value}}}"#)).unwrap_err().to_string();
             assert!(error.contains("generation_config.json"), "{error}");
-            assert!(error.contains(name) || error.contains("hot"), "{error}");
+            assert!(error.contains(name) || error.contains("NaN"), "{error}");
         }
     }
 }

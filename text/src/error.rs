@@ -15,10 +15,15 @@ pub enum TextError {
     /// Another of the model's files is broken.
     #[error("{file}: {reason}")]
     File { file: String, reason: String },
+    /// The model's own template is unusable: the model can complete, but not chat.
+    #[error(
+        "the model's chat template is broken ({0}); send a completion prompt, or mend the file"
+    )]
+    BrokenTemplate(String),
     /// The model's template refused the conversation, in its own words.
     #[error("the chat template refused: {0}")]
     Refused(String),
-    /// The template is broken, or ran out of its means.
+    /// The template failed on this conversation, or ran out of its means.
     #[error("chat template: {0}")]
     Template(String),
     /// The text itself cannot be encoded.

@@ -1,10 +1,12 @@
 #![forbid(unsafe_code)]
 //! Text to token ids and back: tokenizers, chat templates, incremental decoding, stop strings.
 //!
-//! [`Language`] is everything that a router needs to speak one model's language. Text that a user
-//! wrote never becomes a special token: only the model's own template can put those.
+//! [`Language`] is everything that a router needs to speak one model's language. In conversations
+//! a user's text never becomes a special token: only the model's own template can put those. A raw
+//! prompt is a template of the caller's own, so every added token in it is parsed.
 
 mod chat;
+mod chat_format;
 mod continuation;
 mod defaults;
 mod detokenize;
@@ -21,7 +23,7 @@ mod tokenizer;
 #[cfg(test)]
 mod tests;
 
-pub use chat::{Chat, Message, parse_tool_arguments};
+pub use chat::{Chat, Content, Message};
 pub use defaults::GenerationDefaults;
 pub use detokenize::Detokenizer;
 pub use error::TextError;

@@ -7,10 +7,10 @@
 use std::collections::{BTreeSet, HashSet};
 
 use aho_corasick::{AhoCorasick, MatchKind};
-use serde_json::{Map, Value};
+use serde_json::Value;
 use tokenizers::AddedToken;
 
-use crate::chat::{Chat, Message};
+use crate::chat::Chat;
 use crate::error::TextError;
 
 /// Characters that no standard gives a meaning: planes 15 and 16.
@@ -84,46 +84,15 @@ impl Specials {
         marked + &text[from..]
     }
 
-    fn mark_value(&self, value: &Value, marker: char) -> Value {
-        match value {
-            Value::String(text) => Value::String(self.mark(text, marker)),
-            Value::Array(items) => items.iter().map(|item| self.mark_value(item, marker)).collect(),
-            Value::Object(map) => {
-                let entries = map.iter();
-                let marked = entries
-                    .map(|(key, item)| (self.mark(key, marker), self.mark_value(item, marker)));
-                Value::Object(marked.collect())
-            }
-            other => other.clone(),
-        }
-    }
-
-    /// The conversation with every text of it marked.
-    pub fn mark_chat(&self, chat: &Chat, marker: char) -> Chat {
-        // Names of fields and variables are the caller's code, not a user's text.
-        let values = |map: &Map<String, Value>| -> Map<String, Value> {
-            map.iter().map(|(key, item)| (key.clone(), self.mark_value(item, marker))).collect()
-        };
-        let message = |message: &Message| Message {
-            role: self.mark(&message.role, marker),
-            content: self.mark(&message.content, marker),
-            tool_calls: message.tool_calls.as_ref().map(|calls| self.mark_value(calls, marker)),
-            extra: values(&message.extra),
-        };
-        Chat {
-            messages: chat.messages.iter().map(message).collect(),
-            tools: chat.tools.as_ref().map(|tools| self.mark_value(tools, marker)),
-            args: values(&chat.args),
-            add_generation_prompt: chat.add_generation_prompt,
-            continue_final_message: chat.continue_final_message,
-        }
-    }
-
-    /// Cuts rendered text at the special tokens that the template wrote.
-    pub fn segments(&self, rendered: &str, marker: char) -> Vec<Segment> {
+    /// Cuts rendered text at the special tokens that the template wrote. Without a marker the whole
+    /// text is the template's.
+    pub fn segments(&self, rendered: &str, marker: Option<char>) -> Vec<Segment> {
         let mut segments = Vec::new();
         let text = |part: &str| {
-            let text = part.replace(marker, "");
+            let text = match marker {
+                Some(marker) => part.replace(marker, ""),
+                None => part.to_owned(),
+            };
             (!text.is_empty()).then_some(Segment::Text(text))
         };
         let mut from = 0;
@@ -151,7 +120,7 @@ pub fn choose(chat: &Chat, template: &str) -> Result<char, TextError> {
     see(template);
     for message in &chat.messages {
         see(&message.role);
-        see(&message.content);
+        see(message.content.as_str());
         message.tool_calls.iter().chain(message.extra.values()).for_each(|v| visit(v, &mut see));
     }
     chat.tools.iter().chain(chat.args.values()).for_each(|value| visit(value, &mut see));
@@ -175,6 +144,7 @@ fn visit(value: &Value, see: &mut impl FnMut(&str)) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Message;
 
     const MARK: char = '\u{F0000}';
 
@@ -192,7 +162,7 @@ mod tests {
             let rendered = format!("<|im_start|>{}<|im_end|>", s.mark(user, MARK));
             let expected =
                 [Segment::Special(0), Segment::Text(user.to_owned()), Segment::Special(1)];
-            assert_eq!(s.segments(&rendered, MARK), expected, "{user}");
+            assert_eq!(s.segments(&rendered, Some(MARK)), expected, "{user}");
         }
     }
 
@@ -200,9 +170,9 @@ mod tests {
     fn halves_of_a_name_in_neighbouring_fields_stay_text() {
         let s = specials(&["<|im_end|>"]);
         let rendered = s.mark("<|im_", MARK) + &s.mark("end|>", MARK);
-        assert_eq!(s.segments(&rendered, MARK), [Segment::Text("<|im_end|>".to_owned())]);
+        assert_eq!(s.segments(&rendered, Some(MARK)), [Segment::Text("<|im_end|>".to_owned())]);
         let rendered = "<|im_".to_owned() + &s.mark("end|>", MARK);
-        assert_eq!(s.segments(&rendered, MARK), [Segment::Text("<|im_end|>".to_owned())]);
+        assert_eq!(s.segments(&rendered, Some(MARK)), [Segment::Text("<|im_end|>".to_owned())]);
     }
 
     #[test]

@@ -28,7 +28,7 @@ impl Composed {
 
     fn text(&mut self, vocabulary: &Vocabulary, text: &str) -> Result<(), TextError> {
         self.text.push_str(text);
-        self.ids.extend(vocabulary.encode(text, false)?);
+        self.ids.extend(vocabulary.encode_protected(text)?);
         Ok(())
     }
 
@@ -41,7 +41,7 @@ impl Composed {
 
 /// The whole conversation.
 pub fn compose(chat: &Chat, vocabulary: &Vocabulary) -> Result<Composed, TextError> {
-    if chat.tools.is_some() {
+    if chat.tools.is_some() || chat.messages.iter().any(|message| message.tool_calls.is_some()) {
         return Err(TextError::Refused("the original Qwen chat format has no tools".to_owned()));
     }
     let (system, turns) = match chat.messages.split_first() {
@@ -116,7 +116,7 @@ fn following(vocabulary: &Vocabulary, turn: &Message) -> Result<Composed, TextEr
 fn message(vocabulary: &Vocabulary, turn: &Message) -> Result<Composed, TextError> {
     let mut composed = Composed::default();
     composed.special(vocabulary, START)?;
-    for part in [&turn.role, "\n", &turn.content] {
+    for part in [&turn.role, "\n", turn.content.as_str()] {
         composed.text(vocabulary, part)?;
     }
     composed.special(vocabulary, END)?;

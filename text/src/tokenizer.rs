@@ -10,7 +10,9 @@ pub mod tiktoken;
 
 use std::sync::Arc;
 
-use tokenizers::Tokenizer;
+use tokenizers::{
+    Model, NormalizedString, Normalizer, OffsetType, PreTokenizedString, PreTokenizer, Tokenizer,
+};
 
 use crate::error::TextError;
 use crate::language::Files;
@@ -20,11 +22,20 @@ use crate::pieces::Pieces;
 /// Whitespace characters in a row: beyond this the splitting pattern gives up midway.
 const WHITESPACE_RUN_MAX: usize = 250_000;
 
+/// Ids around a text, BOS in most models that have any.
+#[derive(Debug, Default)]
+struct Affixes {
+    prefix: Vec<u32>,
+    suffix: Vec<u32>,
+}
+
 /// A tokenizer with its special tokens told apart.
 #[derive(Debug)]
 pub struct Vocabulary {
     tokenizer: Tokenizer,
     pub specials: Specials,
+    /// Put before and after a text that stands alone.
+    affixes: Affixes,
     pub pieces: Arc<Pieces>,
 }
 
@@ -51,32 +62,95 @@ impl Vocabulary {
         byte_level::check(&tokenizer)?;
         // Text is never cut or padded behind the caller's back.
         tokenizer.with_truncation(None).map_err(byte_level::error)?.with_padding(None);
-        // From here on the text of a special token is only text.
+        // From here on the text of a special token is only text; `specials` finds those that count.
         tokenizer.set_encode_special_tokens(true);
         let added = tokenizer.get_added_tokens_decoder();
         let specials = added.into_iter().filter(|(_, token)| token.special).collect();
         let pieces = Arc::new(Pieces::read(&tokenizer)?);
-        Ok(Self { specials: Specials::new(specials)?, pieces, tokenizer })
+        let affixes = Affixes::of(&tokenizer)?;
+        Ok(Self { specials: Specials::new(specials)?, affixes, pieces, tokenizer })
     }
 
-    /// Ids of ordinary text; with `affixes`, what the model wants around a text (BOS) as well.
+    /// The id of the added token with exactly this text.
+    pub fn added_token(&self, text: &str) -> Option<u32> {
+        self.tokenizer.get_added_vocabulary().get_vocab().get(text).copied()
+    }
+
+    /// Ids of a text in which every added token is parsed; with `affixes`, what the model wants
+    /// around a text as well.
     pub fn encode(&self, text: &str, affixes: bool) -> Result<Vec<u32>, TextError> {
+        let ids = self.encode_segments(self.specials.segments(text, None))?;
+        Ok(if affixes { self.affixes.around(ids) } else { ids })
+    }
+
+    /// Ids of a text in which added tokens are only text.
+    pub fn encode_literal(&self, text: &str, affixes: bool) -> Result<Vec<u32>, TextError> {
         check_whitespace(text)?;
-        let encoding = self.tokenizer.encode_fast(text, affixes);
-        Ok(encoding.map_err(|error| TextError::Input(error.to_string()))?.get_ids().to_vec())
+        let ids = literal(&self.tokenizer, text).map_err(|e| TextError::Input(e.to_string()))?;
+        Ok(if affixes { self.affixes.around(ids) } else { ids })
     }
 
     /// Ids of rendered text, whose unmarked special names are special tokens.
     pub fn encode_rendered(&self, rendered: &str, marker: char) -> Result<Vec<u32>, TextError> {
+        self.encode_segments(self.specials.segments(rendered, Some(marker)))
+    }
+
+    fn encode_segments(&self, segments: Vec<Segment>) -> Result<Vec<u32>, TextError> {
         let mut ids = Vec::new();
-        for segment in self.specials.segments(rendered, marker) {
+        for segment in segments {
             match segment {
-                Segment::Text(text) => ids.extend(self.encode(&text, false)?),
+                Segment::Text(text) => ids.extend(self.encode_protected(&text)?),
                 Segment::Special(id) => ids.push(id),
             }
         }
         Ok(ids)
     }
+
+    /// Ids of a user's text inside a conversation: special tokens are only text, other added
+    /// tokens are parsed.
+    pub fn encode_protected(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        check_whitespace(text)?;
+        let encoding = self.tokenizer.encode_fast(text, false);
+        Ok(encoding.map_err(|error| TextError::Input(error.to_string()))?.get_ids().to_vec())
+    }
+}
+
+impl Affixes {
+    /// What the tokenizer puts around the ids of a text.
+    fn of(tokenizer: &Tokenizer) -> Result<Self, TextError> {
+        let ids = |affixes| -> Result<Vec<u32>, TextError> {
+            let encoding = tokenizer.encode_fast("a", affixes).map_err(byte_level::error)?;
+            Ok(encoding.get_ids().to_vec())
+        };
+        let (plain, whole) = (ids(false)?, ids(true)?);
+        let at = match plain.is_empty() {
+            true => None,
+            false => whole.windows(plain.len()).position(|window| window == plain),
+        };
+        let Some(at) = at else { return Ok(Self::default()) };
+        let suffix = whole[at + plain.len()..].to_vec();
+        Ok(Self { prefix: whole[..at].to_vec(), suffix })
+    }
+
+    fn around(&self, mut ids: Vec<u32>) -> Vec<u32> {
+        ids.splice(0..0, self.prefix.iter().copied());
+        ids.extend(&self.suffix);
+        ids
+    }
+}
+
+/// The tokenizer's steps without its search for added tokens.
+fn literal(tokenizer: &Tokenizer, text: &str) -> tokenizers::Result<Vec<u32>> {
+    let mut normalized = NormalizedString::from(text);
+    if let Some(normalizer) = tokenizer.get_normalizer() {
+        normalizer.normalize(&mut normalized)?;
+    }
+    let mut words = PreTokenizedString::from(normalized);
+    if let Some(pre_tokenizer) = tokenizer.get_pre_tokenizer() {
+        pre_tokenizer.pre_tokenize(&mut words)?;
+    }
+    words.tokenize(|word| tokenizer.get_model().tokenize(word.get()))?;
+    Ok(words.into_encoding(None, 0, OffsetType::None)?.get_ids().to_vec())
 }
 
 fn check_whitespace(text: &str) -> Result<(), TextError> {

@@ -216,8 +216,8 @@ fn what_cannot_be_is_refused_before_loading() {
     let error = refused(GroupConfig { kv_memory: Some(1 << 60), ..base() });
     assert!(matches!(&error, WorkerError::Memory(_)), "{error}");
     assert!(error.to_string().contains("KV pool"), "{error}");
-    let error = refused(GroupConfig { context_max: Some(1 << 20), kv_memory: None, ..base() });
-    assert!(error.to_string().contains("8192"), "{error}");
+    let error = refused(GroupConfig { context_max: Some(1 << 40), kv_memory: None, ..base() });
+    assert!(error.to_string().contains("a smaller --context"), "{error}");
     let error = refused(GroupConfig { kv_memory: Some(10), ..base() });
     assert!(error.to_string().contains("no block"), "{error}");
     let error = refused(GroupConfig { kv_memory: Some(1 << 16), ..base() });
@@ -228,4 +228,14 @@ fn what_cannot_be_is_refused_before_loading() {
     assert!(matches!(error, WorkerError::Config(_)), "{error}");
     let error = refused(GroupConfig { model: "/nowhere".into(), ..base() });
     assert!(error.to_string().contains("/nowhere"), "{error}");
+}
+
+/// The model was trained on 8,192; who asks for more by name gets it.
+#[test]
+fn a_context_beyond_the_trained_one_is_allowed_where_asked_for() {
+    let base = config("llama_smollm2", 1, Precision::Fast);
+    let config = GroupConfig { context_max: Some(10_000), kv_memory: None, ..base };
+    let group = Group::start(config, &mut |_, _| {}).unwrap();
+    assert_eq!(group.info.context_max, 10_000);
+    assert!(group.info.blocks * 16 >= 10_000);
 }

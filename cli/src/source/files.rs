@@ -32,7 +32,15 @@ pub fn choose(all: &[String], wanted: Option<&str>) -> Result<Vec<String>> {
         let ending = [".safetensors", ".json", ".jinja", ".tiktoken"];
         ending.iter().any(|end| name.ends_with(end)) || name.as_str() == "merges.txt"
     };
-    Ok(plain().filter(part_of_a_model).cloned().collect())
+    // Last, so that the first file's folder is the model's.
+    let templates = all.iter().filter(|name| is_template(name));
+    Ok(plain().filter(part_of_a_model).chain(templates).cloned().collect())
+}
+
+/// Whether a name is a chat template in the one folder that models keep further ones in.
+fn is_template(name: &str) -> bool {
+    let file = name.strip_prefix("additional_chat_templates/");
+    file.is_some_and(|file| is_plain_name(file) && file.ends_with(".jinja"))
 }
 
 fn or_none(names: &[String]) -> String {
@@ -57,6 +65,9 @@ mod tests {
             "model-00002-of-00002.safetensors",
             "pytorch_model.bin",
             "modeling_qwen.py",
+            "additional_chat_templates/tool_use.jinja",
+            "additional_chat_templates/../evil.jinja",
+            "additional_chat_templates/notes.md",
             "qwen.tiktoken",
             "sub/model.safetensors",
             "../evil.json",
@@ -68,6 +79,7 @@ mod tests {
             "merges.txt",
             "model-00002-of-00002.safetensors",
             "qwen.tiktoken",
+            "additional_chat_templates/tool_use.jinja",
         ]);
         assert_eq!(choose(&all, None).unwrap(), chosen);
         assert_eq!(choose(&all, Some("config.json")).unwrap(), ["config.json"]);

@@ -70,6 +70,9 @@ pub fn fetch(
             path.exists() && checksum::verify(path, entry.size, entry.sha256.as_deref()).is_ok()
         };
         if !whole(&path) {
+            if let Some(folder) = path.parent() {
+                fs::create_dir_all(folder)?;
+            }
             download(&agent, &base, entry, &path)?;
         }
         paths.push(path);
@@ -82,7 +85,7 @@ pub fn fetch(
 }
 
 fn list(agent: &Agent, base: &str, endpoint: &str, id: &str) -> Result<Vec<Entry>> {
-    let url = format!("{base}/repo/files?Revision=master&Recursive=false");
+    let url = format!("{base}/repo/files?Revision=master&Recursive=true");
     let mut answer = agent.get(&url).call().map_err(|error| match error {
         ureq::Error::StatusCode(404) => anyhow!("{endpoint} has no {id}"),
         ureq::Error::StatusCode(code) => anyhow!("{endpoint} answered {code}"),

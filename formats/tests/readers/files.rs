@@ -100,10 +100,20 @@ fn text_files_are_what_a_tokenizer_needs() {
     write(at, "qwen.tiktoken", "IQ== 0");
     write(at, "generation_config.json", "{}");
     write(at, "secrets.json", "{}");
+    write(at, "added_tokens.json", "{}");
+    std::fs::create_dir(at.join("additional_chat_templates")).unwrap();
+    write(at, "additional_chat_templates/tool_use.jinja", "{{ tools }}");
+    write(at, "additional_chat_templates/notes.txt", "");
     let files = text_files(at).unwrap();
     assert_eq!(
         files.keys().collect::<Vec<_>>(),
-        ["config.json", "generation_config.json", "qwen.tiktoken"]
+        [
+            "added_tokens.json",
+            "additional_chat_templates/tool_use.jinja",
+            "config.json",
+            "generation_config.json",
+            "qwen.tiktoken"
+        ]
     );
     assert_eq!(files["qwen.tiktoken"], b"IQ== 0");
 

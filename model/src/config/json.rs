@@ -10,9 +10,9 @@ pub(crate) struct Fields(Map<String, Value>);
 
 impl Fields {
     pub(crate) fn parse(text: &[u8]) -> Result<Self, ModelError> {
-        serde_json::from_slice(text)
+        formats::json::parse(text)
             .map(Self)
-            .map_err(|e| ModelError::Checkpoint(format!("config.json: {e}")))
+            .map_err(|reason| ModelError::Checkpoint(format!("config.json: {reason}")))
     }
 
     /// The value of the first of `keys` that is present and not null.
@@ -51,7 +51,7 @@ impl Fields {
     }
 
     pub(crate) fn size_or_none(&self, keys: &[&str]) -> Result<Option<usize>, ModelError> {
-        self.typed(keys, "a whole number", |v| v.as_u64().and_then(|n| usize::try_from(n).ok()))
+        self.typed(keys, "a whole number", |v| usize::try_from(whole(v)?).ok())
     }
 
     pub(crate) fn number(&self, key: &str) -> Result<Option<f64>, ModelError> {
@@ -82,7 +82,7 @@ impl Fields {
 
     /// `eos_token_id`: one id, several or none.
     pub(crate) fn eos_ids(&self) -> Result<Vec<u32>, ModelError> {
-        let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
+        let id = |v: &Value| u32::try_from(whole(v)?).ok();
         let ids = self.typed(&["eos_token_id"], "a token id or a list of them", |v| match v {
             Value::Array(list) => list.iter().map(id).collect(),
             one => id(one).map(|id| vec![id]),
@@ -184,6 +184,12 @@ impl Fields {
         };
         kinds.iter().map(of_kind).collect()
     }
+}
+
+/// A size or an id; Python does not tell 50.0 from 50 everywhere, so files hold either.
+fn whole(value: &Value) -> Option<u64> {
+    let float = || value.as_f64().filter(|n| n.fract() == 0.0 && (0.0..1e15).contains(n));
+    value.as_u64().or_else(|| float().map(|n| n as u64))
 }
 
 /// YaRN's recommended attention factor, 0.1·ln(factor) + 1.

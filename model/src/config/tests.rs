@@ -64,6 +64,44 @@ fn the_original_7b_in_the_names_of_its_first_release() {
     assert_eq!(parameters(&config), 7_721_324_544);
 }
 
+/// Long prompts need one of the two means; without both the trained length is the end.
+#[test]
+fn either_means_carries_the_original_models_past_their_trained_length() {
+    let mut config = qwen_72b();
+    config["seq_length"] = json!(8192);
+    for (ntk, logn, context) in
+        [(true, true, 32768), (true, false, 32768), (false, true, 32768), (false, false, 8192)]
+    {
+        config["use_dynamic_ntk"] = json!(ntk);
+        config["use_logn_attn"] = json!(logn);
+        let read = read(&config).unwrap();
+        assert_eq!(read.context_max, context, "ntk {ntk}, logn {logn}");
+        assert_eq!(read.rope.dynamic_ntk, ntk.then_some(8192));
+        assert_eq!(read.logn, logn.then_some(8192));
+    }
+}
+
+#[test]
+fn whole_numbers_may_be_written_as_floats() {
+    let mut config = qwen25_72b();
+    for (key, value) in [("hidden_size", 8192.0), ("eos_token_id", 151_645.0)] {
+        config[key] = json!(value);
+    }
+    assert_eq!(read(&config).unwrap(), read(&qwen25_72b()).unwrap());
+    assert!(refusal(&with(config, "hidden_size", json!(8192.5))).contains("hidden_size is 8192.5"));
+}
+
+#[test]
+fn what_editors_and_python_write_is_refused_by_name() {
+    let text = qwen25_72b().to_string();
+    let marked = format!("\u{feff}{text}");
+    let nan = text.replacen("1000000.0", "NaN", 1);
+    for (text, says) in [(marked, "byte order mark"), (nan, "NaN")] {
+        let error = DecoderConfig::from_json(text.as_bytes()).unwrap_err().to_string();
+        assert!(error.contains("config.json") && error.contains(says), "{error}");
+    }
+}
+
 #[test]
 fn published_parameter_counts_of_the_qwen2_line() {
     let size = |hidden: u64, layers: u64, heads: u64, kv: u64, ffn: u64, vocab: u64, tied: bool| {

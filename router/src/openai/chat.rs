@@ -9,7 +9,7 @@ use super::{
 use crate::{RouterError, request::Prompt};
 use proto::v1::Sampling;
 use serde_json::{Value, json};
-use text::{Chat, Message, parse_tool_arguments};
+use text::{Chat, Content, Message};
 
 /// Reads the body strictly.
 pub(crate) fn parse(body: &[u8]) -> Result<Body, RouterError> {
@@ -111,16 +111,13 @@ fn message(at: &str, value: Value) -> Result<Message, RouterError> {
             let message = format!("{name} is only for messages of the assistant");
             return Err(RouterError::invalid(name, message));
         }
-        Some(calls) => {
-            let mut calls = Value::Array(calls);
-            parse_tool_arguments(&mut calls);
-            Some(calls)
-        }
-        None => None,
+        calls => calls.map(Value::Array),
     };
+    let null = fields.is_null("content");
     let content = match fields.take("content") {
-        Some(content) => self::content(&fields.name("content"), content)?,
-        None if role == "assistant" => String::new(),
+        Some(content) => Content::Text(self::content(&fields.name("content"), content)?),
+        None if role == "assistant" && null => Content::Null,
+        None if role == "assistant" => Content::Absent,
         None => {
             let name = fields.name("content");
             return Err(RouterError::invalid(name.clone(), format!("{name} is missing")));

@@ -46,6 +46,11 @@ impl Fields {
         self.map.contains_key(field)
     }
 
+    /// Whether the field is there and null.
+    pub fn is_null(&self, field: &str) -> bool {
+        self.map.get(field).is_some_and(Value::is_null)
+    }
+
     pub fn string(&mut self, field: &str) -> Result<Option<String>, RouterError> {
         match self.take(field) {
             None => Ok(None),

@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::vocabulary::golden;
-use crate::{Chat, Files, Language, Message, TextError, parse_tool_arguments};
+use super::vocabulary::{QWEN25, QWEN25_GGUF, gguf, golden};
+use crate::{Chat, Content, Files, Language, Message, TextError};
 
 const FOLDER: &str = "public/qwen2_gqa4_tied_sharded";
 const TEXTS: [&str; 5] = ["", "the model said: hello", "a1 23\n\n x", "café 漢字 🙂", "<|im_end|>"];
@@ -11,47 +11,6 @@ const TEXTS: [&str; 5] = ["", "the model said: hello", "a1 23\n\n x", "café 漢
 fn folder(names: &[&str]) -> Files {
     let file = |name: &&str| ((*name).to_owned(), golden(&format!("{FOLDER}/{name}")));
     names.iter().map(file).collect()
-}
-
-/// A GGUF file of metadata alone.
-fn gguf(entries: &[(&str, Value)]) -> Vec<u8> {
-    let text = |out: &mut Vec<u8>, text: &str| {
-        out.extend((text.len() as u64).to_le_bytes());
-        out.extend(text.as_bytes());
-    };
-    let mut out = b"GGUF\x03\0\0\0".to_vec();
-    out.extend(0u64.to_le_bytes());
-    out.extend((entries.len() as u64).to_le_bytes());
-    for (key, value) in entries {
-        text(&mut out, key);
-        match value {
-            Value::String(value) => {
-                out.extend(8u32.to_le_bytes());
-                text(&mut out, value);
-            }
-            Value::Bool(value) => {
-                out.extend(7u32.to_le_bytes());
-                out.push(u8::from(*value));
-            }
-            Value::Number(value) => {
-                out.extend(4u32.to_le_bytes());
-                out.extend((value.as_u64().unwrap() as u32).to_le_bytes());
-            }
-            Value::Array(items) => {
-                out.extend(9u32.to_le_bytes());
-                out.extend(if items[0].is_string() { 8u32 } else { 5 }.to_le_bytes());
-                out.extend((items.len() as u64).to_le_bytes());
-                for item in items {
-                    match item.as_str() {
-                        Some(item) => text(&mut out, item),
-                        None => out.extend((item.as_i64().unwrap() as i32).to_le_bytes()),
-                    }
-                }
-            }
-            other => panic!("no GGUF type for {other}"),
-        }
-    }
-    out
 }
 
 /// The folder's vocabulary as GGUF metadata, with `changes` on top.
@@ -102,11 +61,12 @@ fn every_form_of_one_vocabulary_speaks_the_same() {
     let gguf = Language::load(&metadata(&[])).unwrap();
     assert!(json.vocab_size() > 480);
     for text in TEXTS {
-        let ids = json.encode(text).unwrap();
+        let ids = json.encode_literal(text).unwrap();
         assert!(ids.iter().all(|&id| !json.is_special(id)), "{text:?}");
-        assert_eq!(pair.encode(text).unwrap(), ids, "{text:?}");
-        assert_eq!(gguf.encode(text).unwrap(), ids, "{text:?}");
-        assert_eq!(gguf.encode_trusted(text).unwrap(), json.encode_trusted(text).unwrap());
+        assert_eq!(pair.encode_literal(text).unwrap(), ids, "{text:?}");
+        assert_eq!(gguf.encode_literal(text).unwrap(), ids, "{text:?}");
+        assert_eq!(gguf.encode(text).unwrap(), json.encode(text).unwrap(), "{text:?}");
+        assert_eq!(pair.encode(text).unwrap(), json.encode(text).unwrap(), "{text:?}");
     }
     for id in 0..json.vocab_size() as u32 {
         assert_eq!(pair.piece(id), json.piece(id));
@@ -115,6 +75,32 @@ fn every_form_of_one_vocabulary_speaks_the_same() {
     }
     assert_eq!(gguf.defaults().eos_ids, json.defaults().eos_ids);
     assert_eq!(json.piece(1 << 30), b"");
+}
+
+/// The published prompts for filling in the middle and for ChatML are templates that clients fill
+/// in by themselves, whatever file the vocabulary came in and however it marks the tokens.
+#[test]
+fn every_added_token_is_parsed_in_a_raw_prompt() {
+    let fim = "<|fim_prefix|>def add(a, b):\n    <|fim_suffix|>\n    return total\n<|fim_middle|>";
+    let chatml = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n\
+        <|im_start|>user\nHello there!<|im_end|>\n<|im_start|>assistant\n";
+    assert_eq!(QWEN25.encode(fim).unwrap().len(), 15);
+    assert_eq!(QWEN25.encode(fim).unwrap(), QWEN25_GGUF.encode(fim).unwrap());
+    let ids = QWEN25.encode(chatml).unwrap();
+    assert_eq!((ids.len(), ids[0], ids[1]), (22, 151_644, 8948));
+    assert_eq!(ids, QWEN25_GGUF.encode(chatml).unwrap());
+    let tools = "<tool_call>\n{}\n</tool_call>";
+    assert_eq!(QWEN25.encode(tools).unwrap(), [151_657, 198, 16094, 151_658]);
+    for language in [&*QWEN25, &*QWEN25_GGUF] {
+        for text in [fim, chatml, tools] {
+            let ids = language.encode_literal(text).unwrap();
+            assert!(ids.iter().all(|&id| id < 151_643), "{text:?}");
+        }
+        assert_eq!(language.special_token("<|file_sep|>"), Some(151_664));
+        assert_eq!(language.special_token("<tool_call>"), Some(151_657));
+        assert_eq!(language.special_token("<|file_sep|> "), None);
+        assert_eq!(language.special_token("hello"), None);
+    }
 }
 
 #[test]
@@ -126,6 +112,13 @@ fn chatml_speaks_for_a_model_without_a_template() {
     assert_eq!(ids.iter().filter(|&&id| language.is_special(id)).count(), 3);
     let with_tools = Chat { tools: Some(json!([{}])), ..conversation() };
     assert!(matches!(language.encode_chat(&with_tools), Err(TextError::Refused(_))));
+    let mut with_call = conversation();
+    with_call.messages.push(Message {
+        content: Content::Null,
+        tool_calls: Some(json!([{"function": {"name": "f", "arguments": ""}}])),
+        ..Message::new("assistant", "")
+    });
+    assert!(matches!(language.encode_chat(&with_call), Err(TextError::Refused(_))));
 }
 
 #[test]
@@ -144,6 +137,11 @@ fn the_models_own_template_and_bos_are_used() {
     assert_eq!(ids[0], 480);
     assert_eq!(language.encode("").unwrap(), [480]);
     assert!(language.encode_ordinary("").unwrap().is_empty());
+    let bare = language.encode_bare("hi<|im_end|>").unwrap();
+    assert_eq!(language.encode("hi<|im_end|>").unwrap(), [&[480], &bare[..]].concat());
+    assert_eq!(*bare.last().unwrap(), 482);
+    let literal = language.encode_ordinary("hi<|im_end|>").unwrap();
+    assert_eq!(language.encode_literal("hi<|im_end|>").unwrap(), [&[480], &literal[..]].concat());
 }
 
 #[test]
@@ -156,6 +154,93 @@ fn the_tool_template_is_for_conversations_with_tools() {
     assert_eq!(language.render_chat(&conversation()).unwrap(), "plain");
     let with_tools = Chat { tools: Some(json!([])), ..conversation() };
     assert_eq!(language.render_chat(&with_tools).unwrap(), "tools");
+}
+
+#[test]
+fn templates_in_files_of_their_own_come_before_the_configurations() {
+    let mut files = folder(&["tokenizer.json"]);
+    let mut put = |name: &str, text: &str| files.insert(name.to_owned(), text.into());
+    put("tokenizer_config.json", r#"{"chat_template": "config"}"#);
+    put("additional_chat_templates/tool_use.jinja", "tools");
+    put("additional_chat_templates/rag.jinja", "{% if");
+    let with_tools = Chat { tools: Some(json!([])), ..conversation() };
+    let language = Language::load(&files).unwrap();
+    assert_eq!(language.render_chat(&conversation()).unwrap(), "config");
+    assert_eq!(language.render_chat(&with_tools).unwrap(), "tools");
+    files.insert("chat_template.jinja".to_owned(), "\u{feff}file\r\n{# #}\r\n".into());
+    let language = Language::load(&files).unwrap();
+    assert_eq!(language.render_chat(&conversation()).unwrap(), "file\n");
+    assert_eq!(language.render_chat(&with_tools).unwrap(), "tools");
+    assert!(language.warnings().is_empty());
+}
+
+#[test]
+fn a_broken_template_refuses_chat_alone() {
+    let mut files = folder(&["tokenizer.json"]);
+    files.insert("chat_template.jinja".to_owned(), b"{% if x %}{{ y".to_vec());
+    let language = Language::load(&files).unwrap();
+    assert!(!language.encode("hello").unwrap().is_empty());
+    let error = language.encode_chat(&conversation()).unwrap_err();
+    assert!(matches!(error, TextError::BrokenTemplate(_)), "{error}");
+    let warnings = language.warnings();
+    assert_eq!(warnings.len(), 1);
+    for text in [error.to_string(), warnings[0].clone()] {
+        assert!(text.contains("chat_template.jinja: ") && text.contains("syntax error"), "{text}");
+    }
+    // One for tools that is broken refuses only conversations with tools.
+    files.insert("chat_template.jinja".to_owned(), b"plain".to_vec());
+    files.insert("additional_chat_templates/tool_use.jinja".to_owned(), b"{{".to_vec());
+    let language = Language::load(&files).unwrap();
+    assert_eq!(language.render_chat(&conversation()).unwrap(), "plain");
+    let with_tools = Chat { tools: Some(json!([])), ..conversation() };
+    let error = language.render_chat(&with_tools).unwrap_err().to_string();
+    assert!(error.contains("tool_use.jinja"), "{error}");
+    assert_eq!(language.warnings().len(), 1);
+}
+
+/// The oldest layout: added tokens in a file of their own, special ones named in another.
+#[test]
+fn older_folders_name_their_added_tokens_in_files_of_their_own() {
+    let whole = Language::load(&folder(&["tokenizer.json", "tokenizer_config.json"])).unwrap();
+    let config = golden(&format!("{FOLDER}/tokenizer_config.json"));
+    let config: Value = serde_json::from_slice(&config).unwrap();
+    let decoder = config["added_tokens_decoder"].as_object().unwrap();
+    let added = decoder.iter().map(|(id, token)| {
+        let id: u64 = id.parse().unwrap();
+        (token["content"].as_str().unwrap().to_owned(), json!(id))
+    });
+    let added: serde_json::Map<String, Value> = added.collect();
+    let mut files = folder(&["vocab.json", "merges.txt"]);
+    let mut put = |name: &str, json: &Value| {
+        files.insert(name.to_owned(), json.to_string().into_bytes());
+    };
+    put("added_tokens.json", &Value::Object(added));
+    put(
+        "special_tokens_map.json",
+        &json!({"eos_token": {"content": "<|im_end|>"},
+        "additional_special_tokens": ["<|im_start|>"], "pad_token": "<|endoftext|>"}),
+    );
+    let language = Language::load(&files).unwrap();
+    assert_eq!(language.vocab_size(), whole.vocab_size());
+    for text in TEXTS.iter().chain(&["<tool_call>\n{}</tool_call>", "<|im_start|>x<|endoftext|>"]) {
+        assert_eq!(language.encode(text).unwrap(), whole.encode(text).unwrap(), "{text:?}");
+    }
+    for id in 0..whole.vocab_size() as u32 {
+        assert_eq!(language.piece(id), whole.piece(id));
+        // These files do not say of names between bars that they are not special.
+        let bars = whole.piece(id).starts_with(b"<|") && whole.piece(id).ends_with(b"|>");
+        assert_eq!(language.is_special(id), whole.is_special(id) || bars, "{id}");
+    }
+    // A special token without an id follows all others; one in the vocabulary keeps its own.
+    let mut put = |name: &str, json: &Value| {
+        files.insert(name.to_owned(), json.to_string().into_bytes());
+    };
+    put("special_tokens_map.json", &json!({"eos_token": "a", "pad_token": "<pad>"}));
+    let language = Language::load(&files).unwrap();
+    let last = whole.vocab_size() as u32;
+    assert_eq!(language.encode("<pad>a").unwrap()[0], last);
+    assert_eq!(language.special_token("<pad>"), Some(last));
+    assert!(language.is_special(*language.encode("a").unwrap().first().unwrap()));
 }
 
 #[test]
@@ -195,9 +280,14 @@ fn broken_and_foreign_files_are_refused_by_name() {
         (with("tokenizer.json", b"{"), "tokenizer.json"),
         (with("tokenizer.json", foreign.to_string().as_bytes()), "Fuse"),
         (with("tokenizer_config.json", b"[1"), "tokenizer_config.json"),
-        (with("chat_template.jinja", b"{% if"), "template"),
+        (with("tokenizer.json", b"\xef\xbb\xbf{}"), "tokenizer.json: begins with a byte order"),
+        (with("config.json", b"\xef\xbb\xbf{}"), "config.json: begins with a byte order mark"),
+        (with("config.json", b"{\"eos_token_id\": NaN}"), "config.json: NaN in line 1"),
+        (with("special_tokens_map.json", b"{"), "special_tokens_map.json"),
+        (with("added_tokens.json", b"[]x"), "added_tokens.json"),
         (with("chat_template.jinja", b"\xff"), "chat_template.jinja"),
         (with("generation_config.json", b"{\"top_p\": 7}"), "top_p"),
+        (with("generation_config.json", b"{\"top_k\": 50.5}"), "top_k is 50.5, not a whole"),
         (metadata(&[("tokenizer.ggml.pre", json!("tekken"))]), "tekken"),
         (metadata(&[("tokenizer.ggml.model", json!("llama"))]), "llama"),
         (metadata(&[("tokenizer.ggml.merges", json!(["nospace"]))]), "nospace"),
@@ -210,18 +300,5 @@ fn broken_and_foreign_files_are_refused_by_name() {
     for (files, says) in cases {
         let error = Language::load(&files).unwrap_err().to_string();
         assert!(error.contains(says), "{error:?} does not mention {says:?}");
-    }
-}
-
-#[test]
-fn arguments_that_clients_send_as_text_become_objects() {
-    let call = |arguments: Value| json!([{"function": {"name": "f", "arguments": arguments}}]);
-    let mut calls = call(json!("{\"b\": 1, \"a\": 2}"));
-    parse_tool_arguments(&mut calls);
-    assert_eq!(calls.to_string(), call(json!({"b": 1, "a": 2})).to_string());
-    for kept in [json!("not json"), json!("[1]"), json!({"a": 1})] {
-        let mut calls = call(kept.clone());
-        parse_tool_arguments(&mut calls);
-        assert_eq!(calls, call(kept));
     }
 }

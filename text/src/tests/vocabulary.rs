@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 
 use base64::Engine;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::pieces::spell;
 use crate::tokenizer::tiktoken::derive_merges;
@@ -45,6 +45,47 @@ const ADDED: [(&str, bool); 26] = [
 pub fn golden(name: &str) -> Vec<u8> {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens");
     std::fs::read(root.join(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+/// A GGUF file of metadata alone.
+pub fn gguf(entries: &[(&str, Value)]) -> Vec<u8> {
+    let text = |out: &mut Vec<u8>, text: &str| {
+        out.extend((text.len() as u64).to_le_bytes());
+        out.extend(text.as_bytes());
+    };
+    let mut out = b"GGUF\x03\0\0\0".to_vec();
+    out.extend(0u64.to_le_bytes());
+    out.extend((entries.len() as u64).to_le_bytes());
+    for (key, value) in entries {
+        text(&mut out, key);
+        match value {
+            Value::String(value) => {
+                out.extend(8u32.to_le_bytes());
+                text(&mut out, value);
+            }
+            Value::Bool(value) => {
+                out.extend(7u32.to_le_bytes());
+                out.push(u8::from(*value));
+            }
+            Value::Number(value) => {
+                out.extend(4u32.to_le_bytes());
+                out.extend((value.as_u64().unwrap() as u32).to_le_bytes());
+            }
+            Value::Array(items) => {
+                out.extend(9u32.to_le_bytes());
+                out.extend(if items[0].is_string() { 8u32 } else { 5 }.to_le_bytes());
+                out.extend((items.len() as u64).to_le_bytes());
+                for item in items {
+                    match item.as_str() {
+                        Some(item) => text(&mut out, item),
+                        None => out.extend((item.as_i64().unwrap() as i32).to_le_bytes()),
+                    }
+                }
+            }
+            other => panic!("no GGUF type for {other}"),
+        }
+    }
+    out
 }
 
 /// Token bytes by rank.
@@ -100,3 +141,21 @@ fn qwen2(added: usize, template: &str) -> Language {
 
 pub static QWEN25: LazyLock<Language> = LazyLock::new(|| qwen2(22, "qwen2.5-7b-instruct.jinja"));
 pub static QWEN3: LazyLock<Language> = LazyLock::new(|| qwen2(26, "qwen3-0.6b.jinja"));
+
+/// The vocabulary of Qwen2.5 as converters write it: names between bars are control tokens.
+pub static QWEN25_GGUF: LazyLock<Language> = LazyLock::new(|| {
+    let added = ADDED[..22].iter().map(|(name, _)| (*name).to_owned());
+    let kinds = ADDED[..22].iter().map(|(name, _)| if name.starts_with("<|") { 3 } else { 4 });
+    let kinds = RANKS.iter().map(|_| 1).chain(kinds).map(|kind: u32| json!(kind));
+    let tokens = RANKS.iter().map(|token| spell(token)).chain(added).map(Value::String);
+    let merges = derive_merges(&RANKS);
+    let merges = merges.iter().map(|(left, right)| json!(format!("{left} {right}")));
+    let metadata = gguf(&[
+        ("tokenizer.ggml.model", json!("gpt2")),
+        ("tokenizer.ggml.pre", json!("qwen2")),
+        ("tokenizer.ggml.tokens", tokens.collect()),
+        ("tokenizer.ggml.token_type", kinds.collect()),
+        ("tokenizer.ggml.merges", merges.collect()),
+    ]);
+    Language::load(&Files::from([("metadata.gguf".to_owned(), metadata)])).unwrap()
+});

@@ -12,7 +12,7 @@ use tokenizers::{AddedToken, Tokenizer};
 
 use super::byte_level::{Recipe, Split};
 use crate::error::TextError;
-use crate::language::Files;
+use crate::language::{Files, json};
 use crate::pieces::spell;
 
 /// Deriving a merge is quadratic in the token's length.
@@ -34,14 +34,8 @@ struct Config {
 /// Special tokens follow the ranks; those beyond the model's own vocabulary are left out.
 pub fn load(name: &str, data: &[u8], files: &Files) -> Result<Tokenizer, TextError> {
     let tokens = parse(name, data)?;
-    let limit = match files.get("config.json") {
-        Some(json) => {
-            let config: Config =
-                serde_json::from_slice(json).map_err(|e| TextError::file("config.json", e))?;
-            config.vocab_size.unwrap_or(usize::MAX)
-        }
-        None => usize::MAX,
-    };
+    let config: Option<Config> = json(files, "config.json")?;
+    let limit = config.and_then(|config| config.vocab_size).unwrap_or(usize::MAX);
     let merges = derive_merges(&tokens);
     let mut vocab: Vec<(String, u32)> = Vec::with_capacity(tokens.len());
     vocab.extend(tokens.iter().zip(0..).map(|(token, id)| (spell(token), id)));

@@ -193,9 +193,11 @@ impl Pool {
             )));
         }
         if context_max > model_context {
-            return Err(WorkerError::Config(format!(
-                "a context of {context_max} is more than the model's {model_context}"
-            )));
+            tracing::warn!(
+                context = context_max,
+                model = model_context,
+                "the context is longer than the model was made for: answers may get worse there"
+            );
         }
         Ok(Self { blocks, context_max })
     }
