@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 /// Tokens in one KV block.
 pub const BLOCK_TOKENS: usize = 16;
 
-/// Names one sequence for as long as it lives in one engine; never reused.
+/// Identifies a sequence of one engine; never reused.
 pub type SequenceId = u64;
 
 /// How the next token of a sequence is chosen. Validated by whoever built it.
@@ -139,6 +139,7 @@ pub trait Executor: Send {
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError>;
     /// Waits, up to the executor's own deadline, for the plan submitted last.
     fn collect(&mut self) -> Result<StepOutput, ExecutorError>;
-    /// Tells waiting ranks that the leader lives; called at least once a second while nothing runs.
+    /// Keeps waiting ranks from taking the leader for lost; called at least once a second while
+    /// nothing runs.
     fn idle(&mut self) -> Result<(), ExecutorError>;
 }

@@ -3,11 +3,12 @@
 //! Pure and synchronous: no clock, no I/O, no device. Every decision is a function of the calls
 //! made so far, so a test can replay any schedule.
 //!
-//! Decodes go first, then prompts, as `prefill` shares them out, all under one budget of tokens and,
-//! where steps are to take a certain time, under one that is learned (`sizer`). A sequence gets the blocks of all its known tokens when it is admitted and
-//! one more whenever it has filled those. When none is left the youngest running sequence gives its
-//! blocks back and is computed again later, so the oldest always goes on. Nothing is admitted that
-//! could not run alone in an empty pool: a plan without chunks never exists.
+//! Decodes go first, then prompts, as `prefill` shares them out, all under one budget of tokens
+//! and, where steps are to take a certain time, under one that is learned (`sizer`). A sequence
+//! gets the blocks of all its known tokens when it is admitted and one more whenever it has filled
+//! those. When none is left the youngest running sequence gives its blocks back and is computed
+//! again later, so the oldest always goes on. Nothing is admitted that could not run alone in an
+//! empty pool: a plan without chunks never exists.
 
 mod prefill;
 mod sizer;
@@ -193,7 +194,7 @@ impl Scheduler {
         }
         for id in cancelled(&self.waiting) {
             self.stats.cancelled += 1;
-            // One that was preempted is still known to the runners.
+            // One that was preempted is still held by the runners.
             if self.waiting.remove(&id).is_some_and(|sequence| sequence.met) {
                 self.released.push(id);
             }
@@ -251,7 +252,7 @@ impl Scheduler {
         }
     }
 
-    /// How long the plan in flight took, to be told before `commit`; later steps are sized by it.
+    /// Takes how long the plan in flight took, before its `commit`; later steps are sized by it.
     pub fn measure(&mut self, step: Duration) {
         let prefills = self.in_flight.iter().flatten().filter(|planned| !planned.is_decode());
         let units = prefills.map(|planned| units(planned.start, planned.len)).sum();

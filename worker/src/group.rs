@@ -1,6 +1,6 @@
 //! One group: the ranks that hold one model between them, and the leader that drives them.
 //!
-//! Rank 0 is the leader and lives where the engine does; the others only follow. Backends are
+//! Rank 0 is the leader and runs in the engine's process; the others only follow. Backends are
 //! chosen in `devices` and exchanges in `GroupPlan::start`; everything behind is generic over both.
 
 mod casualties;
@@ -37,7 +37,7 @@ pub enum Device {
     },
 }
 
-/// How the ranks of a group live.
+/// Whether the ranks of a group are threads or processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RankMode {
     /// Threads of this process.
@@ -67,9 +67,9 @@ pub struct GroupConfig {
     pub kv_memory: Option<u64>,
     /// Tokens in one step, at most.
     pub step_tokens_max: usize,
-    /// How long a step should take that has both prompts and answers in it; prompts get fewer tokens
-    /// of a step until it does. Default: 0.25 s on the CPU; on CUDA devices, which need many tokens
-    /// to be busy and are quick with them, `step_tokens_max` alone bounds steps.
+    /// How long a step should take that has both prompts and answers in it; prompts get fewer
+    /// tokens of a step until it does. Default: 0.25 s on the CPU; on CUDA devices, which need many
+    /// tokens to be busy and are quick with them, `step_tokens_max` alone bounds steps.
     pub step_target: Option<Duration>,
     /// Sequences that run at once.
     pub sequences_max: usize,
@@ -100,7 +100,7 @@ impl GroupConfig {
     }
 }
 
-/// What a group serves, and with what means.
+/// What a group serves, and on which resources.
 #[derive(Clone, Debug)]
 pub struct ModelInfo {
     /// Folder or file name of the checkpoint.
@@ -147,7 +147,7 @@ impl ModelInfo {
     }
 }
 
-/// Told while weights load: bytes done and bytes in all, of rank 0's share.
+/// Called while weights load with the bytes done and in all, of rank 0's share.
 pub type Progress<'a> = &'a mut (dyn FnMut(u64, u64) + Send);
 
 /// A group whose size is known, and whose weights are not loaded yet.

@@ -1,6 +1,6 @@
 //! How many prompt tokens a step may have, so that it takes about as long as wanted.
 //!
-//! The speed is learned from the steps themselves: the caller says how long each took. What a
+//! The speed is learned from the steps themselves: the caller measures them. What a
 //! token costs grows with the tokens before it, so steps are counted in units: one for a token's
 //! matrix products, and one more for every `ATTENTION_KEYS` keys that it looks at. An estimate that
 //! is wrong for one context corrects itself within a few steps of it.

@@ -136,7 +136,8 @@ fn a_short_prompt_shares_the_steps_of_a_long_one() {
 
 #[test]
 fn nobody_is_overtaken_by_one_that_takes_its_blocks() {
-    // The first has 7 blocks and may want one more, the second wants 5, the short one 1: that is 14.
+    // The first has 7 blocks and may want one more, the second wants 5, the short one 1: that is
+    // 14.
     for (blocks, overtakes) in [(15, true), (13, false)] {
         let mut s = Scheduler::new(config(blocks, 16));
         s.submit(request(vec![1; 100], 1)).unwrap();
@@ -297,7 +298,7 @@ fn a_stop_id_ends_the_answer_and_is_part_of_it() {
     assert_eq!(ids(&updates[0].tokens), [EOS]);
     assert_eq!(updates[0].end, Some(End::Stop));
     assert_eq!(s.schedule(), None);
-    // The runners hear of it with the next plan.
+    // The runners get it with the next plan.
     s.submit(request(vec![1; 4], 1)).unwrap();
     assert_eq!(s.schedule().unwrap().released, [id]);
 }
@@ -351,7 +352,7 @@ fn cancelling_frees_the_blocks_at_the_next_step() {
     assert!(s.is_idle());
     assert_eq!(s.stats().cancelled, 2);
     s.submit(request(vec![3; 2], 1)).unwrap();
-    assert_eq!(s.schedule().unwrap().released, [running], "the other was never met");
+    assert_eq!(s.schedule().unwrap().released, [running], "the other was never introduced");
 }
 
 #[test]

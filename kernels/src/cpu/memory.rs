@@ -9,8 +9,8 @@ use std::{
 };
 
 const LINE_BYTES: usize = 64;
-/// From here on memory comes from the system, not from the allocator: that one may hand out what was
-/// used before, and would have to zero it, touching every page.
+/// From here on memory comes from the system, not from the allocator: that one may hand out what
+/// was used before, and would have to zero it, touching every page.
 const MAP_BYTES: usize = 1 << 20;
 
 /// Numbers of which any bytes, zeros too, are a value.
@@ -175,7 +175,8 @@ mod tests {
             status.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
         };
         let before = resident();
-        // Another thread's allocator has no fresh memory of its own to hand out; sixty layers of 24 MiB.
+        // Another thread's allocator has no fresh memory of its own to hand out; sixty layers of 24
+        // MiB.
         let arrays = std::thread::spawn(|| {
             let layer = |_| Aligned::<u16>::zeroed("a test", 12 << 20).unwrap();
             (0..60).map(layer).collect::<Vec<_>>()

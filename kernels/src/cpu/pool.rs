@@ -1,11 +1,11 @@
 //! Threads that work through the items of one region together, hundreds of regions a token.
 //!
-//! Whichever thread is free claims the next item, so a thread whose core is taken by another process
-//! holds up at most the item that it is at; the others, the caller among them, do the rest. A region
-//! costs less than a microsecond while the threads are hot: they spin between regions, and only
-//! after `SPIN` without work do they park, so that an idle server uses no CPU. Spinning yields the
-//! core now and then, so a machine with fewer free cores than threads moves on. A region inside a
-//! region runs on the calling thread alone.
+//! Whichever thread is free claims the next item, so a thread whose core is taken by another
+//! process holds up at most the item that it is at; the others, the caller among them, do the rest.
+//! A region costs less than a microsecond while the threads are hot: they spin between regions, and
+//! only after `SPIN` without work do they park, so that an idle server uses no CPU. Spinning yields
+//! the core now and then, so a machine with fewer free cores than threads moves on. A region inside
+//! a region runs on the calling thread alone.
 
 use std::{
     any::Any,

@@ -7,7 +7,7 @@ use std::ffi::c_void;
 /// What a launcher may ask about the device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Facts {
-    /// As the driver tells it, e.g. "NVIDIA H200".
+    /// As the driver reports it, e.g. "NVIDIA H200".
     pub name: String,
     /// Major and minor, e.g. (9, 0).
     pub compute_capability: (u32, u32),

@@ -134,7 +134,7 @@ struct RopeArgs {
     eps: f32,
 }
 
-/// Where the heads of a packed row are that a launch works on, of `heads` all told.
+/// Where the heads of a packed row are that a launch works on, of `heads` in all.
 #[derive(Clone, Copy)]
 struct Range {
     heads: Heads,

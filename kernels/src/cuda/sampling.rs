@@ -4,7 +4,7 @@
 //! top-p, min-p, draw; logprobs are those of the unmodified logits. Weights are the host's bit for
 //! bit and sums are exact, so that the same token comes out as on the host but where the uniform
 //! number falls within 1e-8 of a boundary. A row depends on nothing but itself. Nothing here knows
-//! what a sequence is: what was seen, and how often, is told with each call. Kernels:
+//! what a sequence is: the tokens seen, and how often, come with each call. Kernels:
 //! `sampling_scan.cu`, `sampling_filter.cu`, `sampling.cu`.
 
 mod request;

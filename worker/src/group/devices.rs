@@ -23,7 +23,7 @@ pub(super) trait Devices: Clone + Send + Sync + 'static {
     fn kv_block_bytes(&self, heads: Heads) -> Result<usize, WorkerError>;
     /// Bytes of a rank's weights once they are on the device.
     fn weight_bytes(&self, checkpoint: &Checkpoint, shard: &Shard) -> Result<u64, WorkerError>;
-    /// What all ranks together may take; `None` where nobody says.
+    /// Memory that all ranks together may take; `None` where it is unknown.
     fn available(&self) -> Result<Option<Available>, WorkerError>;
     /// How much of what is left the KV pool takes by default.
     fn kv_share(&self) -> KvShare;
@@ -40,7 +40,7 @@ pub(super) struct KvShare {
     pub contexts_max: u64,
 }
 
-/// What is to be done once the devices are chosen.
+/// Work that is generic over the devices, run once they are chosen.
 pub(super) trait Task {
     type Out;
     fn on<D: Devices>(self, devices: D) -> Result<Self::Out, WorkerError>;

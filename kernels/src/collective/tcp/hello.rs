@@ -1,4 +1,4 @@
-//! How a rank joins: it says who it is and what it knows, rank 0 answers with a verdict.
+//! How a rank joins: it sends its place and the secret, rank 0 accepts or refuses.
 //!
 //! The hello is `LKSP`, then as little-endian u32: version, rank, world size, length of the token;
 //! then the token. The verdict is one byte.
@@ -19,7 +19,7 @@ const TOKEN_BYTES_MAX: usize = 1024;
 const CALLER_PATIENCE: Duration = Duration::from_secs(2);
 const OP: &str = "hello";
 
-/// Who a rank says it is.
+/// The place that a rank claims.
 pub(super) struct Hello<'a> {
     pub rank: usize,
     pub world_size: usize,
@@ -102,7 +102,7 @@ pub(super) fn answer(
     (verdict == Verdict::Welcome).then(|| (rank, link.named(rank)))
 }
 
-/// Equality in a time that tells nothing about where the two differ.
+/// Equality in a time that does not depend on where the two differ.
 fn same(a: &[u8], b: &[u8]) -> bool {
     a.len() == b.len() && a.iter().zip(b).fold(0, |d, (a, b)| d | (a ^ b)) == 0
 }

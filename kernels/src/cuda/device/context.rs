@@ -225,8 +225,8 @@ impl Context {
         self.poll(|| unsafe { sys::cuEventQuery(event.handle) })
     }
 
-    /// Makes the context this thread's and waits until all work so far is done. What gives memory,
-    /// code or the context back waits for that too, but for ever.
+    /// Makes the context this thread's and waits until all work so far is done. Freeing memory,
+    /// code or the context also waits for that, without a deadline.
     pub fn settle(&self) -> Result<(), KernelError> {
         self.enter()?;
         // SAFETY: the context is current, and the stream alive.

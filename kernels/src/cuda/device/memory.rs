@@ -59,7 +59,7 @@ impl Drop for Memory {
         if self.context.settle().is_ok() {
             // SAFETY: nobody else has the address, and the work that used it is done.
             let result = unsafe { sys::cuMemFree_v2(self.address) };
-            // A failure is kept by the context, and told by whoever uses it next.
+            // A failure is kept by the context, and returned by its next use.
             drop(self.context.check("freeing memory", result));
         }
     }
