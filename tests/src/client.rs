@@ -1,13 +1,7 @@
 //! The Python clients in `tests/python`, run against a router.
 
 use crate::{Process, skip};
-use std::{
-    io::Read,
-    path::Path,
-    process::{Command, Stdio},
-    thread,
-    time::Duration,
-};
+use std::{path::Path, process::Command, time::Duration};
 
 const DEADLINE: Duration = Duration::from_secs(600);
 

@@ -108,6 +108,7 @@ async fn world_with(waiting_max: usize, step_limit: Duration) -> World {
         weights_bytes: 0,
         prefix_reuse_max: None,
         step_tokens_max: 64,
+        step_target: None,
         sequences_max: 4,
         text_files: BTreeMap::from([
             ("empty.json".to_owned(), Vec::new()),
