@@ -35,7 +35,7 @@ pub struct FrontArgs {
         value_delimiter = ',',
         env = "LOCKSTEP_CORS_ORIGIN"
     )]
-    cors_origins: Vec<String>,
+    cors_origin: Vec<String>,
     #[command(flatten)]
     deadlines: DeadlineArgs,
 }
@@ -50,7 +50,7 @@ impl FrontArgs {
         config.limits.body_bytes_max = self.body_bytes;
         config.deadlines.drain = Duration::from_secs(drain_seconds);
         config.aliases = aliases(&self.alias)?;
-        config.cors_origins = self.cors_origins.clone();
+        config.cors_origins = self.cors_origin.clone();
         Ok(config)
     }
 }

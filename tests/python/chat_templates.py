@@ -50,15 +50,15 @@ def views(conversation):
     """What the conversation is shown as, best first: see text/src/template.rs.
 
     Hugging Face shows exactly what it is given. Callers give it the arguments of tool calls as
-    objects, as text where the template joins them to text, and empty content for null where the
+    objects, as text where the template joins them to text, and empty content for none where the
     template cannot take none.
     """
 
-    def shown(as_text, null_as_text):
+    def shown(as_text, missing_as_text):
         messages = []
         for message in conversation["messages"]:
             message = dict(message)
-            if null_as_text and message.get("content", "") is None:
+            if missing_as_text and message.get("content") is None:
                 message["content"] = ""
             if "tool_calls" in message:
                 calls = []
@@ -75,9 +75,9 @@ def views(conversation):
             messages.append(message)
         return messages
 
-    for null_as_text in (False, True):
+    for missing_as_text in (False, True):
         for as_text in (False, True):
-            yield shown(as_text, null_as_text)
+            yield shown(as_text, missing_as_text)
 
 
 def render(template, conversation):

@@ -1,6 +1,6 @@
 //! Router, worker and ranks as separate processes, joined by a real etcd.
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, process::Command, time::Duration};
 
 use serde_json::json;
 use tests::{Process, client, etcd, exchange, full_pipe, lockstep, wait_for};

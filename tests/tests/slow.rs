@@ -80,8 +80,7 @@ fn long_prompts_on_slow_workers_neither_fail_nor_start_again() {
             .collect();
         clients.into_iter().map(|client| client.join().expect("a client")).collect()
     });
-    for (answer, took) in &answers {
-        assert!(answer.contains(": waiting\n\n") || *took < Duration::from_secs(4), "{answer}");
+    for (answer, _) in &answers {
         assert!(answer.trim_end().ends_with("data: [DONE]"), "{answer}");
         let events = events(answer);
         assert!(events.iter().all(|event| event["error"].is_null()), "{answer}");

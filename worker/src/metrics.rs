@@ -1,5 +1,5 @@
 //! The worker's figures for Prometheus, under `lockstep_worker_`: every name is declared and
-//! described here, and listed in `docs/metrics.md`. A worker serves one model: each figure names it.
+//! described here, and listed in `docs/metrics.md`. A worker serves one model: each figure has it.
 
 use std::{borrow::Cow, fmt, sync::atomic::AtomicU64, time::Duration};
 

@@ -1,10 +1,12 @@
 //! A worker from start to end: listen, announce, load, serve, drain, leave.
 
+mod task;
+
 use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize},
     },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -14,14 +16,10 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use cluster::{Membership, State};
+use cluster::Membership;
 use proto::v1::worker_server::WorkerServer;
-use tokio::{
-    net::TcpListener,
-    sync::watch,
-    task::JoinHandle,
-    time::{self, Instant},
-};
+use task::WorkerTask;
+use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 use tonic::{
     service::Routes,
     transport::{Server, server::TcpIncoming},
@@ -43,12 +41,6 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the registry may take to confirm that we left.
 const LEAVE_LIMIT: Duration = Duration::from_secs(3);
-/// How long connections may take to close once every stream has ended.
-const CLOSE_LIMIT: Duration = Duration::from_secs(2);
-/// Between two looks at whether the group hangs.
-const HANG_POLL: Duration = Duration::from_millis(500);
-/// Between two looks at the streams while draining.
-const DRAIN_POLL: Duration = Duration::from_millis(20);
 
 /// What a worker is made of.
 #[derive(Clone, Debug)]
@@ -148,7 +140,7 @@ impl Worker {
         let (closing, closed) = watch::channel(false);
         let (health, server) = spawn_server(&shared, at.listener, closed).await;
         let (drain, drain_asked) = watch::channel(None);
-        let life = Life {
+        let task = WorkerTask {
             shared: Arc::clone(&shared),
             announcement: at.announcement,
             health,
@@ -157,7 +149,7 @@ impl Worker {
             drain_limit: config.drain_limit,
             step_limit: config.step_limit,
         };
-        let task = tokio::spawn(life.run(shutdown, drain_asked));
+        let task = tokio::spawn(task.run(shutdown, drain_asked));
         Ok(WorkerHandle { addr: at.addr, shared, drain, task })
     }
 }
@@ -234,133 +226,6 @@ fn tell(metrics: &Metrics, headers: &HeaderMap) -> Response {
     match metrics.exposition(accept) {
         Ok((kind, text)) => ([(header::CONTENT_TYPE, kind)], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
-    }
-}
-
-/// What the task that outlives `start` owns.
-struct Life {
-    shared: Arc<ServiceState>,
-    announcement: Announcement,
-    health: HealthReporter,
-    server: JoinHandle<Result<(), tonic::transport::Error>>,
-    closing: watch::Sender<bool>,
-    drain_limit: Duration,
-    step_limit: Duration,
-}
-
-impl Life {
-    async fn run(
-        mut self,
-        mut shutdown: watch::Receiver<bool>,
-        mut drain_asked: watch::Receiver<Option<Duration>>,
-    ) -> Result<(), WorkerError> {
-        let mut failure = self.shared.engine.failure();
-        let limit = tokio::select! {
-            reason = failed(&mut failure) => return self.give_up(reason).await,
-            reason = hangs(&self.shared.engine, self.step_limit) => {
-                self.shared.engine.give_up(&reason);
-                return self.give_up(reason).await;
-            }
-            ended = &mut self.server => {
-                let reason = format!("the gRPC server ended: {ended:?}");
-                return self.give_up(reason).await;
-            }
-            limit = asked(&mut drain_asked) => limit,
-            () = signalled(&mut shutdown) => self.drain_limit,
-        };
-        self.drain(limit, &mut failure).await
-    }
-
-    /// The group is lost: out of the roster, and out.
-    async fn give_up(self, reason: String) -> Result<(), WorkerError> {
-        self.shared.draining.store(true, Ordering::SeqCst);
-        self.health.set_not_serving::<WorkerServer<Service>>().await;
-        self.announcement.leave(LEAVE_LIMIT).await;
-        // Streams have their reason; let it reach the routers.
-        let _closed = self.closing.send(true);
-        close(self.server).await;
-        Err(WorkerError::Group(reason))
-    }
-
-    async fn drain(
-        self,
-        limit: Duration,
-        failure: &mut watch::Receiver<Option<String>>,
-    ) -> Result<(), WorkerError> {
-        tracing::info!(limit_seconds = limit.as_secs(), "draining");
-        self.announcement.set_state(State::Draining);
-        self.health.set_not_serving::<WorkerServer<Service>>().await;
-        self.shared.draining.store(true, Ordering::SeqCst);
-        let deadline = Instant::now() + limit;
-        let mut cut = 0;
-        while let streams @ 1.. = self.shared.streams.load(Ordering::SeqCst) {
-            let lost = failure.borrow().clone();
-            if let Some(reason) = lost {
-                return self.give_up(reason).await;
-            }
-            if Instant::now() >= deadline {
-                cut = streams;
-                break;
-            }
-            time::sleep(DRAIN_POLL).await;
-        }
-        let Self { shared, announcement, server, closing, .. } = self;
-        announcement.leave(LEAVE_LIMIT).await;
-        let stopping = Arc::clone(&shared);
-        blocking(move || stopping.engine.stop()).await?;
-        let _closed = closing.send(true);
-        close(server).await;
-        tracing::info!("stopped");
-        if cut > 0 {
-            return Err(WorkerError::DrainLimit { seconds: limit.as_secs(), streams: cut });
-        }
-        Ok(())
-    }
-}
-
-/// Waits for the server's connections, then cuts them.
-async fn close(mut server: JoinHandle<Result<(), tonic::transport::Error>>) {
-    if time::timeout(CLOSE_LIMIT, &mut server).await.is_err() {
-        server.abort();
-    }
-}
-
-/// The reason, once there is one; never when the engine ended in order.
-async fn failed(failure: &mut watch::Receiver<Option<String>>) -> String {
-    let reason = failure.wait_for(Option::is_some).await.ok().and_then(|reason| reason.clone());
-    match reason {
-        Some(reason) => reason,
-        None => std::future::pending().await,
-    }
-}
-
-/// The reason, once the engine loop has not turned for longer than a step may last.
-async fn hangs(engine: &Engine, limit: Duration) -> String {
-    loop {
-        let silent = engine.silent_for();
-        if silent > limit {
-            let (silent, limit) = (silent.as_secs(), limit.as_secs());
-            return format!(
-                "the group hangs: a step has lasted {silent} s, more than the limit of {limit} s; \
-                 if it is only slow, raise --step-limit-seconds"
-            );
-        }
-        time::sleep(HANG_POLL).await;
-    }
-}
-
-async fn asked(drain: &mut watch::Receiver<Option<Duration>>) -> Duration {
-    let limit = drain.wait_for(Option::is_some).await.ok().and_then(|limit| *limit);
-    match limit {
-        Some(limit) => limit,
-        None => std::future::pending().await,
-    }
-}
-
-/// Whoever holds the other end may be gone: then there is no signal to come.
-async fn signalled(shutdown: &mut watch::Receiver<bool>) {
-    if shutdown.wait_for(|&asked| asked).await.is_err() {
-        std::future::pending::<()>().await;
     }
 }
 

@@ -2,8 +2,7 @@
 
 use crate::{Cluster, MODEL, soon, worker::Fault};
 use proto::v1::{
-    ChatRequest, GenerateRequest, ListModelsRequest, Sampling, TokenizeRequest,
-    generate_request::Prompt,
+    ChatRequest, GenerateRequest, ListModelsRequest, TokenizeRequest, generate_request::Prompt,
 };
 use serde_json::{Map, Value, json};
 use std::{
@@ -66,13 +65,8 @@ fn request<T>(id: &str, message: T) -> Request<T> {
 }
 
 fn generate(prompt: &str) -> GenerateRequest {
-    let sampling = Some(Sampling::default());
-    GenerateRequest {
-        model: MODEL.into(),
-        prompt: Some(Prompt::Text(prompt.into())),
-        sampling,
-        ..GenerateRequest::default()
-    }
+    let prompt = Some(Prompt::Text(prompt.into()));
+    GenerateRequest { model: MODEL.into(), prompt, ..GenerateRequest::default() }
 }
 
 #[tokio::test]
@@ -108,8 +102,9 @@ async fn http_requests_tell_what_became_of_them() {
     assert!(line["error"].as_str().unwrap().contains("temperature"), "{line:?}");
 
     // An answer that breaks off in the middle counts as what its error is.
+    cluster.worker().fault(Fault::Status(2, Status::unavailable("gone")));
     for _ in 0..10 {
-        cluster.worker().fault(Fault::Status(2, Status::unavailable("gone")));
+        cluster.worker().fault(Fault::Status(0, Status::unavailable("gone")));
     }
     http.send(&post("broken"), body(json!({"stream": true})).as_bytes()).await;
     let line = lines.only("broken").await;

@@ -314,8 +314,10 @@ async fn models_health_and_metrics_are_told() {
     let metrics = http.get("/metrics").await;
     assert_eq!(metrics.header("content-type").unwrap(), "text/plain; version=0.0.4; charset=utf-8");
     for line in [
-        "lockstep_router_requests_total{route=\"/v1/completions\",code=\"200\",model=\"org/tiny\"} 1",
-        "lockstep_router_requests_total{route=\"/v1/completions\",code=\"400\",model=\"org/tiny\"} 1",
+        "lockstep_router_requests_total\
+         {route=\"/v1/completions\",code=\"200\",model=\"org/tiny\"} 1",
+        "lockstep_router_requests_total\
+         {route=\"/v1/completions\",code=\"400\",model=\"org/tiny\"} 1",
         "lockstep_router_first_token_seconds_count{model=\"org/tiny\"} 1",
         "lockstep_router_in_flight 0",
         "lockstep_router_tokens_total{model=\"org/tiny\",kind=\"cached\"} 1",

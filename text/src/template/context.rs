@@ -18,24 +18,25 @@ use crate::python::json::{JsonStyle, dumps};
 pub struct View {
     /// The arguments of tool calls as JSON text instead of an object.
     arguments_as_text: bool,
-    /// Null content as empty text instead of none.
-    null_as_text: bool,
+    /// Content that is null or left out as empty text.
+    missing_as_text: bool,
 }
 
 impl View {
     /// What to show, best first; those that differ for this conversation.
     pub fn of(chat: &Chat) -> Vec<Self> {
         let calls = chat.messages.iter().any(|message| message.tool_calls.is_some());
-        let null = chat.messages.iter().any(|message| message.content == Content::Null);
+        let missing = |message: &Message| !matches!(message.content, Content::Text(_));
+        let missing = chat.messages.iter().any(missing);
         let mut views = vec![Self::default()];
         if calls {
-            views.push(Self { arguments_as_text: true, null_as_text: false });
+            views.push(Self { arguments_as_text: true, missing_as_text: false });
         }
-        if null {
-            views.push(Self { arguments_as_text: false, null_as_text: true });
+        if missing {
+            views.push(Self { arguments_as_text: false, missing_as_text: true });
         }
-        if calls && null {
-            views.push(Self { arguments_as_text: true, null_as_text: true });
+        if calls && missing {
+            views.push(Self { arguments_as_text: true, missing_as_text: true });
         }
         views
     }
@@ -89,8 +90,10 @@ fn message(at: usize, message: &Message, view: View, mark: Mark<'_>) -> Result<V
     // Names of fields are the caller's code, not a user's text.
     let mut fields: Vec<(&str, Value)> = vec![("role", mark(&message.role).into())];
     match &message.content {
+        Content::Absent | Content::Null if view.missing_as_text => {
+            fields.push(("content", "".into()));
+        }
         Content::Absent => {}
-        Content::Null if view.null_as_text => fields.push(("content", "".into())),
         Content::Null => fields.push(("content", ().into())),
         Content::Text(text) => fields.push(("content", mark(text).into())),
     }

@@ -157,5 +157,6 @@ pub fn chat(conversation: &Value) -> Chat {
         tools: Some(conversation["tools"].clone()).filter(|tools| !tools.is_null()),
         args: conversation["kwargs"].as_object().unwrap().clone(),
         add_generation_prompt: conversation["add_generation_prompt"].as_bool().unwrap(),
+        continue_final_message: false,
     }
 }
