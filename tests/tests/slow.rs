@@ -23,7 +23,11 @@ const WORDS: usize = 350;
 
 fn metric(address: &str, name: &str) -> f64 {
     let text = exchange(address, "GET", "/metrics", b"").body;
-    let value = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+    // A sample's line is its name, labels where it has some, and the value.
+    let value = text.lines().find_map(|line| {
+        let rest = line.strip_prefix(name).filter(|rest| rest.starts_with(['{', ' ']))?;
+        rest.rsplit(' ').next()?.parse().ok()
+    });
     value.unwrap_or_else(|| panic!("no {name} in {text}"))
 }
 
@@ -53,29 +57,53 @@ fn events(answer: &str) -> Vec<Value> {
     lines.filter_map(|data| serde_json::from_str(data).ok()).collect()
 }
 
+/// A router and its workers on one thread each.
+struct Cluster {
+    router: Process,
+    workers: Vec<Process>,
+    model: String,
+    _etcd: (Process, tempfile::TempDir),
+}
+
+impl Cluster {
+    /// `None` where etcd is not installed.
+    fn start(workers: usize, flags: &[&str]) -> Option<Self> {
+        let (etcd, endpoint, data) = etcd()?;
+        let worker = ["worker", "--model", "demo", "--etcd", &endpoint, "--threads", "1"];
+        let workers: Vec<Process> = (0..workers)
+            .map(|_| Process::lockstep(&[&worker, &["--precision", "exact"], flags].concat()))
+            .collect();
+        let ports = ["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
+        let silence = ["--silence-seconds", SILENCE_SECONDS, "--connect-seconds", SILENCE_SECONDS];
+        let router = ["router", "--etcd", &endpoint];
+        let router = Process::lockstep(&[&router, &ports[..], &silence[..]].concat());
+        let look = || exchange(router.address("http"), "GET", "/v1/models", b"").json();
+        wait_for("a model", DEADLINE, look, |listed| listed["data"][0]["id"].is_string());
+        let model = look()["data"][0]["id"].as_str().expect("a name").to_owned();
+        let cluster = Self { router, workers, model, _etcd: (etcd, data) };
+        // The first request fetches the tokenizer.
+        cluster.stream("Hello");
+        Some(cluster)
+    }
+
+    fn address(&self) -> &str {
+        self.router.address("http")
+    }
+
+    fn stream(&self, prompt: &str) -> (String, Duration) {
+        stream(self.address(), &self.model, prompt)
+    }
+}
+
 #[test]
 fn long_prompts_on_slow_workers_neither_fail_nor_start_again() {
-    let Some((_etcd, endpoint, _data)) = etcd() else { return };
-    let flags = ["--threads", "1", "--precision", "exact", "--sequences", "1"];
-    let worker = ["worker", "--model", "demo", "--etcd", &endpoint, "--step-tokens", "4096"];
-    let workers: Vec<Process> =
-        (0..WORKERS).map(|_| Process::lockstep(&[&worker, &flags[..]].concat())).collect();
-    let ports = ["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
-    let silence = ["--silence-seconds", SILENCE_SECONDS, "--connect-seconds", SILENCE_SECONDS];
-    let router = ["router", "--etcd", &endpoint];
-    let router = Process::lockstep(&[&router, &ports[..], &silence[..]].concat());
-    let address = router.address("http");
-    let look = || exchange(address, "GET", "/v1/models", b"").json();
-    wait_for("a model", DEADLINE, look, |listed| listed["data"][0]["id"].is_string());
-    let model = look()["data"][0]["id"].as_str().expect("a name").to_owned();
-    // The first request fetches the tokenizer.
-    stream(address, &model, "Hello");
-
+    let flags = ["--sequences", "1", "--step-tokens", "4096"];
+    let Some(cluster) = Cluster::start(WORKERS, &flags) else { return };
     let answers: Vec<(String, Duration)> = thread::scope(|scope| {
         let clients: Vec<_> = (0..PROMPTS)
             .map(|client| {
-                let model = &model;
-                scope.spawn(move || stream(address, model, &prompt(client)))
+                let cluster = &cluster;
+                scope.spawn(move || cluster.stream(&prompt(client)))
             })
             .collect();
         clients.into_iter().map(|client| client.join().expect("a client")).collect()
@@ -88,12 +116,39 @@ fn long_prompts_on_slow_workers_neither_fail_nor_start_again() {
     }
     let longest = answers.iter().map(|(_, took)| took.as_secs_f64()).fold(0.0, f64::max);
     eprintln!("{PROMPTS} prompts of {WORDS} words on {WORKERS} workers: {longest:.1} s at most");
-    assert_eq!(metric(address, "lockstep_router_resumes_total "), 0.0, "nothing started again");
-    assert_eq!(metric(address, "lockstep_router_retries_total "), 0.0, "nothing was refused");
+    let address = cluster.address();
+    assert_eq!(metric(address, "lockstep_router_resumes_total"), 0.0, "nothing started again");
+    assert_eq!(metric(address, "lockstep_router_retries_total"), 0.0, "nothing was refused");
     let finished = |worker: &Process| {
-        metric(worker.address("worker"), "lockstep_worker_requests_finished_total ")
+        metric(worker.address("worker"), "lockstep_worker_requests_finished_total")
     };
-    let finished: Vec<f64> = workers.iter().map(finished).collect();
+    let finished: Vec<f64> = cluster.workers.iter().map(finished).collect();
     assert_eq!(finished.iter().sum::<f64>(), PROMPTS as f64 + 1.0);
     assert!(finished.iter().all(|&count| count >= 2.0), "both took their share: {finished:?}");
+}
+
+/// Some prompt is being computed.
+fn is_prefilling(cluster: &Cluster) -> bool {
+    metric(cluster.address(), "lockstep_router_prefilling") >= 1.0
+}
+
+#[test]
+fn a_short_request_does_not_wait_for_a_long_prefill_beside_it() {
+    let Some(cluster) = &Cluster::start(1, &[]) else { return };
+    thread::scope(|scope| {
+        let long = scope.spawn(|| {
+            let prompts: String = (0..3).map(prompt).collect();
+            let (answer, _) = cluster.stream(&prompts);
+            (answer, Instant::now())
+        });
+        let look = || is_prefilling(cluster);
+        wait_for("the long prompt is being computed", DEADLINE, look, |&prefilling| prefilling);
+        let (short, took) = cluster.stream("Hello");
+        let ended = Instant::now();
+        assert!(short.trim_end().ends_with("data: [DONE]"), "{short}");
+        let (long, long_ended) = long.join().expect("a client");
+        assert!(long.trim_end().ends_with("data: [DONE]"), "{long}");
+        assert!(ended < long_ended, "the short request waited for the long one");
+        eprintln!("4 tokens beside a prefill: {took:?}, {:?} earlier", long_ended - ended);
+    });
 }

@@ -273,7 +273,7 @@ async fn a_full_queue_refuses_with_advice() {
     drop(streams);
     w.until("all free", |stats| stats.blocks_free == BLOCKS).await;
     let (_, text) = w.handle.metrics().exposition(None).unwrap();
-    assert!(text.contains("lockstep_worker_requests_rejected_total{model=\"tiny\"} 1"), "{text}");
+    assert!(text.contains("lockstep_worker_requests_rejected_total{model=\"fake\"} 1"), "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
