@@ -71,7 +71,7 @@ impl Cluster {
         let (etcd, endpoint, data) = etcd()?;
         let worker = ["worker", "--model", "demo", "--etcd", &endpoint, "--threads", "1"];
         let workers: Vec<Process> = (0..workers)
-            .map(|_| Process::lockstep(&[&worker, &["--precision", "exact"], flags].concat()))
+            .map(|_| Process::lockstep(&[&worker[..], &["--precision", "exact"], flags].concat()))
             .collect();
         let ports = ["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
         let silence = ["--silence-seconds", SILENCE_SECONDS, "--connect-seconds", SILENCE_SECONDS];

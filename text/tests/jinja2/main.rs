@@ -57,7 +57,7 @@ fn published_templates_render_as_in_python() {
 
 #[test]
 fn what_templates_may_call_works_as_in_python() {
-    let sources: Vec<&str> = expressions::SAME.iter().copied().collect();
+    let sources: Vec<&str> = expressions::SAME.to_vec();
     let known = expressions::DIFFERENT.map(|(source, _)| source);
     let all: Vec<String> =
         sources.iter().chain(&known).map(|source| format!("{{{{ {source} }}}}")).collect();
