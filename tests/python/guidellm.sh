@@ -13,7 +13,8 @@ venv=.cache/guidellm
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 for n in 1 2 3 4 5 6; do
-  echo "{\"prompt\": \"Question $n: tell me about the number $n.\"}"
+  # A small model may not end by itself.
+  echo "{\"prompt\": \"What is $n?\", \"output_tokens_count\": 16}"
 done >"$work/prompts.jsonl"
 for format in /v1/chat/completions /v1/completions; do
   for stream in true false; do
