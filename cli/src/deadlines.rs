@@ -42,26 +42,8 @@ pub struct DeadlineArgs {
     body_seconds: u64,
 }
 
-/// When a worker gives its group up.
-#[derive(Args, Debug)]
-pub struct StepLimitArgs {
-    /// Seconds that one step may last; a longer one means that the group hangs, and ends the worker
-    #[arg(
-        long,
-        default_value_t = 600,
-        value_parser = seconds(),
-        env = "LOCKSTEP_STEP_LIMIT_SECONDS"
-    )]
-    step_limit_seconds: u64,
-}
-
-impl StepLimitArgs {
-    pub fn get(&self) -> Duration {
-        Duration::from_secs(self.step_limit_seconds)
-    }
-}
-
-fn seconds() -> RangedU64ValueParser {
+/// At least one second, at most a year.
+pub fn seconds() -> RangedU64ValueParser {
     RangedU64ValueParser::new().range(1..=SECONDS_MAX)
 }
 

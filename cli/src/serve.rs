@@ -4,11 +4,14 @@ use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use cluster::{Etcd, EtcdOptions, Membership, StaticList};
+use cluster::{Etcd, EtcdOptions, InMemory, Membership, StaticList};
 use router::RouterConfig;
 use worker::{GroupConfig, WorkerConfig};
 
-use crate::{address, deadlines::DeadlineArgs};
+use crate::{
+    address,
+    deadlines::{DeadlineArgs, seconds},
+};
 
 /// The router's side of `up` and `router`.
 #[derive(Args, Debug)]
@@ -29,12 +32,7 @@ pub struct FrontArgs {
     alias: Vec<(String, String)>,
     /// Web pages that may call the HTTP interface from a browser, as scheme://host[:port], or * for
     /// all; pages that this machine serves always may
-    #[arg(
-        long = "cors-origin",
-        value_name = "ORIGIN",
-        value_delimiter = ',',
-        env = "LOCKSTEP_CORS_ORIGIN"
-    )]
+    #[arg(long, value_name = "ORIGIN", value_delimiter = ',', env = "LOCKSTEP_CORS_ORIGIN")]
     cors_origin: Vec<String>,
     #[command(flatten)]
     deadlines: DeadlineArgs,
@@ -68,6 +66,9 @@ pub struct ServedArgs {
     /// listens]
     #[arg(long, value_parser = address::http, env = "LOCKSTEP_ADVERTISE")]
     advertise: Option<String>,
+    /// Seconds that one step may last; a longer one means that the group hangs, and ends the worker
+    #[arg(long, default_value_t = 600, value_parser = seconds(), env = "LOCKSTEP_STEP_LIMIT_SECONDS")]
+    step_limit_seconds: u64,
 }
 
 /// Where a worker listens, and by which flag that was said.
@@ -100,6 +101,7 @@ impl ServedArgs {
         config.model_name = self.name.clone();
         config.waiting_max = self.queue;
         config.drain_limit = Duration::from_secs(drain_seconds);
+        config.step_limit = Duration::from_secs(self.step_limit_seconds);
         config
     }
 }
@@ -134,6 +136,11 @@ impl EtcdArgs {
             options.user = Some((user.to_owned(), password.to_owned()));
         }
         Ok(Some(Arc::new(Etcd::connect(options).await?)))
+    }
+
+    /// Connects, or makes a roster of this process alone where no members are named.
+    pub async fn connect_or_alone(&self) -> Result<Arc<dyn Membership>> {
+        Ok(self.connect().await?.unwrap_or_else(|| Arc::new(InMemory::new())))
     }
 }
 

@@ -1,16 +1,15 @@
 //! `lockstep up`: router and one worker group in one process.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use cluster::{InMemory, Membership, shutdown, telemetry};
+use cluster::{shutdown, telemetry};
 use engine::plan::BLOCK_TOKENS;
 use tokio::{net::TcpListener, sync::watch};
 use worker::{ModelInfo, RankMode, Worker, WorkerHandle};
 
 use crate::args::GroupArgs;
-use crate::deadlines::StepLimitArgs;
 use crate::load;
 use crate::serve::{EtcdArgs, FrontArgs, Listen, ServedArgs};
 
@@ -28,8 +27,6 @@ pub struct UpArgs {
     worker_listen: SocketAddr,
     #[command(flatten)]
     etcd: EtcdArgs,
-    #[command(flatten)]
-    step_limit: StepLimitArgs,
     /// Seconds that running answers may take to finish after Ctrl-C
     #[arg(long, default_value_t = 5, env = "LOCKSTEP_DRAIN_SECONDS")]
     drain_seconds: u64,
@@ -68,13 +65,9 @@ async fn start(args: &UpArgs, stop: watch::Receiver<bool>) -> Result<Up> {
     for (flag, address) in [("--http", http), ("--grpc", grpc), (at.flag, at.address)] {
         ensure_free(flag, address).await?;
     }
-    let membership: Arc<dyn Membership> = match args.etcd.connect().await? {
-        Some(etcd) => etcd,
-        None => Arc::new(InMemory::new()),
-    };
+    let membership = args.etcd.connect_or_alone().await?;
     let group = load::resolve(&args.group, RankMode::Threads).await?;
-    let mut config = args.served.resolve(group, at, args.drain_seconds);
-    config.step_limit = args.step_limit.get();
+    let config = args.served.resolve(group, at, args.drain_seconds);
     let (sender, ended) = watch::channel(*stop.borrow());
     let progress = Box::new(load::shown());
     let worker = Worker::start(config, membership.clone(), progress, ended.clone()).await?;

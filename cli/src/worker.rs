@@ -1,15 +1,14 @@
 //! `lockstep worker`: one group of ranks, each a process of its own.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use cluster::{InMemory, Membership, shutdown, telemetry};
+use cluster::{shutdown, telemetry};
 use tokio::sync::watch;
 use worker::{RankMode, Worker, WorkerHandle};
 
 use crate::args::GroupArgs;
-use crate::deadlines::StepLimitArgs;
 use crate::load;
 use crate::serve::{EtcdArgs, Listen, ServedArgs};
 
@@ -20,8 +19,6 @@ pub struct WorkerArgs {
     group: GroupArgs,
     #[command(flatten)]
     etcd: EtcdArgs,
-    #[command(flatten)]
-    step_limit: StepLimitArgs,
     /// Address that routers connect to; port 0 takes any
     #[arg(long, default_value = "127.0.0.1:0", env = "LOCKSTEP_LISTEN")]
     listen: SocketAddr,
@@ -63,12 +60,8 @@ impl WorkerArgs {
 
 async fn start(args: WorkerArgs, stop: watch::Receiver<bool>) -> Result<WorkerHandle> {
     // Without etcd it is for routers to know this address: see `router --workers`.
-    let membership: Arc<dyn Membership> = match args.etcd.connect().await? {
-        Some(etcd) => etcd,
-        None => Arc::new(InMemory::new()),
-    };
+    let membership = args.etcd.connect_or_alone().await?;
     let group = load::resolve(&args.group, RankMode::Processes).await?;
-    let mut config = args.served.resolve(group, args.at(), args.drain_seconds);
-    config.step_limit = args.step_limit.get();
+    let config = args.served.resolve(group, args.at(), args.drain_seconds);
     Ok(Worker::start(config, membership, Box::new(load::shown()), stop).await?)
 }

@@ -46,11 +46,11 @@ impl Patience {
 
 /// The search for a worker.
 pub(crate) struct Opening<'a> {
-    pub upstream: &'a Arc<Upstream>,
-    pub order: Order<'a>,
-    pub key: &'a RouteKey,
+    upstream: &'a Arc<Upstream>,
+    order: Order<'a>,
+    key: &'a RouteKey,
     /// It ran before: it does not stand in line behind those that never began.
-    pub under_way: bool,
+    under_way: bool,
     /// Full when last asked.
     full: Vec<Arc<Link>>,
     ticket: Option<Ticket>,

@@ -1,11 +1,10 @@
 //! The engine loop: one OS thread that owns the scheduler and the executor.
 //!
-//! Requests are accepted or refused without the loop, which may be in a long step (`places.rs`);
-//! results go out through mailboxes that never make it wait, and with them how far each sequence
-//! has
-//! come. A reader that is gone is a cancelled sequence: its blocks are free before the next step.
-//! With nothing to do the thread sleeps, and wakes twice a second to tell the other ranks that it
-//! lives. The loop leaves a mark at every turn, so that others can tell when it hangs.
+//! Requests are accepted or refused without the loop, which may be in a long step (`places.rs`).
+//! Results go out through mailboxes that never make it wait, and with them how far each sequence
+//! has come. A reader that is gone is a cancelled sequence: its blocks are free before the next
+//! step. With nothing to do the thread sleeps, and wakes twice a second to tell the other ranks
+//! that it lives. The loop leaves a mark at every turn, so that others can tell when it hangs.
 
 use std::{
     collections::HashMap,

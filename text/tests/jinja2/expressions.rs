@@ -250,11 +250,12 @@ pub const SAME: &[&str] = &[
 ];
 
 /// Different on purpose, or where the template library leaves no choice.
-pub const DIFFERENT: [(&str, &str); 4] = [
+pub const DIFFERENT: [(&str, &str); 5] = [
     (
         "'abcdefghijkl' | truncate(8, end='')",
         "a gap: options by name after one by place are refused",
     ),
+    ("'' ~ 1e20", "a gap: floats joined to text are written out, Python writes 1e+20"),
     ("lipsum is defined", "random filler text has no place in a prompt"),
     ("'%s' % 'a'", "the library's % is for numbers alone; the format filter does the same"),
     ("a_list | random", "a prompt must not depend on chance: a resumed stream renders it again"),
