@@ -131,3 +131,13 @@ pub trait Membership: Send + Sync + 'static {
     /// The roster as last known; serving goes on with it while the registry is away.
     fn roster(&self) -> watch::Receiver<Roster>;
 }
+
+/// What transports wrap in sentences that say no more than that something failed.
+fn root_cause<'a>(
+    mut error: &'a (dyn std::error::Error + 'static),
+) -> &'a (dyn std::error::Error + 'static) {
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error
+}

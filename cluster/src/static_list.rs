@@ -23,7 +23,9 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use crate::{INSTANCE_BYTES_MAX, Instance, Membership, MembershipError, Registration, Roster};
+use crate::{
+    INSTANCE_BYTES_MAX, Instance, Membership, MembershipError, Registration, Roster, root_cause,
+};
 
 /// Addresses in one list, at most.
 const WORKERS_MAX: usize = 1000;
@@ -184,14 +186,11 @@ async fn ask(client: &mut WorkerClient<Channel>) -> Result<Instance, Fault> {
 }
 
 fn fault(status: &Status) -> Fault {
-    let mut cause: Option<&(dyn Error + 'static)> = status.source();
-    let mut refused = false;
-    let mut reason = status.message().to_owned();
-    while let Some(error) = cause {
-        let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
-        refused |= kind == Some(io::ErrorKind::ConnectionRefused);
-        reason = error.to_string();
-        cause = error.source();
+    let (mut refused, mut reason) = (false, status.message().to_owned());
+    if let Some(error) = status.source() {
+        let cause = root_cause(error);
+        let kind = cause.downcast_ref::<io::Error>().map(io::Error::kind);
+        (refused, reason) = (kind == Some(io::ErrorKind::ConnectionRefused), cause.to_string());
     }
     match status.code() {
         Code::Unimplemented | Code::NotFound | Code::PermissionDenied | Code::Unauthenticated => {

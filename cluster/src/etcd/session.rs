@@ -18,6 +18,7 @@ use tonic::{
 };
 
 use super::{EtcdOptions, INSTANCES_MAX};
+use crate::root_cause;
 
 const MESSAGE_BYTES_MAX: usize = 256 << 20;
 
@@ -44,19 +45,11 @@ impl From<Status> for Fault {
                 Self::Refused(status.message().to_owned())
             }
             _ => Self::Broken(match std::error::Error::source(&status) {
-                Some(source) => root_cause(source),
+                Some(source) => root_cause(source).to_string(),
                 None => status.message().to_owned(),
             }),
         }
     }
-}
-
-/// What transports wrap in sentences that say no more than that something failed.
-fn root_cause(mut error: &dyn std::error::Error) -> String {
-    while let Some(source) = error.source() {
-        error = source;
-    }
-    error.to_string()
 }
 
 /// What is sent with every call.
@@ -94,13 +87,14 @@ impl Session {
             true => endpoint.clone(),
             false => format!("http://{endpoint}"),
         };
-        let unusable = |error: tonic::transport::Error| Fault::Refused(root_cause(&error));
+        let unusable =
+            |error: tonic::transport::Error| Fault::Refused(root_cause(&error).to_string());
         let wait = options.call_deadline;
         // No HTTP/2 pings: etcd ends connections that ping more often than every 5 s. Readings and
         // renewals with deadlines notice a stopped member sooner.
         let endpoint = Endpoint::from_shared(endpoint).map_err(unusable)?.connect_timeout(wait);
         within(wait, "connect", async {
-            let broken = |error| Fault::Broken(root_cause(&error));
+            let broken = |error| Fault::Broken(root_cause(&error).to_string());
             let channel = endpoint.connect().await.map_err(broken)?;
             let headers = Headers { token: None };
             let mut session = Self { channel, headers, options: options.clone() };
