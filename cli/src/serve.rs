@@ -67,7 +67,12 @@ pub struct ServedArgs {
     #[arg(long, value_parser = address::http, env = "LOCKSTEP_ADVERTISE")]
     advertise: Option<String>,
     /// Seconds that one step may last; a longer one means that the group hangs, and ends the worker
-    #[arg(long, default_value_t = 600, value_parser = seconds(), env = "LOCKSTEP_STEP_LIMIT_SECONDS")]
+    #[arg(
+        long,
+        default_value_t = 600,
+        value_parser = seconds(),
+        env = "LOCKSTEP_STEP_LIMIT_SECONDS"
+    )]
     step_limit_seconds: u64,
 }
 
