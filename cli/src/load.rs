@@ -8,17 +8,19 @@ use text::Language;
 use worker::{Group, GroupConfig, ModelInfo, RankMode};
 
 use crate::args::GroupArgs;
-use crate::progress::{Progress, Unit};
+use crate::progress::{ProgressReport, Unit};
 
 /// A callback that shows how far the weights are loaded.
 pub fn shown() -> impl FnMut(u64, u64) + Send + 'static {
-    let mut progress: Option<Progress> = None;
+    let mut progress: Option<ProgressReport> = None;
     move |done, total| {
         if done >= total {
             progress = None;
             return;
         }
-        progress.get_or_insert_with(|| Progress::new("loading", Unit::Bytes, total)).set(done);
+        progress
+            .get_or_insert_with(|| ProgressReport::new("loading", Unit::Bytes, total))
+            .set(done);
     }
 }
 
@@ -47,19 +49,19 @@ fn check_text(model: &Path) -> Result<()> {
 /// Loads a group in this process.
 pub fn group(config: GroupConfig) -> Result<Group> {
     let group = Group::start(config, &mut shown())?;
-    tell(&group.info);
+    log_model(&group.info);
     Ok(group)
 }
 
 /// One line for each fact about program and machine.
-pub fn tell_machine() {
+pub fn log_machine() {
     let (version, isa) = (env!("LOCKSTEP_VERSION"), Isa::detect().name());
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     tracing::info!(version, arch = std::env::consts::ARCH, best_isa = isa, cores, "lockstep");
 }
 
 /// One line for each fact about a group.
-pub fn tell(info: &ModelInfo) {
+pub fn log_model(info: &ModelInfo) {
     let ModelInfo { ranks, device, threads_per_rank, isa, precision, .. } = info;
     tracing::info!(
         name = info.name,

@@ -12,7 +12,7 @@ use worker::RankMode;
 use crate::args::GroupArgs;
 use crate::direct::Direct;
 use crate::load;
-use crate::progress::{Progress, Unit};
+use crate::progress::{ProgressReport, Unit};
 
 /// Flags of `perplexity`.
 #[derive(Args)]
@@ -42,7 +42,7 @@ pub fn main(args: PerplexityArgs) -> Result<()> {
     let (tokens, bos) = with_bos(&language, &text, plain)?;
     let windows = windows(&tokens, context, bos)?;
     let mut perplexity = Perplexity::new(context);
-    let mut progress = Progress::new("windows", Unit::Items, windows.len() as u64);
+    let mut progress = ProgressReport::new("windows", Unit::Items, windows.len() as u64);
     // Only the distribution itself is wanted.
     let plain = SamplingParams { logprobs: Some(0), ..SamplingParams::GREEDY };
     for window in &windows {

@@ -13,7 +13,7 @@ pub enum Unit {
 }
 
 /// Progress of one thing of known size, on standard error.
-pub struct Progress {
+pub struct ProgressReport {
     bar: Option<ProgressBar>,
     what: String,
     unit: Unit,
@@ -22,7 +22,7 @@ pub struct Progress {
     told: u64,
 }
 
-impl Progress {
+impl ProgressReport {
     pub fn new(what: impl Into<String>, unit: Unit, total: u64) -> Self {
         let what = what.into();
         // A bar is nothing that a machine could read.
@@ -60,7 +60,7 @@ impl Progress {
     }
 }
 
-impl Drop for Progress {
+impl Drop for ProgressReport {
     fn drop(&mut self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();

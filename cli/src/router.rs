@@ -25,7 +25,7 @@ pub fn main(args: RouterArgs) -> Result<()> {
 }
 
 async fn run(args: RouterArgs) -> Result<()> {
-    load::tell_machine();
+    load::log_machine();
     let mut stop = shutdown::signals().context("cannot listen for signals")?;
     let config = args.front.resolve(args.drain_seconds)?;
     let membership = args.workers.connect().await?;

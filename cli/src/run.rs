@@ -71,7 +71,7 @@ enum Finish {
 }
 
 #[derive(Serialize)]
-struct Answer {
+struct RunOutput {
     token_ids: Vec<u32>,
     text: String,
     finish_reason: Finish,
@@ -237,12 +237,12 @@ impl Reader {
         Ok(())
     }
 
-    fn finish(mut self) -> Result<Answer> {
+    fn finish(mut self) -> Result<RunOutput> {
         let rest = self.decoder.finish();
         let step = self.stops.push(&rest);
         let held = if step.stopped { String::new() } else { self.stops.flush() };
         self.emit(&(step.emit + &held))?;
         let Self { ids, text, logprobs, finish, .. } = self;
-        Ok(Answer { token_ids: ids, text, finish_reason: finish, logprobs })
+        Ok(RunOutput { token_ids: ids, text, finish_reason: finish, logprobs })
     }
 }

@@ -37,7 +37,7 @@ pub fn main(args: UpArgs) -> Result<()> {
 }
 
 async fn run(args: UpArgs) -> Result<()> {
-    load::tell_machine();
+    load::log_machine();
     let mut stop = shutdown::signals().context("cannot listen for signals")?;
     tokio::select! {
         up = start(&args, stop.clone()) => serve(up?, stop).await,
@@ -71,7 +71,7 @@ async fn start(args: &UpArgs, stop: watch::Receiver<bool>) -> Result<Up> {
     let (sender, ended) = watch::channel(*stop.borrow());
     let progress = Box::new(load::shown());
     let worker = Worker::start(config, membership.clone(), progress, ended.clone()).await?;
-    load::tell(worker.info());
+    load::log_model(worker.info());
     let router = router::Router::start(front, membership, ended).await?;
     telemetry::ready(&facts(&router, &worker));
     Ok(Up { worker, router, stop: sender })

@@ -34,7 +34,7 @@ pub fn main(args: WorkerArgs) -> Result<()> {
 }
 
 async fn run(args: WorkerArgs) -> Result<()> {
-    load::tell_machine();
+    load::log_machine();
     args.served.check(args.at(), &args.etcd)?;
     let stop = shutdown::signals().context("cannot listen for signals")?;
     let mut early = stop.clone();
@@ -45,7 +45,7 @@ async fn run(args: WorkerArgs) -> Result<()> {
             telemetry::exit(130);
         }
     };
-    load::tell(worker.info());
+    load::log_model(worker.info());
     telemetry::ready(&[("worker", worker.address()), ("model", worker.model_name())]);
     worker.join().await?;
     tracing::info!("stopped");

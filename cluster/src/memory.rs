@@ -12,10 +12,10 @@ use crate::{Instance, Membership, MembershipError, Registration, Roster};
 /// Membership for a router and workers that live in one process. Clones share one roster.
 #[derive(Clone)]
 pub struct InMemory {
-    shared: Arc<Shared>,
+    shared: Arc<Members>,
 }
 
-struct Shared {
+struct Members {
     instances: Mutex<BTreeMap<String, Instance>>,
     roster: watch::Sender<Roster>,
 }
@@ -30,12 +30,12 @@ impl InMemory {
     /// An empty roster.
     pub fn new() -> Self {
         let shared =
-            Shared { instances: Mutex::default(), roster: watch::Sender::new(Roster::default()) };
+            Members { instances: Mutex::default(), roster: watch::Sender::new(Roster::default()) };
         Self { shared: Arc::new(shared) }
     }
 }
 
-impl Shared {
+impl Members {
     /// Changes the set and shows the whole of it, as one step for every observer.
     fn change(&self, edit: impl FnOnce(&mut BTreeMap<String, Instance>)) {
         let mut instances = self.instances.lock().unwrap_or_else(PoisonError::into_inner);
@@ -77,7 +77,7 @@ impl Membership for InMemory {
 }
 
 struct InMemoryRegistration {
-    shared: Arc<Shared>,
+    shared: Arc<Members>,
     id: String,
     follower: tokio::task::JoinHandle<()>,
 }

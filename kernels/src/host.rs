@@ -103,7 +103,7 @@ pub(crate) fn logit_rows<B: Backend<Ints: AsRef<[i32]>>>(
 
 /// One sequence's part of a batch.
 #[derive(Clone, Debug)]
-pub(crate) struct Sequence<'a> {
+pub(crate) struct BatchSequence<'a> {
     /// Rows of the batch.
     pub rows: Range<usize>,
     /// Position of the first of `rows`.
@@ -116,7 +116,7 @@ pub(crate) struct Sequence<'a> {
 pub(crate) fn sequences<B: Backend<Ints: AsRef<[i32]>>>(
     batch: &Batch<B>,
     blocks: usize,
-) -> Result<Vec<Sequence<'_>>, ShapeError> {
+) -> Result<Vec<BatchSequence<'_>>, ShapeError> {
     const OP: &str = "attention";
     let (tokens, count, cols) = (batch.tokens, batch.sequences, batch.block_table_cols);
     let starts = first(OP, "row_starts", batch.row_starts.as_ref(), count + 1)?;
@@ -143,7 +143,7 @@ pub(crate) fn sequences<B: Backend<Ints: AsRef<[i32]>>>(
         })?;
         let table = &tables[s * cols..][..context.div_ceil(BLOCK_TOKENS)];
         below(OP, "block", table, blocks)?;
-        found.push(Sequence { rows, start, blocks: table });
+        found.push(BatchSequence { rows, start, blocks: table });
     }
     Ok(found)
 }

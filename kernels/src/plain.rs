@@ -7,7 +7,7 @@ pub mod dequant;
 
 use crate::{
     BLOCK_TOKENS, Backend, Batch, Heads, KernelError, Tensor, WeightPart,
-    host::{self, Sequence},
+    host::{self, BatchSequence},
     sampling::{Refused, SampleRequest, Sampled},
     shape,
 };
@@ -47,7 +47,7 @@ impl PlainKv {
     }
 
     /// Where the token at `position` of a sequence lies.
-    fn slot(sequence: &Sequence<'_>, position: usize) -> usize {
+    fn slot(sequence: &BatchSequence<'_>, position: usize) -> usize {
         sequence.blocks[position / BLOCK_TOKENS] as usize * BLOCK_TOKENS + position % BLOCK_TOKENS
     }
 }
@@ -76,7 +76,7 @@ fn attend(
     out: &mut [f32],
     q: &[f32],
     kv: &PlainKv,
-    sequence: &Sequence<'_>,
+    sequence: &BatchSequence<'_>,
     (head, positions): (usize, Range<usize>),
 ) {
     let scale = (q.len() as f64).sqrt().recip();

@@ -96,7 +96,7 @@ impl DecoderConfig {
     /// Reads a Hugging Face `config.json`.
     ///
     /// # Errors
-    /// `Unsupported` names the architecture or setting; `Checkpoint` what is missing or senseless.
+    /// `Unsupported` names the architecture or setting; `Checkpoint` what is missing or invalid.
     pub fn from_json(text: &[u8]) -> Result<Self, ModelError> {
         let fields = Fields::parse(text)?;
         let config = match architecture(&fields)? {
@@ -124,28 +124,28 @@ impl DecoderConfig {
             ("context", self.context_max),
         ];
         if let Some((what, value)) = sizes.iter().find(|(_, v)| *v == 0 || *v > DIMENSION_MAX) {
-            return Err(senseless(format!("{what} of {value}")));
+            return Err(invalid(format!("{what} of {value}")));
         }
         check_layers(self.layers)?;
         if !self.q_heads.is_multiple_of(self.kv_heads) {
-            return Err(senseless(format!(
+            return Err(invalid(format!(
                 "{} query heads that {} kv heads cannot share evenly",
                 self.q_heads, self.kv_heads
             )));
         }
         if !self.head_dim.is_multiple_of(2) || self.head_dim > 1 << 16 {
-            return Err(senseless(format!("heads of {} dimensions", self.head_dim)));
+            return Err(invalid(format!("heads of {} dimensions", self.head_dim)));
         }
         if self.window.len() != self.layers || self.window.contains(&Some(0)) {
-            return Err(senseless("an attention window of no tokens".into()));
+            return Err(invalid("an attention window of no tokens".into()));
         }
         if !(self.norm_eps.is_finite() && self.norm_eps > 0.0) {
-            return Err(senseless(format!("a norm epsilon of {}", self.norm_eps)));
+            return Err(invalid(format!("a norm epsilon of {}", self.norm_eps)));
         }
         self.rope.validate(self.head_dim)?;
         let lengths = [self.rope.dynamic_ntk, self.logn];
         if lengths.iter().flatten().any(|length| *length < 2) {
-            return Err(senseless("a trained length below 2 tokens".into()));
+            return Err(invalid("a trained length below 2 tokens".into()));
         }
         Ok(self)
     }
@@ -155,7 +155,7 @@ impl Rope {
     pub(crate) fn validate(&self, head_dim: usize) -> Result<(), ModelError> {
         let positive = |what: &str, value: f64| match value.is_finite() && value > 0.0 {
             true => Ok(()),
-            false => Err(senseless(format!("a rope {what} of {value}"))),
+            false => Err(invalid(format!("a rope {what} of {value}"))),
         };
         positive("base", self.base)?;
         match &self.scaling {
@@ -183,7 +183,7 @@ impl Rope {
             }
             RopeScaling::Divisors(divisors) => {
                 if divisors.len() != head_dim / 2 {
-                    return Err(senseless(format!(
+                    return Err(invalid(format!(
                         "{} rope divisors for heads of {head_dim}",
                         divisors.len()
                     )));
@@ -198,11 +198,11 @@ impl Rope {
 fn check_layers(layers: usize) -> Result<(), ModelError> {
     match layers {
         1..=LAYERS_MAX => Ok(()),
-        _ => Err(senseless(format!("{layers} layers"))),
+        _ => Err(invalid(format!("{layers} layers"))),
     }
 }
 
-fn senseless(what: String) -> ModelError {
+fn invalid(what: String) -> ModelError {
     ModelError::Checkpoint(format!("the configuration gives {what}; the file is damaged"))
 }
 

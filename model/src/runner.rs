@@ -37,7 +37,7 @@ pub struct RunnerOptions {
 }
 
 /// What is remembered of a sequence between its chunks.
-pub(crate) struct Sequence {
+pub(crate) struct RunningSequence {
     /// The row of position 0 in the rope tables.
     rope_first_row: usize,
     /// Tokens in the KV cache.
@@ -47,7 +47,7 @@ pub(crate) struct Sequence {
     seen: Seen,
 }
 
-impl Sequence {
+impl RunningSequence {
     fn new(admission: &Admission, tables: &RopeTables, samples: bool) -> Self {
         Self {
             rope_first_row: tables.first_row(admission.prompt_len),
@@ -69,7 +69,7 @@ pub struct Runner<B: Backend, C: Collective<B>> {
     batch: BatchBuilder<B>,
     limits: Limits,
     tables: RopeTables,
-    sequences: HashMap<SequenceId, Sequence>,
+    sequences: HashMap<SequenceId, RunningSequence>,
     next_number: u64,
     logit_rows_max: usize,
     /// Rank 0 only.
@@ -192,7 +192,8 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         }
         for chunk in &plan.chunks {
             if let Some(admission) = &chunk.admission {
-                let sequence = Sequence::new(admission, &self.tables, self.sampler.is_some());
+                let sequence =
+                    RunningSequence::new(admission, &self.tables, self.sampler.is_some());
                 self.sequences.insert(chunk.sequence, sequence);
             }
             if let Some(sequence) = self.sequences.get_mut(&chunk.sequence) {

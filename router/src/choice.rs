@@ -207,13 +207,13 @@ impl Choice {
             }
             let piece = self.detokenizer.push(info.id);
             self.pending.push_back(Token { info, offset: self.decoded, end: false });
-            if self.tell(&piece, chunk) {
+            if self.push_text(&piece, chunk) {
                 return self.cut(chunk);
             }
         }
         let Some(finish) = finish else { return self.release(chunk) };
         let tail = self.detokenizer.finish();
-        if self.tell(&tail, chunk) {
+        if self.push_text(&tail, chunk) {
             return self.cut(chunk);
         }
         chunk.text += &self.strings.flush();
@@ -230,7 +230,7 @@ impl Choice {
     }
 
     /// Hands text on; true when a stop string is complete.
-    fn tell(&mut self, piece: &str, chunk: &mut Chunk) -> bool {
+    fn push_text(&mut self, piece: &str, chunk: &mut Chunk) -> bool {
         self.decoded += piece.chars().count();
         if self.generated <= self.stops.min_tokens {
             self.emitted += piece.chars().count();

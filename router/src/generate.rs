@@ -4,7 +4,7 @@
 //! gets its response's head after a moment all the same, and waits on an open stream.
 
 use crate::{
-    RouterError, Shared,
+    RouterError, RouterState,
     choice::{Choice, Chunk, Echo},
     metrics::Tokens,
     raised,
@@ -59,7 +59,7 @@ pub(crate) enum Answering {
 impl Answering {
     /// Prepares and starts a request, and waits a moment for that. Errors within the moment.
     pub async fn begin(
-        shared: Arc<Shared>,
+        shared: Arc<RouterState>,
         input: Input,
         permit: OwnedSemaphorePermit,
         time: Option<TimeLimit>,
@@ -86,7 +86,7 @@ impl Answering {
 
 /// From what the client said to choices on workers, within its time limit and the router's life.
 pub(crate) async fn begin(
-    shared: Arc<Shared>,
+    shared: Arc<RouterState>,
     input: Input,
     permit: OwnedSemaphorePermit,
     time: Option<TimeLimit>,
@@ -109,7 +109,7 @@ fn stopping() -> RouterError {
 
 /// Counts a request while it lives.
 struct Record {
-    shared: Arc<Shared>,
+    shared: Arc<RouterState>,
     facts: Arc<Facts>,
     tokens: Tokens,
     choices: i64,
@@ -125,7 +125,7 @@ impl Drop for Record {
 /// Starts every choice of a request, each on a worker that took it. `permit` stands for the
 /// request's first choice; the others take theirs here.
 async fn start(
-    shared: &Arc<Shared>,
+    shared: &Arc<RouterState>,
     prepared: Prepared,
     mut permit: OwnedSemaphorePermit,
     time: Option<TimeLimit>,
@@ -177,7 +177,7 @@ async fn start(
 }
 
 /// Choice `i` of prompt `p` has the index p · n + i, and draws of its own.
-fn choices(shared: &Arc<Shared>, prepared: &Prepared) -> Result<Vec<Choice>, RouterError> {
+fn choices(shared: &Arc<RouterState>, prepared: &Prepared) -> Result<Vec<Choice>, RouterError> {
     let n = prepared.sampling.n;
     let mut choices = Vec::new();
     for (at, prompt) in prepared.prompts.iter().enumerate() {

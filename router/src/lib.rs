@@ -40,7 +40,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use upstream::Upstream;
 
 /// What every request of one router shares.
-struct Shared {
+struct RouterState {
     upstream: Arc<Upstream>,
     aliases: Aliases,
     metrics: Arc<Metrics>,
@@ -59,7 +59,7 @@ async fn raised(flag: &mut watch::Receiver<bool>) {
     drop(flag.wait_for(|up| *up).await);
 }
 
-impl Shared {
+impl RouterState {
     /// Room for `choices` more. Errors: `Overloaded`.
     fn permit(&self, choices: usize) -> Result<OwnedSemaphorePermit, RouterError> {
         let count = u32::try_from(choices).unwrap_or(u32::MAX);

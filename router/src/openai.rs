@@ -11,14 +11,14 @@ mod sse;
 mod tokenize;
 
 use crate::{
-    RouterError, Shared,
+    RouterError, RouterState,
     generate::{self, Answering},
     record::{Door, recorded},
     request::{Input, Prompt},
     time_limit::TimeLimit,
     trace::Trace,
 };
-use answer::{Answer, Part, Route};
+use answer::{AnswerHead, Part, Route};
 use axum::{
     Json, Router,
     extract::{Path, Request, State},
@@ -58,7 +58,7 @@ pub(crate) struct Body {
 }
 
 /// Every route, to which bodies come unpacked and from which answers go packed as the client says.
-pub(crate) fn routes(shared: Arc<Shared>, cors: CorsLayer) -> Router {
+pub(crate) fn routes(shared: Arc<RouterState>, cors: CorsLayer) -> Router {
     // Of an event stream each event has to leave at once.
     let worthwhile = SizeAbove::new(COMPRESSED_BYTES_MIN).and(NotForContentType::SSE);
     let compression =
@@ -89,15 +89,15 @@ pub(crate) fn routes(shared: Arc<Shared>, cors: CorsLayer) -> Router {
     recorded(routes, &metrics_of, Door::Http)
 }
 
-async fn chat_completions(State(shared): State<Arc<Shared>>, request: Request) -> Response {
+async fn chat_completions(State(shared): State<Arc<RouterState>>, request: Request) -> Response {
     complete(shared, request, Route::Chat).await
 }
 
-async fn text_completions(State(shared): State<Arc<Shared>>, request: Request) -> Response {
+async fn text_completions(State(shared): State<Arc<RouterState>>, request: Request) -> Response {
     complete(shared, request, Route::Completions).await
 }
 
-async fn complete(shared: Arc<Shared>, request: Request, route: Route) -> Response {
+async fn complete(shared: Arc<RouterState>, request: Request, route: Route) -> Response {
     let trace = Trace::of(request.extensions());
     let facts = trace.facts.clone();
     match run(&shared, request, route, trace).await {
@@ -119,7 +119,7 @@ enum Ready {
 }
 
 async fn run(
-    shared: &Arc<Shared>,
+    shared: &Arc<RouterState>,
     request: Request,
     route: Route,
     trace: Trace,
@@ -143,7 +143,7 @@ async fn run(
         return Ok(Ready::Stream { answering, logprobs, delivery });
     }
     let mut generation = generate::begin(shared.clone(), input, permit, time).await?;
-    let answer = Answer::new(route, &generation, logprobs);
+    let answer = AnswerHead::new(route, &generation, logprobs);
     let mut parts: Vec<Part> = (0..generation.choices).map(|_| Part::default()).collect();
     while let Some(chunk) = generation.next().await {
         let chunk = chunk?;
@@ -153,7 +153,7 @@ async fn run(
     Ok(Ready::Whole(answer.whole(parts, generation.usage(), &generation.language)))
 }
 
-async fn read_body(shared: &Shared, request: Request) -> Result<Bytes, RouterError> {
+async fn read_body(shared: &RouterState, request: Request) -> Result<Bytes, RouterError> {
     let limit = shared.upstream.limits.body_bytes_max;
     let deadline = shared.upstream.deadlines.body;
     if let Some(encoding) = request.headers().get(header::CONTENT_ENCODING)
@@ -183,12 +183,12 @@ fn content_length(headers: &HeaderMap) -> Option<u64> {
     headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
-async fn models(State(shared): State<Arc<Shared>>) -> Response {
+async fn models(State(shared): State<Arc<RouterState>>) -> Response {
     let models: Vec<Value> = shared.served().into_iter().map(|m| describe(&m)).collect();
     Json(json!({"object": "list", "data": models})).into_response()
 }
 
-async fn model(State(shared): State<Arc<Shared>>, Path(id): Path<String>) -> Response {
+async fn model(State(shared): State<Arc<RouterState>>, Path(id): Path<String>) -> Response {
     let served = shared.served();
     match served.iter().find(|model| model.id == id) {
         Some(model) => Json(describe(model)).into_response(),
@@ -206,7 +206,7 @@ fn describe(model: &proto::v1::Model) -> Value {
 }
 
 /// 200 while requests can be answered: a worker is ready and the router does not drain.
-async fn health(State(shared): State<Arc<Shared>>) -> Response {
+async fn health(State(shared): State<Arc<RouterState>>) -> Response {
     let models: Vec<String> = shared.served().into_iter().map(|model| model.id).collect();
     let (status, word) = match (shared.drains(), models.is_empty()) {
         (true, _) => (StatusCode::SERVICE_UNAVAILABLE, "draining"),
@@ -216,7 +216,7 @@ async fn health(State(shared): State<Arc<Shared>>) -> Response {
     (status, Json(json!({"status": word, "models": models}))).into_response()
 }
 
-async fn metrics(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Response {
+async fn metrics(State(shared): State<Arc<RouterState>>, headers: HeaderMap) -> Response {
     let accept = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok());
     match shared.metrics.exposition(accept) {
         Ok((kind, text)) => ([(header::CONTENT_TYPE, kind)], text).into_response(),

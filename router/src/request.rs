@@ -1,7 +1,7 @@
 //! From what a client said, by either API, to token ids and checked parameters.
 
 use crate::{
-    RouterError, Shared, languages,
+    RouterError, RouterState, languages,
     opening::Patience,
     sampling::{self, Sampling},
     targets::{Capacity, Model},
@@ -15,7 +15,7 @@ use tokio::time::timeout_at;
 
 /// Roles that a conversation may name.
 const ROLES: [&str; 4] = ["system", "user", "assistant", "tool"];
-/// Up to here text is tokenised where it stands; beyond on a thread of its own.
+/// Up to here text is tokenised inline; longer text on a blocking thread.
 const INLINE_BYTES_MAX: usize = 4096;
 /// What a template writes for each message, and JSON for each value, beside the text itself.
 const MESSAGE_BYTES: usize = 64;
@@ -103,7 +103,7 @@ pub(crate) struct Prepared {
 }
 
 /// Finds the model, encodes the prompts, checks every value.
-pub(crate) async fn prepare(shared: &Shared, input: Input) -> Result<Prepared, RouterError> {
+pub(crate) async fn prepare(shared: &RouterState, input: Input) -> Result<Prepared, RouterError> {
     let (model, language, capacity) = spoken(shared, &input.model).await?;
     input.trace.facts.model(&model.name);
     let special = |text: &str| language.special_token(text);
@@ -127,7 +127,10 @@ pub(crate) async fn prepare(shared: &Shared, input: Input) -> Result<Prepared, R
 
 /// The model of a name, or the only one for an empty name, and what its ready workers can do; waits
 /// where there are none, longer while one loads.
-async fn find_model(shared: &Shared, asked: &str) -> Result<(Arc<Model>, Capacity), RouterError> {
+async fn find_model(
+    shared: &RouterState,
+    asked: &str,
+) -> Result<(Arc<Model>, Capacity), RouterError> {
     let mut targets = shared.upstream.targets.clone();
     let mut patience = Patience::new(false);
     loop {
@@ -172,7 +175,7 @@ fn room(
 
 /// The prompt's ids, and its text where it will be echoed.
 async fn encode(
-    shared: &Shared,
+    shared: &RouterState,
     language: &Arc<Language>,
     prompt: Prompt,
     echo: bool,
@@ -191,7 +194,7 @@ pub(crate) struct Tokens {
 
 /// Encodes one prompt for whoever wants its ids.
 pub(crate) async fn tokenize(
-    shared: &Shared,
+    shared: &RouterState,
     model: &str,
     prompt: Prompt,
 ) -> Result<Tokens, RouterError> {
@@ -203,7 +206,7 @@ pub(crate) async fn tokenize(
 
 /// The text that ids stand for, special tokens included; `param` brought them.
 pub(crate) async fn detokenize(
-    shared: &Shared,
+    shared: &RouterState,
     model: &str,
     param: &str,
     ids: Vec<u32>,
@@ -221,7 +224,7 @@ pub(crate) async fn detokenize(
 
 /// The model, how it speaks, and what its ready workers can do.
 async fn spoken(
-    shared: &Shared,
+    shared: &RouterState,
     name: &str,
 ) -> Result<(Arc<Model>, Arc<Language>, Capacity), RouterError> {
     let (model, capacity) = find_model(shared, name).await?;
@@ -232,7 +235,7 @@ async fn spoken(
 
 /// Runs work on `bytes` of text: here where they are few, else on one of a few threads.
 async fn on_tokenizer_thread<T: Send + 'static>(
-    shared: &Shared,
+    shared: &RouterState,
     bytes: usize,
     work: impl FnOnce() -> Result<T, RouterError> + Send + 'static,
 ) -> Result<T, RouterError> {

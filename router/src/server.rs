@@ -1,7 +1,7 @@
 //! Start, run and end of a router.
 
 use crate::{
-    RouterConfig, RouterError, Shared,
+    RouterConfig, RouterError, RouterState,
     aliases::Aliases,
     grpc,
     http::{self, Server},
@@ -112,7 +112,7 @@ async fn bind(
     }
 }
 
-fn shared(config: &RouterConfig, membership: &dyn Membership) -> Shared {
+fn shared(config: &RouterConfig, membership: &dyn Membership) -> RouterState {
     let metrics = Arc::new(Metrics::new());
     let upstream = Upstream {
         targets: Targets::follow(membership.roster(), &config.deadlines),
@@ -123,7 +123,7 @@ fn shared(config: &RouterConfig, membership: &dyn Membership) -> Shared {
         queued: AtomicUsize::new(0),
     };
     let threads = std::thread::available_parallelism().map_or(2, usize::from);
-    Shared {
+    RouterState {
         upstream: Arc::new(upstream),
         aliases: Aliases::new(config.aliases.clone()),
         metrics,
@@ -145,7 +145,7 @@ macro_rules! compressed {
 
 /// Inference, health, and reflection in both versions that tools speak.
 fn grpc_app(
-    shared: &Arc<Shared>,
+    shared: &Arc<RouterState>,
     body_bytes_max: usize,
 ) -> Result<(HealthReporter, axum::Router), RouterError> {
     let broken =
@@ -172,7 +172,7 @@ fn grpc_app(
 }
 
 /// Says `SERVING` while some model is served and the router does not drain.
-async fn report_health(shared: Arc<Shared>, reporter: HealthReporter) {
+async fn report_health(shared: Arc<RouterState>, reporter: HealthReporter) {
     let mut targets = shared.upstream.targets.clone();
     let mut drain = shared.drain.subscribe();
     loop {
@@ -192,7 +192,11 @@ async fn report_health(shared: Arc<Shared>, reporter: HealthReporter) {
 }
 
 /// Waits for the shutdown, drains, ends what is left.
-async fn run(shared: Arc<Shared>, mut servers: JoinSet<()>, mut shutdown: watch::Receiver<bool>) {
+async fn run(
+    shared: Arc<RouterState>,
+    mut servers: JoinSet<()>,
+    mut shutdown: watch::Receiver<bool>,
+) {
     raised(&mut shutdown).await;
     shared.drain.send_replace(true);
     let limit = shared.upstream.deadlines.drain;

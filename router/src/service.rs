@@ -1,7 +1,7 @@
 //! `lockstep.v1.Inference` over gRPC, with health and reflection beside it.
 
 use crate::{
-    RouterError, Shared,
+    RouterError, RouterState,
     choice::{Chunk, FinishReason},
     generate::{Answering, Generation},
     request::{self, Input, Prompt, Reading},
@@ -20,11 +20,11 @@ use std::{pin::Pin, sync::Arc};
 use text::{Chat, Content, Message};
 use tonic::{Code, Request, Response, Status};
 
-type Answer = Pin<Box<dyn Stream<Item = Result<GenerateResponse, Status>> + Send>>;
+type AnswerStream = Pin<Box<dyn Stream<Item = Result<GenerateResponse, Status>> + Send>>;
 
 /// The service's door.
 pub(crate) struct Service {
-    pub shared: Arc<Shared>,
+    pub shared: Arc<RouterState>,
 }
 
 /// What a client is told, with advice on when to try again.
@@ -54,7 +54,7 @@ impl Service {
     }
 
     /// An answer of one message.
-    async fn tell<T>(
+    async fn respond<T>(
         &self,
         work: impl Future<Output = Result<T, RouterError>>,
     ) -> Result<Response<T>, Status> {
@@ -66,7 +66,7 @@ impl Service {
         trace: Trace,
         (headers, include_progress): (HeaderMap, bool),
         input: impl FnOnce(Trace) -> Result<Input, RouterError>,
-    ) -> Result<Response<Answer>, Status> {
+    ) -> Result<Response<AnswerStream>, Status> {
         let start = async {
             let time = TimeLimit::from_grpc(&headers)?;
             let permit = self.shared.permit(1)?;
@@ -85,7 +85,7 @@ impl Service {
 
 /// One answer's stream of messages.
 struct Messages {
-    shared: Arc<Shared>,
+    shared: Arc<RouterState>,
     answering: Answering,
     include_progress: bool,
     ended: bool,
@@ -181,13 +181,13 @@ fn chat(wire: ChatRequest, trace: Trace) -> Result<Input, RouterError> {
 
 #[tonic::async_trait]
 impl Inference for Service {
-    type GenerateStream = Answer;
-    type ChatStream = Answer;
+    type GenerateStream = AnswerStream;
+    type ChatStream = AnswerStream;
 
     async fn generate(
         &self,
         request: Request<GenerateRequest>,
-    ) -> Result<Response<Answer>, Status> {
+    ) -> Result<Response<AnswerStream>, Status> {
         let (metadata, extensions, wire) = request.into_parts();
         let asked = (metadata.into_headers(), wire.include_progress);
         self.answer(Trace::of(&extensions), asked, |trace| {
@@ -208,7 +208,7 @@ impl Inference for Service {
         .await
     }
 
-    async fn chat(&self, request: Request<ChatRequest>) -> Result<Response<Answer>, Status> {
+    async fn chat(&self, request: Request<ChatRequest>) -> Result<Response<AnswerStream>, Status> {
         let (metadata, extensions, wire) = request.into_parts();
         let asked = (metadata.into_headers(), wire.include_progress);
         self.answer(Trace::of(&extensions), asked, |trace| chat(wire, trace)).await
@@ -218,14 +218,14 @@ impl Inference for Service {
         &self,
         request: Request<TokenizeRequest>,
     ) -> Result<Response<TokenizeResponse>, Status> {
-        self.tell(tokenize(&self.shared, request.into_inner())).await
+        self.respond(tokenize(&self.shared, request.into_inner())).await
     }
 
     async fn detokenize(
         &self,
         request: Request<DetokenizeRequest>,
     ) -> Result<Response<DetokenizeResponse>, Status> {
-        self.tell(detokenize(&self.shared, request.into_inner())).await
+        self.respond(detokenize(&self.shared, request.into_inner())).await
     }
 
     async fn list_models(
@@ -236,7 +236,10 @@ impl Inference for Service {
     }
 }
 
-async fn tokenize(shared: &Shared, wire: TokenizeRequest) -> Result<TokenizeResponse, RouterError> {
+async fn tokenize(
+    shared: &RouterState,
+    wire: TokenizeRequest,
+) -> Result<TokenizeResponse, RouterError> {
     let parse_special = wire.parse_special.unwrap_or(true);
     let reading = Reading { parse_special, add_special: wire.add_special_tokens };
     let prompt = Prompt::Text(wire.text, reading);
@@ -248,7 +251,7 @@ async fn tokenize(shared: &Shared, wire: TokenizeRequest) -> Result<TokenizeResp
 }
 
 async fn detokenize(
-    shared: &Shared,
+    shared: &RouterState,
     wire: DetokenizeRequest,
 ) -> Result<DetokenizeResponse, RouterError> {
     let text = request::detokenize(shared, &wire.model, "ids", wire.ids).await?;

@@ -60,7 +60,7 @@ impl TimeLimit {
         }
     }
 
-    /// Waits until the time is over; for ever where there is no limit.
+    /// Waits until the time is over; without an end where there is no limit.
     pub async fn over(limit: Option<Self>) -> RouterError {
         match limit {
             Some(Self { limit, at }) => {

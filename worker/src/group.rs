@@ -3,8 +3,8 @@
 //! Rank 0 is the leader and runs in the engine's process; the others only follow. Backends are
 //! chosen in `devices` and exchanges in `GroupPlan::start`; everything behind is generic over both.
 
-mod casualties;
 mod devices;
+mod failures;
 mod follower;
 mod leader;
 mod memory;
@@ -148,7 +148,7 @@ impl ModelInfo {
 }
 
 /// Called while weights load with the bytes done and in all, of rank 0's share.
-pub type Progress<'a> = &'a mut (dyn FnMut(u64, u64) + Send);
+pub type LoadProgress<'a> = &'a mut (dyn FnMut(u64, u64) + Send);
 
 /// A group whose size is known, and whose weights are not loaded yet.
 pub struct GroupPlan {
@@ -169,7 +169,7 @@ impl GroupPlan {
     }
 
     /// Loads the weights on every rank. Blocks until all are ready.
-    pub fn start(self, progress: Progress<'_>) -> Result<Group, WorkerError> {
+    pub fn start(self, progress: LoadProgress<'_>) -> Result<Group, WorkerError> {
         let options = self.sizing.rank_options();
         let (device, ranks) = (self.sizing.config.device, self.sizing.config.ranks);
         let start = Start { sizing: &self.sizing, progress };
@@ -181,7 +181,7 @@ impl GroupPlan {
 /// Starts the ranks on devices that are chosen.
 struct Start<'a> {
     sizing: &'a Sizing,
-    progress: Progress<'a>,
+    progress: LoadProgress<'a>,
 }
 
 impl Task for Start<'_> {
@@ -204,7 +204,7 @@ pub struct Group {
 
 impl Group {
     /// `GroupPlan::new` and `GroupPlan::start` in one.
-    pub fn start(config: GroupConfig, progress: Progress<'_>) -> Result<Self, WorkerError> {
+    pub fn start(config: GroupConfig, progress: LoadProgress<'_>) -> Result<Self, WorkerError> {
         GroupPlan::new(config)?.start(progress)
     }
 }

@@ -16,8 +16,8 @@ use std::any::Any;
 
 pub use error::WorkerError;
 pub use group::{
-    Device, Group, GroupConfig, GroupPlan, ModelInfo, Progress, RANK_TOKEN_VARIABLE, RankConfig,
-    RankMode, run_rank,
+    Device, Group, GroupConfig, GroupPlan, LoadProgress, ModelInfo, RANK_TOKEN_VARIABLE,
+    RankConfig, RankMode, run_rank,
 };
 pub use handle::Engine;
 pub use mailbox::Output;

@@ -203,7 +203,10 @@ async fn spawn_server(
     let metrics = Arc::clone(&shared.metrics);
     let routes: Routes = routes
         .into_axum_router()
-        .route("/metrics", get(move |headers: HeaderMap| async move { tell(&metrics, &headers) }))
+        .route(
+            "/metrics",
+            get(move |headers: HeaderMap| async move { metrics_page(&metrics, &headers) }),
+        )
         .into();
     let server = Server::builder()
         .accept_http1(true)
@@ -221,7 +224,7 @@ async fn spawn_server(
     (health, tokio::spawn(server))
 }
 
-fn tell(metrics: &Metrics, headers: &HeaderMap) -> Response {
+fn metrics_page(metrics: &Metrics, headers: &HeaderMap) -> Response {
     let accept = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok());
     match metrics.exposition(accept) {
         Ok((kind, text)) => ([(header::CONTENT_TYPE, kind)], text).into_response(),

@@ -146,15 +146,16 @@ fn request(prompt: usize, max_tokens: u32) -> v1::RunRequest {
     }
 }
 
-struct Answer {
+struct Received {
     ids: Vec<u32>,
     scored: Vec<u32>,
     finish: v1::Finish,
     messages: usize,
 }
 
-async fn read(mut stream: Streaming<v1::RunResponse>) -> Result<Answer, Status> {
-    let mut answer = Answer { ids: vec![], scored: vec![], finish: v1::Finish::None, messages: 0 };
+async fn read(mut stream: Streaming<v1::RunResponse>) -> Result<Received, Status> {
+    let mut answer =
+        Received { ids: vec![], scored: vec![], finish: v1::Finish::None, messages: 0 };
     while let Some(message) = timeout(PATIENCE, stream.message()).await.expect("in time")? {
         assert_eq!(answer.finish, v1::Finish::None, "nothing after the finish");
         answer.messages += 1;

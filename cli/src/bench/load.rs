@@ -13,7 +13,7 @@ use tokio::{
 };
 
 use super::request::{Prompts, Sample, Target, unit};
-use crate::progress::{Progress, Unit};
+use crate::progress::{ProgressReport, Unit};
 
 /// A run, fully described.
 pub struct Load {
@@ -41,7 +41,7 @@ impl Load {
     pub async fn run(&self) -> Result<Measured> {
         let places = Arc::new(Semaphore::new(self.concurrency));
         let mut running = JoinSet::new();
-        let mut progress = Progress::new("requests", Unit::Items, self.requests as u64);
+        let mut progress = ProgressReport::new("requests", Unit::Items, self.requests as u64);
         let (mut samples, mut errors) = (Vec::with_capacity(self.requests), Vec::new());
         let began = Instant::now();
         let (mut next, mut arrival) = (0, began);

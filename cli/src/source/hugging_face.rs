@@ -16,7 +16,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 
 use super::{Cache, Repository, checksum, files};
-use crate::progress::{Progress, Unit};
+use crate::progress::{ProgressReport, Unit};
 
 /// `hf-hub` sets no deadlines of its own: without a byte for this long a download is given up.
 const STALL: Duration = Duration::from_secs(60);
@@ -92,12 +92,12 @@ fn download(repo: &ApiRepo, file: &str, idle: Arc<AtomicU64>) -> Result<PathBuf,
 /// Shows progress and resets the count of idle seconds with every byte.
 struct Watched {
     idle: Arc<AtomicU64>,
-    bar: Option<Progress>,
+    bar: Option<ProgressReport>,
 }
 
 impl hf_hub::api::Progress for Watched {
     fn init(&mut self, size: usize, filename: &str) {
-        self.bar = Some(Progress::new(filename, Unit::Bytes, size as u64));
+        self.bar = Some(ProgressReport::new(filename, Unit::Bytes, size as u64));
     }
 
     fn update(&mut self, size: usize) {

@@ -13,7 +13,7 @@ use serde::Deserialize;
 use ureq::Agent;
 
 use super::{Cache, Repository, checksum, files};
-use crate::progress::{Progress, Unit};
+use crate::progress::{ProgressReport, Unit};
 
 const LIST_BYTES_MAX: u64 = 16 << 20;
 
@@ -122,7 +122,7 @@ fn download(agent: &Agent, base: &str, entry: &Entry, path: &Path) -> Result<()>
         let start = if answer.status().as_u16() == 206 { have } else { 0 };
         let mut file = OpenOptions::new().create(true).append(true).open(&part)?;
         file.set_len(start)?;
-        let mut progress = Progress::new(&entry.path, Unit::Bytes, entry.size);
+        let mut progress = ProgressReport::new(&entry.path, Unit::Bytes, entry.size);
         progress.set(start);
         let left = entry.size - start;
         copy(answer.into_body().into_reader(), &mut file, left, &mut progress)
@@ -134,7 +134,12 @@ fn download(agent: &Agent, base: &str, entry: &Entry, path: &Path) -> Result<()>
 }
 
 /// Exactly `left` bytes, or an error with what came kept.
-fn copy(mut from: impl Read, to: &mut File, left: u64, progress: &mut Progress) -> io::Result<()> {
+fn copy(
+    mut from: impl Read,
+    to: &mut File,
+    left: u64,
+    progress: &mut ProgressReport,
+) -> io::Result<()> {
     let (mut left, mut buffer) = (left, vec![0; 1 << 18]);
     while left > 0 {
         let room = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));

@@ -81,7 +81,7 @@ impl Keeper {
             };
             match fault {
                 Fault::Refused(reason) if registered.is_some() => {
-                    return tell(&mut registered, Err(reason));
+                    return report(&mut registered, Err(reason));
                 }
                 Fault::LeaseGone => {
                     tracing::warn!(key = self.key, "lease lost, registering again");
@@ -122,7 +122,7 @@ impl Keeper {
         };
         let mut keepalive = session.keep(lease).await?;
         self.write(&mut session, lease).await?;
-        tell(registered, Ok(()));
+        report(registered, Ok(()));
         if let Some(State { seconds, attempts }) = self.trouble.over(Instant::now()) {
             tracing::info!(key = self.key, seconds, attempts, "registration: etcd answers again");
         }
@@ -211,7 +211,10 @@ impl Trouble {
 }
 
 /// Answers the one who waits for the first registration.
-fn tell(registered: &mut Option<oneshot::Sender<Result<(), String>>>, outcome: Result<(), String>) {
+fn report(
+    registered: &mut Option<oneshot::Sender<Result<(), String>>>,
+    outcome: Result<(), String>,
+) {
     if let Some(waiting) = registered.take() {
         // Nobody waits any more: the wait has its own deadline.
         let _abandoned = waiting.send(outcome);

@@ -26,7 +26,7 @@ const SILENCE: Duration = Duration::from_secs(5);
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 
-/// Follows the roster for ever, beginning with member `at`.
+/// Follows the roster until it is dropped, beginning with member `at`.
 pub(super) fn spawn(
     options: Arc<EtcdOptions>,
     view: View,

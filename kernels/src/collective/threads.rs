@@ -51,14 +51,14 @@ struct Seat {
     slots: [RwLock<Slot>; SLOTS as usize],
 }
 
-struct Shared {
+struct Meeting {
     seats: Vec<Seat>,
     sleepers: AtomicUsize,
     bell: Mutex<()>,
     rung: Condvar,
 }
 
-impl Shared {
+impl Meeting {
     /// Makes sleeping ranks look again.
     fn ring(&self) {
         if self.sleepers.load(SeqCst) > 0 {
@@ -75,7 +75,7 @@ pub struct Threads {
     operation: u64,
     data_deadline: Duration,
     failed: Option<CollectiveError>,
-    shared: Arc<Shared>,
+    shared: Arc<Meeting>,
 }
 
 impl Threads {
@@ -86,7 +86,7 @@ impl Threads {
 
     /// As `group`; no rank waits longer than `data_deadline` for another's data.
     pub fn group_with_deadline(world_size: usize, data_deadline: Duration) -> Vec<Self> {
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(Meeting {
             seats: (0..world_size).map(|_| Seat::default()).collect(),
             sleepers: AtomicUsize::new(0),
             bell: Mutex::new(()),

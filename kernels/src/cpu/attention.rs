@@ -14,7 +14,7 @@ use super::{
     pool::Pool,
     simd::{Kernel, Level, Simd, dispatch},
 };
-use crate::{BLOCK_TOKENS, Heads, KernelError, host::Sequence};
+use crate::{BLOCK_TOKENS, Heads, KernelError, host::BatchSequence};
 use span::{Queries, SPAN, Span};
 use std::{
     ops::Range,
@@ -58,7 +58,7 @@ impl Scratch {
 pub(super) struct Attention<'a, E> {
     pub qkv: &'a [f32],
     pub kv: &'a Blocks<E>,
-    pub sequences: &'a [Sequence<'a>],
+    pub sequences: &'a [BatchSequence<'a>],
     pub heads: Heads,
     pub window: Option<usize>,
 }
@@ -72,7 +72,7 @@ struct Tile {
 /// Rows × query heads that share a key head.
 struct Cut<'a, E> {
     call: &'a Attention<'a, E>,
-    sequence: &'a Sequence<'a>,
+    sequence: &'a BatchSequence<'a>,
     /// Of the batch.
     rows: Range<usize>,
     /// Query heads.
@@ -113,7 +113,7 @@ impl<E: Element> Attention<'_, E> {
 
     /// Multiplications in all, roughly.
     fn work(&self) -> usize {
-        let keys = |s: &Sequence<'_>| {
+        let keys = |s: &BatchSequence<'_>| {
             let context = s.start + s.rows.len();
             s.rows.len() * context.min(self.window.unwrap_or(context))
         };

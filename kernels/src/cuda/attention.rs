@@ -115,7 +115,7 @@ pub(super) fn cut<D: Driver>(driver: &D, batch: &mut Batch<Cuda<D>>) -> Result<(
              of {sequences_max}"
         )
     })?;
-    let mut order: Vec<(usize, host::Sequence<'_>)> =
+    let mut order: Vec<(usize, host::BatchSequence<'_>)> =
         host::sequences(batch, i32::MAX as usize)?.into_iter().enumerate().collect();
     let owned = order.iter().flat_map(|(_, sequence)| sequence.blocks);
     let blocks_end = owned.max().map_or(0, |&block| block as usize + 1);

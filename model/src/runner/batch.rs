@@ -1,6 +1,6 @@
 //! A plan as the device sees it.
 
-use super::{RunnerOptions, Sequence};
+use super::{RunnerOptions, RunningSequence};
 use crate::{ModelError, rope};
 use engine::plan::{BLOCK_TOKENS, Chunk, SequenceId, StepPlan, Want};
 use kernels::{Backend, Batch, KernelError};
@@ -79,7 +79,7 @@ impl<B: Backend> BatchBuilder<B> {
         &mut self,
         device: &B,
         plan: &StepPlan,
-        sequences: &HashMap<SequenceId, Sequence>,
+        sequences: &HashMap<SequenceId, RunningSequence>,
     ) -> Result<(), ModelError> {
         self.clear();
         let end = |chunk: &Chunk| chunk.start + chunk.tokens.len();

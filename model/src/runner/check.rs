@@ -2,7 +2,7 @@
 //!
 //! Every rank checks the same plan with the same outcome, so a refusal leaves no rank waiting.
 
-use super::{RunnerOptions, Sequence};
+use super::{RunnerOptions, RunningSequence};
 use crate::ModelError;
 use engine::plan::{Admission, BLOCK_TOKENS, Chunk, SequenceId, StepPlan};
 use std::collections::{HashMap, HashSet};
@@ -21,7 +21,7 @@ impl Limits {
         &self,
         plan: &StepPlan,
         expected: u64,
-        sequences: &HashMap<SequenceId, Sequence>,
+        sequences: &HashMap<SequenceId, RunningSequence>,
     ) -> Result<(), ModelError> {
         self.find_fault(plan, expected, sequences)
             .map_or(Ok(()), |reason| Err(ModelError::Plan { number: plan.number, reason }))
@@ -31,7 +31,7 @@ impl Limits {
         &self,
         plan: &StepPlan,
         expected: u64,
-        sequences: &HashMap<SequenceId, Sequence>,
+        sequences: &HashMap<SequenceId, RunningSequence>,
     ) -> Option<String> {
         if plan.number != expected {
             return Some(format!("plan {expected} comes next: one was lost or repeated"));
@@ -57,7 +57,7 @@ impl Limits {
         })
     }
 
-    fn chunk_fault(&self, chunk: &Chunk, known: Option<&Sequence>) -> Option<String> {
+    fn chunk_fault(&self, chunk: &Chunk, known: Option<&RunningSequence>) -> Option<String> {
         let RunnerOptions { blocks, context_max, .. } = self.options;
         let end = chunk.start.saturating_add(chunk.tokens.len());
         if chunk.tokens.is_empty() {

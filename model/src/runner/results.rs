@@ -1,6 +1,6 @@
 //! From rows of logits to what the plan asked for, by the device where it can. Rank 0 only.
 
-use super::{Sequence, batch::WantedRow};
+use super::{RunningSequence, batch::WantedRow};
 use crate::sampler::{Sampler, next_token};
 use engine::plan::{Chunk, SequenceId, StepOutput, StepPlan, TokenLogprob, Want};
 use kernels::{
@@ -10,7 +10,7 @@ use kernels::{
 use std::collections::HashMap;
 
 /// A token, or why there is none.
-pub type Answer = Result<TokenLogprob, Refused>;
+pub type RowResult = Result<TokenLogprob, Refused>;
 
 /// What a row of logits is for.
 #[derive(Clone, Copy, Debug)]
@@ -30,7 +30,7 @@ struct Job {
 pub struct Results<'a> {
     plan: &'a StepPlan,
     sampler: &'a mut Sampler,
-    sequences: &'a mut HashMap<SequenceId, Sequence>,
+    sequences: &'a mut HashMap<SequenceId, RunningSequence>,
     output: StepOutput,
 }
 
@@ -38,7 +38,7 @@ impl<'a> Results<'a> {
     pub fn new(
         plan: &'a StepPlan,
         sampler: &'a mut Sampler,
-        sequences: &'a mut HashMap<SequenceId, Sequence>,
+        sequences: &'a mut HashMap<SequenceId, RunningSequence>,
     ) -> Self {
         let mut output = StepOutput { number: plan.number, ..StepOutput::default() };
         for Chunk { sequence, want, .. } in &plan.chunks {
@@ -62,7 +62,7 @@ impl<'a> Results<'a> {
         room: &mut B::Sampling,
         logits: &mut Tensor<B>,
         rows: &[WantedRow],
-    ) -> Result<Vec<Option<Answer>>, KernelError> {
+    ) -> Result<Vec<Option<RowResult>>, KernelError> {
         // Every row is asked something; of those that the host reads, as little as can be.
         const NOTHING: SampleRequest<'_> =
             SampleRequest { wanted: Wanted::Token(0), logprobs: None };
@@ -79,7 +79,7 @@ impl<'a> Results<'a> {
     /// What a device that chooses tokens is asked of one row; `None` where it cannot answer.
     fn request(&self, row: WantedRow) -> Option<SampleRequest<'_>> {
         let job = self.job(row);
-        let Sequence { params, seen, .. } = self.sequences.get(&job.sequence)?;
+        let RunningSequence { params, seen, .. } = self.sequences.get(&job.sequence)?;
         let top = params.logprobs.map(|top| top as usize);
         if job.logits || top.is_some_and(|top| top > TOP_MAX) {
             return None;
@@ -93,7 +93,7 @@ impl<'a> Results<'a> {
     }
 
     /// Uses what [`Self::ask`] was told of one row.
-    pub fn answer(&mut self, row: WantedRow, answer: Answer) {
+    pub fn answer(&mut self, row: WantedRow, answer: RowResult) {
         let job = self.job(row);
         if !self.has_failed(job.sequence) {
             self.take(job, job.score.is_some(), answer);
@@ -108,13 +108,15 @@ impl<'a> Results<'a> {
             entry(&mut self.output.logits, id).extend_from_slice(logits);
         }
         if let (Some(token), false) = (job.score, self.has_failed(id)) {
-            let Some(Sequence { params, .. }) = self.sequences.get(&id) else { return };
+            let Some(RunningSequence { params, .. }) = self.sequences.get(&id) else { return };
             let top = params.logprobs.unwrap_or(0) as usize;
             let scored = self.sampler.score(logits, token, top);
             self.take(job, true, scored);
         }
         if job.sample && !self.has_failed(id) {
-            let Some(Sequence { params, seen, .. }) = self.sequences.get(&id) else { return };
+            let Some(RunningSequence { params, seen, .. }) = self.sequences.get(&id) else {
+                return;
+            };
             let sampled = self.sampler.sample(logits, params, seen, job.position);
             self.take(job, false, sampled);
         }
@@ -139,7 +141,7 @@ impl<'a> Results<'a> {
         self.output.failed.last().is_some_and(|failed| failed.0 == id)
     }
 
-    fn take(&mut self, job: Job, scored: bool, answer: Answer) {
+    fn take(&mut self, job: Job, scored: bool, answer: RowResult) {
         let id = job.sequence;
         match answer {
             Ok(token) if scored => entry(&mut self.output.scored, id).push(token),
@@ -180,7 +182,7 @@ fn entry<T>(lists: &mut Vec<(SequenceId, Vec<T>)>, id: SequenceId) -> &mut Vec<T
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{rope::RopeTables, runner::Sequence};
+    use crate::{rope::RopeTables, runner::RunningSequence};
     use engine::plan::{Admission, SamplingParams};
 
     const GREEDY: SamplingParams = SamplingParams::GREEDY;
@@ -206,7 +208,7 @@ mod tests {
         let mut sequences = HashMap::new();
         for chunk in &chunks {
             let admission = chunk.admission.as_ref().unwrap();
-            sequences.insert(chunk.sequence, Sequence::new(admission, &tables, true));
+            sequences.insert(chunk.sequence, RunningSequence::new(admission, &tables, true));
         }
         let plan = StepPlan { number: 4, chunks, released: Vec::new() };
         let mut sampler = Sampler::new(4, 4);
@@ -318,7 +320,7 @@ mod tests {
         let tables = RopeTables::new(&rope, 16);
         let admitted = |chunk: &Chunk| {
             let admission = chunk.admission.as_ref().unwrap();
-            (chunk.sequence, Sequence::new(admission, &tables, true))
+            (chunk.sequence, RunningSequence::new(admission, &tables, true))
         };
         let finish = |asks: bool| {
             let mut sequences = plan.chunks.iter().map(admitted).collect();

@@ -35,9 +35,9 @@ const LINGER: Duration = Duration::from_secs(5);
 
 /// One client's connection.
 #[derive(Clone)]
-pub(super) struct Socket(Arc<Shared>);
+pub(super) struct Socket(Arc<SocketState>);
 
-struct Shared {
+struct SocketState {
     stream: TcpStream,
     /// Bytes of the next answer's status line that are sent already.
     ahead: AtomicUsize,
@@ -48,7 +48,7 @@ struct Shared {
 impl Socket {
     pub fn new(stream: TcpStream) -> Self {
         let (ahead, flushed) = (AtomicUsize::new(0), AtomicBool::new(true));
-        Self(Arc::new(Shared { stream, ahead, flushed }))
+        Self(Arc::new(SocketState { stream, ahead, flushed }))
     }
 
     /// Returns once the connection is broken.

@@ -17,7 +17,7 @@ pub(crate) enum Route {
 }
 
 /// What all parts of one answer share.
-pub(crate) struct Answer {
+pub(crate) struct AnswerHead {
     route: Route,
     id: String,
     created: u64,
@@ -41,7 +41,7 @@ impl Part {
     }
 }
 
-impl Answer {
+impl AnswerHead {
     pub fn new(route: Route, generation: &Generation, logprobs: bool) -> Self {
         let prefix = if route == Route::Chat { "chatcmpl" } else { "cmpl" };
         Self {

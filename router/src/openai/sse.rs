@@ -3,12 +3,12 @@
 //! comments keep the connection open, also before any worker has taken the request.
 
 use super::{
-    answer::{self, Answer, Route},
+    answer::{self, AnswerHead, Route},
     error,
     params::{Delivery, UsageChunks},
 };
 use crate::{
-    RouterError, Shared,
+    RouterError, RouterState,
     choice::Chunk,
     generate::{Answering, Generation},
     record::Facts,
@@ -29,14 +29,14 @@ const WAITING: &str = "waiting";
 
 /// A stream of events being made.
 pub(crate) struct Events {
-    shared: Arc<Shared>,
+    shared: Arc<RouterState>,
     facts: Arc<Facts>,
     route: Route,
     logprobs: bool,
     delivery: Delivery,
     answering: Answering,
     /// Once the generation has started.
-    answer: Option<Answer>,
+    answer: Option<AnswerHead>,
     ready: VecDeque<Event>,
     ended: bool,
 }
@@ -54,7 +54,7 @@ impl UsageChunks {
 
 impl Events {
     pub fn new(
-        shared: Arc<Shared>,
+        shared: Arc<RouterState>,
         facts: Arc<Facts>,
         route: Route,
         answering: Answering,
@@ -103,7 +103,7 @@ impl Events {
         let answer = match &self.answer {
             Some(answer) => answer,
             None => {
-                let answer = Answer::new(self.route, generation, self.logprobs);
+                let answer = AnswerHead::new(self.route, generation, self.logprobs);
                 if self.route == Route::Chat {
                     let choices = 0..generation.choices;
                     let openings =

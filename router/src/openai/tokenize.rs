@@ -2,7 +2,7 @@
 
 use super::{answer, chat::conversation, completions::reading, fields::Fields, read_body};
 use crate::{
-    RouterError, Shared,
+    RouterError, RouterState,
     request::{self, Prompt, Tokens},
 };
 use axum::{
@@ -17,15 +17,18 @@ pub(super) async fn version() -> Response {
     Json(json!({"version": env!("CARGO_PKG_VERSION")})).into_response()
 }
 
-pub(super) async fn tokenize(State(shared): State<Arc<Shared>>, request: Request) -> Response {
-    tell(&shared, ids(&shared, request).await)
+pub(super) async fn tokenize(State(shared): State<Arc<RouterState>>, request: Request) -> Response {
+    respond(&shared, ids(&shared, request).await)
 }
 
-pub(super) async fn detokenize(State(shared): State<Arc<Shared>>, request: Request) -> Response {
-    tell(&shared, text(&shared, request).await)
+pub(super) async fn detokenize(
+    State(shared): State<Arc<RouterState>>,
+    request: Request,
+) -> Response {
+    respond(&shared, text(&shared, request).await)
 }
 
-fn tell(shared: &Shared, result: Result<Value, RouterError>) -> Response {
+fn respond(shared: &RouterState, result: Result<Value, RouterError>) -> Response {
     match result {
         Ok(body) => Json(body).into_response(),
         Err(failure) => {
@@ -35,7 +38,7 @@ fn tell(shared: &Shared, result: Result<Value, RouterError>) -> Response {
     }
 }
 
-async fn ids(shared: &Shared, request: Request) -> Result<Value, RouterError> {
+async fn ids(shared: &RouterState, request: Request) -> Result<Value, RouterError> {
     let mut fields = Fields::parse(&read_body(shared, request).await?)?;
     let model = fields.string("model")?.unwrap_or_default();
     let names = fields.boolean("return_token_strs")?.unwrap_or(false);
@@ -62,7 +65,7 @@ async fn ids(shared: &Shared, request: Request) -> Result<Value, RouterError> {
     }))
 }
 
-async fn text(shared: &Shared, request: Request) -> Result<Value, RouterError> {
+async fn text(shared: &RouterState, request: Request) -> Result<Value, RouterError> {
     let mut fields = Fields::parse(&read_body(shared, request).await?)?;
     let model = fields.string("model")?.unwrap_or_default();
     if !fields.has("tokens") {

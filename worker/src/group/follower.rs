@@ -10,7 +10,7 @@ use kernels::{
 use model::{Checkpoint, ModelError, Runner, RunnerOptions};
 
 use super::{
-    Progress,
+    LoadProgress,
     devices::Devices,
     leader::{CONTROL_DEADLINE, Received},
 };
@@ -32,7 +32,7 @@ pub(super) fn load<D: Devices, H: HostCollective>(
     data: H,
     checkpoint: &Checkpoint,
     options: RunnerOptions,
-    progress: Progress<'_>,
+    progress: LoadProgress<'_>,
 ) -> Result<Runner<D::Backend, Staged<H>>, WorkerError> {
     let device = devices.open(data.rank())?;
     Ok(Runner::load(device, Staged::new(data), checkpoint, options, progress)?)

@@ -1,4 +1,4 @@
-//! Rank 0: tells the other ranks what to run, and runs its own share.
+//! Rank 0: sends each plan to the other ranks, and runs its own share.
 //!
 //! One message a step and no reply: what a step produces comes out of the exchange between the
 //! ranks. While nothing runs, an empty message says that the leader lives.
@@ -13,12 +13,12 @@ use kernels::{
 use model::Runner;
 use serde::{Deserialize, Serialize};
 
-use super::casualties::{Casualties, REASON_PATIENCE};
+use super::failures::{REASON_PATIENCE, RankFailures};
 
-/// How long a follower waits for a word of its leader, and the leader for followers that lag.
+/// How long a follower waits for a message of its leader, and the leader for followers that lag.
 pub(super) const CONTROL_DEADLINE: Duration = Duration::from_secs(10);
 
-/// What the leader says.
+/// A message of the leader.
 #[derive(Serialize)]
 pub(super) enum Order<'a> {
     Step(&'a StepPlan),
@@ -26,7 +26,7 @@ pub(super) enum Order<'a> {
     Stop,
 }
 
-/// What a follower hears: an `Order`, owned.
+/// An `Order` as a follower receives it: owned.
 #[derive(Deserialize)]
 pub(super) enum Received {
     Step(StepPlan),
@@ -34,9 +34,9 @@ pub(super) enum Received {
     Stop,
 }
 
-/// Ends what the leader started, after it has said stop.
-pub(super) trait Crew: Send {
-    fn dismiss(&mut self);
+/// The other ranks as the leader started them; shut down after they were sent `Stop`.
+pub(super) trait Followers: Send {
+    fn shutdown(&mut self);
 }
 
 pub(super) struct Leader<B: Backend, C: Collective<B>> {
@@ -44,30 +44,30 @@ pub(super) struct Leader<B: Backend, C: Collective<B>> {
     pub runner: Option<Runner<B, C>>,
     /// `None` when there are no others.
     pub control: Option<Box<dyn HostCollective>>,
-    pub casualties: Casualties,
-    pub crew: Box<dyn Crew>,
+    pub failures: RankFailures,
+    pub followers: Box<dyn Followers>,
     pub submitted: Option<StepPlan>,
     pub message: Vec<u8>,
 }
 
 impl<B: Backend, C: Collective<B>> Leader<B, C> {
-    fn tell(&mut self, order: &Order<'_>) -> Result<(), ExecutorError> {
+    fn send(&mut self, order: &Order<'_>) -> Result<(), ExecutorError> {
         let Some(control) = &mut self.control else { return Ok(()) };
-        if let Some(reason) = self.casualties.describe(Duration::ZERO) {
+        if let Some(reason) = self.failures.describe(Duration::ZERO) {
             return Err(ExecutorError(reason));
         }
         self.message.clear();
         let message = postcard::to_extend(order, std::mem::take(&mut self.message));
         self.message =
             message.map_err(|error| ExecutorError(format!("a plan cannot be encoded: {error}")))?;
-        let told = control.broadcast(&mut self.message, CONTROL_DEADLINE);
-        told.map_err(|error| self.explain(error.to_string()))
+        let sent = control.broadcast(&mut self.message, CONTROL_DEADLINE);
+        sent.map_err(|error| self.explain(error.to_string()))
     }
 
     /// The reason behind a failed exchange, where a rank's end is behind it.
     fn explain(&self, error: String) -> ExecutorError {
         let reason = match self.control {
-            Some(_) => self.casualties.describe(REASON_PATIENCE),
+            Some(_) => self.failures.describe(REASON_PATIENCE),
             None => None,
         };
         ExecutorError(match reason {
@@ -79,7 +79,7 @@ impl<B: Backend, C: Collective<B>> Leader<B, C> {
 
 impl<B: Backend, C: Collective<B>> Executor for Leader<B, C> {
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
-        self.tell(&Order::Step(plan))?;
+        self.send(&Order::Step(plan))?;
         self.submitted = Some(plan.clone());
         Ok(())
     }
@@ -92,18 +92,18 @@ impl<B: Backend, C: Collective<B>> Executor for Leader<B, C> {
     }
 
     fn idle(&mut self) -> Result<(), ExecutorError> {
-        self.tell(&Order::KeepAlive)
+        self.send(&Order::KeepAlive)
     }
 }
 
 impl<B: Backend, C: Collective<B>> Drop for Leader<B, C> {
     fn drop(&mut self) {
-        if let Err(error) = self.tell(&Order::Stop) {
+        if let Err(error) = self.send(&Order::Stop) {
             tracing::debug!(%error, "ranks were not told to stop");
         }
         // Followers that did not hear it notice that both exchanges are gone.
         self.runner = None;
         self.control = None;
-        self.crew.dismiss();
+        self.followers.shutdown();
     }
 }

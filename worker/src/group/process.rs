@@ -30,11 +30,11 @@ use model::{Checkpoint, ModelError, RunnerOptions};
 use settings::Settings;
 
 use super::{
-    Progress,
-    casualties::Casualties,
+    LoadProgress,
     devices::{Devices, Task, on_devices},
+    failures::RankFailures,
     follower::{LOAD_DEADLINE, follow, load, meet},
-    leader::{Crew, Leader},
+    leader::{Followers, Leader},
     sizing::Sizing,
 };
 use crate::WorkerError;
@@ -102,14 +102,14 @@ impl Task for Follower<'_> {
 
     fn on<D: Devices>(mut self, devices: D) -> Result<(), WorkerError> {
         let checkpoint = Checkpoint::open(self.model)?;
-        let progress: Progress<'_> = &mut |_, _| {};
+        let progress: LoadProgress<'_> = &mut |_, _| {};
         let mut runner = load(&devices, self.data, &checkpoint, self.runner, progress)?;
         meet(&mut self.control)?;
         follow(&mut runner, &mut self.control)
     }
 }
 
-/// Returns never: either the parent lives, or this process ends.
+/// Exits the process once the parent closes its standard input.
 fn end_with_parent() {
     // An error says the same as the end: nobody holds the other side.
     let _closed = io::copy(&mut io::stdin(), &mut io::sink());
@@ -120,35 +120,35 @@ fn end_with_parent() {
 pub(super) fn start<D: Devices>(
     sizing: &Sizing,
     devices: D,
-    progress: Progress<'_>,
+    progress: LoadProgress<'_>,
 ) -> Result<Box<dyn Executor>, WorkerError> {
     let ranks = sizing.config.ranks;
     let token = secret()?;
     let (control_door, leader) = open_door()?;
     let (data_door, data) = open_door()?;
-    let casualties = Casualties::default();
-    let mut crew = ProcessCrew { members: Vec::new(), stopping: Arc::default() };
+    let failures = RankFailures::default();
+    let mut followers = RankProcesses { processes: Vec::new(), stopping: Arc::default() };
     for rank in 1..ranks {
         let place = RankConfig { rank, world_size: ranks, leader, token: token.clone() };
-        crew.hire(&place, sizing.config.rank_program.clone(), &casualties)?;
+        followers.spawn(&place, sizing.config.rank_program.clone(), &failures)?;
     }
     let joined = || -> Result<_, WorkerError> {
-        let mut control = accept(control_door, ranks, &token, &casualties)?;
+        let mut control = accept(control_door, ranks, &token, &failures)?;
         control.set_data_deadline(LOAD_DEADLINE);
         let mut message = postcard::to_stdvec(&Settings::new(sizing, data))
             .map_err(|error| WorkerError::Config(format!("settings for the ranks: {error}")))?;
         control.broadcast(&mut message, JOIN_DEADLINE).map_err(ModelError::from)?;
-        let data = accept(data_door, ranks, &token, &casualties)?;
+        let data = accept(data_door, ranks, &token, &failures)?;
         let options = sizing.rank_options().runner;
         let runner = load(&devices, data, &sizing.checkpoint, options, progress)?;
         meet(&mut control)?;
         Ok((control, runner))
     };
-    let (control, runner) = joined().map_err(|error| casualties.behind(error))?;
+    let (control, runner) = joined().map_err(|error| failures.or_cause(error))?;
     let control = (ranks > 1).then(|| Box::new(control) as Box<dyn HostCollective>);
-    let (crew, runner) = (Box::new(crew), Some(runner));
+    let (followers, runner) = (Box::new(followers), Some(runner));
     let (submitted, message) = (None, Vec::new());
-    Ok(Box::new(Leader { runner, control, casualties, crew, submitted, message }))
+    Ok(Box::new(Leader { runner, control, failures, followers, submitted, message }))
 }
 
 fn open_door() -> Result<(TcpDoor, SocketAddr), WorkerError> {
@@ -164,7 +164,7 @@ fn accept(
     door: TcpDoor,
     ranks: usize,
     token: &str,
-    casualties: &Casualties,
+    failures: &RankFailures,
 ) -> Result<Tcp, WorkerError> {
     let (sender, receiver) = sync_channel(1);
     let token = token.to_owned();
@@ -182,7 +182,7 @@ fn accept(
                 return Err(ModelError::from(reason).into());
             }
             Err(RecvTimeoutError::Timeout) => {
-                if let Some(reason) = casualties.describe(Duration::ZERO) {
+                if let Some(reason) = failures.describe(Duration::ZERO) {
                     return Err(WorkerError::Group(reason));
                 }
             }
@@ -199,24 +199,24 @@ fn secret() -> Result<String, WorkerError> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-struct Member {
+struct RankProcess {
     child: Arc<Mutex<Child>>,
     watcher: JoinHandle<()>,
 }
 
 /// The rank processes of a group.
-struct ProcessCrew {
-    members: Vec<Member>,
-    /// From now on an end is no casualty.
+struct RankProcesses {
+    processes: Vec<RankProcess>,
+    /// From now on a rank that ends has not failed.
     stopping: Arc<AtomicBool>,
 }
 
-impl ProcessCrew {
-    fn hire(
+impl RankProcesses {
+    fn spawn(
         &mut self,
         place: &RankConfig,
         program: Option<PathBuf>,
-        casualties: &Casualties,
+        failures: &RankFailures,
     ) -> Result<(), WorkerError> {
         let rank = place.rank;
         let program = match program {
@@ -236,13 +236,13 @@ impl ProcessCrew {
         let stderr = child.stderr.take();
         let child = Arc::new(Mutex::new(child));
         let watch = {
-            let (child, casualties) = (Arc::clone(&child), casualties.clone());
+            let (child, failures) = (Arc::clone(&child), failures.clone());
             let stopping = Arc::clone(&self.stopping);
             move || {
                 let said = stderr.map(|stderr| relay(rank, stderr)).unwrap_or_default();
                 let end = wait(&child);
                 if !stopping.load(Ordering::SeqCst) {
-                    casualties.report(rank, describe_end(end, said));
+                    failures.report(rank, describe_end(end, said));
                 }
             }
         };
@@ -254,36 +254,36 @@ impl ProcessCrew {
                 return Err(WorkerError::io("starting a thread that watches a rank")(error));
             }
         };
-        self.members.push(Member { child, watcher });
+        self.processes.push(RankProcess { child, watcher });
         Ok(())
     }
 }
 
-impl Crew for ProcessCrew {
-    fn dismiss(&mut self) {
+impl Followers for RankProcesses {
+    fn shutdown(&mut self) {
         self.stopping.store(true, Ordering::SeqCst);
         let deadline = Instant::now() + STOP_LIMIT;
-        for Member { child, watcher } in self.members.drain(..) {
+        for RankProcess { child, watcher } in self.processes.drain(..) {
             while !watcher.is_finished() && Instant::now() < deadline {
                 thread::sleep(POLL);
             }
             if !watcher.is_finished() {
                 end(&child);
             }
-            // It does not panic, and what it had to say was for the living.
+            // It does not panic, and its report is no longer needed.
             let _watched = watcher.join();
         }
     }
 }
 
-impl Drop for ProcessCrew {
+impl Drop for RankProcesses {
     fn drop(&mut self) {
         self.stopping.store(true, Ordering::SeqCst);
         // Whoever is left was never part of a group that works.
-        for member in &self.members {
-            end(&member.child);
+        for process in &self.processes {
+            end(&process.child);
         }
-        self.dismiss();
+        self.shutdown();
     }
 }
 

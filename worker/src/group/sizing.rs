@@ -39,7 +39,7 @@ impl Sizing {
         let (threads, precision) = (threads(&config), config.precision);
         let cpu = CpuConfig { threads, precision, isa };
         let survey = Survey { checkpoint: &checkpoint, shards: &shards };
-        let means = on_devices(config.device, config.ranks, cpu, survey)?;
+        let survey = on_devices(config.device, config.ranks, cpu, survey)?;
         let options = |blocks, context_max| RunnerOptions {
             blocks,
             step_tokens_max: config.step_tokens_max,
@@ -51,10 +51,10 @@ impl Sizing {
             shards.iter().map(of).sum()
         };
         let context_most = config.context_max.unwrap_or(checkpoint.config().context_max);
-        let reserved = means.weights_bytes + scratch(&options(1, context_most));
-        let pool = Pool::new(&config, checkpoint.config().context_max, &means, reserved)?;
+        let reserved = survey.weights_bytes + scratch(&options(1, context_most));
+        let pool = Pool::new(&config, checkpoint.config().context_max, &survey, reserved)?;
         let runner = options(pool.blocks as usize, pool.context_max);
-        pool.check_memory(&means, scratch(&runner))?;
+        pool.check_memory(&survey, scratch(&runner))?;
         let text_files = formats::text_files(&config.model)
             .map_err(|error| ModelError::Checkpoint(error.to_string()))?;
         let info = ModelInfo {
@@ -62,13 +62,13 @@ impl Sizing {
             vocab: checkpoint.config().vocab,
             context_max: pool.context_max,
             ranks: config.ranks,
-            device: means.device,
+            device: survey.device,
             threads_per_rank: threads,
             isa: isa.name(),
             precision: config.precision,
             blocks: pool.blocks as usize,
-            kv_bytes: pool.blocks * means.block_bytes,
-            weights_bytes: means.weights_bytes,
+            kv_bytes: pool.blocks * survey.block_bytes,
+            weights_bytes: survey.weights_bytes,
             prefix_reuse_max: prefix_reuse_max(checkpoint.config()),
             step_tokens_max: config.step_tokens_max,
             step_target: step_target(&config),
@@ -117,7 +117,7 @@ fn threads(config: &GroupConfig) -> usize {
 }
 
 /// What the devices hold and need, all ranks together.
-struct Means {
+struct DeviceSurvey {
     device: String,
     weights_bytes: u64,
     /// One block on every rank.
@@ -133,9 +133,9 @@ struct Survey<'a> {
 }
 
 impl Task for Survey<'_> {
-    type Out = Means;
+    type Out = DeviceSurvey;
 
-    fn on<D: Devices>(self, devices: D) -> Result<Means, WorkerError> {
+    fn on<D: Devices>(self, devices: D) -> Result<DeviceSurvey, WorkerError> {
         let (mut weights_bytes, mut block_bytes) = (0, 0);
         let layers = self.checkpoint.config().layers as u64;
         for shard in self.shards {
@@ -144,7 +144,7 @@ impl Task for Survey<'_> {
         }
         let (available, kv_share) = (devices.available()?, devices.kv_share());
         let device = devices.describe()?;
-        Ok(Means { device, weights_bytes, block_bytes, available, kv_share })
+        Ok(DeviceSurvey { device, weights_bytes, block_bytes, available, kv_share })
     }
 }
 
@@ -159,17 +159,17 @@ impl Pool {
     fn new(
         config: &GroupConfig,
         model_context: usize,
-        means: &Means,
+        survey: &DeviceSurvey,
         reserved: u64,
     ) -> Result<Self, WorkerError> {
-        let block_bytes = means.block_bytes;
+        let block_bytes = survey.block_bytes;
         let blocks_of = |context: usize| context.div_ceil(BLOCK_TOKENS) as u64;
         let blocks = match config.kv_memory {
             Some(bytes) => bytes / block_bytes.max(1),
             None => {
-                let KvShare { part, contexts_max } = means.kv_share;
+                let KvShare { part, contexts_max } = survey.kv_share;
                 let wanted = blocks_of(config.context_max.unwrap_or(model_context));
-                let free = means.available.map_or(u64::MAX, |available| available.bytes);
+                let free = survey.available.map_or(u64::MAX, |available| available.bytes);
                 let fits = free.saturating_sub(reserved) / part / block_bytes.max(1);
                 let fits = fits.min(wanted.saturating_mul(contexts_max));
                 // Who asks for a context gets it, or hears why not.
@@ -203,9 +203,9 @@ impl Pool {
     }
 
     /// Tells the arithmetic, and refuses what cannot be.
-    fn check_memory(&self, means: &Means, scratch: u64) -> Result<(), WorkerError> {
-        let Some(available) = means.available else { return Ok(()) };
-        let (weights, kv) = (means.weights_bytes, self.blocks * means.block_bytes);
+    fn check_memory(&self, survey: &DeviceSurvey, scratch: u64) -> Result<(), WorkerError> {
+        let Some(available) = survey.available else { return Ok(()) };
+        let (weights, kv) = (survey.weights_bytes, self.blocks * survey.block_bytes);
         let needed = weights + kv + scratch;
         if needed <= available.bytes {
             let (weights, kv_pool, scratch) = (human(weights), human(kv), human(scratch));
@@ -219,7 +219,7 @@ impl Pool {
             human(weights),
             human(kv),
             self.blocks * BLOCK_TOKENS as u64,
-            means.block_bytes / BLOCK_TOKENS as u64,
+            survey.block_bytes / BLOCK_TOKENS as u64,
             human(scratch),
             human(needed),
             human(available.bytes),

@@ -10,21 +10,21 @@ use engine::plan::Executor;
 use kernels::collective::{HostCollective, Threads};
 
 use super::{
-    Progress,
-    casualties::Casualties,
+    LoadProgress,
     devices::Devices,
+    failures::RankFailures,
     follower::{LOAD_DEADLINE, follow, load, meet},
-    leader::{Crew, Leader},
+    leader::{Followers, Leader},
     sizing::Sizing,
 };
 use crate::{WorkerError, panic_text};
 use model::{Checkpoint, RunnerOptions};
 
 /// The follower threads of a group.
-struct ThreadCrew(Vec<JoinHandle<()>>);
+struct RankThreads(Vec<JoinHandle<()>>);
 
-impl Crew for ThreadCrew {
-    fn dismiss(&mut self) {
+impl Followers for RankThreads {
+    fn shutdown(&mut self) {
         for thread in self.0.drain(..) {
             // A panic was caught and reported inside.
             let _reported = thread.join();
@@ -36,9 +36,9 @@ impl Crew for ThreadCrew {
 pub(super) fn start<D: Devices>(
     sizing: &Sizing,
     devices: D,
-    progress: Progress<'_>,
+    progress: LoadProgress<'_>,
 ) -> Result<Box<dyn Executor>, WorkerError> {
-    let casualties = Casualties::default();
+    let failures = RankFailures::default();
     let ranks = sizing.config.ranks;
     let options = sizing.rank_options().runner;
     // Loading takes as long as it takes; later, broadcasts bring their own deadline.
@@ -47,32 +47,32 @@ pub(super) fn start<D: Devices>(
     let (Some(mut control), Some(data)) = (controls.next(), datas.next()) else {
         return Err(WorkerError::Config("a group needs at least one rank".into()));
     };
-    let mut crew = ThreadCrew(Vec::new());
+    let mut followers = RankThreads(Vec::new());
     for (control, data) in controls.zip(datas) {
         let rank = control.rank();
-        let (casualties, checkpoint) = (casualties.clone(), Arc::clone(&sizing.checkpoint));
+        let (failures, checkpoint) = (failures.clone(), Arc::clone(&sizing.checkpoint));
         let devices = devices.clone();
         let body = move || {
             let ranked = || follow_as_thread(&devices, (control, data), &checkpoint, options);
             match catch_unwind(AssertUnwindSafe(ranked)) {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => casualties.report(rank, error.to_string()),
-                Err(panic) => casualties.report(rank, panic_text(&*panic)),
+                Ok(Err(error)) => failures.report(rank, error.to_string()),
+                Err(panic) => failures.report(rank, panic_text(&*panic)),
             }
         };
         let thread = thread::Builder::new().name(format!("rank-{rank}")).spawn(body);
-        crew.0.push(thread.map_err(WorkerError::io("starting a rank's thread"))?);
+        followers.0.push(thread.map_err(WorkerError::io("starting a rank's thread"))?);
     }
     let loaded = load(&devices, data, &sizing.checkpoint, options, progress);
     let met = loaded.and_then(|runner| {
         meet(&mut control)?;
         Ok(runner)
     });
-    let runner = met.map_err(|error| casualties.behind(error))?;
+    let runner = met.map_err(|error| failures.or_cause(error))?;
     let control = (ranks > 1).then(|| Box::new(control) as Box<dyn HostCollective>);
-    let (crew, runner) = (Box::new(crew), Some(runner));
+    let (followers, runner) = (Box::new(followers), Some(runner));
     let (submitted, message) = (None, Vec::new());
-    Ok(Box::new(Leader { runner, control, casualties, crew, submitted, message }))
+    Ok(Box::new(Leader { runner, control, failures, followers, submitted, message }))
 }
 
 fn follow_as_thread<D: Devices>(

@@ -85,7 +85,7 @@ impl Case {
     }
 }
 
-pub type Answer = Result<Sampled, Refused>;
+pub type SampleResult = Result<Sampled, Refused>;
 
 /// The device's answers.
 pub fn run<D: Driver>(
@@ -93,7 +93,7 @@ pub fn run<D: Driver>(
     drawable: usize,
     rows: &[Vec<f32>],
     cases: &[Case],
-) -> Result<Vec<Answer>, String> {
+) -> Result<Vec<SampleResult>, String> {
     run_by(device, drawable, rows, cases, ROWS_MAX)
 }
 
@@ -104,7 +104,7 @@ pub fn run_by<D: Driver>(
     rows: &[Vec<f32>],
     cases: &[Case],
     at_once: usize,
-) -> Result<Vec<Answer>, String> {
+) -> Result<Vec<SampleResult>, String> {
     try_run(device, drawable, rows, cases, at_once).map_err(|error| error.to_string())?
 }
 
@@ -114,7 +114,7 @@ fn try_run<D: Driver>(
     rows: &[Vec<f32>],
     cases: &[Case],
     at_once: usize,
-) -> Result<Result<Vec<Answer>, String>, KernelError> {
+) -> Result<Result<Vec<SampleResult>, String>, KernelError> {
     let vocab = rows[0].len();
     let mut room = device.sample_room(at_once.min(cases.len()), vocab, drawable)?;
     let mut answers = Vec::with_capacity(cases.len());

@@ -1,6 +1,6 @@
 //! What sampling refuses: single rows, and whole calls.
 
-use super::cases::{Answer, Case, normal_row, params, run};
+use super::cases::{Case, SampleResult, normal_row, params, run};
 use crate::{BF16, Device};
 use engine::plan::SamplingParams;
 use kernels::{
@@ -72,7 +72,7 @@ pub fn rows<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     }
 }
 
-fn same(a: &Answer, b: &Answer) -> Result<(), String> {
+fn same(a: &SampleResult, b: &SampleResult) -> Result<(), String> {
     if a == b { Ok(()) } else { Err(format!("{a:?} and {b:?} differ")) }
 }
 

@@ -113,16 +113,16 @@ impl<'a> Bf16<'a> {
 }
 
 /// The first elements of a slice, written by many threads, each element by one of them.
-struct Shared<'a, T> {
+struct DisjointSlice<'a, T> {
     start: *mut T,
     len: usize,
     borrow: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: the threads that share it write disjoint elements.
-unsafe impl<T: Send> Sync for Shared<'_, T> {}
+unsafe impl<T: Send> Sync for DisjointSlice<'_, T> {}
 
-impl<'a, T: Copy> Shared<'a, T> {
+impl<'a, T: Copy> DisjointSlice<'a, T> {
     fn new(slice: &'a mut [T]) -> Self {
         Self { start: slice.as_mut_ptr(), len: slice.len(), borrow: PhantomData }
     }
@@ -187,7 +187,8 @@ impl Rounded {
             self.bytes[last * blocks..stored].fill(Int8Run([0; BLOCK]));
             self.sides[last * blocks..stored].fill(Side::default());
         }
-        let (bytes, sides) = (Shared::new(&mut self.bytes), Shared::new(&mut self.sides));
+        let (bytes, sides) =
+            (DisjointSlice::new(&mut self.bytes), DisjointSlice::new(&mut self.sides));
         from.over_rows(pool, &|range| int8_rows(isa, &from, range, &bytes, &sides));
         let (values, sides) = (&self.bytes[..stored], &self.sides[..stored]);
         Int8 { values, sides, rows, blocks }
@@ -197,7 +198,7 @@ impl Rounded {
     pub fn bf16(&mut self, pool: &Pool, isa: Isa, from: Source<'_>) -> Bf16<'_> {
         let (rows, blocks) = (from.rows, from.blocks());
         grow(&mut self.pairs, rows * blocks, Bf16Run([0; BLOCK]));
-        let pairs = Shared::new(&mut self.pairs);
+        let pairs = DisjointSlice::new(&mut self.pairs);
         from.over_rows(pool, &|range| bf16_rows(isa, &from, range, &pairs));
         Bf16 { values: &self.pairs[..rows * blocks], rows, blocks }
     }
@@ -209,8 +210,8 @@ fn grow<T: Clone>(to: &mut Vec<T>, len: usize, zero: T) {
     }
 }
 
-type Bytes<'a> = Shared<'a, Int8Run>;
-type Sides<'a> = Shared<'a, Side>;
+type Bytes<'a> = DisjointSlice<'a, Int8Run>;
+type Sides<'a> = DisjointSlice<'a, Side>;
 
 // No closures in the bodies: those would not inherit the instruction set.
 
@@ -253,7 +254,7 @@ fn int8_rows(
 }
 
 #[inline(always)]
-fn bf16_body(from: &Source<'_>, rows: Range<usize>, pairs: &Shared<'_, Bf16Run>) {
+fn bf16_body(from: &Source<'_>, rows: Range<usize>, pairs: &DisjointSlice<'_, Bf16Run>) {
     for row in rows {
         let first = row / LANES * LANES;
         let height = (from.rows - first).min(LANES);
@@ -299,7 +300,7 @@ macro_rules! on_isa {
 }
 
 on_isa!(bf16_rows, bf16_body, (
-    from: &Source<'_>, rows: Range<usize>, pairs: &Shared<'_, Bf16Run>
+    from: &Source<'_>, rows: Range<usize>, pairs: &DisjointSlice<'_, Bf16Run>
 ));
 
 /// To nearest, ties to even; a NaN stays one.

@@ -1,4 +1,4 @@
-//! Why ranks ended, told by whoever watches them to whoever depends on them.
+//! Why ranks ended: reported by what watches them, read by what depends on them.
 
 use std::{
     sync::{Arc, Condvar, Mutex, PoisonError},
@@ -16,34 +16,34 @@ pub(super) const REASON_PATIENCE: Duration = Duration::from_secs(1);
 const REPORTS_MAX: usize = 4;
 
 #[derive(Default)]
-struct Shared {
-    reports: Mutex<Vec<(usize, String)>>,
-    told: Condvar,
+struct Reports {
+    list: Mutex<Vec<(usize, String)>>,
+    added: Condvar,
 }
 
 /// The reports of one group.
 #[derive(Clone, Default)]
-pub(super) struct Casualties {
-    shared: Arc<Shared>,
+pub(super) struct RankFailures {
+    reports: Arc<Reports>,
 }
 
-impl Casualties {
+impl RankFailures {
     /// A rank has ended, and should not have.
     pub fn report(&self, rank: usize, reason: impl Into<String>) {
-        let mut reports = self.shared.reports.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reports = self.reports.list.lock().unwrap_or_else(PoisonError::into_inner);
         if reports.len() < REPORTS_MAX {
             reports.push((rank, reason.into()));
         }
         drop(reports);
-        self.shared.told.notify_all();
+        self.reports.added.notify_all();
     }
 
     /// All reports as one text; waits up to `patience` for the first.
     pub fn describe(&self, patience: Duration) -> Option<String> {
-        let reports = self.shared.reports.lock().unwrap_or_else(PoisonError::into_inner);
+        let reports = self.reports.list.lock().unwrap_or_else(PoisonError::into_inner);
         let (reports, _) = self
-            .shared
-            .told
+            .reports
+            .added
             .wait_timeout_while(reports, patience, |reports| reports.is_empty())
             .unwrap_or_else(PoisonError::into_inner);
         let lines: Vec<String> =
@@ -52,7 +52,7 @@ impl Casualties {
     }
 
     /// What made `error` happen, where that was another rank's end.
-    pub fn behind(&self, error: WorkerError) -> WorkerError {
+    pub fn or_cause(&self, error: WorkerError) -> WorkerError {
         let exchange = matches!(error, WorkerError::Model(ModelError::Collective(_)));
         let patience = if exchange { REASON_PATIENCE } else { Duration::ZERO };
         self.describe(patience).map_or(error, WorkerError::Group)
