@@ -7,10 +7,8 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use cluster::telemetry::LogFormat;
-use kernels::{
-    cpu::{Isa, Precision},
-    cuda::{CudaConfig, KvFormat, WeightFormat},
-};
+use cpu::{Isa, Precision};
+use cuda::{CudaConfig, KvFormat, WeightFormat};
 use worker::{Device, GroupConfig, RankMode};
 
 use crate::source;

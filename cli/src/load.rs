@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use kernels::cpu::Isa;
+use cpu::Isa;
 use text::Language;
 use worker::{Group, GroupConfig, ModelInfo, RankMode};
 

@@ -8,7 +8,7 @@ mod compile;
 fn main() {
     let emulation = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
-    let kernels = emulation.parent().expect("kernels/").join("cuda");
+    let kernels = emulation.parent().expect("kernels/").join("cuda/cu");
     for path in [&kernels, &emulation] {
         println!("cargo::rerun-if-changed={}", path.display());
     }

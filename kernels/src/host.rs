@@ -7,7 +7,7 @@ use crate::{BLOCK_TOKENS, Backend, Batch, KernelError, ShapeError, shape::ensure
 use std::ops::Range;
 
 /// The first `len` elements of a buffer.
-pub(crate) fn first<'a, T>(
+pub fn first<'a, T>(
     op: &'static str,
     name: &str,
     values: &'a [T],
@@ -20,10 +20,7 @@ pub(crate) fn first<'a, T>(
 }
 
 /// A zeroed vector, or an error where the allocator refuses it.
-pub(crate) fn zeroed<T: Clone + Default>(
-    what: &'static str,
-    len: usize,
-) -> Result<Vec<T>, KernelError> {
+pub fn zeroed<T: Clone + Default>(what: &'static str, len: usize) -> Result<Vec<T>, KernelError> {
     let bytes = len.saturating_mul(size_of::<T>());
     // The probe is given back at once: `vec!` then takes fresh zero pages without touching them,
     // which resizing the probe would not.
@@ -32,7 +29,7 @@ pub(crate) fn zeroed<T: Clone + Default>(
 }
 
 /// Copies `values` to the start of `to`.
-pub(crate) fn write<T: Copy>(to: &mut [T], values: &[T]) -> Result<(), ShapeError> {
+pub fn write<T: Copy>(to: &mut [T], values: &[T]) -> Result<(), ShapeError> {
     let room = to.len();
     let to = to.get_mut(..values.len()).ok_or_else(|| ShapeError {
         op: "write",
@@ -43,7 +40,7 @@ pub(crate) fn write<T: Copy>(to: &mut [T], values: &[T]) -> Result<(), ShapeErro
 }
 
 /// Copies the start of `from` to `to`.
-pub(crate) fn read<T: Copy>(to: &mut [T], from: &[T]) -> Result<(), ShapeError> {
+pub fn read<T: Copy>(to: &mut [T], from: &[T]) -> Result<(), ShapeError> {
     to.copy_from_slice(first("read", "source", from, to.len())?);
     Ok(())
 }
@@ -57,12 +54,12 @@ fn below(op: &'static str, name: &str, values: &[i32], end: usize) -> Result<(),
 }
 
 /// [T] token ids.
-pub(crate) fn ids<B: Backend<Ints: AsRef<[i32]>>>(batch: &Batch<B>) -> Result<&[i32], ShapeError> {
+pub fn ids<B: Backend<Ints: AsRef<[i32]>>>(batch: &Batch<B>) -> Result<&[i32], ShapeError> {
     first("embed", "ids", batch.ids.as_ref(), batch.tokens)
 }
 
 /// [T] rows of a cos/sin table with `table_rows`.
-pub(crate) fn rope_rows<B: Backend<Ints: AsRef<[i32]>>>(
+pub fn rope_rows<B: Backend<Ints: AsRef<[i32]>>>(
     batch: &Batch<B>,
     table_rows: usize,
 ) -> Result<&[i32], ShapeError> {
@@ -72,7 +69,7 @@ pub(crate) fn rope_rows<B: Backend<Ints: AsRef<[i32]>>>(
 }
 
 /// [T] the factor on each query.
-pub(crate) fn q_scale<B: Backend<Floats: AsRef<[f32]>>>(
+pub fn q_scale<B: Backend<Floats: AsRef<[f32]>>>(
     batch: &Batch<B>,
 ) -> Result<Option<&[f32]>, ShapeError> {
     let scale = batch.q_scale.as_ref();
@@ -80,7 +77,7 @@ pub(crate) fn q_scale<B: Backend<Floats: AsRef<[f32]>>>(
 }
 
 /// [T] slots of a cache with `blocks` blocks.
-pub(crate) fn slots<B: Backend<Ints: AsRef<[i32]>>>(
+pub fn slots<B: Backend<Ints: AsRef<[i32]>>>(
     batch: &Batch<B>,
     blocks: usize,
 ) -> Result<&[i32], ShapeError> {
@@ -90,7 +87,7 @@ pub(crate) fn slots<B: Backend<Ints: AsRef<[i32]>>>(
 }
 
 /// [len] rows of a tensor with `rows` rows whose logits are wanted.
-pub(crate) fn logit_rows<B: Backend<Ints: AsRef<[i32]>>>(
+pub fn logit_rows<B: Backend<Ints: AsRef<[i32]>>>(
     batch: &Batch<B>,
     range: Range<usize>,
     rows: usize,
@@ -103,7 +100,7 @@ pub(crate) fn logit_rows<B: Backend<Ints: AsRef<[i32]>>>(
 
 /// One sequence's part of a batch.
 #[derive(Clone, Debug)]
-pub(crate) struct BatchSequence<'a> {
+pub struct BatchSequence<'a> {
     /// Rows of the batch.
     pub rows: Range<usize>,
     /// Position of the first of `rows`.
@@ -113,7 +110,7 @@ pub(crate) struct BatchSequence<'a> {
 }
 
 /// The batch's sequences, every index within a cache of `blocks` blocks.
-pub(crate) fn sequences<B: Backend<Ints: AsRef<[i32]>>>(
+pub fn sequences<B: Backend<Ints: AsRef<[i32]>>>(
     batch: &Batch<B>,
     blocks: usize,
 ) -> Result<Vec<BatchSequence<'_>>, ShapeError> {

@@ -1,14 +1,12 @@
-//! What one device can do, and how devices exchange tensors.
+//! What one device can do: the ops of a step, their shapes, the formats of weights, and the plain
+//! oracle that every backend is compared with.
 //!
 //! Every tensor is a row-major matrix `[rows, cols]`, the step's tokens flattened across sequences.
 //! Ops write to their first argument, allocate nothing and check shapes in one place (`shape`).
 //! Shape letters: `T` tokens, `S` sequences, `H` hidden, `D` head_dim, `I` intermediate, `V`
 //! vocabulary.
 
-pub mod collective;
-pub mod cpu;
-pub mod cuda;
-mod host;
+pub mod host;
 pub mod plain;
 pub mod sampling;
 pub mod shape;

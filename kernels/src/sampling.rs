@@ -111,3 +111,17 @@ pub enum Refused {
     #[error("token {token} has no logit, the vocabulary ends at {vocab}")]
     Token { token: u32, vocab: usize },
 }
+
+impl SampleRequest<'_> {
+    /// Why the row cannot be served whatever its logits are.
+    pub fn refused(&self, vocab: usize) -> Option<Refused> {
+        let outside = |token: u32| token as usize >= vocab;
+        match self.wanted {
+            Wanted::Token(token) => outside(token).then_some(Refused::Token { token, vocab }),
+            Wanted::Next(next) => next.bad_parameter().or_else(|| {
+                let bad = next.logit_bias.iter().find(|(token, _)| outside(*token));
+                bad.map(|&(token, _)| Refused::Bias { token, vocab })
+            }),
+        }
+    }
+}

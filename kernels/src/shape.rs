@@ -14,7 +14,7 @@ pub struct ShapeError {
 }
 
 /// `Ok` where `fits`; the message is only built where it does not.
-pub(crate) fn ensure(
+pub fn ensure(
     op: &'static str,
     fits: bool,
     detail: impl FnOnce() -> String,

@@ -9,7 +9,8 @@ mod load;
 mod scratch;
 
 use crate::ModelError;
-use kernels::{Backend, Batch, Heads, Rotation, Tensor, collective::Collective};
+use collective::Collective;
+use kernels::{Backend, Batch, Heads, Rotation, Tensor};
 pub use scratch::{Scratch, ScratchShape, Width};
 
 /// This rank's part of a model.

@@ -1,6 +1,7 @@
 //! Why a model could not be loaded, or a step not run.
 
-use kernels::{KernelError, collective::CollectiveError};
+use collective::CollectiveError;
+use kernels::KernelError;
 
 /// One variant for each case that a caller treats differently.
 #[derive(Debug, thiserror::Error)]

@@ -15,8 +15,9 @@ use crate::{
 };
 use batch::BatchBuilder;
 use check::Limits;
+use collective::Collective;
 use engine::plan::{Admission, BLOCK_TOKENS, SamplingParams, SequenceId, StepOutput, StepPlan};
-use kernels::{Backend, collective::Collective};
+use kernels::Backend;
 use results::Results;
 use std::collections::HashMap;
 

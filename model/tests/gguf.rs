@@ -6,13 +6,11 @@ mod common;
 
 use std::{os::unix::fs::FileExt, path::PathBuf};
 
+use collective::{Staged, Threads};
 use common::{GgufFile, safetensors};
+use cpu::{Cpu, CpuConfig, Isa, Precision};
 use engine::plan::{Admission, Chunk, SamplingParams, StepPlan, Want};
-use kernels::{
-    Format,
-    collective::{Staged, Threads},
-    cpu::{Cpu, CpuConfig, Isa, Precision},
-};
+use kernels::Format;
 use model::{Checkpoint, ModelError, RopeScaling, Runner, RunnerOptions};
 
 const F32: u32 = 0;

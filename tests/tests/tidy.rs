@@ -19,12 +19,18 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("formats", &[]),
     ("engine", &[]),
     ("kernels", &[]),
-    ("kernels/emulate", &["kernels"]),
-    ("kernels/checks", &["engine", "formats", "kernels", "model"]),
-    ("model", &["engine", "formats", "kernels"]),
+    ("kernels/cpu", &["kernels"]),
+    ("kernels/cuda", &["kernels"]),
+    ("kernels/emulate", &["cuda", "kernels"]),
+    ("kernels/checks", &["cuda", "engine", "kernels", "model"]),
+    ("collective", &["kernels"]),
+    ("model", &["collective", "engine", "formats", "kernels"]),
     ("text", &["formats"]),
     ("cluster", &["proto"]),
-    ("worker", &["cluster", "engine", "formats", "kernels", "model", "proto"]),
+    (
+        "worker",
+        &["cluster", "collective", "cpu", "cuda", "engine", "formats", "kernels", "model", "proto"],
+    ),
     ("router", &["cluster", "proto", "text"]),
 ];
 
@@ -94,7 +100,7 @@ fn other_sources() -> Vec<(String, String)> {
 }
 
 /// Crates that may hold `unsafe`: the kernels, and the device in software that tests them.
-const UNSAFE: &[&str] = &["kernels", "kernels/emulate"];
+const UNSAFE: &[&str] = &["kernels/cpu", "kernels/cuda", "kernels/emulate"];
 
 /// Every Rust file of the workspace, with its path from the root.
 fn all_sources() -> Vec<(String, String)> {

@@ -14,11 +14,9 @@ mod threads;
 
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
+use cpu::{Isa, Precision};
+use cuda::CudaConfig;
 use engine::{SchedulerConfig, plan::Executor};
-use kernels::{
-    cpu::{Isa, Precision},
-    cuda::CudaConfig,
-};
 
 pub use process::{RANK_TOKEN_VARIABLE, RankConfig, run_rank};
 

@@ -2,8 +2,8 @@
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
+use cpu::Precision;
 use engine::{Request, Scheduler, SchedulerConfig, Update, plan::SamplingParams};
-use kernels::cpu::Precision;
 use tokio::time::timeout;
 use worker::{Engine, Group, GroupConfig, Metrics, WorkerError};
 

@@ -13,11 +13,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use cpu::Precision;
 use engine::{
     Request, Scheduler,
     plan::{ExecutorError, SamplingParams, TokenLogprob},
 };
-use kernels::cpu::Precision;
 use tempfile::TempDir;
 use worker::{
     Group, GroupConfig, RANK_TOKEN_VARIABLE, RankConfig, RankMode, WorkerError, run_rank,

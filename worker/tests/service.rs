@@ -10,8 +10,8 @@ use std::{
 };
 
 use cluster::{InMemory, Membership, Roster, State};
+use cpu::Precision;
 use engine::plan::{Executor, ExecutorError, StepOutput, StepPlan, TokenLogprob, Want};
-use kernels::cpu::Precision;
 use proto::v1::{self, worker_client::WorkerClient};
 use tokio::{sync::watch, time::timeout};
 use tonic::{Code, Status, Streaming, transport::Channel};

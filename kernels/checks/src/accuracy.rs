@@ -2,7 +2,7 @@
 //! float64, on inputs of one distribution. `sdpa_error.py` prints PyTorch's.
 
 use crate::{BF16, Check, Device, paged::Case};
-use kernels::cuda::{CudaConfig, Driver, PrefillKernel};
+use cuda::{CudaConfig, Driver, PrefillKernel};
 
 pub fn checks<D: Driver>() -> Vec<Check<D>> {
     vec![

@@ -19,10 +19,8 @@ pub use measure::{Clock, Outcome, Pace, measure};
 pub use report::{About, Report};
 
 use crate::noise;
-use kernels::{
-    BLOCK_TOKENS, Backend, Batch, Format, Heads, KernelError, Tensor, WeightPart,
-    cuda::{Cuda, CudaConfig, Driver},
-};
+use cuda::{Cuda, CudaConfig, Driver};
+use kernels::{BLOCK_TOKENS, Backend, Batch, Format, Heads, KernelError, Tensor, WeightPart};
 
 /// How large benches are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,10 +4,8 @@ use crate::{
     flat::{refused, text},
     paged::Case,
 };
-use kernels::{
-    BLOCK_TOKENS, Backend, Batch, KernelError, Tensor,
-    cuda::{Cuda, CudaKv, Driver, Ints},
-};
+use cuda::{Cuda, CudaKv, Driver, Ints};
+use kernels::{BLOCK_TOKENS, Backend, Batch, KernelError, Tensor};
 use std::mem::swap;
 
 const STALE: &str = "written after it was cut, or never cut";

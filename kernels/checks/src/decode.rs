@@ -4,7 +4,7 @@ use crate::{
     BF16, Check, Device, Tolerance, compare, cuts,
     paged::{Case, Rows, SPLIT_TOKENS as SPLIT},
 };
-use kernels::cuda::{CudaConfig, Driver, KvFormat};
+use cuda::{CudaConfig, Driver, KvFormat};
 
 /// Weights are rounded to bf16 before they meet the values, results at the end; values are below 1.
 const TOLERANCE: Tolerance = Tolerance::Absolute(8e-3);

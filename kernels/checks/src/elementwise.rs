@@ -2,7 +2,8 @@
 
 use crate::flat::{Indices, guarded, refused, text, unwritten, written};
 use crate::{BF16, Check, Device, Tolerance, compare, noise, rounded};
-use kernels::{Backend, Format, KernelError, Tensor, WeightPart, cuda::Driver, plain::Plain};
+use cuda::Driver;
+use kernels::{Backend, Format, KernelError, Tensor, WeightPart, plain::Plain};
 
 pub fn checks<D: Driver>() -> Vec<Check<D>> {
     vec![

@@ -2,7 +2,7 @@
 
 use crate::flat::{refused, text, unwritten, written};
 use crate::{BF16, Check, Device, Tolerance, compare, e4m3, noise, rounded};
-use kernels::cuda::{Cuda, Driver, Fp8, Fp8Scaling};
+use cuda::{Cuda, Driver, Fp8, Fp8Scaling};
 use kernels::{KernelError, Tensor};
 
 pub fn checks<D: Driver>() -> Vec<Check<D>> {

@@ -2,11 +2,9 @@
 //! columns; the same bits in every batch up to the fused kernel's limit.
 
 use crate::{BF16, Check, Device, Tolerance, compare, noise, rounded};
+use cuda::{Cuda, Driver, FUSED_ROWS_MAX, Int4Layout, Int4Part};
 use half::{bf16, f16};
-use kernels::{
-    Backend, KernelError, Tensor,
-    cuda::{Cuda, Driver, FUSED_ROWS_MAX, Int4Layout, Int4Part},
-};
+use kernels::{Backend, KernelError, Tensor};
 
 pub fn checks<D: Driver>() -> Vec<Check<D>> {
     vec![

@@ -14,7 +14,6 @@ mod e4m3;
 pub mod elementwise;
 mod flat;
 pub mod fp8;
-pub mod goldens;
 pub mod int4;
 pub mod linear;
 pub mod norm;
@@ -26,7 +25,7 @@ pub mod sampling;
 
 pub use compare::{Tolerance, compare};
 
-use kernels::cuda::{Cuda, CudaConfig, Driver, KvFormat, PrefillKernel, WeightFormat};
+use cuda::{Cuda, CudaConfig, Driver, KvFormat, PrefillKernel, WeightFormat};
 
 /// One kernel on one family of shapes.
 pub struct Check<D: Driver> {
@@ -65,13 +64,6 @@ pub fn all<D: Driver>() -> Vec<Check<D>> {
     .into_iter()
     .flatten()
     .collect()
-}
-
-/// The others.
-pub fn long<D: Driver>() -> Vec<Check<D>> {
-    let mut checks = sampling::long_checks();
-    checks.extend(goldens::checks());
-    checks
 }
 
 /// Reproducible values, about evenly spread over (-1, 1).

@@ -1,10 +1,8 @@
 //! Products with weights in bf16 and in e4m3, uploaded from every kind of storage.
 
 use crate::{BF16, Check, Device, Tolerance, compare, e4m3, flat::refused, noise, rounded};
-use kernels::{
-    Backend, Format, KernelError, Tensor, WeightPart,
-    cuda::{Cuda, CudaConfig, Driver, WeightFormat},
-};
+use cuda::{Cuda, CudaConfig, Driver, WeightFormat};
+use kernels::{Backend, Format, KernelError, Tensor, WeightPart};
 
 pub fn checks<D: Driver>() -> Vec<Check<D>> {
     vec![

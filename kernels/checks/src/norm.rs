@@ -2,7 +2,7 @@
 
 use crate::flat::{guarded, refused, text, unwritten, written};
 use crate::{BF16, Check, Device, Tolerance, compare, noise, rounded};
-use kernels::cuda::{Cuda, Driver};
+use cuda::{Cuda, Driver};
 use kernels::{Backend, KernelError, Tensor, plain::Plain};
 
 pub fn checks<D: Driver>() -> Vec<Check<D>> {

@@ -5,11 +5,8 @@
 //! alone, so that cases which cut or mix sequences otherwise can be compared.
 
 use crate::{e4m3, noise, rounded};
-use kernels::{
-    BLOCK_TOKENS, Backend, Batch, Heads, KernelError, Tensor,
-    cuda::{Cuda, CudaKv, Driver, KvFormat},
-    plain::Plain,
-};
+use cuda::{Cuda, CudaKv, Driver, KvFormat};
+use kernels::{BLOCK_TOKENS, Backend, Batch, Heads, KernelError, Tensor, plain::Plain};
 
 /// Queries are as much larger than keys and values, so that few keys have most of the weight and
 /// the loss of one shows.

@@ -4,7 +4,7 @@ use crate::{
     BF16, Check, Device, Tolerance, compare, cuts,
     paged::{Case, Rows},
 };
-use kernels::cuda::{CudaConfig, Driver, KvFormat, PrefillKernel};
+use cuda::{CudaConfig, Driver, KvFormat, PrefillKernel};
 
 pub fn checks<D: Driver>() -> Vec<Check<D>> {
     const MMA: PrefillKernel = PrefillKernel::Mma;

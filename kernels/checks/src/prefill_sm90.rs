@@ -6,7 +6,7 @@ use crate::{
     paged::Case,
     prefill::{agree, company, lengths, tiles, windows},
 };
-use kernels::cuda::{Driver, PrefillKernel};
+use cuda::{Driver, PrefillKernel};
 
 pub fn checks<D: Driver>() -> Vec<Check<D>> {
     vec![

@@ -2,7 +2,7 @@
 
 use crate::flat::{Indices, guarded, refused, text, written};
 use crate::{BF16, Check, Device, Tolerance, compare, e4m3, noise, rounded};
-use kernels::cuda::{Array, Cuda, CudaConfig, CudaKv, Driver, KvFormat};
+use cuda::{Array, Cuda, CudaConfig, CudaKv, Driver, KvFormat};
 use kernels::{BLOCK_TOKENS, Backend, Heads, KernelError, Rotation, Tensor, plain::Plain};
 use std::ops::Range;
 

@@ -8,8 +8,8 @@ mod refusals;
 use crate::{BF16, Check, Device, noise};
 pub(crate) use cases::normal_row;
 use cases::{Case, agree, filters, params, run, run_by};
+use cuda::Driver;
 use engine::plan::SamplingParams;
-use kernels::cuda::Driver;
 
 pub fn checks<D: Driver>() -> Vec<Check<D>> {
     vec![

@@ -1,8 +1,8 @@
 //! Every bench runs on the emulated device, on tiny shapes, and the report tells what came of it.
 
 use checks::bench::{self, About, Pace, Report, Scale};
+use cuda::{Cuda, CudaConfig};
 use emulate::{Emulator, PLAIN, Schedule};
-use kernels::cuda::{Cuda, CudaConfig};
 use std::{
     path::Path,
     time::{Duration, Instant},

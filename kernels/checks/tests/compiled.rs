@@ -1,7 +1,7 @@
 //! Every kernel compiles for every target, spills no register, and uses the instructions that it
 //! was written for. Reads what the compiler and the disassembler say; runs nothing.
 
-#[path = "../../build/toolchain.rs"]
+#[path = "../../cuda/build/toolchain.rs"]
 mod toolchain;
 
 use std::{
@@ -92,7 +92,7 @@ fn read_opcodes(text: &str, found: &mut BTreeMap<String, Compiled>) {
 
 /// Compiles all kernels for one target.
 fn compile(nvcc: &Path, (arch, target): (&str, &str)) -> BTreeMap<String, Compiled> {
-    let cuda = root().join("kernels/cuda");
+    let cuda = root().join("kernels/cuda/cu");
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let (source, cubin) =
         (folder.join(format!("{target}.cu")), folder.join(format!("{target}.cubin")));

@@ -2,8 +2,8 @@
 //! AddressSanitizer.
 
 use checks::Check;
+use cuda::Cuda;
 use emulate::{ASAN, Emulator, LIBASAN, PLAIN, RACES, Schedule};
-use kernels::cuda::{Cuda, CudaConfig, PrefillKernel};
 use std::{env, path::Path, process::Command};
 
 /// Set for the process that runs under AddressSanitizer.
@@ -80,36 +80,6 @@ fn decode_agrees_on_a_long_context() {
 #[test]
 fn attention_is_about_as_exact_as_pytorchs() {
     run(&checks::accuracy::checks(), PLAIN, Schedule::InTurn);
-}
-
-fn models(check: &str, prefill: PrefillKernel) {
-    let device = |config| {
-        let emulator = Emulator::load(Path::new(PLAIN), Schedule::InTurn).expect("it loads");
-        Cuda::new(emulator, CudaConfig { prefill, ..config })
-    };
-    let mut checks = checks::goldens::checks().into_iter();
-    let check = checks.find(|one| one.name == check).expect("a check of this name");
-    assert_eq!((check.run)(&device), Ok(()), "{}", check.name);
-}
-
-#[test]
-fn models_agree_with_the_reference_implementations() {
-    models("models in bf16", PrefillKernel::Mma);
-}
-
-#[test]
-fn models_agree_with_them_by_wgmma_too() {
-    models("models in bf16", PrefillKernel::Wgmma);
-}
-
-#[test]
-fn models_with_weights_in_fp8_come_near_them() {
-    models("models with weights in fp8", PrefillKernel::Wgmma);
-}
-
-#[test]
-fn models_with_caches_in_fp8_come_near_them() {
-    models("models with caches in fp8", PrefillKernel::Mma);
 }
 
 /// Where there are no products in fp8, such weights are widened.

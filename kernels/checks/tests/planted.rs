@@ -1,11 +1,11 @@
 //! Faults planted in copies of the kernels are found: else a check that passes says nothing.
 
 use checks::Check;
+use cuda::Cuda;
 use emulate::{
     COMPILER, Emulator, LIBASAN, Schedule,
     compile::{self, Places, Variant},
 };
-use kernels::cuda::Cuda;
 use std::{
     env, fs,
     path::{Path, PathBuf},
@@ -26,7 +26,7 @@ fn planted(
     let dir = tempfile::tempdir().expect("a folder");
     let copy = dir.path().join("cuda");
     fs::create_dir(&copy).expect("a folder");
-    for entry in fs::read_dir(here.join("cuda")).expect("kernels/cuda") {
+    for entry in fs::read_dir(here.join("cuda/cu")).expect("kernels/cuda/cu") {
         let path = entry.expect("an entry").path();
         fs::copy(&path, copy.join(path.file_name().expect("a name"))).expect("a copy");
     }

@@ -3,10 +3,8 @@
 //!
 //! Device memory is host memory, so that AddressSanitizer sees each access outside it.
 
-use kernels::{
-    KernelError,
-    cuda::{Driver, Facts, Gemm, Launch},
-};
+use cuda::{Driver, Facts, Gemm, Launch};
+use kernels::KernelError;
 use libloading::{Library, Symbol};
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc},

@@ -1,10 +1,8 @@
 //! The matrix product, which on a real device is a library's.
 
+use cuda::{Element, Gemm};
 use half::bf16;
-use kernels::{
-    KernelError,
-    cuda::{Element, Gemm},
-};
+use kernels::KernelError;
 
 /// Numbers of device memory, which is host memory here.
 ///

@@ -1,7 +1,8 @@
 //! The memory that a forward pass works in: allocated once, so that a step allocates nothing.
 
 use crate::ModelError;
-use kernels::{Backend, Heads, KernelError, Tensor, collective::Collective};
+use collective::Collective;
+use kernels::{Backend, Heads, KernelError, Tensor};
 
 /// Rows of logits computed together: bounds their memory whatever a step asks for.
 const LOGIT_ROWS_MAX: usize = 64;

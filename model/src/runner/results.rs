@@ -298,7 +298,7 @@ mod tests {
 
     #[test]
     fn a_device_that_chooses_tokens_answers_as_the_host_does() {
-        use kernels::cuda::{Cuda, CudaConfig};
+        use cuda::{Cuda, CudaConfig};
         const VOCAB: usize = 300;
         let library = std::path::Path::new(emulate::PLAIN);
         let emulator = emulate::Emulator::load(library, emulate::Schedule::InTurn).unwrap();

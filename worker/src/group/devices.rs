@@ -1,10 +1,8 @@
 //! What the ranks of a group compute on. The one place that chooses a backend; everything else is
 //! generic over it.
 
-use kernels::{
-    Backend, Heads,
-    cpu::{Cpu, CpuConfig},
-};
+use cpu::{Cpu, CpuConfig};
+use kernels::{Backend, Heads};
 use model::{Checkpoint, ModelError, Shard};
 
 use super::{
@@ -102,10 +100,8 @@ impl Devices for CpuConfig {
 #[cfg(feature = "cuda")]
 mod cuda {
     use super::{Available, Checkpoint, Devices, Heads, KvShare, ModelError, Shard, WorkerError};
-    use kernels::{
-        KernelError,
-        cuda::{Cuda, CudaConfig, Driver, Gpu, GpuConfig, WeightFormat},
-    };
+    use cuda::{Cuda, CudaConfig, Driver, Gpu, GpuConfig, WeightFormat};
+    use kernels::KernelError;
 
     /// The card of each rank: one each from the first on where there are as many, else the first
     /// for all.

@@ -2,11 +2,9 @@
 
 use std::time::Duration;
 
-use kernels::{
-    Backend,
-    collective::{Collective, HostCollective, Staged},
-    cpu::CpuConfig,
-};
+use collective::{Collective, HostCollective, Staged};
+use cpu::CpuConfig;
+use kernels::Backend;
 use model::{Checkpoint, ModelError, Runner, RunnerOptions};
 
 use super::{

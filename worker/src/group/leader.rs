@@ -5,11 +5,9 @@
 
 use std::time::Duration;
 
+use collective::{Collective, HostCollective};
 use engine::plan::{Executor, ExecutorError, StepOutput, StepPlan};
-use kernels::{
-    Backend,
-    collective::{Collective, HostCollective},
-};
+use kernels::Backend;
 use model::Runner;
 use serde::{Deserialize, Serialize};
 

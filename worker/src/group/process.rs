@@ -24,8 +24,8 @@ use std::{
 };
 
 use cluster::telemetry;
+use collective::{CollectiveError, HostCollective, Tcp, TcpDoor};
 use engine::plan::Executor;
-use kernels::collective::{CollectiveError, HostCollective, Tcp, TcpDoor};
 use model::{Checkpoint, ModelError, RunnerOptions};
 use settings::Settings;
 

@@ -2,10 +2,8 @@
 
 use std::{sync::Arc, thread, time::Duration};
 
-use kernels::{
-    BLOCK_TOKENS,
-    cpu::{CpuConfig, Isa, Precision},
-};
+use cpu::{CpuConfig, Isa, Precision};
+use kernels::BLOCK_TOKENS;
 use model::{Checkpoint, ModelError, RunnerOptions, Shard, activation_bytes, prefix_reuse_max};
 
 use super::{

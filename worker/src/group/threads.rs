@@ -6,8 +6,8 @@ use std::{
     thread::{self, JoinHandle},
 };
 
+use collective::{HostCollective, Threads};
 use engine::plan::Executor;
-use kernels::collective::{HostCollective, Threads};
 
 use super::{
     LoadProgress,

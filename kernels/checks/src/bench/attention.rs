@@ -2,10 +2,8 @@
 
 use super::{Bar, Bench, Peer, Prepare, Scale, Work, batch, noisy};
 use crate::BF16;
-use kernels::{
-    BLOCK_TOKENS, Backend, Heads, Tensor,
-    cuda::{Cuda, CudaConfig, Driver, Element, KvFormat, PrefillKernel},
-};
+use cuda::{Cuda, CudaConfig, Driver, Element, KvFormat, PrefillKernel};
+use kernels::{BLOCK_TOKENS, Backend, Heads, Tensor};
 
 const QWEN_72B: Heads = Heads { q: 64, kv: 8, dim: 128 };
 const QWEN_7B: Heads = Heads { q: 28, kv: 4, dim: 128 };

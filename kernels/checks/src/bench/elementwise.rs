@@ -3,10 +3,8 @@
 
 use super::{Bar, Bench, Run, Scale, Work, batch, noisy, noisy_weight};
 use crate::BF16;
-use kernels::{
-    BLOCK_TOKENS, Backend, Heads, KernelError, Rotation, Tensor,
-    cuda::{Cuda, CudaConfig, Driver, KvFormat},
-};
+use cuda::{Cuda, CudaConfig, Driver, KvFormat};
+use kernels::{BLOCK_TOKENS, Backend, Heads, KernelError, Rotation, Tensor};
 
 /// Rows, then the widths of a 72B model.
 struct Shape {

@@ -2,10 +2,8 @@
 
 use super::{Bar, Bench, Prepare, Scale, Work, noisy};
 use crate::BF16;
-use kernels::{
-    Tensor,
-    cuda::{Cuda, Driver, Fp8, Fp8Scaling},
-};
+use cuda::{Cuda, Driver, Fp8, Fp8Scaling};
+use kernels::Tensor;
 
 pub fn benches<D: Driver>(scale: Scale) -> Vec<Bench<D>> {
     // What a 72B model's layers multiply: the hidden state, and what its down takes.

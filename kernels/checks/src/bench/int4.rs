@@ -2,10 +2,8 @@
 
 use super::{Bar, Bench, PIECE, Prepare, Scale, Work, linear, noisy, repeated};
 use crate::{BF16, noise};
-use kernels::{
-    Backend, Tensor,
-    cuda::{Cuda, Driver, FUSED_ROWS_MAX, Int4Layout, Int4Part},
-};
+use cuda::{Cuda, Driver, FUSED_ROWS_MAX, Int4Layout, Int4Part};
+use kernels::{Backend, Tensor};
 
 /// Columns with one scale.
 const GROUP: usize = 128;

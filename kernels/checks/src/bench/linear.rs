@@ -3,10 +3,8 @@
 
 use super::{Bar, Bench, Peer, Prepare, Scale, Work, noisy, noisy_weight};
 use crate::BF16;
-use kernels::{
-    Backend, Tensor,
-    cuda::{Cuda, CudaConfig, Driver, Fp8, Fp8Scaling, Gemm, Scales, WeightFormat},
-};
+use cuda::{Cuda, CudaConfig, Driver, Fp8, Fp8Scaling, Gemm, Scales, WeightFormat};
+use kernels::{Backend, Tensor};
 
 /// What the device multiplies at best.
 pub fn ceiling<D: Driver>(scale: Scale) -> Bench<D> {

@@ -2,10 +2,8 @@
 
 use super::{Bar, Bench, Prepare, Run, Work};
 use crate::Device;
-use kernels::{
-    KernelError,
-    cuda::{Cuda, Driver},
-};
+use cuda::{Cuda, Driver};
+use kernels::KernelError;
 use std::time::{Duration, Instant};
 
 /// Times what is given to it on a device that was idle and whose caches hold nothing of it.

@@ -1,7 +1,7 @@
 //! One report of one run on one device: as JSON for programs, as Markdown for people.
 
 use super::{Bar, Bench, Outcome, Work};
-use kernels::cuda::Driver;
+use cuda::Driver;
 use serde_json::{Value, json};
 use std::fmt::Write;
 

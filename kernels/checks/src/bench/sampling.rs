@@ -2,9 +2,9 @@
 
 use super::{Bar, Bench, Prepare, Scale, Work};
 use crate::{BF16, sampling::normal_row};
+use cuda::{Cuda, Driver};
 use kernels::{
     Backend, KernelError, Tensor,
-    cuda::{Cuda, Driver},
     sampling::{NextToken, SampleRequest, Wanted},
 };
 

@@ -1,10 +1,10 @@
 //! One row and what is asked of it, on the device and on the host.
 
 use crate::noise;
+use cuda::{Cuda, Driver};
 use engine::plan::{Admission, SamplingParams, TokenLogprob};
 use kernels::{
     Backend, KernelError, Tensor,
-    cuda::{Cuda, Driver},
     sampling::{NextToken, Refused, SampleRequest, Sampled, Wanted},
 };
 use model::{Sampler, Seen, next_token};

@@ -2,11 +2,9 @@
 
 use super::cases::{Case, params, run};
 use crate::{BF16, Device};
+use cuda::Driver;
 use engine::plan::SamplingParams;
-use kernels::{
-    cuda::Driver,
-    sampling::{Refused, Sampled},
-};
+use kernels::sampling::{Refused, Sampled};
 use model::Sampler;
 use std::collections::BTreeSet;
 

@@ -3,8 +3,8 @@
 
 use super::cases::{Case, agree, params, run};
 use crate::{BF16, Device, noise};
+use cuda::Driver;
 use engine::plan::SamplingParams;
-use kernels::cuda::Driver;
 
 /// Bias and penalties to the last bit. The token that they change is likeliest beside a rival whose
 /// logit is an ulp below the sum written out here, not beside one an ulp above, and the lower id is

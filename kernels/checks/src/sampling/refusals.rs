@@ -2,10 +2,10 @@
 
 use super::cases::{Case, SampleResult, normal_row, params, run};
 use crate::{BF16, Device};
+use cuda::{Cuda, Driver};
 use engine::plan::SamplingParams;
 use kernels::{
     Backend, KernelError, Tensor,
-    cuda::{Cuda, Driver},
     sampling::{NextToken, Refused, SampleRequest, Wanted},
 };
 

@@ -2,10 +2,8 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use kernels::{
-    cpu::{CpuConfig, Isa, Precision},
-    cuda::{CudaConfig, KvFormat, WeightFormat},
-};
+use cpu::{CpuConfig, Isa, Precision};
+use cuda::{CudaConfig, KvFormat, WeightFormat};
 use model::RunnerOptions;
 use serde::{Deserialize, Serialize};
 

@@ -1,0 +1,108 @@
+//! How a rank joins: it sends its place and the secret, rank 0 accepts or refuses.
+//!
+//! The hello is `LKSP`, then as little-endian u32: version, rank, world size, length of the token;
+//! then the token. The verdict is one byte.
+
+use super::link::Link;
+use crate::CollectiveError;
+use std::{
+    net::TcpStream,
+    time::{Duration, Instant},
+};
+
+const MAGIC: [u8; 4] = *b"LKSP";
+/// Changes whenever frames do.
+const VERSION: u32 = 1;
+const HEADER_BYTES: usize = 20;
+const TOKEN_BYTES_MAX: usize = 1024;
+/// How long rank 0 listens to one caller: a silent one must not keep the others out.
+const CALLER_PATIENCE: Duration = Duration::from_secs(2);
+const OP: &str = "hello";
+
+/// The place that a rank claims.
+pub(super) struct Hello<'a> {
+    pub rank: usize,
+    pub world_size: usize,
+    pub token: &'a str,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Welcome = 0,
+    Version = 1,
+    Token = 2,
+    WorldSize = 3,
+    Rank = 4,
+}
+
+/// Says hello and waits for the verdict.
+pub(super) fn introduce(
+    stream: TcpStream,
+    hello: &Hello<'_>,
+    deadline: Duration,
+) -> Result<Link, CollectiveError> {
+    let Hello { rank, world_size, token } = *hello;
+    if token.len() > TOKEN_BYTES_MAX {
+        let detail = format!("a token of {} bytes, at most {TOKEN_BYTES_MAX} go", token.len());
+        return Err(CollectiveError::Mismatch(detail));
+    }
+    let mut link = Link::new(stream, 0).map_err(|e| CollectiveError::Device(e.to_string()))?;
+    let wait = (OP, Instant::now(), deadline);
+    let mut bytes = MAGIC.to_vec();
+    for word in [VERSION, rank as u32, world_size as u32, token.len() as u32] {
+        bytes.extend_from_slice(&word.to_le_bytes());
+    }
+    bytes.extend_from_slice(token.as_bytes());
+    link.write(&bytes, wait)?;
+    let mut verdict = [0];
+    link.read(&mut verdict, wait)?;
+    let reason = match verdict[0] {
+        v if v == Verdict::Welcome as u8 => return Ok(link),
+        v if v == Verdict::Version as u8 => "another version: run the same binary on every rank",
+        v if v == Verdict::Token as u8 => "another group's token",
+        v if v == Verdict::WorldSize as u8 => "another world size",
+        v if v == Verdict::Rank as u8 => "a rank that is taken or does not exist",
+        _ => "something else than a rank listens there",
+    };
+    Err(CollectiveError::Mismatch(format!("rank 0 turned rank {rank} away: {reason}")))
+}
+
+/// Hears a caller out; the link where it is a rank that this group still waits for.
+pub(super) fn answer(
+    stream: TcpStream,
+    token: &str,
+    world_size: usize,
+    taken: &[bool],
+    deadline: Duration,
+) -> Option<(usize, Link)> {
+    let mut link = Link::new(stream, 0).ok()?;
+    let wait = (OP, Instant::now(), deadline.min(CALLER_PATIENCE));
+    let mut header = [0; HEADER_BYTES];
+    link.read(&mut header, wait).ok()?;
+    let words: Vec<u32> = header.as_chunks().0.iter().map(|w| u32::from_le_bytes(*w)).collect();
+    let [magic, version, rank, size, token_len] = words[..] else { return None };
+    let (rank, token_len) = (rank as usize, token_len as usize);
+    if magic.to_le_bytes() != MAGIC || token_len > TOKEN_BYTES_MAX {
+        return None;
+    }
+    let mut theirs = vec![0; token_len];
+    link.read(&mut theirs, wait).ok()?;
+    let verdict = if version != VERSION {
+        Verdict::Version
+    } else if !same(token.as_bytes(), &theirs) {
+        Verdict::Token
+    } else if size as usize != world_size {
+        Verdict::WorldSize
+    } else if rank.checked_sub(1).and_then(|at| taken.get(at)) != Some(&false) {
+        Verdict::Rank
+    } else {
+        Verdict::Welcome
+    };
+    link.write(&[verdict as u8], wait).ok()?;
+    (verdict == Verdict::Welcome).then(|| (rank, link.named(rank)))
+}
+
+/// Equality in a time that does not depend on where the two differ.
+fn same(a: &[u8], b: &[u8]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).fold(0, |d, (a, b)| d | (a ^ b)) == 0
+}

@@ -1,0 +1,341 @@
+//! What both exchanges promise, and how they fail.
+
+use collective::{Collective, CollectiveError, HostCollective, Staged, Tcp, Threads};
+use cpu::{Cpu, CpuConfig, Isa, Precision};
+use kernels::{Backend, Tensor, plain::Plain};
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    thread,
+    time::{Duration, Instant},
+};
+
+const LONG: Duration = Duration::from_secs(20);
+const SHORT: Duration = Duration::from_millis(100);
+
+fn tcp_group(world_size: usize, data_deadline: Duration) -> Vec<Tcp> {
+    let door = Tcp::listen("127.0.0.1:0").unwrap();
+    let addr = door.local_addr().unwrap().to_string();
+    let mut group = thread::scope(|scope| {
+        let join = |rank| {
+            let addr = &addr;
+            scope.spawn(move || Tcp::connect(addr, (rank, world_size), "secret", LONG).unwrap())
+        };
+        // Last rank first: the order of arrival must not matter.
+        let others: Vec<_> = (1..world_size).rev().map(join).collect();
+        let first = door.accept(world_size, "secret", LONG).unwrap();
+        let others = others.into_iter().rev().map(|other| other.join().unwrap());
+        std::iter::once(first).chain(others).collect::<Vec<_>>()
+    });
+    group.iter_mut().for_each(|rank| rank.set_data_deadline(data_deadline));
+    group
+}
+
+/// Runs `f` as every rank of `group` at once; the results in rank order.
+fn all<H: HostCollective, T: Send>(
+    group: Vec<H>,
+    f: impl Fn(usize, H) -> T + Sync,
+) -> Vec<thread::Result<T>> {
+    let f = &f;
+    thread::scope(|scope| {
+        let run = |(rank, member)| scope.spawn(move || f(rank, member));
+        let ranks: Vec<_> = group.into_iter().enumerate().map(run).collect();
+        ranks.into_iter().map(|rank| rank.join()).collect()
+    })
+}
+
+fn numbers(rank: usize, op: usize, len: usize) -> Vec<f32> {
+    (0..len)
+        .map(|i| ((i * 31 + rank * 17 + op * 7) as f32).sin() * 1e3 / (rank + 1) as f32)
+        .collect()
+}
+
+fn everything_agrees<H: HostCollective>(group: Vec<H>) {
+    let world_size = group.len();
+    let results = all(group, |rank, mut member| {
+        assert_eq!((member.rank(), member.world_size()), (rank, world_size));
+        let mut seen = Vec::new();
+        for op in 0..200 {
+            let len = [0, 1, 17, 576, 5000][op % 5];
+            let mut sum = numbers(rank, op, len);
+            member.all_reduce_sum(&mut sum).unwrap();
+            let mut want = numbers(0, op, len);
+            for other in 1..world_size {
+                want.iter_mut().zip(numbers(other, op, len)).for_each(|(w, x)| *w += x);
+            }
+            assert!(sum.iter().zip(&want).all(|(s, w)| s.to_bits() == w.to_bits()));
+            let mut bytes = if rank == 0 { vec![op as u8; len] } else { vec![9; 3] };
+            member.broadcast(&mut bytes, LONG).unwrap();
+            assert_eq!(bytes, vec![op as u8; len]);
+            let mut gathered = vec![5.0];
+            member.all_gather(&numbers(rank, op, len + rank), &mut gathered).unwrap();
+            let want: Vec<f32> = (0..world_size).flat_map(|r| numbers(r, op, len + r)).collect();
+            assert_eq!(gathered, want);
+            let cols: Vec<usize> = (0..world_size).map(|r| len + r).collect();
+            let mine = numbers(rank, op, 3 * cols[rank]);
+            let mut rows = vec![5.0; 3 * cols.iter().sum::<usize>()];
+            member.all_gather_cols(&mine, &cols, &mut rows).unwrap();
+            let ranks: Vec<_> = (0..world_size).map(|r| numbers(r, op, 3 * cols[r])).collect();
+            let share = |row: usize, r: usize| ranks[r][row * cols[r]..][..cols[r]].to_vec();
+            let places = (0..3).flat_map(|row| (0..world_size).map(move |r| (row, r)));
+            assert_eq!(rows, places.flat_map(|(row, r)| share(row, r)).collect::<Vec<_>>());
+            seen.push((sum, rows));
+        }
+        seen
+    });
+    let results: Vec<_> = results.into_iter().map(|r| r.unwrap()).collect();
+    assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
+}
+
+#[test]
+fn every_rank_ends_with_the_same_bits() {
+    for world_size in 1..=4 {
+        everything_agrees(Threads::group(world_size));
+        everything_agrees(tcp_group(world_size, LONG));
+    }
+}
+
+fn large_tensors_pass<H: HostCollective>(group: Vec<H>) {
+    let world_size = group.len() as f32;
+    let outcomes = all(group, |_, mut member| {
+        let mut values = vec![1.5; 3_000_000];
+        member.all_reduce_sum(&mut values).unwrap();
+        values.iter().all(|&v| v == 1.5 * world_size)
+    });
+    assert!(outcomes.into_iter().all(|o| o.unwrap()));
+}
+
+#[test]
+fn large_sums_pass() {
+    large_tensors_pass(Threads::group(3));
+    large_tensors_pass(tcp_group(3, LONG));
+}
+
+/// One rank does `fault` after a few sums; the others must end with an error, soon.
+fn a_fault_ends_everyone<H: HostCollective>(
+    group: Vec<H>,
+    fault: impl Fn(H) + Sync,
+) -> Vec<CollectiveError> {
+    let start = Instant::now();
+    let outcomes = all(group, |rank, mut member| {
+        for _ in 0..3 {
+            member.all_reduce_sum(&mut [1.0; 8]).unwrap();
+        }
+        if rank == 1 {
+            fault(member);
+            return None;
+        }
+        loop {
+            if let Err(error) = member.all_reduce_sum(&mut [1.0; 8]) {
+                // The group stays failed, and says why.
+                assert_eq!(member.all_gather(&[], &mut vec![]), Err(error.clone()));
+                assert_eq!(member.broadcast(&mut vec![], LONG), Err(error.clone()));
+                return Some(error);
+            }
+        }
+    });
+    assert!(start.elapsed() < Duration::from_secs(10));
+    outcomes.into_iter().filter_map(|o| o.ok().flatten()).collect()
+}
+
+#[test]
+fn a_rank_that_leaves_or_panics_takes_the_group_with_it() {
+    let gone = |errors: Vec<CollectiveError>| {
+        assert_eq!(errors.len(), 2);
+        assert!(errors.iter().all(|e| matches!(e, CollectiveError::Gone { .. })), "{errors:?}");
+    };
+    gone(a_fault_ends_everyone(Threads::group(3), drop));
+    gone(a_fault_ends_everyone(tcp_group(3, LONG), drop));
+    gone(a_fault_ends_everyone(Threads::group(3), |_member| panic!("a wedged device")));
+    gone(a_fault_ends_everyone(tcp_group(3, LONG), |_member| panic!("a wedged device")));
+}
+
+#[test]
+fn a_rank_that_never_comes_is_named() {
+    let stay = |_member| thread::sleep(5 * SHORT);
+    let named = |errors: Vec<CollectiveError>| {
+        let late = CollectiveError::Deadline { op: "all_reduce_sum", rank: 1, seconds: 0 };
+        assert!(errors.contains(&late), "{errors:?}");
+        assert_eq!(errors.len(), 2);
+    };
+    named(a_fault_ends_everyone(Threads::group_with_deadline(3, SHORT), stay));
+    named(a_fault_ends_everyone(tcp_group(3, SHORT), |member: Tcp| {
+        thread::sleep(5 * SHORT);
+        drop(member);
+    }));
+}
+
+fn a_follower_waits_no_longer_than_told<H: HostCollective>(mut group: Vec<H>) {
+    let start = Instant::now();
+    let late = CollectiveError::Deadline { op: "broadcast", rank: 0, seconds: 0 };
+    assert_eq!(group[1].broadcast(&mut vec![], SHORT), Err(late));
+    assert!(start.elapsed() >= SHORT && start.elapsed() < LONG);
+}
+
+#[test]
+fn broadcast_has_a_deadline_of_its_own() {
+    a_follower_waits_no_longer_than_told(Threads::group(2));
+    a_follower_waits_no_longer_than_told(tcp_group(2, LONG));
+}
+
+#[test]
+fn a_leader_cannot_run_far_ahead() {
+    let mut group = Threads::group_with_deadline(2, SHORT);
+    let mut sent = 0;
+    let error = loop {
+        match group[0].broadcast(&mut vec![1], SHORT) {
+            Ok(()) => sent += 1,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error, CollectiveError::Deadline { op: "broadcast", rank: 1, seconds: 0 });
+    assert_eq!(sent, 2);
+    // What was sent before still arrives.
+    assert_eq!(group[1].broadcast(&mut vec![], SHORT), Ok(()));
+}
+
+#[test]
+fn a_broadcast_waits_for_a_sleeping_follower_and_wakes_it() {
+    let results = all(Threads::group(2), |rank, mut member| {
+        for round in 0..10u8 {
+            thread::sleep(Duration::from_millis(if rank == 0 { 5 } else { 0 }));
+            let mut bytes = vec![round; if rank == 0 { 4 } else { 0 }];
+            member.broadcast(&mut bytes, LONG).unwrap();
+            assert_eq!(bytes, vec![round; 4]);
+        }
+    });
+    assert!(results.into_iter().all(|r| r.is_ok()));
+}
+
+fn disagreement_is_found<H: HostCollective>(group: Vec<H>) {
+    let outcomes = all(group, |rank, mut member| {
+        if rank == 0 {
+            member.all_reduce_sum(&mut [1.0; 4])
+        } else {
+            member.all_reduce_sum(&mut [1.0; 5])
+        }
+    });
+    let mismatch = |o: &thread::Result<_>| matches!(o, Ok(Err(CollectiveError::Mismatch(_))));
+    assert!(outcomes.iter().any(mismatch), "{outcomes:?}");
+    assert!(outcomes.iter().all(|o| matches!(o, Ok(Err(_)))), "{outcomes:?}");
+}
+
+fn widths_that_do_not_fit_are_found<H: HostCollective>(group: Vec<H>) {
+    let outcomes = all(group, |rank, mut member| {
+        let cols = if rank == 0 { [4, 4] } else { [4, 5] };
+        member.all_gather_cols(&vec![1.0; cols[rank]], &cols, &mut vec![0.0; 4 + cols[1]])
+    });
+    let mismatch = |o: &thread::Result<_>| matches!(o, Ok(Err(CollectiveError::Mismatch(_))));
+    assert!(outcomes.iter().any(mismatch), "{outcomes:?}");
+}
+
+fn disorder_is_found<H: HostCollective>(group: Vec<H>) {
+    let outcomes = all(group, |rank, mut member| {
+        if rank == 0 {
+            member.all_reduce_sum(&mut [1.0; 4])
+        } else {
+            member.all_gather(&[1.0; 4], &mut vec![])
+        }
+    });
+    let mismatch = |o: &thread::Result<_>| matches!(o, Ok(Err(CollectiveError::Mismatch(_))));
+    assert!(outcomes.iter().any(mismatch), "{outcomes:?}");
+}
+
+#[test]
+fn ranks_that_disagree_are_told() {
+    disagreement_is_found(Threads::group(2));
+    disagreement_is_found(tcp_group(2, LONG));
+    widths_that_do_not_fit_are_found(Threads::group(2));
+    widths_that_do_not_fit_are_found(tcp_group(2, LONG));
+    disorder_is_found(Threads::group(2));
+    disorder_is_found(tcp_group(2, LONG));
+}
+
+#[test]
+fn strangers_are_turned_away_and_the_group_still_forms() {
+    let door = Tcp::listen("127.0.0.1:0").unwrap();
+    let addr = &door.local_addr().unwrap().to_string();
+    thread::scope(|scope| {
+        let first = scope.spawn(move || door.accept(3, "secret", LONG).map(|t| t.world_size()));
+        let mut noise = TcpStream::connect(addr).unwrap();
+        noise.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+        // The door may answer with a reset rather than an end.
+        let _ = noise.read(&mut [0]);
+        drop(TcpStream::connect(addr).unwrap());
+        let refusals = [(1, 3, "guess"), (1, 2, "secret"), (3, 4, "secret")];
+        for (rank, world_size, token) in refusals {
+            let refused = Tcp::connect(addr, (rank, world_size), token, LONG).err();
+            assert!(matches!(refused, Some(CollectiveError::Mismatch(_))), "{refused:?}");
+        }
+        let _one = Tcp::connect(addr, (1, 3), "secret", LONG).unwrap();
+        let twice = Tcp::connect(addr, (1, 3), "secret", LONG).err();
+        assert!(matches!(twice, Some(CollectiveError::Mismatch(_))), "{twice:?}");
+        let _two = Tcp::connect(addr, (2, 3), "secret", LONG).unwrap();
+        assert_eq!(first.join().unwrap(), Ok(3));
+    });
+}
+
+#[test]
+fn a_group_that_does_not_form_ends_at_its_deadline() {
+    let door = Tcp::listen("127.0.0.1:0").unwrap();
+    let late = CollectiveError::Deadline { op: "accept", rank: 1, seconds: 0 };
+    assert_eq!(door.accept(2, "secret", SHORT).err(), Some(late));
+    let nobody = Tcp::listen("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let late = CollectiveError::Deadline { op: "connect", rank: 0, seconds: 0 };
+    assert_eq!(Tcp::connect(&nobody, (1, 2), "secret", SHORT).err(), Some(late));
+    for rank in [0, 2] {
+        let wrong = Tcp::connect(&nobody, (rank, 2), "secret", SHORT).err();
+        assert!(matches!(wrong, Some(CollectiveError::Mismatch(_))));
+    }
+}
+
+fn tensors_are_exchanged<B: Backend, H: HostCollective>(
+    group: Vec<H>,
+    device: impl Fn() -> B + Sync,
+) {
+    let world_size = group.len();
+    let outcomes = all(group, |rank, member| {
+        let device = device();
+        let mut group = Staged::new(member);
+        // Rank r brings columns 10 r … 10 r + r of three rows.
+        let widths: Vec<usize> = (0..world_size).map(|r| r + 1).collect();
+        let value = |row: usize, rank: usize, col: usize| (100 * row + 10 * rank + col) as f32;
+        let mine: Vec<f32> =
+            (0..3).flat_map(|row| (0..rank + 1).map(move |c| value(row, rank, c))).collect();
+        let x = Tensor::from_host(&device, rank + 1, &mine).unwrap();
+        let total = widths.iter().sum();
+        let mut out = Tensor::zeros(&device, 4, total).unwrap();
+        out.rows = 3;
+        Collective::<B>::all_gather_cols(&mut group, &device, &mut out, &x, &widths).unwrap();
+        let mut got = vec![0.0; 3 * total];
+        device.read_floats(&mut got, &out.data).unwrap();
+        let want: Vec<f32> = (0..3)
+            .flat_map(|row| {
+                (0..world_size).flat_map(move |r| (0..r + 1).map(move |c| value(row, r, c)))
+            })
+            .collect();
+        assert_eq!(got, want);
+        // Rows past those in use take no part in a sum.
+        let mut x = Tensor::from_host(&device, 2, &[1.0, 2.0, 3.0, 4.0, 7.0, 7.0]).unwrap();
+        x.rows = 2;
+        Collective::<B>::all_reduce_sum(&mut group, &device, &mut x).unwrap();
+        let mut got = vec![0.0; 6];
+        device.read_floats(&mut got, &x.data).unwrap();
+        let n = world_size as f32;
+        assert_eq!(got, [n, 2.0 * n, 3.0 * n, 4.0 * n, 7.0, 7.0]);
+        out.rows = 1;
+        let wrong = Collective::<B>::all_gather_cols(&mut group, &device, &mut out, &x, &widths);
+        assert!(wrong.is_err());
+    });
+    assert!(outcomes.into_iter().all(|o| o.is_ok()));
+}
+
+#[test]
+fn tensors_are_exchanged_through_the_host() {
+    let config = CpuConfig { threads: 1, precision: Precision::Fast, isa: Isa::detect() };
+    for world_size in 1..=3 {
+        tensors_are_exchanged(Threads::group(world_size), || Plain);
+        tensors_are_exchanged(Threads::group(world_size), || Cpu::new(config).unwrap());
+        tensors_are_exchanged(tcp_group(world_size, LONG), || Plain);
+    }
+}

@@ -1,0 +1,342 @@
+//! Products of every format against the plain oracle.
+
+use super::*;
+use half::{bf16, f16};
+use kernels::{Format, plain::dequant::dequantize_row};
+use std::borrow::Cow;
+
+const FORMATS: [Format; 11] = [
+    Format::F32,
+    Format::F16,
+    Format::Bf16,
+    Format::Q4_0,
+    Format::Q4_1,
+    Format::Q5_0,
+    Format::Q5_1,
+    Format::Q8_0,
+    Format::Q4K,
+    Format::Q5K,
+    Format::Q6K,
+];
+
+/// xorshift: the tests need many different numbers, not good ones.
+struct Numbers(u64);
+
+impl Numbers {
+    fn bits(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    /// In [−1, 1).
+    fn next(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    fn floats(&mut self, len: usize) -> Vec<f32> {
+        (0..len).map(|_| self.next()).collect()
+    }
+
+    /// Rows of whole blocks: random bits, scales of a sensible size.
+    fn stored(&mut self, format: Format, rows: usize, cols: usize) -> Vec<u8> {
+        let blocks = rows * cols / format.block_elements();
+        let mut bytes = Vec::new();
+        for _ in 0..blocks {
+            let mut block: Vec<u8> = (0..format.block_bytes()).map(|_| self.bits() as u8).collect();
+            let halves: &[usize] = match format {
+                Format::F32 | Format::F16 | Format::Bf16 => &[],
+                Format::Q4_0 | Format::Q5_0 | Format::Q8_0 => &[0],
+                Format::Q4_1 | Format::Q5_1 | Format::Q4K | Format::Q5K => &[0, 2],
+                Format::Q6K => &[208],
+            };
+            for &at in halves {
+                block[at..at + 2].copy_from_slice(&f16::from_f32(self.next()).to_le_bytes());
+            }
+            match format {
+                Format::F32 => block.copy_from_slice(&self.next().to_le_bytes()),
+                Format::F16 => block.copy_from_slice(&f16::from_f32(self.next()).to_le_bytes()),
+                Format::Bf16 => block.copy_from_slice(&bf16::from_f32(self.next()).to_le_bytes()),
+                _ => {}
+            }
+            bytes.extend(block);
+        }
+        bytes
+    }
+
+    fn part(
+        &mut self,
+        format: Format,
+        rows: usize,
+        stored: usize,
+        cols: Range<usize>,
+    ) -> WeightPart<'static> {
+        let data = Cow::Owned(self.stored(format, rows, stored));
+        WeightPart { format, rows, stored_cols: stored, cols, data }
+    }
+}
+
+/// The rows of `parts`, as the formats mean them.
+fn dequantized(parts: &[WeightPart<'_>]) -> Vec<Vec<f32>> {
+    let mut rows = Vec::new();
+    for part in parts {
+        let bytes = part.stored_cols / part.format.block_elements() * part.format.block_bytes();
+        for n in 0..part.rows {
+            let mut row = vec![0.0; part.stored_cols];
+            dequantize_row(part.format, &part.data[n * bytes..][..bytes], &mut row);
+            rows.push(row[part.cols.clone()].to_vec());
+        }
+    }
+    rows
+}
+
+fn isas() -> impl Iterator<Item = Isa> {
+    Isa::ALL.into_iter().filter(|&isa| isa <= Isa::detect())
+}
+
+fn product(
+    threads: usize,
+    isa: Isa,
+    weight: &CpuWeight,
+    x: &[f32],
+    bias: Option<&[f32]>,
+) -> Vec<f32> {
+    let rows = x.len() / weight.cols();
+    let mut out = vec![f32::NAN; rows * weight.rows()];
+    let pool = Pool::new(threads).unwrap();
+    let product = Product { x, rows, weight, bias };
+    linear(&pool, isa, &mut LinearScratch::default(), &mut out, product).unwrap();
+    out
+}
+
+/// Columns in use of a stored row: with K-quants they start and end inside a super-block.
+fn columns(format: Format) -> (usize, Range<usize>) {
+    match format {
+        Format::F32 | Format::F16 | Format::Bf16 => (339, 1..338),
+        _ if format.block_elements() == 32 => (384, 32..352),
+        _ => (768, 96..544),
+    }
+}
+
+#[test]
+fn packing_keeps_every_value() {
+    let mut numbers = Numbers(1);
+    for format in FORMATS {
+        let (stored, cols) = columns(format);
+        let parts =
+            [numbers.part(format, 19, stored, cols.clone()), numbers.part(format, 1, stored, cols)];
+        let weight = CpuWeight::pack(&parts, Precision::Exact).unwrap();
+        assert_eq!(weight.rows(), 20);
+        for (n, expected) in dequantized(&parts).iter().enumerate() {
+            let mut row = vec![f32::NAN; weight.cols()];
+            weight.read_row(n, &mut row);
+            assert!(row == *expected, "{format:?} row {n}");
+        }
+    }
+}
+
+/// How far `Fast` may be off: half a step of the rounded activation times each weight.
+fn rounding(format: Format, x: &[f32], row: &[f32]) -> f64 {
+    let error = |x: f32, block: &[f32]| match format {
+        Format::F32 | Format::F16 => 0.0,
+        Format::Bf16 => f64::from(x.abs()) / 256.0,
+        _ => f64::from(block.iter().fold(0f32, |max, x| max.max(x.abs()))) / 127.0 * 0.501,
+    };
+    x.chunks(32)
+        .zip(row.chunks(32))
+        .flat_map(|(x, w)| x.iter().zip(w).map(move |(&v, &w)| error(v, x) * f64::from(w.abs())))
+        .sum()
+}
+
+fn check(format: Format, precision: Precision, rows: usize, numbers: &mut Numbers) {
+    let (stored, cols) = columns(format);
+    let parts = [numbers.part(format, 37, stored, cols)];
+    let weight = CpuWeight::pack(&parts, precision).unwrap();
+    let (x, bias) = (numbers.floats(rows * weight.cols()), numbers.floats(37));
+    let dequantized = dequantized(&parts);
+    for isa in isas() {
+        let out = product(1, isa, &weight, &x, Some(&bias));
+        for (x, out) in x.chunks(weight.cols()).zip(out.chunks(37)) {
+            for (n, row) in dequantized.iter().enumerate() {
+                let terms = || x.iter().zip(row).map(|(&x, &w)| f64::from(x) * f64::from(w));
+                let sum = f64::from(bias[n]) + terms().sum::<f64>();
+                let mut bound = 1e-5 * (1.0 + terms().map(f64::abs).sum::<f64>());
+                if precision == Precision::Fast {
+                    bound += rounding(format, x, row);
+                }
+                let error = (f64::from(out[n]) - sum).abs();
+                assert!(
+                    error <= bound,
+                    "{format:?} {precision:?} {isa:?} {rows} rows: {} for {sum}, bound {bound}",
+                    out[n]
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn products_are_right() {
+    let mut numbers = Numbers(2);
+    for format in FORMATS {
+        for rows in [1, 2, 3, 15, 16, 17, 33, 100] {
+            check(format, Precision::Exact, rows, &mut numbers);
+            check(format, Precision::Fast, rows, &mut numbers);
+        }
+    }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+#[test]
+fn a_row_is_the_same_alone_and_among_others() {
+    let mut numbers = Numbers(3);
+    for format in FORMATS {
+        let (stored, cols) = columns(format);
+        let parts = [numbers.part(format, 53, stored, cols)];
+        for precision in [Precision::Fast, Precision::Exact] {
+            let weight = CpuWeight::pack(&parts, precision).unwrap();
+            let k = weight.cols();
+            let x = numbers.floats(70 * k);
+            for isa in isas() {
+                let all = product(1, isa, &weight, &x, None);
+                assert!(bits(&all) == bits(&product(3, isa, &weight, &x, None)), "threads");
+                for chunk in [1, 2, 5, 7, 12, 16, 23, 64] {
+                    let parts = x.chunks(chunk * k);
+                    let cut = parts.flat_map(|x| product(2, isa, &weight, x, None));
+                    let cut: Vec<f32> = cut.collect();
+                    assert!(bits(&all) == bits(&cut), "{format:?} {precision:?} {isa:?} {chunk}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn instruction_sets_agree_bit_for_bit() {
+    let mut numbers = Numbers(4);
+    for format in FORMATS {
+        let (stored, cols) = columns(format);
+        let parts = [numbers.part(format, 21, stored, cols)];
+        for precision in [Precision::Fast, Precision::Exact] {
+            let weight = CpuWeight::pack(&parts, precision).unwrap();
+            for rows in [1, 3, 40] {
+                let x = numbers.floats(rows * weight.cols());
+                let portable = product(1, Isa::Portable, &weight, &x, None);
+                for isa in isas() {
+                    if (format, precision, isa) == (Format::Bf16, Precision::Fast, Isa::Amx) {
+                        continue; // rounds activations
+                    }
+                    let out = product(1, isa, &weight, &x, None);
+                    assert!(bits(&portable) == bits(&out), "{format:?} {precision:?} {isa:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn parts_of_different_formats_stack() {
+    let mut numbers = Numbers(5);
+    let parts = [
+        numbers.part(Format::Q5_0, 30, 256, 0..256),
+        numbers.part(Format::Q8_0, 3, 256, 0..256),
+        numbers.part(Format::Q6K, 18, 512, 128..384),
+        numbers.part(Format::Bf16, 5, 256, 0..256),
+        numbers.part(Format::F32, 2, 300, 44..300),
+    ];
+    for precision in [Precision::Fast, Precision::Exact] {
+        let weight = CpuWeight::pack(&parts, precision).unwrap();
+        for rows in [1, 20] {
+            let x = numbers.floats(rows * 256);
+            for isa in isas() {
+                let out = product(2, isa, &weight, &x, None);
+                let mut first = 0;
+                for part in &parts {
+                    let one = CpuWeight::pack(std::slice::from_ref(part), precision).unwrap();
+                    let expected = product(1, isa, &one, &x, None);
+                    for (row, expected) in expected.chunks(part.rows).enumerate() {
+                        let found = &out[row * weight.rows() + first..][..part.rows];
+                        assert!(bits(found) == bits(expected), "{:?} {isa:?}", part.format);
+                    }
+                    first += part.rows;
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn extreme_values_stay_in_their_rows() {
+    let mut numbers = Numbers(6);
+    for format in FORMATS {
+        let (stored, cols) = columns(format);
+        let parts = [numbers.part(format, 18, stored, cols)];
+        for precision in [Precision::Fast, Precision::Exact] {
+            let weight = CpuWeight::pack(&parts, precision).unwrap();
+            let k = weight.cols();
+            let mut x = numbers.floats(20 * k);
+            x[..k].fill(0.0);
+            x[k..2 * k].fill(1e-42);
+            x[2 * k..3 * k].fill(3e38);
+            x[3 * k + 7] = f32::NAN;
+            x[4 * k + 9] = f32::INFINITY;
+            for isa in isas() {
+                let out = product(2, isa, &weight, &x, None);
+                let row = |row: usize| &out[row * 18..][..18];
+                assert!(row(0).iter().all(|&v| v == 0.0), "{format:?} {isa:?}");
+                assert!(row(1).iter().all(|v| v.abs() < 1e-30), "{format:?} {isa:?}");
+                assert!(row(3).iter().all(|v| v.is_nan()), "{format:?} {isa:?}");
+                assert!(row(4).iter().all(|v| !v.is_finite()), "{format:?} {isa:?}");
+                assert!(out[5 * 18..].iter().all(|v| v.is_finite()), "{format:?} {isa:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn empty_shapes_are_no_work() {
+    let weight = CpuWeight::pack(&[], Precision::Fast).unwrap();
+    assert_eq!((weight.rows(), weight.cols(), weight.bytes()), (0, 0, 0));
+    let part = Numbers(7).part(Format::Q4_0, 5, 64, 0..64);
+    let weight = CpuWeight::pack(&[part], Precision::Fast).unwrap();
+    assert!(product(2, Isa::detect(), &weight, &[], None).is_empty());
+    let part = Numbers(8).part(Format::Q4_0, 5, 64, 32..32);
+    let weight = CpuWeight::pack(&[part], Precision::Fast).unwrap();
+    let mut out = [f32::NAN; 15];
+    let product = Product { x: &[], rows: 3, weight: &weight, bias: None };
+    linear(&Pool::new(2).unwrap(), Isa::detect(), &mut LinearScratch::default(), &mut out, product)
+        .unwrap();
+    assert_eq!(out, [0.0; 15]);
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let mut numbers = Numbers(9);
+    let good = numbers.part(Format::Q4K, 4, 512, 0..512);
+    let refused = |part: WeightPart<'_>| {
+        matches!(CpuWeight::pack(&[part], Precision::Fast), Err(KernelError::Weight(_)))
+    };
+    assert!(refused(WeightPart { cols: 16..512, ..good.clone() }));
+    assert!(refused(WeightPart { cols: 0..544, ..good.clone() }));
+    assert!(refused(WeightPart { stored_cols: 300, cols: 0..32, ..good.clone() }));
+    assert!(refused(WeightPart { rows: 5, ..good.clone() }));
+    assert!(refused(WeightPart { rows: usize::MAX, ..good.clone() }));
+    let narrow = WeightPart { cols: 0..480, ..good.clone() };
+    assert!(CpuWeight::pack(&[good.clone(), narrow], Precision::Fast).is_err());
+
+    let weight = CpuWeight::pack(&[good], Precision::Fast).unwrap();
+    let x = [0.0; 1024];
+    let run = |out: &mut [f32], rows, bias| {
+        let product = Product { x: &x, rows, weight: &weight, bias };
+        linear(&Pool::new(1).unwrap(), Isa::detect(), &mut LinearScratch::default(), out, product)
+    };
+    assert!(run(&mut [0.0; 8], 2, None).is_ok());
+    assert!(run(&mut [0.0; 7], 2, None).is_err());
+    assert!(run(&mut [0.0; 12], 3, None).is_err());
+    assert!(run(&mut [0.0; 8], 2, Some(&[0.0; 3])).is_err());
+    assert!(run(&mut [0.0; 8], usize::MAX, None).is_err());
+}

@@ -1,0 +1,277 @@
+//! The ops of [`Backend`] on a [`Driver`].
+
+use super::{
+    Array, CudaKv, Driver, Element, Floats, Ints, KvFormat, PrefillKernel, SampleRoom,
+    WeightFormat, attention, linear,
+};
+use kernels::{
+    Backend, Batch, Heads, KernelError, Rotation, Tensor, WeightPart,
+    sampling::{Refused, SampleRequest, Sampled},
+    shape,
+};
+use std::sync::{Mutex, PoisonError};
+
+/// How a device is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CudaConfig {
+    pub kv_format: KvFormat,
+    pub prefill: PrefillKernel,
+    pub weights: WeightFormat,
+}
+
+impl Default for CudaConfig {
+    /// bf16 throughout, the fastest kernels.
+    fn default() -> Self {
+        Self {
+            kv_format: KvFormat::Bf16,
+            prefill: PrefillKernel::Fastest,
+            weights: WeightFormat::Bf16,
+        }
+    }
+}
+
+/// One CUDA device, real or emulated.
+pub struct Cuda<D: Driver> {
+    pub(super) driver: D,
+    pub(super) config: CudaConfig,
+    /// What split attention and others leave for a second kernel; grows to the largest need seen.
+    workspace: Mutex<Option<Array<D>>>,
+}
+
+impl<D: Driver> Cuda<D> {
+    pub fn new(driver: D, config: CudaConfig) -> Self {
+        Self { driver, config, workspace: Mutex::new(None) }
+    }
+
+    pub fn driver(&self) -> &D {
+        &self.driver
+    }
+
+    /// The address of at least `bytes` that the kernels of one op may use; the next op overwrites
+    /// them.
+    pub(super) fn workspace(&self, bytes: usize) -> Result<u64, KernelError> {
+        let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+        let large_enough = workspace.take().filter(|array| array.bytes() >= bytes);
+        let array = match large_enough {
+            Some(array) => array,
+            // To the next power of two, so that few steps come here.
+            None => Array::zeroed(&self.driver, "the workspace", bytes.next_power_of_two())?,
+        };
+        let address = array.address(&self.driver);
+        *workspace = Some(array);
+        Ok(address)
+    }
+
+    /// The address of a tensor's first element.
+    pub(super) fn at(&self, tensor: &Tensor<Self>) -> u64 {
+        tensor.data.address(&self.driver)
+    }
+}
+
+impl<D: Driver> Backend for Cuda<D> {
+    type Floats = Floats<D>;
+    type Ints = Ints<D>;
+    type Weight = linear::Weight<D>;
+    type Kv = CudaKv<D>;
+    type Cuts = attention::Cuts<D>;
+    type Sampling = SampleRoom<D>;
+
+    fn floats(&self, len: usize) -> Result<Floats<D>, KernelError> {
+        Floats::zeroed(&self.driver, len, Element::Bf16)
+    }
+
+    fn exact_floats(&self, len: usize) -> Result<Floats<D>, KernelError> {
+        Floats::zeroed(&self.driver, len, Element::F32)
+    }
+
+    fn ints(&self, len: usize) -> Result<Ints<D>, KernelError> {
+        Ints::zeroed(&self.driver, len)
+    }
+
+    fn write_floats(&self, to: &mut Floats<D>, values: &[f32]) -> Result<(), KernelError> {
+        to.write(&self.driver, values)
+    }
+
+    fn write_ints(&self, to: &mut Ints<D>, values: &[i32]) -> Result<(), KernelError> {
+        to.write(&self.driver, values)
+    }
+
+    fn read_floats(&self, to: &mut [f32], from: &Floats<D>) -> Result<(), KernelError> {
+        from.read(&self.driver, to)
+    }
+
+    fn weight(&self, parts: &[WeightPart<'_>]) -> Result<linear::Weight<D>, KernelError> {
+        linear::Weight::upload(self, parts, self.config.weights)
+    }
+
+    fn table(&self, parts: &[WeightPart<'_>]) -> Result<linear::Weight<D>, KernelError> {
+        linear::Weight::upload(self, parts, WeightFormat::Bf16)
+    }
+
+    fn kv(&self, blocks: usize, heads: Heads) -> Result<CudaKv<D>, KernelError> {
+        CudaKv::zeroed(&self.driver, self.config.kv_format, blocks, heads)
+    }
+
+    fn kv_block_bytes(&self, heads: Heads) -> usize {
+        self.config.kv_format.block_bytes(heads)
+    }
+
+    fn cuts(&self, tokens_max: usize, sequences_max: usize) -> Result<Self::Cuts, KernelError> {
+        attention::Cuts::room(&self.driver, tokens_max, sequences_max)
+    }
+
+    fn cut(&self, batch: &mut Batch<Self>) -> Result<(), KernelError> {
+        attention::cut(&self.driver, batch)
+    }
+
+    fn embed(
+        &self,
+        out: &mut Tensor<Self>,
+        table: &linear::Weight<D>,
+        first_id: usize,
+        batch: &Batch<Self>,
+    ) -> Result<(), KernelError> {
+        shape::embed(out, table.cols(), batch)?;
+        self.embed_rows(out, table, first_id, batch)
+    }
+
+    fn rms_norm(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        weight: &Tensor<Self>,
+        eps: f32,
+    ) -> Result<(), KernelError> {
+        shape::rms_norm(out, x, weight)?;
+        self.norm(out, x, weight, eps)
+    }
+
+    fn linear(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        weight: &linear::Weight<D>,
+        bias: Option<&Tensor<Self>>,
+    ) -> Result<(), KernelError> {
+        shape::linear(out, x, (weight.rows(), weight.cols()), bias)?;
+        self.product(out, x, weight, bias)
+    }
+
+    fn qk_norm(
+        &self,
+        qkv: &mut Tensor<Self>,
+        q: &Tensor<Self>,
+        k: &Tensor<Self>,
+        eps: f32,
+        heads: Heads,
+    ) -> Result<(), KernelError> {
+        shape::qk_norm(qkv, q, k, heads)?;
+        self.norm_heads(qkv, (q, k, eps), heads)
+    }
+
+    fn rope(
+        &self,
+        qkv: &mut Tensor<Self>,
+        cos_sin: &Tensor<Self>,
+        batch: &Batch<Self>,
+        heads: Heads,
+    ) -> Result<(), KernelError> {
+        shape::rope(qkv, cos_sin, batch, heads)?;
+        let rotation = Rotation { norm: None, cos_sin, heads };
+        self.rotate(None, qkv, &rotation, batch)
+    }
+
+    fn store_kv(
+        &self,
+        kv: &mut CudaKv<D>,
+        qkv: &Tensor<Self>,
+        batch: &Batch<Self>,
+        heads: Heads,
+    ) -> Result<(), KernelError> {
+        shape::store_kv(qkv, kv.heads(), batch, heads)?;
+        self.store(kv, qkv, batch, heads)
+    }
+
+    fn attention(
+        &self,
+        out: &mut Tensor<Self>,
+        qkv: &Tensor<Self>,
+        kv: &CudaKv<D>,
+        batch: &Batch<Self>,
+        heads: Heads,
+        window: Option<usize>,
+    ) -> Result<(), KernelError> {
+        shape::attention(out, qkv, kv.heads(), batch, heads)?;
+        shape::window(window)?;
+        self.attend(out, &attention::Call { qkv, kv, batch, heads, window })
+    }
+
+    fn silu_mul(&self, out: &mut Tensor<Self>, x: &Tensor<Self>) -> Result<(), KernelError> {
+        shape::silu_mul(out, x)?;
+        self.gate(out, x)
+    }
+
+    fn add(&self, x: &mut Tensor<Self>, delta: &Tensor<Self>) -> Result<(), KernelError> {
+        shape::add(x, delta)?;
+        self.add_to(x, delta)
+    }
+
+    fn add_rms_norm(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &mut Tensor<Self>,
+        delta: &Tensor<Self>,
+        weight: &Tensor<Self>,
+        eps: f32,
+    ) -> Result<(), KernelError> {
+        shape::add(x, delta)?;
+        shape::rms_norm(out, x, weight)?;
+        self.add_norm(out, (x, delta), weight, eps)
+    }
+
+    fn rotate_and_store(
+        &self,
+        kv: &mut CudaKv<D>,
+        qkv: &mut Tensor<Self>,
+        rotation: &Rotation<'_, Self>,
+        batch: &Batch<Self>,
+    ) -> Result<(), KernelError> {
+        let heads = rotation.heads;
+        if let Some((q, k, _)) = rotation.norm {
+            shape::qk_norm(qkv, q, k, heads)?;
+        }
+        shape::rope(qkv, rotation.cos_sin, batch, heads)?;
+        shape::store_kv(qkv, kv.heads(), batch, heads)?;
+        self.rotate(Some(kv), qkv, rotation, batch)
+    }
+
+    fn gather_rows(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        batch: &Batch<Self>,
+        first: usize,
+        len: usize,
+    ) -> Result<(), KernelError> {
+        shape::gather_rows(out, x, batch, first, len)?;
+        self.gather(out, x, batch, first)
+    }
+
+    fn sampling(
+        &self,
+        rows_max: usize,
+        vocab: usize,
+        drawable: usize,
+    ) -> Result<Option<SampleRoom<D>>, KernelError> {
+        self.sample_room(rows_max, vocab, drawable).map(Some)
+    }
+
+    fn sample(
+        &self,
+        room: &mut SampleRoom<D>,
+        logits: &mut Tensor<Self>,
+        requests: &[SampleRequest<'_>],
+    ) -> Result<Vec<Result<Sampled, Refused>>, KernelError> {
+        self.choose(room, logits, requests)
+    }
+}

@@ -1,0 +1,187 @@
+//! The real device: NVIDIA's driver, opened at run time, and the kernels embedded in this binary.
+//!
+//! One device, one stream, work in the order of the calls. Nothing waits for the device without a
+//! deadline; a device that failed or hung refuses all further work, since its memory can no longer
+//! be trusted. No CUDA library is linked: where one is missing, opening says which and what to do.
+
+mod blas;
+mod context;
+mod functions;
+mod memory;
+
+use super::{Driver, Facts, Gemm, Launch};
+use blas::Blas;
+use context::{Context, Event, call};
+use cudarc::driver::sys;
+use functions::Functions;
+use kernels::KernelError;
+pub use memory::Memory;
+use memory::{Downloads, Uploads};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+/// Which device, and how long it may keep the host waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GpuConfig {
+    /// As the driver counts, from 0.
+    pub ordinal: usize,
+    /// A device that has not finished after this is taken for hung.
+    pub wait_limit: Duration,
+}
+
+impl GpuConfig {
+    /// The longest step takes seconds; 30 of them are a hang.
+    pub fn new(ordinal: usize) -> Self {
+        Self { ordinal, wait_limit: Duration::from_secs(30) }
+    }
+}
+
+/// One CUDA device.
+pub struct Gpu {
+    // Before the context, which they need to end.
+    functions: Functions,
+    uploads: Mutex<Uploads>,
+    downloads: Mutex<Downloads>,
+    /// Opened by the first product.
+    blas: Mutex<Option<Blas>>,
+    timers: (Event, Event),
+    facts: Facts,
+    context: Arc<Context>,
+}
+
+impl Gpu {
+    /// How many devices there are.
+    ///
+    /// # Errors
+    /// `KernelError::Device` says what is missing where there are none.
+    pub fn count() -> Result<usize, KernelError> {
+        context::count()
+    }
+
+    /// Opens a device and loads every kernel's name.
+    ///
+    /// # Errors
+    /// `KernelError::Device` says what is missing: the driver, a newer one, the device, or kernels
+    /// for it.
+    pub fn open(config: GpuConfig) -> Result<Self, KernelError> {
+        let (context, facts) = Context::open(config)?;
+        let context = Arc::new(context);
+        Ok(Self {
+            functions: Functions::load(&context)?,
+            uploads: Mutex::new(Uploads::new(&context)?),
+            downloads: Mutex::new(Downloads::new(&context)?),
+            blas: Mutex::new(None),
+            timers: (Event::timed(&context)?, Event::timed(&context)?),
+            facts,
+            context,
+        })
+    }
+
+    /// Bytes that can still be allocated.
+    ///
+    /// # Errors
+    /// `KernelError::Device` where the device has failed.
+    pub fn free_bytes(&self) -> Result<u64, KernelError> {
+        self.context.enter()?;
+        let (mut free, mut total) = (0, 0);
+        call!(self.context, "asking for free memory", cuMemGetInfo_v2(&mut free, &mut total))?;
+        Ok(free as u64)
+    }
+
+    /// Copies between allocations of this device, as fast as it can: to the start of one, from an
+    /// offset on in the other.
+    ///
+    /// # Errors
+    /// `KernelError::Device` where either is shorter, or the device fails.
+    pub fn copy(
+        &self,
+        to: &Memory,
+        (from, offset): (&Memory, usize),
+        bytes: usize,
+    ) -> Result<(), KernelError> {
+        self.context.enter()?;
+        let (to, from) = (to.at(0, bytes)?, from.at(offset, bytes)?);
+        let stream = self.context.stream();
+        call!(self.context, "a copy", cuMemcpyDtoDAsync_v2(to, from, bytes, stream))
+    }
+
+    /// How long the device takes for what `work` launches.
+    ///
+    /// # Errors
+    /// What `work` says; `KernelError::Device` where the device fails.
+    pub fn time(
+        &self,
+        work: &mut dyn FnMut() -> Result<(), KernelError>,
+    ) -> Result<Duration, KernelError> {
+        let (start, end) = &self.timers;
+        start.record(&self.context)?;
+        work()?;
+        end.record(&self.context)?;
+        self.context.wait(end)?;
+        end.since(start, &self.context)
+    }
+
+    /// Waits until all work so far is done.
+    ///
+    /// # Errors
+    /// `KernelError::Device` where some of it failed, or the device hangs.
+    pub fn settle(&self) -> Result<(), KernelError> {
+        self.context.settle()
+    }
+
+    /// Versions, for reports.
+    ///
+    /// # Errors
+    /// `KernelError::Device` where the driver does not say.
+    pub fn driver_version(&self) -> Result<String, KernelError> {
+        let version = context::version()?;
+        Ok(format!("{}.{}", version / 1000, version % 1000 / 10))
+    }
+}
+
+impl Driver for Gpu {
+    type Memory = Memory;
+
+    fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    fn zeroed(&self, what: &'static str, bytes: usize) -> Result<Memory, KernelError> {
+        Memory::zeroed(&self.context, what, bytes)
+    }
+
+    fn address(&self, memory: &Memory) -> u64 {
+        memory.address()
+    }
+
+    fn write(&self, to: &Memory, offset: usize, bytes: &[u8]) -> Result<(), KernelError> {
+        self.context.enter()?;
+        let address = to.at(offset, bytes.len())?;
+        let mut uploads = self.uploads.lock().unwrap_or_else(PoisonError::into_inner);
+        uploads.send(&self.context, address, bytes)
+    }
+
+    fn read(&self, to: &mut [u8], from: &Memory, offset: usize) -> Result<(), KernelError> {
+        self.context.enter()?;
+        let address = from.at(offset, to.len())?;
+        let mut downloads = self.downloads.lock().unwrap_or_else(PoisonError::into_inner);
+        downloads.fetch(&self.context, address, to)
+    }
+
+    fn launch(&self, launch: Launch<'_>) -> Result<(), KernelError> {
+        self.context.enter()?;
+        self.functions.launch(&self.context, launch, self.facts.shared_bytes_max)
+    }
+
+    fn gemm(&self, gemm: Gemm) -> Result<(), KernelError> {
+        self.context.enter()?;
+        let mut blas = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
+        let blas = match &mut *blas {
+            Some(blas) => blas,
+            none => none.insert(Blas::open(&self.context)?),
+        };
+        blas.product(&self.context, gemm)
+    }
+}

@@ -1,0 +1,201 @@
+//! Device memory, and the pinned host memory through which bytes come and go.
+
+use super::{
+    context::{Context, Event, call},
+    sys,
+};
+use kernels::KernelError;
+use std::{ffi::c_void, ptr, slice, sync::Arc};
+
+/// Pinned bytes in one piece of a transfer.
+const PIECE_BYTES: usize = 4 << 20;
+
+/// Device memory, given back when dropped.
+pub struct Memory {
+    address: sys::CUdeviceptr,
+    bytes: usize,
+    context: Arc<Context>,
+}
+
+impl Memory {
+    pub(super) fn zeroed(
+        context: &Arc<Context>,
+        what: &'static str,
+        bytes: usize,
+    ) -> Result<Self, KernelError> {
+        context.enter()?;
+        let mut address = 0;
+        // The driver has no empty allocations; addresses are multiples of 256 at least.
+        // SAFETY: the context is current; the call writes an address.
+        let result = unsafe { sys::cuMemAlloc_v2(&mut address, bytes.max(1)) };
+        if result == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            return Err(KernelError::Memory { what, bytes });
+        }
+        context.check("allocating memory", result)?;
+        let memory = Self { address, bytes, context: Arc::clone(context) };
+        let stream = context.stream();
+        call!(context, "clearing memory", cuMemsetD8Async(address, 0, bytes.max(1), stream))?;
+        Ok(memory)
+    }
+
+    pub(super) fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// The address of `len` bytes from `offset` on.
+    pub(super) fn at(&self, offset: usize, len: usize) -> Result<u64, KernelError> {
+        if offset.checked_add(len).is_some_and(|end| end <= self.bytes) {
+            return Ok(self.address + offset as u64);
+        }
+        let bytes = self.bytes;
+        let text = format!("{len} bytes at {offset} of an allocation of {bytes}");
+        Err(KernelError::Device(text))
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // Where the device hangs, the process's end gives it back.
+        if self.context.settle().is_ok() {
+            // SAFETY: nobody else has the address, and the work that used it is done.
+            let result = unsafe { sys::cuMemFree_v2(self.address) };
+            // A failure is kept by the context, and returned by its next use.
+            drop(self.context.check("freeing memory", result));
+        }
+    }
+}
+
+/// Host memory that the device reads and writes by itself.
+struct Pinned {
+    start: *mut u8,
+    context: Arc<Context>,
+}
+
+// SAFETY: plain memory behind a pointer of its own.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    fn new(context: &Arc<Context>) -> Result<Self, KernelError> {
+        context.enter()?;
+        let mut start: *mut c_void = ptr::null_mut();
+        // Without flags: the host reads it too, which write-combined memory is slow at.
+        let what = "allocating pinned host memory";
+        call!(context, what, cuMemHostAlloc(&mut start, PIECE_BYTES, 0))?;
+        let pinned = Self { start: start.cast(), context: Arc::clone(context) };
+        // SAFETY: as many bytes were allocated; written before they are ever borrowed.
+        unsafe { pinned.start.write_bytes(0, PIECE_BYTES) };
+        Ok(pinned)
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: as many bytes, written when allocated; the device is done with those that the
+        // caller touches.
+        unsafe { slice::from_raw_parts_mut(self.start, PIECE_BYTES) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if self.context.settle().is_ok() {
+            // SAFETY: allocated by cuMemHostAlloc, and the work that used it is done.
+            let result = unsafe { sys::cuMemFreeHost(self.start.cast()) };
+            drop(self.context.check("freeing pinned memory", result));
+        }
+    }
+}
+
+/// Half of the way to the device.
+struct Half {
+    pinned: Pinned,
+    /// Behind the last copy out of it.
+    done: Event,
+    in_use: bool,
+}
+
+/// Bytes on their way to the device. Two halves take turns: the host fills one while the device
+/// reads the other.
+pub(super) struct Uploads {
+    halves: [Half; 2],
+    at: usize,
+    used: usize,
+}
+
+impl Uploads {
+    pub fn new(context: &Arc<Context>) -> Result<Self, KernelError> {
+        let half = || -> Result<Half, KernelError> {
+            let (pinned, done) = (Pinned::new(context)?, Event::new(context)?);
+            Ok(Half { pinned, done, in_use: false })
+        };
+        Ok(Self { halves: [half()?, half()?], at: 0, used: 0 })
+    }
+
+    /// Begins to copy; the bytes may change once it returns.
+    pub fn send(
+        &mut self,
+        context: &Context,
+        address: u64,
+        bytes: &[u8],
+    ) -> Result<(), KernelError> {
+        let mut address = address;
+        for piece in bytes.chunks(PIECE_BYTES) {
+            if self.used + piece.len() > PIECE_BYTES {
+                self.turn(context)?;
+            }
+            let place = &mut self.halves[self.at].pinned.bytes()[self.used..][..piece.len()];
+            place.copy_from_slice(piece);
+            let (from, stream) = (place.as_ptr().cast(), context.stream());
+            let what = "a copy to the device";
+            call!(context, what, cuMemcpyHtoDAsync_v2(address, from, piece.len(), stream))?;
+            self.used += piece.len().next_multiple_of(16);
+            address += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Goes on in the other half, once the device has read it.
+    fn turn(&mut self, context: &Context) -> Result<(), KernelError> {
+        let full = &mut self.halves[self.at];
+        full.done.record(context)?;
+        full.in_use = true;
+        self.at = 1 - self.at;
+        let next = &mut self.halves[self.at];
+        if next.in_use {
+            context.wait(&next.done)?;
+            next.in_use = false;
+        }
+        self.used = 0;
+        Ok(())
+    }
+}
+
+/// Bytes on their way from the device.
+pub(super) struct Downloads {
+    pinned: Pinned,
+    done: Event,
+}
+
+impl Downloads {
+    pub fn new(context: &Arc<Context>) -> Result<Self, KernelError> {
+        Ok(Self { pinned: Pinned::new(context)?, done: Event::new(context)? })
+    }
+
+    /// Copies once all work before is done.
+    pub fn fetch(
+        &mut self,
+        context: &Context,
+        address: u64,
+        to: &mut [u8],
+    ) -> Result<(), KernelError> {
+        let mut address = address;
+        for piece in to.chunks_mut(PIECE_BYTES) {
+            let (at, stream) = (self.pinned.start.cast(), context.stream());
+            let what = "a copy from the device";
+            call!(context, what, cuMemcpyDtoHAsync_v2(at, address, piece.len(), stream))?;
+            self.done.record(context)?;
+            context.wait(&self.done)?;
+            piece.copy_from_slice(&self.pinned.bytes()[..piece.len()]);
+            address += piece.len() as u64;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,120 @@
+//! What launchers need of a device: memory, launches and one matrix product.
+
+use super::Element;
+use kernels::KernelError;
+use std::ffi::c_void;
+
+/// What a launcher may ask about the device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// As the driver reports it, e.g. "NVIDIA H200".
+    pub name: String,
+    /// Major and minor, e.g. (9, 0).
+    pub compute_capability: (u32, u32),
+    pub multiprocessors: u32,
+    /// Shared memory that one block may ask for.
+    pub shared_bytes_max: u32,
+    pub memory_bytes: u64,
+}
+
+impl Facts {
+    /// Whether products in e4m3 take a scale for each row of both operands: cuBLASLt's "outer
+    /// vector scaling", which its documentation gives for Hopper.
+    pub fn fp8_products(&self) -> bool {
+        self.compute_capability.0 == 9
+    }
+}
+
+/// One kernel on a grid of blocks. Launches of one driver run one after another.
+#[derive(Clone, Copy)]
+pub struct Launch<'a> {
+    /// The kernel's name in `kernels/cuda`.
+    pub kernel: &'a str,
+    pub grid: [u32; 3],
+    /// In one block; the kernel's own number.
+    pub threads: u32,
+    /// Bytes of dynamic shared memory.
+    pub shared: u32,
+    args: *const c_void,
+    args_len: usize,
+    borrow: std::marker::PhantomData<&'a ()>,
+}
+
+impl<'a> Launch<'a> {
+    /// `args` is the kernel's only argument: a `#[repr(C)]` struct laid out as the kernel's.
+    pub fn new<A: Copy>(kernel: &'a str, grid: [u32; 3], threads: u32, args: &'a A) -> Self {
+        let (start, args_len) = (std::ptr::from_ref(args).cast(), size_of::<A>());
+        let borrow = std::marker::PhantomData;
+        Self { kernel, grid, threads, shared: 0, args: start, args_len, borrow }
+    }
+
+    #[must_use]
+    pub fn shared(mut self, bytes: u32) -> Self {
+        self.shared = bytes;
+        self
+    }
+
+    /// Where the argument lies, and its size.
+    pub fn args(&self) -> (*const c_void, usize) {
+        (self.args, self.args_len)
+    }
+}
+
+/// out [m, n] = x [m, k] · weight [n, k]ᵀ (+ bias [n]), row-major, f32 sums. Addresses are the
+/// device's.
+#[derive(Clone, Copy, Debug)]
+pub struct Gemm {
+    pub out: u64,
+    /// bf16 or f32; a bias goes with bf16 only.
+    pub out_element: Element,
+    pub x: u64,
+    pub weight: u64,
+    /// x and weight are bf16 where there are none, e4m3 where there are: then k and n are multiples
+    /// of 16, and the device is one with [`Facts::fp8_products`].
+    pub scales: Option<Scales>,
+    /// bf16.
+    pub bias: Option<u64>,
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+}
+
+/// What the rows of a product in e4m3 are multiplied by, in f32.
+#[derive(Clone, Copy, Debug)]
+pub struct Scales {
+    /// [m]
+    pub x: u64,
+    /// [n]
+    pub weight: u64,
+}
+
+/// A device. Work is done in the order of the calls; reads wait for it.
+pub trait Driver: Send + Sync + Sized + 'static {
+    /// Device memory, given back when dropped.
+    type Memory: Send + Sync;
+
+    fn facts(&self) -> &Facts;
+    /// `bytes` zeroed bytes, aligned to 256.
+    ///
+    /// # Errors
+    /// `KernelError::Memory` with `what` where there are not as many.
+    fn zeroed(&self, what: &'static str, bytes: usize) -> Result<Self::Memory, KernelError>;
+    /// The device's address of the first byte.
+    fn address(&self, memory: &Self::Memory) -> u64;
+    /// Writes from `offset` on.
+    ///
+    /// # Errors
+    /// `KernelError::Device` where the bytes do not fit or the device fails.
+    fn write(&self, to: &Self::Memory, offset: usize, bytes: &[u8]) -> Result<(), KernelError>;
+    /// Reads from `offset` on, once all work before is done.
+    ///
+    /// # Errors
+    /// `KernelError::Device` where there are fewer bytes or work before has failed.
+    fn read(&self, to: &mut [u8], from: &Self::Memory, offset: usize) -> Result<(), KernelError>;
+    /// # Errors
+    /// `KernelError::Device` where the kernel does not exist or the device refuses.
+    fn launch(&self, launch: Launch<'_>) -> Result<(), KernelError>;
+    /// # Errors
+    /// `KernelError::Device` where the device refuses.
+    fn gemm(&self, gemm: Gemm) -> Result<(), KernelError>;
+}

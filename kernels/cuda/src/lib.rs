@@ -1,0 +1,34 @@
+//! The CUDA backend: launchers of the kernels in `cu/`, bf16 activations.
+//!
+//! Launchers know kernels by name and talk to a [`Driver`]: the real one (`feature = "cuda"`) or
+//! the host emulation that tests use. They check shapes and indices, choose grids and pass one
+//! struct of arguments, laid out as the kernel's own. Nothing here waits for the device but reads.
+//!
+//! It refuses what no kernel was made for: odd head sizes, rows that are no multiple of 16 bytes.
+
+mod array;
+mod attention;
+mod backend;
+#[cfg(feature = "cuda")]
+mod device;
+mod driver;
+mod elementwise;
+mod fp8;
+mod int4;
+mod linear;
+mod norm;
+mod rope;
+mod rows;
+mod sampling;
+
+pub use array::{Array, Element, Floats, Ints};
+pub use attention::PrefillKernel;
+pub use backend::{Cuda, CudaConfig};
+#[cfg(feature = "cuda")]
+pub use device::{Gpu, GpuConfig};
+pub use driver::{Driver, Facts, Gemm, Launch, Scales};
+pub use fp8::{Fp8, Fp8Scaling};
+pub use int4::{FUSED_ROWS_MAX, Int4Layout, Int4Part};
+pub use linear::WeightFormat;
+pub use rope::{CudaKv, KvFormat};
+pub use sampling::SampleRoom;

@@ -1,0 +1,80 @@
+//! Weights on their way to the device.
+
+use crate::{Array, Cuda, Driver, Element, Fp8, Fp8Scaling, fp8::ScaledRows};
+use kernels::{Format, KernelError, WeightPart, plain::dequant};
+
+/// Rows are sent in pieces of about this size.
+const PIECE_BYTES: usize = 8 << 20;
+
+/// [N, K], row-major.
+pub(super) fn bf16<D: Driver>(
+    device: &Cuda<D>,
+    parts: &[WeightPart<'_>],
+    (rows, cols): (usize, usize),
+) -> Result<Array<D>, KernelError> {
+    let row_bytes = cols * Element::Bf16.bytes();
+    let values = Array::zeroed(device.driver(), "a weight", rows.saturating_mul(row_bytes))?;
+    pieces(parts, cols, |first, piece| {
+        device.driver().write(&values.memory, first * row_bytes, piece)
+    })?;
+    Ok(values)
+}
+
+/// [N, K] in e4m3, rounded on the device.
+pub(super) fn fp8<D: Driver>(
+    device: &Cuda<D>,
+    parts: &[WeightPart<'_>],
+    (rows, cols): (usize, usize),
+) -> Result<Fp8<D>, KernelError> {
+    let driver = device.driver();
+    let row_bytes = cols * Element::Bf16.bytes();
+    let piece_bytes = rows_each(row_bytes).min(rows) * row_bytes;
+    let piece_memory = Array::zeroed(driver, "a piece of a weight", piece_bytes)?;
+    let mut values = Fp8::zeros(device, (rows, cols), Fp8Scaling::Row)?;
+    let all = values.scaled_rows(device, piece_memory.address(driver));
+    pieces(parts, cols, |first, piece| {
+        piece_memory.write(driver, piece)?;
+        device.quantize_rows(&ScaledRows {
+            codes: all.codes + (first * cols) as u64,
+            scales: all.scales + (first * size_of::<f32>()) as u64,
+            rows: (piece.len() / row_bytes) as u64,
+            ..all
+        })
+    })?;
+    values.fill();
+    Ok(values)
+}
+
+fn rows_each(row_bytes: usize) -> usize {
+    (PIECE_BYTES / row_bytes).max(1)
+}
+
+/// Hands out all rows as bf16, some at a time, with the number of the first.
+fn pieces(
+    parts: &[WeightPart<'_>],
+    cols: usize,
+    mut take: impl FnMut(usize, &[u8]) -> Result<(), KernelError>,
+) -> Result<(), KernelError> {
+    let rows_each = rows_each(cols * Element::Bf16.bytes());
+    let (mut first, mut rounded) = (0, Vec::new());
+    for part in parts {
+        let mut stored = vec![0.0; part.stored_cols];
+        let as_stored = part.format == Format::Bf16 && part.cols == (0..part.stored_cols);
+        for start in (0..part.rows).step_by(rows_each) {
+            let end = (start + rows_each).min(part.rows);
+            if as_stored {
+                take(first, &part.data[start * part.row_bytes()..end * part.row_bytes()])?;
+            } else {
+                rounded.clear();
+                for row in start..end {
+                    dequant::dequantize_row(part.format, part.stored_row(row), &mut stored);
+                    let values = stored[part.cols.clone()].iter();
+                    rounded.extend(values.flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()));
+                }
+                take(first, &rounded)?;
+            }
+            first += end - start;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,294 @@
+//! Head norms, rotation and the KV cache's layout. Kernels: `rope.cu`.
+
+use super::{Array, Cuda, Driver, Element, Launch, elementwise::bf16_vectors, fp8::usable_scale};
+use kernels::{BLOCK_TOKENS, Batch, Heads, KernelError, Rotation, Tensor, host, shape};
+use kernels::{ShapeError, shape::ensure};
+
+/// How cached keys and values are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvFormat {
+    Bf16,
+    /// e4m3 with one scale for the layer's keys and one for its values.
+    Fp8,
+}
+
+impl KvFormat {
+    pub fn element_bytes(self) -> usize {
+        match self {
+            Self::Bf16 => 2,
+            Self::Fp8 => 1,
+        }
+    }
+
+    /// Bytes of K and V of one block.
+    pub fn block_bytes(self, heads: Heads) -> usize {
+        2 * BLOCK_TOKENS * heads.kv * heads.dim * self.element_bytes()
+    }
+}
+
+/// K and V of one layer, each [blocks, kv heads, 16, D].
+pub struct CudaKv<D: Driver> {
+    heads: Heads,
+    blocks: usize,
+    format: KvFormat,
+    keys: Array<D>,
+    values: Array<D>,
+    /// Of the cached e4m3: an element is code · scale.
+    key_scale: f32,
+    value_scale: f32,
+}
+
+impl<D: Driver> CudaKv<D> {
+    pub(super) fn zeroed(
+        driver: &D,
+        format: KvFormat,
+        blocks: usize,
+        heads: Heads,
+    ) -> Result<Self, KernelError> {
+        shape::heads("kv", heads)?;
+        let bytes = blocks * format.block_bytes(heads) / 2;
+        let keys = Array::zeroed(driver, "the KV cache", bytes)?;
+        Ok(Self {
+            heads,
+            blocks,
+            format,
+            keys,
+            values: Array::zeroed(driver, "the KV cache", bytes)?,
+            key_scale: 1.0,
+            value_scale: 1.0,
+        })
+    }
+
+    pub fn heads(&self) -> Heads {
+        self.heads
+    }
+
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    pub fn format(&self) -> KvFormat {
+        self.format
+    }
+
+    /// What a cached key is to be multiplied by; 1 for a bf16 cache.
+    pub fn key_scale(&self) -> f32 {
+        self.key_scale
+    }
+
+    /// What a cached value is to be multiplied by; 1 for a bf16 cache.
+    pub fn value_scale(&self) -> f32 {
+        self.value_scale
+    }
+
+    /// Scales of what is stored from now on; 1 and 1 at first. Only an empty cache may change them.
+    ///
+    /// # Errors
+    /// `KernelError::Shape` for a bf16 cache, and for scales that are not positive and finite.
+    pub fn set_scales(&mut self, key: f32, value: f32) -> Result<(), KernelError> {
+        const OP: &str = "kv scales";
+        ensure(OP, self.format == KvFormat::Fp8, || "a bf16 cache has none".into())?;
+        usable_scale(OP, key)?;
+        usable_scale(OP, value)?;
+        (self.key_scale, self.value_scale) = (key, value);
+        Ok(())
+    }
+
+    /// The stored keys, for tests that look at them or damage them.
+    pub fn keys(&self) -> &Array<D> {
+        &self.keys
+    }
+
+    /// As [`Self::keys`].
+    pub fn values(&self) -> &Array<D> {
+        &self.values
+    }
+}
+
+/// Threads in a block of the kernel.
+const THREADS: u32 = 128;
+/// Heads of a lane.
+const DEPTH: usize = 2;
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct RopeArgs {
+    qkv: u64,
+    q_norm: u64,
+    k_norm: u64,
+    cos_sin: u64,
+    rope_rows: u64,
+    q_scale: u64,
+    slots: u64,
+    keys: u64,
+    values: u64,
+    tokens: u32,
+    q_heads: u32,
+    kv_heads: u32,
+    first_head: u32,
+    end_head: u32,
+    token_warps: u32,
+    fp8: u32,
+    key_factor: f32,
+    value_factor: f32,
+    eps: f32,
+}
+
+/// Where the heads of a packed row are that a launch works on, of `heads` in all.
+#[derive(Clone, Copy)]
+struct Range {
+    heads: Heads,
+    first: usize,
+    end: usize,
+}
+
+impl Range {
+    /// Query and key heads.
+    fn rotated(heads: Heads) -> Self {
+        Self { heads, first: 0, end: heads.q + heads.kv }
+    }
+
+    /// Key and value heads.
+    fn stored(heads: Heads) -> Self {
+        Self { heads, first: heads.q, end: heads.q + 2 * heads.kv }
+    }
+
+    fn all(heads: Heads) -> Self {
+        Self { heads, first: 0, end: heads.q + 2 * heads.kv }
+    }
+}
+
+impl<D: Driver> Cuda<D> {
+    /// Norms the query and key heads.
+    pub(super) fn norm_heads(
+        &self,
+        qkv: &mut Tensor<Self>,
+        norm: (&Tensor<Self>, &Tensor<Self>, f32),
+        heads: Heads,
+    ) -> Result<(), KernelError> {
+        let args = self.with_norm(RopeArgs::default(), norm)?;
+        self.launch_heads("qk_norm", qkv, Range::rotated(heads), args)
+    }
+
+    /// Norms, rotates and, where there is a cache, stores.
+    pub(super) fn rotate(
+        &self,
+        kv: Option<&mut CudaKv<D>>,
+        qkv: &mut Tensor<Self>,
+        rotation: &Rotation<'_, Self>,
+        batch: &Batch<Self>,
+    ) -> Result<(), KernelError> {
+        let Rotation { norm, cos_sin, heads } = *rotation;
+        host::rope_rows(batch, cos_sin.rows)?;
+        f32s("cos_sin", cos_sin.data.element())?;
+        let mut args = RopeArgs {
+            cos_sin: self.at(cos_sin),
+            rope_rows: batch.rope_rows.address(&self.driver),
+            q_scale: self.q_scale(batch)?,
+            ..RopeArgs::default()
+        };
+        if let Some(norm) = norm {
+            args = self.with_norm(args, norm)?;
+        }
+        let Some(kv) = kv else {
+            return self.launch_heads("rope", qkv, Range::rotated(heads), args);
+        };
+        let args = self.with_cache(args, kv, batch)?;
+        self.launch_heads("rotate_and_store", qkv, Range::all(heads), args)
+    }
+
+    /// Stores keys and values as they are.
+    pub(super) fn store(
+        &self,
+        kv: &mut CudaKv<D>,
+        qkv: &Tensor<Self>,
+        batch: &Batch<Self>,
+        heads: Heads,
+    ) -> Result<(), KernelError> {
+        let args = self.with_cache(RopeArgs::default(), kv, batch)?;
+        self.launch_heads("store_kv", qkv, Range::stored(heads), args)
+    }
+
+    fn with_norm(
+        &self,
+        args: RopeArgs,
+        (q, k, eps): (&Tensor<Self>, &Tensor<Self>, f32),
+    ) -> Result<RopeArgs, KernelError> {
+        bf16_vectors("qk_norm", &[q, k])?;
+        Ok(RopeArgs { q_norm: self.at(q), k_norm: self.at(k), eps, ..args })
+    }
+
+    fn with_cache(
+        &self,
+        args: RopeArgs,
+        kv: &CudaKv<D>,
+        batch: &Batch<Self>,
+    ) -> Result<RopeArgs, KernelError> {
+        host::slots(batch, kv.blocks)?;
+        Ok(RopeArgs {
+            slots: batch.slots.address(&self.driver),
+            keys: kv.keys.address(&self.driver),
+            values: kv.values.address(&self.driver),
+            fp8: u32::from(kv.format == KvFormat::Fp8),
+            key_factor: kv.key_scale.recip(),
+            value_factor: kv.value_scale.recip(),
+            ..args
+        })
+    }
+
+    /// The address of the batch's factors on queries, or 0.
+    fn q_scale(&self, batch: &Batch<Self>) -> Result<u64, KernelError> {
+        let Some(scale) = &batch.q_scale else { return Ok(0) };
+        f32s("q_scale", scale.element())?;
+        let (room, tokens) = (scale.len(), batch.tokens);
+        ensure("rope", room >= tokens, || {
+            format!("q_scale needs {tokens} elements, its buffer has {room}")
+        })?;
+        Ok(scale.address(&self.driver))
+    }
+
+    fn launch_heads(
+        &self,
+        op: &'static str,
+        qkv: &Tensor<Self>,
+        range: Range,
+        args: RopeArgs,
+    ) -> Result<(), KernelError> {
+        bf16_vectors(op, &[qkv])?;
+        let Heads { q, kv, dim } = range.heads;
+        let kernel = match dim {
+            64 => "rope_d64",
+            128 => "rope_d128",
+            _ => return Err(unsupported(op, dim).into()),
+        };
+        let together = 32 / (dim / 16) * DEPTH;
+        let token_warps = (range.end - range.first).div_ceil(together);
+        let warps = qkv.rows * token_warps;
+        ensure(op, warps <= i32::MAX as usize, || {
+            format!("{} rows of {} heads, {} at most", qkv.rows, q + 2 * kv, i32::MAX)
+        })?;
+        if warps == 0 {
+            return Ok(());
+        }
+        let args = RopeArgs {
+            qkv: self.at(qkv),
+            tokens: qkv.rows as u32,
+            q_heads: q as u32,
+            kv_heads: kv as u32,
+            first_head: range.first as u32,
+            end_head: range.end as u32,
+            token_warps: token_warps as u32,
+            ..args
+        };
+        let blocks = warps.div_ceil(THREADS as usize / 32) as u32;
+        self.driver.launch(Launch::new(kernel, [blocks, 1, 1], THREADS, &args))
+    }
+}
+
+fn f32s(name: &str, element: Element) -> Result<(), ShapeError> {
+    ensure("rope", element == Element::F32, || format!("{name} is {element:?}, not f32"))
+}
+
+fn unsupported(op: &'static str, dim: usize) -> ShapeError {
+    ShapeError { op, detail: format!("no kernel for head_dim {dim}, only for 64 and 128") }
+}

@@ -1,0 +1,137 @@
+//! The device: opened once for all that a process runs, described, and timed.
+
+use checks::bench::{About, Run};
+use cuda::{Cuda, CudaConfig, Driver, Facts, Gemm, Gpu, GpuConfig, Launch};
+use kernels::KernelError;
+use std::{sync::Arc, time::Duration};
+
+/// Several times what any device caches.
+const FLUSH_BYTES: usize = 1 << 30;
+/// What is read then, to so few bytes that a cache hardly has any to write back.
+const READ_BYTES: usize = 512 << 20;
+const SMALL_BYTES: usize = 8 << 20;
+const COPY_BYTES: usize = 2 << 30;
+/// A copy of the ceiling takes a millisecond; the first ones find low clocks.
+const COPIES: usize = 200;
+const COPIES_TIMED: usize = 15;
+
+type Memory = <Gpu as Driver>::Memory;
+
+/// One device, however many checks or benches use it one after another: code is loaded once, and a
+/// sanitizer instruments it once.
+#[derive(Clone)]
+pub struct Card {
+    gpu: Arc<Gpu>,
+    config: GpuConfig,
+}
+
+impl Card {
+    pub fn open(ordinal: usize, wait_limit: Duration) -> Result<Self, KernelError> {
+        Self::with(GpuConfig { wait_limit, ..GpuConfig::new(ordinal) })
+    }
+
+    fn with(config: GpuConfig) -> Result<Self, KernelError> {
+        Ok(Self { gpu: Arc::new(Gpu::open(config)?), config })
+    }
+
+    /// Opened once more, with a stream of its own, where another backend is in use: ranks do not
+    /// share theirs.
+    ///
+    /// # Panics
+    /// Where that fails; checks have no other way to be told.
+    pub fn backend(&self, config: CudaConfig) -> Cuda<Self> {
+        let card = match Arc::strong_count(&self.gpu) {
+            1 => self.clone(),
+            _ => Self::with(self.config).unwrap_or_else(|error| panic!("{error}")),
+        };
+        Cuda::new(card, config)
+    }
+
+    pub fn about(&self, date: &str) -> Result<About, KernelError> {
+        let facts = self.facts();
+        let (major, minor) = facts.compute_capability;
+        Ok(About {
+            device: facts.name.clone(),
+            compute_capability: format!("{major}.{minor}"),
+            driver: self.gpu.driver_version()?,
+            date: date.to_owned(),
+            peer: None,
+        })
+    }
+
+    /// Waits for all work so far: a fault is told to whom it belongs.
+    pub fn settle(&self) -> Result<(), KernelError> {
+        self.gpu.settle()
+    }
+
+    /// Bytes read and written per second by the driver's own copy.
+    pub fn copy_rate(&self) -> Result<f64, KernelError> {
+        let room = || self.zeroed("a copy", COPY_BYTES);
+        let (from, to) = (room()?, room()?);
+        let mut times = Vec::new();
+        for _ in 0..COPIES {
+            times.push(self.gpu.time(&mut || self.gpu.copy(&to, (&from, 0), COPY_BYTES))?);
+        }
+        let mut times = times.split_off(COPIES - COPIES_TIMED);
+        times.sort();
+        Ok(2.0 * COPY_BYTES as f64 / times[COPIES_TIMED / 2].as_secs_f64())
+    }
+}
+
+impl Driver for Card {
+    type Memory = Memory;
+
+    fn facts(&self) -> &Facts {
+        self.gpu.facts()
+    }
+
+    fn zeroed(&self, what: &'static str, bytes: usize) -> Result<Memory, KernelError> {
+        self.gpu.zeroed(what, bytes)
+    }
+
+    fn address(&self, memory: &Memory) -> u64 {
+        self.gpu.address(memory)
+    }
+
+    fn write(&self, to: &Memory, offset: usize, bytes: &[u8]) -> Result<(), KernelError> {
+        self.gpu.write(to, offset, bytes)
+    }
+
+    fn read(&self, to: &mut [u8], from: &Memory, offset: usize) -> Result<(), KernelError> {
+        self.gpu.read(to, from, offset)
+    }
+
+    fn launch(&self, launch: Launch<'_>) -> Result<(), KernelError> {
+        self.gpu.launch(launch)
+    }
+
+    fn gemm(&self, gemm: Gemm) -> Result<(), KernelError> {
+        self.gpu.gemm(gemm)
+    }
+}
+
+/// Empties the device's caches and times a run by the device's own clock.
+pub struct Stopwatch {
+    from: Memory,
+    to: Memory,
+    small: Memory,
+}
+
+impl Stopwatch {
+    pub fn new(card: &Card) -> Result<Self, KernelError> {
+        let room = |bytes| card.zeroed("emptying caches", bytes);
+        Ok(Self { from: room(FLUSH_BYTES)?, to: room(FLUSH_BYTES)?, small: room(SMALL_BYTES)? })
+    }
+
+    /// A copy drives everything out of the caches, and reads drive out what it wrote: else the run
+    /// would pay for writing that back. Both are still busy while the run is launched, so that
+    /// launching is not timed.
+    pub fn time(&self, device: &Cuda<Card>, run: &mut Run<Card>) -> Result<Duration, KernelError> {
+        let gpu = &device.driver().gpu;
+        gpu.copy(&self.to, (&self.from, 0), FLUSH_BYTES)?;
+        for at in (0..READ_BYTES).step_by(SMALL_BYTES) {
+            gpu.copy(&self.small, (&self.from, at), SMALL_BYTES)?;
+        }
+        gpu.time(&mut || run(device))
+    }
+}
