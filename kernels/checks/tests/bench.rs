@@ -3,13 +3,11 @@
 use checks::bench::{self, About, Pace, Report, Scale};
 use cuda::{Cuda, CudaConfig};
 use emulate::{Emulator, PLAIN, Schedule};
-use std::{
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 fn device(config: CudaConfig) -> Cuda<Emulator> {
-    let emulator = Emulator::load(Path::new(PLAIN), Schedule::InTurn).expect("the library loads");
+    let emulator =
+        Emulator::load(&emulate::library(PLAIN), Schedule::InTurn).expect("the library loads");
     Cuda::new(emulator, config)
 }
 

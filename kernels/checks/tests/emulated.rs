@@ -3,16 +3,17 @@
 
 use checks::Check;
 use cuda::Cuda;
-use emulate::{ASAN, Emulator, LIBASAN, PLAIN, RACES, Schedule};
-use std::{env, path::Path, process::Command};
+use emulate::{ASAN, Emulator, PLAIN, RACES, Schedule, Variant, libasan, library};
+use std::{env, process::Command};
 
 /// Set for the process that runs under AddressSanitizer.
 const UNDER_ASAN: &str = "LOCKSTEP_CHECKS_UNDER_ASAN";
 
-fn run(checks: &[Check<Emulator>], library: &str, schedule: Schedule) {
+fn run(checks: &[Check<Emulator>], variant: Variant, schedule: Schedule) {
+    let library = library(variant);
     for check in checks {
         let device = |config| {
-            let emulator = Emulator::load(Path::new(library), schedule).expect("the library loads");
+            let emulator = Emulator::load(&library, schedule).expect("the library loads");
             Cuda::new(emulator, config)
         };
         let result = (check.run)(&device);
@@ -29,7 +30,7 @@ fn run_under_asan(test: &str, checks: &[Check<Emulator>]) {
     let done = Command::new(this)
         .args(["--exact", test, "--nocapture"])
         .env(UNDER_ASAN, "1")
-        .env("LD_PRELOAD", LIBASAN)
+        .env("LD_PRELOAD", libasan())
         .env("ASAN_OPTIONS", "detect_leaks=0:detect_stack_use_after_return=0")
         .output()
         .expect("the test runs again");
@@ -85,8 +86,9 @@ fn attention_is_about_as_exact_as_pytorchs() {
 /// Where there are no products in fp8, such weights are widened.
 #[test]
 fn linear_agrees_on_an_older_device() {
+    let library = library(PLAIN);
     let device = |config| {
-        let emulator = Emulator::load(Path::new(PLAIN), Schedule::InTurn).expect("it loads");
+        let emulator = Emulator::load(&library, Schedule::InTurn).expect("it loads");
         Cuda::new(emulator.of_capability((8, 0)), config)
     };
     for check in checks::linear::checks() {

@@ -3,7 +3,7 @@
 use checks::Check;
 use cuda::Cuda;
 use emulate::{
-    COMPILER, Emulator, LIBASAN, Schedule,
+    Emulator, Schedule,
     compile::{self, Places, Variant},
 };
 use std::{
@@ -34,13 +34,8 @@ fn planted(
     let text = fs::read_to_string(&damaged).expect("a kernel file");
     assert!(text.contains(fault.0), "{file} has no {:?} to damage", fault.0);
     fs::write(&damaged, text.replace(fault.0, fault.1)).expect("a writable copy");
-    let places = Places {
-        compiler: Path::new(COMPILER),
-        emulation: &here.join("emulate"),
-        kernels: &copy,
-        out: dir.path(),
-    };
-    let library = compile::library(&places, variant, 2, &|found| found == name);
+    let places = Places { kernels: &copy, out: dir.path() };
+    let library = compile::compile(&places, variant, &|found| found == name);
     (library.expect("the damaged kernels compile"), dir)
 }
 
@@ -80,7 +75,7 @@ fn an_index_past_the_end_is_an_address_fault() {
     let done = Command::new(env::current_exe().expect("the test's own path"))
         .args(["--exact", NAME, "--nocapture"])
         .env(UNDER_ASAN, library)
-        .env("LD_PRELOAD", LIBASAN)
+        .env("LD_PRELOAD", emulate::libasan())
         .env("ASAN_OPTIONS", "detect_leaks=0:detect_stack_use_after_return=0")
         .output()
         .expect("the test runs again");

@@ -35,16 +35,7 @@ impl Schedule {
 pub mod compile;
 mod product;
 
-/// The library compiled plainly.
-pub const PLAIN: &str = env!("EMULATED_PLAIN");
-/// The library compiled with AddressSanitizer: the process must have [`LIBASAN`] preloaded.
-pub const ASAN: &str = env!("EMULATED_ASAN");
-/// The library that watches shared memory for races.
-pub const RACES: &str = env!("EMULATED_RACES");
-/// The C++ compiler that made them.
-pub const COMPILER: &str = env!("EMULATION_COMPILER");
-/// AddressSanitizer's run-time library.
-pub const LIBASAN: &str = env!("LIBASAN");
+pub use compile::{ASAN, PLAIN, RACES, Variant, libasan, library};
 
 type LaunchFn = unsafe extern "C" fn(
     *const c_char,
@@ -85,7 +76,7 @@ impl Drop for Memory {
 }
 
 impl Emulator {
-    /// `library` is [`PLAIN`], [`ASAN`] or one compiled like them.
+    /// `library` is what [`library()`] made, or one compiled like it.
     ///
     /// # Errors
     /// `KernelError::Device` where it cannot be loaded.

@@ -300,8 +300,8 @@ mod tests {
     fn a_device_that_chooses_tokens_answers_as_the_host_does() {
         use cuda::{Cuda, CudaConfig};
         const VOCAB: usize = 300;
-        let library = std::path::Path::new(emulate::PLAIN);
-        let emulator = emulate::Emulator::load(library, emulate::Schedule::InTurn).unwrap();
+        let library = emulate::library(emulate::PLAIN);
+        let emulator = emulate::Emulator::load(&library, emulate::Schedule::InTurn).unwrap();
         let device = Cuda::new(emulator, CudaConfig::default());
         let chunks = mixed();
         let plan = StepPlan { number: 0, chunks, released: Vec::new() };

@@ -1,12 +1,12 @@
 //! The CUDA backend in emulation against the reference implementations.
 
 use cuda::{Cuda, CudaConfig, PrefillKernel};
-use emulate::{Emulator, PLAIN, Schedule};
-use std::path::Path;
+use emulate::{Emulator, PLAIN, Schedule, library};
 
 fn models(check: &str, prefill: PrefillKernel) {
+    let library = library(PLAIN);
     let device = |config| {
-        let emulator = Emulator::load(Path::new(PLAIN), Schedule::InTurn).expect("it loads");
+        let emulator = Emulator::load(&library, Schedule::InTurn).expect("it loads");
         Cuda::new(emulator, CudaConfig { prefill, ..config })
     };
     let mut checks = models::checks().into_iter();
