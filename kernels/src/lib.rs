@@ -1,3 +1,4 @@
+#![forbid(unsafe_code)]
 //! What one device can do: the ops of a step, their shapes, the formats of weights, and the plain
 //! oracle that every backend is compared with.
 //!

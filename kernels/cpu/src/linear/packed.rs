@@ -8,8 +8,8 @@
 //!   bits 4 and 5 are pair g % 4 of word row g / 4. Eight-bit values lie as they are, offset by
 //!   128.
 //! - e4m3: [32][16] codes.
-//! - scales stay as stored, f16 and, for super-blocks of 256, one byte for each sub-block. Groups of
-//!   columns and runs of e4m3 have theirs once for 2^`group_shift` blocks.
+//! - scales stay as stored, f16 and, for super-blocks of 256, one byte for each sub-block. Groups
+//!   of columns and runs of e4m3 have theirs once for 2^`group_shift` blocks.
 //!
 //! K is padded to whole blocks and N to whole tiles with zeros. Where groups are no runs of whole
 //! blocks, columns lie in another order than the matrix has them (`Part::order`).
