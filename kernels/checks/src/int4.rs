@@ -1,14 +1,14 @@
-//! Products with 4-bit weights: stored layouts, groups, ranges that begin inside one, permuted
+//! Products with 4-bit weights: shapes, groups, ranges that begin inside one, permuted
 //! columns; the same bits in every batch up to the fused kernel's limit.
 
 use crate::{BF16, Check, Device, Tolerance, compare, noise, rounded};
-use cuda::{Cuda, Driver, FUSED_ROWS_MAX, Int4Layout, Int4Part};
+use cuda::{Cuda, Driver, FUSED_ROWS_MAX};
 use half::{bf16, f16};
-use kernels::{Backend, KernelError, Tensor};
+use kernels::{Backend, Grouped, Groups, KernelError, Stored, Tensor, WeightPart};
 
 pub fn checks<D: Driver>() -> Vec<Check<D>> {
     vec![
-        Check { name: "int4 layouts", run: layouts },
+        Check { name: "int4 shapes", run: shapes },
         Check { name: "int4 many columns", run: many_columns },
         Check { name: "int4 ranges", run: ranges },
         Check { name: "int4 stacked parts", run: stacked },
@@ -36,24 +36,6 @@ struct Matrix {
     zeros: Vec<u8>,
     /// [groups, rows]
     scales: Vec<f16>,
-}
-
-/// A matrix as a checkpoint stores it.
-struct Stored {
-    layout: Int4Layout,
-    qweight: Vec<u8>,
-    qzeros: Vec<u8>,
-    scales: Vec<u8>,
-    column_groups: Option<Vec<u8>>,
-}
-
-/// Which row of eight is in each nibble of an AWQ word, the lowest first.
-const AWQ: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
-const IN_ORDER: [usize; 8] = [0, 1, 2, 3, 4, 5, 6, 7];
-
-/// Eight nibbles, the lowest first.
-fn word(nibbles: [u8; 8]) -> [u8; 4] {
-    std::array::from_fn(|i| nibbles[2 * i] | nibbles[2 * i + 1] << 4)
 }
 
 impl Matrix {
@@ -105,46 +87,20 @@ impl Matrix {
             .collect()
     }
 
-    fn store(&self, layout: Int4Layout) -> Stored {
+    fn part(&self) -> WeightPart<'static> {
         let (rows, cols) = (self.rows, self.cols);
-        let order = if layout == Int4Layout::Awq { AWQ } else { IN_ORDER };
-        let quant = |row: usize, col: usize| self.quants[row * cols + col];
-        let qweight = if layout == Int4Layout::Awq {
-            let at = |i: usize| (i / (rows / 8), i % (rows / 8) * 8);
-            (0..cols * rows / 8)
-                .map(at)
-                .flat_map(|(col, row)| word(order.map(|i| quant(row + i, col))))
-                .collect()
-        } else {
-            let at = |i: usize| (i / rows * 8, i % rows);
-            (0..cols * rows / 8)
-                .map(at)
-                .flat_map(|(col, row)| word(order.map(|i| quant(row, col + i))))
-                .collect()
+        let groups = match &self.column_groups {
+            Some(groups) => Groups::Listed(groups.iter().map(|group| *group as u32).collect()),
+            None => Groups::Runs { size: self.group, first: self.first_col },
         };
-        let one = u8::from(layout == Int4Layout::Gptq);
-        let zeros = self.zeros.as_chunks::<8>().0;
-        let qzeros = zeros.iter().flat_map(|z| word(order.map(|i| z[i] - one))).collect();
-        let scales = self.scales.iter().flat_map(|s| s.to_le_bytes()).collect();
-        let groups = |groups: &Vec<usize>| {
-            groups.iter().flat_map(|&group| (group as i32).to_le_bytes()).collect()
-        };
-        let column_groups = self.column_groups.as_ref().map(groups);
-        Stored { layout, qweight, qzeros, scales, column_groups }
-    }
-
-    fn part<'a>(&self, stored: &'a Stored) -> Int4Part<'a> {
-        Int4Part {
-            layout: stored.layout,
-            rows: self.rows,
-            cols: self.cols,
-            group: self.group,
-            first_col: self.first_col,
-            qweight: &stored.qweight,
-            qzeros: &stored.qzeros,
-            scales: &stored.scales,
-            column_groups: stored.column_groups.as_deref(),
-        }
+        // By row, as the kernels' form has them.
+        let count = self.zeros.len() / rows;
+        let at = || (0..rows).flat_map(move |row| (0..count).map(move |g| g * rows + row));
+        let scales = at().map(|at| self.scales[at]).collect();
+        let zeros = at().map(|at| u16::from(self.zeros[at])).collect();
+        let values = self.quants.clone().into();
+        let stored = Stored::Grouped(Grouped { bits: 4, values, groups, scales, zeros });
+        WeightPart { rows, cols, stored }
     }
 }
 
@@ -152,13 +108,13 @@ impl Matrix {
 /// past the last are looked at too.
 fn product<D: Driver>(
     device: &Cuda<D>,
-    parts: &[Int4Part<'_>],
+    parts: &[WeightPart<'_>],
     (x, cols): (&[f32], usize),
     mut out: Tensor<Cuda<D>>,
     bias: Option<&[f32]>,
 ) -> Result<Vec<f32>, KernelError> {
     let rows: usize = parts.iter().map(|part| part.rows).sum();
-    let weight = device.int4_weight(parts)?;
+    let weight = device.weight(parts)?;
     let mut x = Tensor::from_host(device, cols, &[x, &vec![f32::NAN; cols]].concat())?;
     x.rows -= 1;
     let bias = bias.map(|bias| Tensor::from_host(device, rows, bias)).transpose()?;
@@ -175,7 +131,7 @@ fn product<D: Driver>(
 /// A product in f32, and the same in bf16 with a bias, which it is compared with.
 fn run<D: Driver>(
     device: &Cuda<D>,
-    parts: &[Int4Part<'_>],
+    parts: &[WeightPart<'_>],
     (x, cols): (&[f32], usize),
     bias: Option<&[f32]>,
 ) -> Result<Vec<f32>, String> {
@@ -200,46 +156,40 @@ fn run<D: Driver>(
 }
 
 /// The product of `tokens` rows against the oracle.
-fn check<D: Driver>(
-    device: &Cuda<D>,
-    matrix: &Matrix,
-    layout: Int4Layout,
-    tokens: usize,
-) -> Result<(), String> {
+fn check<D: Driver>(device: &Cuda<D>, matrix: &Matrix, tokens: usize) -> Result<(), String> {
     let what = format!(
-        "{layout:?} [{}, {}] in groups of {} from {}, {tokens} tokens",
+        "[{}, {}] in groups of {} from {}, {tokens} tokens",
         matrix.rows, matrix.cols, matrix.group, matrix.first_col
     );
     let x = rounded(&noise(9, tokens * matrix.cols));
     let bias = rounded(&noise(10, matrix.rows));
-    let stored = matrix.store(layout);
-    let parts = [matrix.part(&stored)];
-    let got = run(device, &parts, (&x, matrix.cols), Some(&bias));
+    let got = run(device, &[matrix.part()], (&x, matrix.cols), Some(&bias));
     let got = got.map_err(|error| format!("{what}: {error}"))?;
     let wanted = matrix.product(&x, tokens > FUSED_ROWS_MAX);
     // f32 sums of values of order 1: the order of the additions is all that differs.
     compare(&what, &got, &wanted, Tolerance::Absolute(1e-6 * matrix.cols as f32))
 }
 
-fn layouts<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+fn shapes<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let device = device(BF16);
     let cases = [
-        (Int4Layout::Gptq, [8, 128, 128, 0], vec![1, 2, 65]),
-        (Int4Layout::GptqV2, [264, 256, 64, 0], vec![7, 16]),
-        (Int4Layout::Awq, [72, 256, 32, 0], vec![8, 17, 64]),
-        (Int4Layout::Gptq, [320, 136, 64, 0], vec![9]),
-        (Int4Layout::Awq, [16, 512, 128, 0], vec![33, 130]),
-        (Int4Layout::GptqV2, [8, 96, 32, 0], vec![1, 32, 66]),
-        (Int4Layout::Awq, [16, 768, 256, 0], vec![3]),
+        ([8, 128, 128, 0], vec![1, 2, 65]),
+        ([264, 256, 64, 0], vec![7, 16]),
+        ([72, 256, 32, 0], vec![8, 17, 64]),
+        ([320, 136, 64, 0], vec![9]),
+        ([16, 512, 128, 0], vec![33, 130]),
+        ([8, 96, 32, 0], vec![1, 32, 66]),
+        ([16, 768, 256, 0], vec![3]),
+        ([16, 200, 200, 0], vec![4, 70]),
     ];
-    for (seed, (layout, shape, tokens)) in cases.into_iter().enumerate() {
+    for (seed, (shape, tokens)) in cases.into_iter().enumerate() {
         let mut matrix = Matrix::new(seed as u64 + 20, shape);
-        if layout == Int4Layout::Gptq {
-            // This layout stores one less, and has no 0.
+        if seed % 2 == 0 {
+            // GPTQ's zero points are 1 to 16.
             matrix.zeros.iter_mut().for_each(|zero| *zero += 1);
         }
         for tokens in tokens {
-            check(&device, &matrix, layout, tokens)?;
+            check(&device, &matrix, tokens)?;
         }
     }
     Ok(())
@@ -248,9 +198,9 @@ fn layouts<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
 /// Enough stages in each of the most splits to fill the ring of stages again.
 fn many_columns<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let device = device(BF16);
-    check(&device, &Matrix::new(1, [8, 10368, 128, 0]), Int4Layout::Awq, 3)?;
-    check(&device, &Matrix::new(2, [8, 8336, 32, 16]), Int4Layout::GptqV2, 16)?;
-    check(&device, &Matrix::new(3, [8, 8320, 64, 0]), Int4Layout::Awq, 20)
+    check(&device, &Matrix::new(1, [8, 10368, 128, 0]), 3)?;
+    check(&device, &Matrix::new(2, [8, 8336, 32, 16]), 16)?;
+    check(&device, &Matrix::new(3, [8, 8320, 64, 0]), 20)
 }
 
 /// Columns that begin and end inside groups, and inside the slots of 32 columns.
@@ -267,18 +217,17 @@ fn ranges<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     ];
     for (shape, tokens) in cases {
         for tokens in tokens {
-            check(&device, &Matrix::new(40, shape), Int4Layout::GptqV2, tokens)?;
+            check(&device, &Matrix::new(40, shape), tokens)?;
         }
     }
-    check(&device, &Matrix::new(41, [16, 120, 64, 40]), Int4Layout::Awq, 6)
+    check(&device, &Matrix::new(41, [16, 120, 64, 40]), 6)
 }
 
 /// Parts whose seams lie inside strips, no bias.
 fn stacked<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let device = device(BF16);
     let matrices = [40, 8, 24].map(|rows| Matrix::new(rows as u64, [rows, 256, 128, 0]));
-    let stored = matrices.each_ref().map(|matrix| matrix.store(Int4Layout::Awq));
-    let parts: Vec<_> = matrices.iter().zip(&stored).map(|(m, s)| m.part(s)).collect();
+    let parts = matrices.each_ref().map(Matrix::part);
     for tokens in [4, 66] {
         let x = rounded(&noise(5, tokens * 256));
         let got = run(&device, &parts, (&x, 256), None)?;
@@ -301,7 +250,7 @@ fn permuted<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
         let groups = matrix.zeros.len() / matrix.rows;
         matrix.column_groups = Some((0..cols).map(|k| k * stride / 7 % groups).collect());
         for tokens in [1, 10, 65] {
-            check(&device, &matrix, Int4Layout::GptqV2, tokens)?;
+            check(&device, &matrix, tokens)?;
         }
     }
     Ok(())
@@ -311,9 +260,8 @@ fn permuted<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
 /// large ones; a column that meets every combination is exact to the last bit.
 fn extremes<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let device = device(BF16);
-    for layout in [Int4Layout::Gptq, Int4Layout::GptqV2, Int4Layout::Awq] {
+    for zeros in [[1, 16], [0, 15]] {
         let mut matrix = Matrix::new(60, [32, 128, 32, 0]);
-        let zeros = if layout == Int4Layout::Gptq { [1, 16] } else { [0, 15] };
         // The smallest f16 above zero, the largest, and zero.
         let scales = [0x0001, 0x7bff, 0x0000, 0x3c00].map(f16::from_bits);
         for (at, quant) in matrix.quants.iter_mut().enumerate() {
@@ -325,10 +273,9 @@ fn extremes<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
         // One column a token: its weights, as they are.
         for col in [0, 31, 77, 126] {
             let x: Vec<f32> = (0..128).map(|k| if k == col { 1.0 } else { 0.0 }).collect();
-            let stored = matrix.store(layout);
-            let got = run(&device, &[matrix.part(&stored)], (&x, 128), None)?;
+            let got = run(&device, &[matrix.part()], (&x, 128), None)?;
             let wanted: Vec<f32> = (0..32).map(|row| matrix.weight(row, col)).collect();
-            let what = format!("{layout:?}, column {col}");
+            let what = format!("zero points {zeros:?}, column {col}");
             compare(&what, &got, &wanted, Tolerance::Absolute(0.0))?;
         }
     }
@@ -339,11 +286,10 @@ fn extremes<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
 fn batches<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let device = device(BF16);
     let matrix = Matrix::new(70, [24, 520, 128, 0]);
-    let stored = matrix.store(Int4Layout::Awq);
     let x = rounded(&noise(71, FUSED_ROWS_MAX * matrix.cols));
     let multiply = |tokens: std::ops::Range<usize>| {
         let x = &x[tokens.start * matrix.cols..tokens.end * matrix.cols];
-        run(&device, &[matrix.part(&stored)], (x, matrix.cols), None)
+        run(&device, &[matrix.part()], (x, matrix.cols), None)
     };
     let all = multiply(0..FUSED_ROWS_MAX)?;
     for tokens in [0..1, 63..64, 30..37, 0..8, 5..14, 48..64, 1..18, 20..53] {

@@ -7,11 +7,10 @@
 mod pack;
 mod part;
 
-pub use part::{Int4Layout, Int4Part};
-
-use super::{Array, Cuda, Driver, Element, Gemm, Launch, linear::Weight};
-use kernels::{KernelError, Tensor, shape::ensure};
-use pack::{STAGE_COLS, STRIP};
+use super::{Array, Cuda, Driver, Element, Gemm, Launch};
+use kernels::{KernelError, Tensor, WeightPart, shape::ensure};
+use pack::{Plan, STAGE_COLS, STRIP};
+use part::Int4Part;
 
 /// Rows of x that the fused kernel takes.
 pub const FUSED_ROWS_MAX: usize = 64;
@@ -56,18 +55,16 @@ pub(super) struct Int4<D: Driver> {
 }
 
 impl<D: Driver> Int4<D> {
-    /// N and K.
-    pub(super) fn shape(&self) -> (usize, usize) {
-        (self.rows, self.cols)
-    }
-
-    fn new(driver: &D, parts: &[Int4Part<'_>]) -> Result<Self, KernelError> {
-        let (rows, cols, plan) = pack::check(parts)?;
+    /// Repacks `parts`, stacked by rows; `None` where the kernels cannot take them as they are.
+    pub(super) fn new(driver: &D, parts: &[WeightPart<'_>]) -> Result<Option<Self>, KernelError> {
+        let Some(parts) = Int4Part::all(parts) else { return Ok(None) };
+        let (rows, cols) = (parts.iter().map(|part| part.rows).sum::<usize>(), parts[0].cols);
+        let plan = Plan::of(&parts[0]);
         let (strips, tiles) = (rows.div_ceil(STRIP), rows.div_ceil(TILE));
         let (stages, strip_bytes) = (plan.stages(), plan.stages() * plan.record_bytes());
         let records = Array::zeroed(driver, "a weight", strips * strip_bytes)?;
         for strip in 0..strips {
-            let packed = pack::strip(parts, &plan, strip);
+            let packed = pack::strip(&parts, &plan, strip);
             driver.write(&records.memory, strip * strip_bytes, &packed)?;
         }
         let order = match plan.lead {
@@ -82,7 +79,7 @@ impl<D: Driver> Int4<D> {
             }
         };
         let token_tiles = FUSED_ROWS_MAX / TOKEN_TILES[0];
-        Ok(Self {
+        Ok(Some(Self {
             rows,
             cols,
             lead: plan.lead.unwrap_or(0),
@@ -92,7 +89,7 @@ impl<D: Driver> Int4<D> {
             records,
             arrived: Array::zeroed(driver, "counters", tiles * token_tiles * size_of::<u32>())?,
             order,
-        })
+        }))
     }
 
     /// Columns of what the kernels multiply: K, or every place where columns are permuted.
@@ -161,15 +158,6 @@ fn aligned(bytes: usize) -> usize {
 }
 
 impl<D: Driver> Cuda<D> {
-    /// Repacks `parts`, stacked by rows: part 0's outputs come first. All share K and its groups.
-    ///
-    /// # Errors
-    /// `KernelError::Weight` where a part is not whole or the parts do not fit each other;
-    /// `KernelError::Memory`; the driver's own.
-    pub fn int4_weight(&self, parts: &[Int4Part<'_>]) -> Result<Weight<D>, KernelError> {
-        Ok(Weight::int4(Int4::new(&self.driver, parts)?))
-    }
-
     /// out [T, N] = x [T, K] · weight [N, K]ᵀ (+ bias [1, N]).
     pub(super) fn int4_product(
         &self,

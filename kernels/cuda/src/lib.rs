@@ -28,7 +28,7 @@ pub use backend::{Cuda, CudaConfig};
 pub use device::{Gpu, GpuConfig};
 pub use driver::{Driver, Facts, Gemm, Launch, Scales};
 pub use fp8::{Fp8, Fp8Scaling};
-pub use int4::{FUSED_ROWS_MAX, Int4Layout, Int4Part};
+pub use int4::FUSED_ROWS_MAX;
 pub use linear::WeightFormat;
 pub use rope::{CudaKv, KvFormat};
 pub use sampling::SampleRoom;

@@ -9,7 +9,8 @@ use super::{
 };
 use kernels::{KernelError, Tensor, WeightPart, shape::ensure};
 
-/// How the matrices of a model's layers are kept on the device, whatever a checkpoint stores.
+/// How the matrices of a model's layers are kept on the device, but for those that a checkpoint
+/// stores as integers of 4 bits in groups: these stay as they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WeightFormat {
     Bf16,
@@ -44,8 +45,22 @@ enum Stored<D: Driver> {
 }
 
 impl<D: Driver> Weight<D> {
-    /// Every stored format, rounded to what `format` says.
+    /// Integers in groups where there are kernels for them, every other stored format rounded to
+    /// what `format` says.
     pub(super) fn upload(
+        device: &Cuda<D>,
+        parts: &[WeightPart<'_>],
+        format: WeightFormat,
+    ) -> Result<Self, KernelError> {
+        let (rows, cols) = WeightPart::check(parts)?;
+        match Int4::new(&device.driver, parts)? {
+            Some(values) => Ok(Self { rows, cols, stored: Stored::Int4(values) }),
+            None => Self::rounded(device, parts, format),
+        }
+    }
+
+    /// Every stored format, rounded to what `format` says.
+    pub(super) fn rounded(
         device: &Cuda<D>,
         parts: &[WeightPart<'_>],
         format: WeightFormat,
@@ -67,11 +82,6 @@ impl<D: Driver> Weight<D> {
     /// K.
     pub fn cols(&self) -> usize {
         self.cols
-    }
-
-    pub(super) fn int4(values: Int4<D>) -> Self {
-        let (rows, cols) = values.shape();
-        Self { rows, cols, stored: Stored::Int4(values) }
     }
 
     /// Where the rows [N, K] lie as bf16.

@@ -2,15 +2,12 @@
 
 use super::{Bar, Bench, PIECE, Prepare, Scale, Work, linear, noisy, repeated};
 use crate::{BF16, noise};
-use cuda::{Cuda, Driver, FUSED_ROWS_MAX, Int4Layout, Int4Part};
-use kernels::{Backend, Tensor};
+use cuda::{Cuda, Driver, FUSED_ROWS_MAX};
+use half::f16;
+use kernels::{Backend, Grouped, Groups, Stored, Tensor, WeightPart};
 
 /// Columns with one scale.
 const GROUP: usize = 128;
-/// One as f16.
-const SCALE: [u8; 2] = 0x3c00_u16.to_le_bytes();
-/// GPTQ's eight zero points, each one less than it is.
-const ZEROS: [u8; 4] = 0x7777_7777_u32.to_le_bytes();
 
 pub fn benches<D: Driver>(scale: Scale) -> Vec<Bench<D>> {
     // A 72B model's query, key and value, and its down.
@@ -40,21 +37,17 @@ fn product<D: Driver>((m, n, k): (usize, usize, usize)) -> Bench<D> {
 
 fn prepared<D: Driver>((m, n, k): (usize, usize, usize)) -> Prepare<D> {
     Box::new(move |device| {
-        let byte = |v: &f32| ((v + 1.0) * 128.0) as u8;
-        let words = 4 * n * (k / 8);
-        let piece: Vec<u8> = noise(9, PIECE.min(words)).iter().map(byte).collect();
-        let part = Int4Part {
-            layout: Int4Layout::Gptq,
-            rows: n,
-            cols: k,
-            group: GROUP,
-            first_col: 0,
-            qweight: &repeated(&piece, words),
-            qzeros: &ZEROS.repeat(k.div_ceil(GROUP) * n / 8),
-            scales: &SCALE.repeat(k.div_ceil(GROUP) * n),
-            column_groups: None,
-        };
-        let weight = device.int4_weight(&[part])?;
+        let integer = |v: &f32| ((v + 1.0) * 8.0) as u8 & 15;
+        let piece: Vec<u8> = noise(9, PIECE.min(n * k)).iter().map(integer).collect();
+        let count = n * k.div_ceil(GROUP);
+        let stored = Stored::Grouped(Grouped {
+            bits: 4,
+            values: repeated(&piece, n * k).into(),
+            groups: Groups::Runs { size: GROUP, first: 0 },
+            scales: vec![f16::ONE; count],
+            zeros: vec![8; count],
+        });
+        let weight = device.weight(&[WeightPart { rows: n, cols: k, stored }])?;
         let (x, mut out) = (noisy(device, m, k)?, Tensor::zeros(device, m, n)?);
         Ok(Box::new(move |device: &Cuda<D>| device.linear(&mut out, &x, &weight, None)))
     })

@@ -5,7 +5,6 @@
 //! places is of one group and a stage is whole.
 
 use super::part::Int4Part;
-use kernels::KernelError;
 
 /// Rows that a warp multiplies.
 pub(super) const STRIP: usize = 64;
@@ -40,18 +39,15 @@ pub(super) struct Plan {
 
 impl Plan {
     pub(super) fn of(part: &Int4Part<'_>) -> Self {
-        let in_order = |&k: &usize| part.group_of(k) == (k + part.first_col) / part.group;
-        let permuted = !(0..part.cols).all(|k| in_order(&k));
         let plan = |unit| {
-            let (lead, columns) = if permuted {
-                (None, by_group(part, unit))
-            } else {
-                let lead = part.first_col % unit;
-                (Some(lead), (0..lead).map(|_| None).chain((0..part.cols).map(Some)).collect())
+            let lead = part.first_col().map(|first| first % unit);
+            let columns = match lead {
+                None => by_group(part, unit),
+                Some(lead) => (0..lead).map(|_| None).chain((0..part.cols).map(Some)).collect(),
             };
             Self::whole(part, unit, (lead, columns))
         };
-        let larger = UNITS.into_iter().filter(|unit| part.group.is_multiple_of(*unit)).map(plan);
+        let larger = UNITS.into_iter().filter(|unit| part.allows(*unit)).map(plan);
         larger.fold(
             plan(SLOT_COLS),
             |best, next| {
@@ -97,27 +93,6 @@ fn by_group(part: &Int4Part<'_>, unit: usize) -> Vec<Option<usize>> {
         group.resize(group.len().next_multiple_of(unit), None);
     }
     members.concat()
-}
-
-/// N, K and the plan of stacked parts.
-pub(super) fn check(parts: &[Int4Part<'_>]) -> Result<(usize, usize, Plan), KernelError> {
-    let Some(first) = parts.first() else {
-        return Err(KernelError::Weight("no int4 rows".into()));
-    };
-    let mut rows = 0;
-    for part in parts {
-        part.check()?;
-        let same = (part.cols, part.group, part.first_col)
-            == (first.cols, first.group, first.first_col)
-            && (0..part.cols).all(|k| part.group_of(k) == first.group_of(k));
-        if !same {
-            return Err(KernelError::Weight(
-                "stacked int4 parts differ in columns or their groups; keep them apart".into(),
-            ));
-        }
-        rows += part.rows;
-    }
-    Ok((rows, first.cols, Plan::of(first)))
 }
 
 /// The records of strip `strip` of the stacked parts.
@@ -182,53 +157,26 @@ fn stage_weights(to: &mut Vec<u8>, quants: &[u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::int4::part::Int4Layout;
-
-    /// q = (3 n + 5 k) mod 16, zero = (n + group) mod 16, scale = n / 64 + group.
-    struct Stored {
-        qweight: Vec<u8>,
-        qzeros: Vec<u8>,
-        scales: Vec<u8>,
-    }
+    use half::f16;
+    use kernels::{Grouped, Groups};
 
     fn quant(n: usize, k: usize) -> usize {
         (3 * n + 5 * k) % 16
     }
 
-    fn stored(rows: usize, cols: usize, groups: usize) -> Stored {
-        let mut stored = Stored { qweight: vec![], qzeros: vec![], scales: vec![] };
-        let word = |nibble: &dyn Fn(usize) -> usize| {
-            (0..8).fold(0, |w, i| w | nibble(i) << (4 * i)) as u32
-        };
-        for k in (0..cols).step_by(8) {
-            for n in 0..rows {
-                stored.qweight.extend(word(&|i| quant(n, k + i)).to_le_bytes());
-            }
-        }
-        for group in 0..groups {
-            for n in (0..rows).step_by(8) {
-                stored.qzeros.extend(word(&|i| (n + i + group) % 16).to_le_bytes());
-            }
-            for n in 0..rows {
-                let scale = n as f32 / 64.0 + group as f32;
-                stored.scales.extend(half::f16::from_f32(scale).to_le_bytes());
-            }
-        }
-        stored
+    /// q = (3 n + 5 k) mod 16, zero = (n + group) mod 16, scale = n / 64 + group.
+    fn stored(rows: usize, cols: usize, groups: Groups) -> Grouped<'static> {
+        let count = (0..cols).map(|k| groups.of(k)).max().unwrap_or(0) + 1;
+        let values: Vec<u8> = (0..rows * cols).map(|i| quant(i / cols, i % cols) as u8).collect();
+        let each = || (0..rows).flat_map(|n| (0..count).map(move |group| (n, group)));
+        let scale = |(n, group): (usize, usize)| f16::from_f32(n as f32 / 64.0 + group as f32);
+        let zeros = each().map(|(n, group)| ((n + group) % 16) as u16).collect();
+        let scales = each().map(scale).collect();
+        Grouped { bits: 4, values: values.into(), groups, scales, zeros }
     }
 
-    fn part(stored: &Stored, rows: usize, cols: usize, group: usize) -> Int4Part<'_> {
-        Int4Part {
-            layout: Int4Layout::GptqV2,
-            rows,
-            cols,
-            group,
-            first_col: 0,
-            qweight: &stored.qweight,
-            qzeros: &stored.qzeros,
-            scales: &stored.scales,
-            column_groups: None,
-        }
+    fn runs(rows: usize, cols: usize, size: usize) -> Grouped<'static> {
+        stored(rows, cols, Groups::Runs { size, first: 0 })
     }
 
     /// The record's weight of a row and a place, as the kernel takes it apart.
@@ -252,9 +200,9 @@ mod tests {
     fn every_weight_lies_where_the_kernels_look_for_it() {
         for group in [32, 64, 128] {
             let (rows, cols) = (72, 136);
-            let stored = stored(rows, cols, cols.div_ceil(group));
-            let parts = [part(&stored, rows, cols, group)];
-            let (_, _, plan) = check(&parts).expect("whole parts");
+            let stored = runs(rows, cols, group);
+            let parts = [Int4Part { rows, cols, grouped: &stored }];
+            let plan = Plan::of(&parts[0]);
             assert_eq!((plan.stages(), plan.lead), (2, Some(0)));
             for n in 0..rows {
                 let strip = strip(&parts, &plan, n / STRIP);
@@ -272,10 +220,10 @@ mod tests {
 
     #[test]
     fn the_rows_of_stacked_parts_follow_each_other() {
-        let (one, two) = (stored(24, 128, 1), stored(56, 128, 1));
-        let parts = [part(&one, 24, 128, 128), part(&two, 56, 128, 128)];
-        let (rows, cols, plan) = check(&parts).expect("whole parts");
-        assert_eq!((rows, cols), (80, 128));
+        let (one, two) = (runs(24, 128, 128), runs(56, 128, 128));
+        let part = |rows, grouped| Int4Part { rows, cols: 128, grouped };
+        let parts = [part(24, &one), part(56, &two)];
+        let plan = Plan::of(&parts[0]);
         let strips = [strip(&parts, &plan, 0), strip(&parts, &plan, 1)];
         for (row, n) in [(23, 23), (24, 0), (63, 39), (64, 40), (79, 55)] {
             let got = unpacked(&strips[row / STRIP], 128, row % STRIP, 77);
@@ -284,40 +232,31 @@ mod tests {
         }
         // Rows that pad the last strip are zero.
         assert_eq!(unpacked(&strips[1], 128, 16, 77), (0, 0, 0.0));
-        let narrow = stored(8, 64, 1);
-        let differs = [part(&one, 24, 128, 128), part(&narrow, 8, 64, 128)];
-        assert!(check(&differs).is_err());
     }
 
     #[test]
     fn columns_that_begin_inside_a_group_keep_their_place_in_it() {
-        let stored = stored(8, 128, 2);
-        let part = Int4Part { first_col: 72, ..part(&stored, 8, 128, 128) };
-        let plan = Plan::of(&part);
+        let inside = |cols, first| stored(8, cols, Groups::Runs { size: 128, first });
+        let grouped = inside(128, 72);
+        let plan = Plan::of(&Int4Part { rows: 8, cols: 128, grouped: &grouped });
         // 72 places before and 56 after: the first stage is of one group, the second of the next.
         assert_eq!((plan.unit, plan.lead, plan.stages()), (128, Some(72), 2));
         assert_eq!(plan.columns[72], Some(0));
         assert_eq!(plan.groups, [Some(0), Some(1)]);
         // Units of 64 need no third stage either, and have more factors; none spare a stage.
-        let part = Int4Part { cols: 64, first_col: 120, ..part };
-        let plan = Plan::of(&part);
+        let grouped = inside(64, 120);
+        let plan = Plan::of(&Int4Part { rows: 8, cols: 64, grouped: &grouped });
         assert_eq!((plan.unit, plan.lead, plan.stages()), (64, Some(56), 1));
         assert_eq!(plan.groups, [Some(0), Some(1)]);
     }
 
     #[test]
     fn permuted_columns_lie_group_by_group() {
-        let stored = stored(8, 128, 2);
-        let groups: Vec<u8> = (0..128i32).flat_map(|k| (k % 2).to_le_bytes()).collect();
-        let part = Int4Part { column_groups: Some(&groups), ..part(&stored, 8, 128, 64) };
-        let plan = Plan::of(&part);
+        let grouped = stored(8, 128, Groups::Listed((0..128).map(|k| k % 2).collect()));
+        let plan = Plan::of(&Int4Part { rows: 8, cols: 128, grouped: &grouped });
         assert_eq!((plan.unit, plan.lead, plan.stages()), (64, None, 1));
         assert_eq!(plan.columns[..3], [Some(0), Some(2), Some(4)]);
         assert_eq!(plan.columns[64..66], [Some(1), Some(3)]);
         assert_eq!(plan.groups, [Some(0), Some(1)]);
-        // A g_idx that says what holds anyway is no permutation.
-        let groups: Vec<u8> = (0..128i32).flat_map(|k| (k / 64).to_le_bytes()).collect();
-        let part = Int4Part { column_groups: Some(&groups), ..part };
-        assert_eq!(Plan::of(&part).lead, Some(0));
     }
 }
