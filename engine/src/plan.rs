@@ -5,7 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Tokens in one KV block.
+/// Tokens in one KV block. `kernels` knows no plans and has the number again; `model` asserts that
+/// both are equal.
 pub const BLOCK_TOKENS: usize = 16;
 
 /// Identifies a sequence of one engine; never reused.

@@ -31,7 +31,7 @@ const FLOORS: &[(&str, &[&str])] = &[
         "worker",
         &["cluster", "collective", "cpu", "cuda", "engine", "formats", "kernels", "model", "proto"],
     ),
-    ("router", &["cluster", "proto", "text"]),
+    ("router", &["cluster", "engine", "proto", "text"]),
 ];
 
 /// Crates that may use tokio; everything else is synchronous.

@@ -114,7 +114,7 @@ pub struct ModelInfo {
     /// Instruction set in use on the CPU.
     pub isa: &'static str,
     pub precision: Precision,
-    /// KV pool, in blocks of 16 tokens.
+    /// KV pool, in blocks of `BLOCK_TOKENS` tokens.
     pub blocks: usize,
     /// KV pool of all ranks together.
     pub kv_bytes: u64,
