@@ -38,9 +38,8 @@ pub(super) fn load<D: Devices, H: HostCollective>(
 
 /// Waits until every rank has loaded.
 pub(super) fn meet(control: &mut dyn HostCollective) -> Result<(), WorkerError> {
-    let mut all = Vec::new();
-    control.all_gather(&[control.rank() as f32], &mut all).map_err(ModelError::from)?;
-    Ok(())
+    // A sum ends once every rank has brought its share.
+    Ok(control.all_reduce_sum(&mut [1.0]).map_err(ModelError::from)?)
 }
 
 /// Runs what the leader says until it says stop.
