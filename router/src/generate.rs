@@ -21,7 +21,7 @@ use futures_util::{
 };
 use proto::v1::{RunRequest, SamplingParams, Usage};
 use std::{pin::Pin, sync::Arc, time::Duration};
-use text::Language;
+use text::{Language, Reader};
 use tokio::{
     sync::{OwnedSemaphorePermit, watch},
     time::{Instant, timeout},
@@ -197,8 +197,7 @@ fn choices(shared: &Arc<RouterState>, prepared: &Prepared) -> Result<Vec<Choice>
             choices.push(Choice::new(
                 index,
                 stream,
-                prepared.language.decoder(),
-                prepared.sampling.stops.clone(),
+                Reader::new(prepared.language.decoder(), prepared.sampling.stops.clone()),
                 echo,
                 shared.metrics.waits(&prepared.model.name),
             ));

@@ -3,9 +3,9 @@
 //! Absent values come from the model's own `generation_config`, then from the defaults that
 //! `inference.proto` names. A value outside its range is refused with its name and the range.
 
-use crate::{RouterError, choice::Stops};
+use crate::RouterError;
 use proto::v1::{self, SamplingParams};
-use text::GenerationDefaults;
+use text::{GenerationDefaults, Stops};
 
 /// Choices of one prompt.
 const N_MAX: u32 = 128;
@@ -55,11 +55,12 @@ pub(crate) fn resolve(
     check_stops(&input.stop)?;
     check_ids(&input, vocab_size)?;
     let params = params(&input, defaults)?;
-    // A special token leaves no text in which its name could be found.
-    let named = input.stop.iter().filter_map(|stop| Some((special(stop)?, stop.clone())));
-    let named: Vec<_> = named.filter(|(id, _)| (*id as usize) < vocab_size).collect();
+    let mut stops = Stops::new(input.stop, special);
+    stops.named.retain(|(id, _)| (*id as usize) < vocab_size);
+    stops.keep = input.include_stop_str_in_output;
+    stops.min_tokens = input.min_tokens;
     let mut stop_ids = input.stop_token_ids;
-    stop_ids.extend(named.iter().map(|(id, _)| id));
+    stop_ids.extend(stops.named.iter().map(|(id, _)| id));
     if !input.ignore_eos {
         stop_ids.extend(&defaults.eos_ids);
     }
@@ -70,12 +71,7 @@ pub(crate) fn resolve(
         seed: input.seed,
         max_tokens: input.max_tokens,
         n,
-        stops: Stops {
-            strings: input.stop,
-            named,
-            keep: input.include_stop_str_in_output,
-            min_tokens: input.min_tokens,
-        },
+        stops,
         stop_ids,
         echo: input.echo,
     })
