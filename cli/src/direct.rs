@@ -3,6 +3,7 @@
 mod kept_alive;
 
 use anyhow::{Result, anyhow, bail};
+use engine::check_ids;
 use engine::plan::{
     Admission, BLOCK_TOKENS, Chunk, SamplingParams, StepOutput, StepPlan, TokenLogprob, Want,
 };
@@ -34,9 +35,7 @@ impl Direct {
         if prompt.is_empty() {
             bail!("the prompt has no tokens");
         }
-        if let Some(id) = prompt.iter().find(|&&id| id as usize >= vocab) {
-            bail!("token id {id} does not exist; ids are below {vocab}");
-        }
+        check_ids("prompt", prompt, vocab)?;
         let blocks = (prompt.len() + new).div_ceil(BLOCK_TOKENS);
         if prompt.len() + new > context || blocks > self.info.blocks {
             let most = context.min(self.info.blocks * BLOCK_TOKENS);

@@ -87,7 +87,7 @@ pub fn main(args: RunArgs) -> Result<()> {
             .context("--prompt needs the model's tokenizer; --prompt-ids does without")?,
         (None, ids) => ids.clone().unwrap_or_default(),
     };
-    let params = args.sampling.resolve(language.defaults(), direct.info.vocab)?;
+    let params = args.sampling.resolve(&language.defaults().params, direct.info.vocab)?;
     direct.check(&prompt, args.max_tokens)?;
     if let Some(path) = &args.logits_out {
         let mut file = LogitsFile::create(path, prompt.len(), direct.info.vocab)?;

@@ -25,7 +25,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("kernels/checks", &["cuda", "engine", "kernels", "model"]),
     ("collective", &["kernels"]),
     ("model", &["collective", "engine", "formats", "kernels"]),
-    ("text", &["formats"]),
+    ("text", &["engine", "formats"]),
     ("cluster", &["proto"]),
     (
         "worker",
