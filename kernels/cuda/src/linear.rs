@@ -8,9 +8,10 @@ use super::{
     int4::Int4,
 };
 use kernels::{KernelError, Tensor, WeightPart, shape::ensure};
+use serde::{Deserialize, Serialize};
 
 /// How the matrices of a model's layers are kept on the device, whatever a checkpoint stores.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WeightFormat {
     Bf16,
     /// e4m3 with a scale for each row (output), found when the weight is uploaded; activations get
