@@ -2,11 +2,13 @@
 //! Tokens and blocks: which tokens run next, on which KV blocks. Pure and synchronous.
 
 pub mod blocks;
+mod driven;
 pub mod plan;
 mod sampling;
 mod scheduler;
 mod sequence;
 
+pub use driven::Driven;
 pub use sampling::{LOGPROBS_MAX, check_count, check_ids};
 pub use scheduler::{Position, Scheduler, SchedulerConfig, Stats};
 pub use sequence::{End, Request, Update};
