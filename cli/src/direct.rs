@@ -1,11 +1,14 @@
 //! One sequence after another, straight through a group: for tools that need no server.
+//!
+//! Without a scheduler: no request asks for logits, and one sequence needs no sharing out.
 
 mod kept_alive;
 
 use anyhow::{Result, anyhow, bail};
 use engine::plan::{
-    Admission, BLOCK_TOKENS, Chunk, SamplingParams, StepOutput, StepPlan, TokenLogprob, Want,
+    BLOCK_TOKENS, Chunk, SamplingParams, SequenceId, StepOutput, StepPlan, TokenLogprob, Want,
 };
+use engine::{Driven, check_ids};
 use kept_alive::KeptAlive;
 use worker::{Group, ModelInfo};
 
@@ -15,9 +18,9 @@ pub struct Direct {
     pub info: ModelInfo,
     /// The next plan's.
     number: u64,
-    /// The running sequence's, and the last one's in between.
-    sequence: u64,
-    released: Vec<u64>,
+    /// The next sequence's.
+    id: SequenceId,
+    released: Vec<SequenceId>,
 }
 
 impl Direct {
@@ -25,7 +28,7 @@ impl Direct {
     pub fn new(group: Group) -> Result<Self> {
         let Group { executor, info } = group;
         let executor = KeptAlive::new(executor, info.ranks)?;
-        Ok(Self { executor, info, number: 0, sequence: 0, released: Vec::new() })
+        Ok(Self { executor, info, number: 0, id: 0, released: Vec::new() })
     }
 
     /// Refuses what the group cannot run: unknown ids, too many tokens.
@@ -34,9 +37,7 @@ impl Direct {
         if prompt.is_empty() {
             bail!("the prompt has no tokens");
         }
-        if let Some(id) = prompt.iter().find(|&&id| id as usize >= vocab) {
-            bail!("token id {id} does not exist; ids are below {vocab}");
-        }
+        check_ids("prompt", prompt, vocab)?;
         let blocks = (prompt.len() + new).div_ceil(BLOCK_TOKENS);
         if prompt.len() + new > context || blocks > self.info.blocks {
             let most = context.min(self.info.blocks * BLOCK_TOKENS);
@@ -47,16 +48,6 @@ impl Direct {
             );
         }
         Ok(())
-    }
-
-    /// Ends the running sequence and begins one of these tokens; the sequence runs with `step`s.
-    fn begin(&mut self, params: &SamplingParams, tokens: &[u32]) -> Box<Admission> {
-        if self.sequence > 0 {
-            self.released.push(self.sequence);
-        }
-        self.sequence += 1;
-        let (tokens, prompt_len) = (tokens.to_vec(), tokens.len());
-        Box::new(Admission { params: params.clone(), tokens, prompt_len })
     }
 
     fn step(&mut self, chunk: Chunk) -> Result<StepOutput> {
@@ -70,32 +61,29 @@ impl Direct {
         }
     }
 
-    /// Runs `tokens` from the beginning of a new sequence, handing each step's output to `take`.
-    /// `want` is told the rest's length after each chunk.
+    /// Runs `sequence` up to its last token, handing each step's output to `take`.
     fn prefill(
         &mut self,
-        tokens: &[u32],
-        params: &SamplingParams,
-        want: impl Fn(usize) -> Want,
+        sequence: &mut Driven,
+        want: Want,
         mut take: impl FnMut(StepOutput) -> Result<()>,
     ) -> Result<()> {
-        let mut admission = Some(self.begin(params, tokens));
-        let mut start = 0;
-        for part in tokens.chunks(self.info.step_tokens_max) {
-            let end = start + part.len();
-            let output = self.step(Chunk {
-                sequence: self.sequence,
-                start,
-                tokens: part.to_vec(),
-                next: tokens.get(end).copied(),
-                blocks: blocks(end),
-                want: want(tokens.len() - end),
-                admission: admission.take(),
-            })?;
-            take(output)?;
-            start = end;
+        while sequence.remaining() > 0 {
+            let chunk = sequence.chunk(self.info.step_tokens_max, want);
+            take(self.step(chunk)?)?;
         }
         Ok(())
+    }
+
+    /// A new sequence in the first blocks of the pool, which the one before it no longer has.
+    fn begin(&mut self, prompt: &[u32], params: &SamplingParams, new: usize) -> Result<Driven> {
+        self.check(prompt, new)?;
+        let blocks = (prompt.len() + new).div_ceil(BLOCK_TOKENS);
+        let blocks = (0..blocks).map(|block| block as u32).collect();
+        let id = self.id;
+        self.id += 1;
+        self.released.extend(id.checked_sub(1));
+        Ok(Driven::new(id, prompt, params.clone(), blocks))
     }
 
     /// Continues `prompt` until `accept` returns false, `max_tokens` are there or the context ends.
@@ -106,32 +94,18 @@ impl Direct {
         max_tokens: usize,
         mut accept: impl FnMut(TokenLogprob) -> Result<bool>,
     ) -> Result<()> {
-        self.check(prompt, max_tokens)?;
-        if max_tokens == 0 {
-            return Ok(());
-        }
-        let mut sampled = None;
-        let want = |left| if left == 0 { Want::Sample } else { Want::Nothing };
-        self.prefill(prompt, params, want, |mut output| {
-            sampled = output.sampled.pop();
-            Ok(())
-        })?;
-        for start in prompt.len().. {
-            let (_, token) = sampled.ok_or_else(|| anyhow!("the group sampled no token"))?;
-            let id = token.token;
-            if !accept(token)? || start + 1 - prompt.len() >= max_tokens {
-                return Ok(());
-            }
-            let mut output = self.step(Chunk {
-                sequence: self.sequence,
-                start,
-                tokens: vec![id],
-                next: None,
-                blocks: blocks(start + 1),
-                want: Want::Sample,
-                admission: None,
+        let mut sequence = self.begin(prompt, params, max_tokens)?;
+        for _ in 0..max_tokens {
+            let mut sampled = None;
+            self.prefill(&mut sequence, Want::Sample, |mut output| {
+                sampled = output.sampled.pop();
+                Ok(())
             })?;
-            sampled = output.sampled.pop();
+            let (_, token) = sampled.ok_or_else(|| anyhow!("the group sampled no token"))?;
+            sequence.tokens.push(token.token);
+            if !accept(token)? {
+                break;
+            }
         }
         Ok(())
     }
@@ -143,41 +117,25 @@ impl Direct {
         params: &SamplingParams,
         mut take: impl FnMut(&[f32]) -> Result<()>,
     ) -> Result<()> {
-        self.check(prompt, 0)?;
-        self.prefill(
-            prompt,
-            params,
-            |_| Want::Logits,
-            |output| output.logits.iter().try_for_each(|(_, rows)| take(rows)),
-        )
+        let mut sequence = self.begin(prompt, params, 0)?;
+        self.prefill(&mut sequence, Want::Logits, |output| {
+            output.logits.iter().try_for_each(|(_, rows)| take(rows))
+        })
     }
 
     /// The logprob of every token but the first.
     pub fn score(&mut self, tokens: &[u32], params: &SamplingParams) -> Result<Vec<f32>> {
-        self.check(tokens, 0)?;
+        let mut sequence = self.begin(tokens, params, 0)?;
         let mut logprobs = Vec::with_capacity(tokens.len());
-        self.prefill(
-            tokens,
-            params,
-            |_| Want::Score { sample: false },
-            |output| {
-                for (_, scored) in output.scored {
-                    for token in scored {
-                        let logprob = token.logprob;
-                        logprobs.push(logprob.ok_or_else(|| anyhow!("a token has no logprob"))?);
-                    }
-                }
-                Ok(())
-            },
-        )?;
+        self.prefill(&mut sequence, Want::Score { sample: false }, |output| {
+            for token in output.scored.into_iter().flat_map(|(_, scored)| scored) {
+                logprobs.push(token.logprob.ok_or_else(|| anyhow!("a token has no logprob"))?);
+            }
+            Ok(())
+        })?;
         if logprobs.len() + 1 != tokens.len() {
             bail!("{} of {} tokens were scored", logprobs.len(), tokens.len() - 1);
         }
         Ok(logprobs)
     }
-}
-
-/// The first blocks of the pool, enough for `tokens`.
-fn blocks(tokens: usize) -> Vec<u32> {
-    (0..tokens.div_ceil(BLOCK_TOKENS)).map(|block| block as u32).collect()
 }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use engine::plan::{SamplingParams, TokenLogprob};
 use serde::Serialize;
-use text::{Detokenizer, Language, StopStrings};
+use text::{FinishReason, Language, Piece, Reader, Stops};
 use worker::RankMode;
 
 use crate::args::GroupArgs;
@@ -63,18 +63,11 @@ struct PromptArgs {
     prompt_ids: Option<Vec<u32>>,
 }
 
-#[derive(Clone, Copy, Serialize, PartialEq, Eq, Debug)]
-#[serde(rename_all = "lowercase")]
-enum Finish {
-    Stop,
-    Length,
-}
-
 #[derive(Serialize)]
 struct RunOutput {
     token_ids: Vec<u32>,
     text: String,
-    finish_reason: Finish,
+    finish_reason: &'static str,
     logprobs: Option<Vec<Logprob>>,
 }
 
@@ -94,17 +87,17 @@ pub fn main(args: RunArgs) -> Result<()> {
             .context("--prompt needs the model's tokenizer; --prompt-ids does without")?,
         (None, ids) => ids.clone().unwrap_or_default(),
     };
-    let params = args.sampling.resolve(language.defaults(), direct.info.vocab)?;
+    let params = args.sampling.resolve(&language.defaults().params, direct.info.vocab)?;
     direct.check(&prompt, args.max_tokens)?;
     if let Some(path) = &args.logits_out {
         let mut file = LogitsFile::create(path, prompt.len(), direct.info.vocab)?;
         direct.logits(&prompt, &params, |rows| file.write(rows))?;
         file.finish()?;
     }
-    let mut reader = Reader::new(&args, &language, &prompt);
-    reader.show(&reader.text.clone())?;
-    let timings = generate(&mut direct, &args, &prompt, &params, &mut reader)?;
-    let answer = reader.finish()?;
+    let mut answer = Answer::new(&args, &language, &prompt);
+    answer.show(&answer.output.text)?;
+    let timings = generate(&mut direct, &args, &prompt, &params, &mut answer)?;
+    let answer = answer.finish()?;
     if args.json {
         crate::print(serde_json::to_string(&answer)?)?;
     } else {
@@ -119,14 +112,14 @@ fn generate(
     args: &RunArgs,
     prompt: &[u32],
     params: &SamplingParams,
-    reader: &mut Reader,
+    answer: &mut Answer,
 ) -> Result<Timings> {
     let start = Instant::now();
     let (mut first, mut tokens) = (None, 0);
     direct.generate(prompt, params, args.max_tokens, |token| {
         first.get_or_insert_with(|| start.elapsed());
         tokens += 1;
-        reader.accept(token)
+        answer.accept(token)
     })?;
     let first = first.unwrap_or_default();
     Ok(Timings { prompt: prompt.len(), first, tokens, rest: start.elapsed() - first })
@@ -158,23 +151,22 @@ impl fmt::Display for Timings {
     }
 }
 
-/// Reads the tokens of the answer and knows when it ends.
-struct Reader {
+/// Shows the answer as it comes, collects it, and knows when it ends.
+struct Answer {
     stop_ids: Vec<u32>,
-    decoder: Detokenizer,
-    stops: StopStrings,
+    reader: Reader<TokenLogprob>,
     /// Text is shown as it comes, where no JSON is to follow.
     shown: bool,
     has_text: bool,
-    ids: Vec<u32>,
-    text: String,
-    logprobs: Option<Vec<Logprob>>,
-    finish: Finish,
+    ended: bool,
+    output: RunOutput,
 }
 
-impl Reader {
+impl Answer {
     fn new(args: &RunArgs, language: &Language, prompt: &[u32]) -> Self {
+        let stops = Stops::new(args.stop.clone(), |text| language.special_token(text));
         let mut stop_ids = args.stop_ids.clone();
+        stop_ids.extend(stops.named.iter().map(|(id, _)| id));
         if !args.ignore_eos {
             stop_ids.extend(&language.defaults().eos_ids);
         }
@@ -187,46 +179,53 @@ impl Reader {
             }
             (false, _) => String::new(),
         };
+        let output = RunOutput {
+            token_ids: if args.echo { prompt.to_vec() } else { Vec::new() },
+            text,
+            finish_reason: FinishReason::Length.as_str(),
+            logprobs: args.sampling.logprobs.map(|_| Vec::new()),
+        };
         Self {
             stop_ids,
-            decoder: language.decoder(),
-            stops: StopStrings::new(args.stop.clone()),
+            reader: Reader::new(language.decoder(), stops),
             shown: !args.json,
             has_text: language.vocab_size() > 0,
-            ids: if args.echo { prompt.to_vec() } else { Vec::new() },
-            text,
-            logprobs: args.sampling.logprobs.map(|_| Vec::new()),
-            finish: Finish::Length,
+            ended: false,
+            output,
         }
     }
 
     /// Takes one token; false ends the answer.
     fn accept(&mut self, token: TokenLogprob) -> Result<bool> {
-        let TokenLogprob { token: id, logprob, top } = token;
-        self.ids.push(id);
-        if let (Some(all), Some(logprob)) = (&mut self.logprobs, logprob) {
-            all.push(Logprob { token: id, logprob, top });
+        let id = token.token;
+        let mut piece = Piece::default();
+        self.ended = if self.stop_ids.contains(&id) {
+            self.reader.finish(Some((id, token)), &mut piece);
+            true
+        } else {
+            self.reader.push(id, token, &mut piece)
+        };
+        if self.ended {
+            self.output.finish_reason = FinishReason::Stop.as_str();
         }
-        if self.stop_ids.contains(&id) {
-            self.finish = Finish::Stop;
-            return Ok(false);
-        }
-        if !self.has_text {
-            self.show(&format!("{id} "))?;
-            return Ok(true);
-        }
-        let piece = self.decoder.push(id);
-        let step = self.stops.push(&piece);
-        self.emit(&step.emit)?;
-        if step.stopped {
-            self.finish = Finish::Stop;
-        }
-        Ok(!step.stopped)
+        self.take(piece)?;
+        Ok(!self.ended)
     }
 
-    fn emit(&mut self, text: &str) -> Result<()> {
-        self.text.push_str(text);
-        self.show(text)
+    fn take(&mut self, piece: Piece<TokenLogprob>) -> Result<()> {
+        self.show(&piece.text)?;
+        self.output.text += &piece.text;
+        for text::Token { info, end, .. } in piece.tokens {
+            let TokenLogprob { token, logprob, top } = info;
+            if !self.has_text && !end {
+                self.show(&format!("{token} "))?;
+            }
+            self.output.token_ids.push(token);
+            if let (Some(all), Some(logprob)) = (&mut self.output.logprobs, logprob) {
+                all.push(Logprob { token, logprob, top });
+            }
+        }
+        Ok(())
     }
 
     fn show(&self, text: &str) -> Result<()> {
@@ -238,11 +237,11 @@ impl Reader {
     }
 
     fn finish(mut self) -> Result<RunOutput> {
-        let rest = self.decoder.finish();
-        let step = self.stops.push(&rest);
-        let held = if step.stopped { String::new() } else { self.stops.flush() };
-        self.emit(&(step.emit + &held))?;
-        let Self { ids, text, logprobs, finish, .. } = self;
-        Ok(RunOutput { token_ids: ids, text, finish_reason: finish, logprobs })
+        let mut piece = Piece::default();
+        if !self.ended && self.reader.finish(None, &mut piece) {
+            self.output.finish_reason = FinishReason::Stop.as_str();
+        }
+        self.take(piece)?;
+        Ok(self.output)
     }
 }

@@ -2,18 +2,19 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
 use engine::plan::SamplingParams;
-use text::GenerationDefaults;
+use proto::v1;
+use router::sampling_params;
 
 /// What is not given comes from the model's own generation settings.
 #[derive(Args, Debug)]
 pub struct SamplingArgs {
-    /// 0 is greedy
+    /// From 0 to 2; 0 is greedy
     #[arg(long, allow_negative_numbers = true, env = "LOCKSTEP_TEMPERATURE")]
     temperature: Option<f32>,
-    /// Nucleus mass, above 0 and at most 1
+    /// Nucleus mass, at most 1; 0 leaves the likeliest token only
     #[arg(long, allow_negative_numbers = true, env = "LOCKSTEP_TOP_P")]
     top_p: Option<f32>,
     /// Likeliest tokens kept; 0 is off
@@ -38,69 +39,34 @@ pub struct SamplingArgs {
     #[arg(long, value_parser = bias, allow_hyphen_values = true, env = "LOCKSTEP_LOGIT_BIAS",
         value_delimiter = ',')]
     logit_bias: Vec<(u32, f32)>,
-    /// Report each token's logprob and this many of the likeliest
+    /// Report each token's logprob and this many of the likeliest, at most 20
     #[arg(long, env = "LOCKSTEP_LOGPROBS")]
     pub logprobs: Option<u32>,
 }
 
 impl SamplingArgs {
-    /// Checked parameters for a vocabulary of `vocab` ids.
-    pub fn resolve(&self, model: &GenerationDefaults, vocab: usize) -> Result<SamplingParams> {
-        let params = SamplingParams {
-            temperature: self.temperature.or(model.temperature).unwrap_or(1.0),
-            top_p: self.top_p.or(model.top_p).unwrap_or(1.0),
-            top_k: self.top_k.or(model.top_k).unwrap_or(0),
-            min_p: self.min_p.or(model.min_p).unwrap_or(0.0),
-            repetition_penalty: self.repetition_penalty.or(model.repetition_penalty).unwrap_or(1.0),
-            presence_penalty: self.presence_penalty.unwrap_or(0.0),
-            frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
-            seed: self.seed.unwrap_or_else(drawn_seed),
-            logit_bias: self.logit_bias.clone(),
-            ban: None,
+    /// Checked parameters for a vocabulary of `vocab` ids, as a router would make them.
+    pub fn resolve(&self, model: &SamplingParams, vocab: usize) -> Result<SamplingParams> {
+        let asked = v1::Sampling {
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            seed: Some(self.seed.unwrap_or_else(drawn_seed)),
+            logit_bias: self.logit_bias.iter().copied().collect(),
             logprobs: self.logprobs,
+            ..v1::Sampling::default()
         };
-        // Each test is written so that a NaN fails it.
-        for (flag, value, fine, range) in [
-            ("--temperature", params.temperature, params.temperature >= 0.0, "0 or more"),
-            (
-                "--top-p",
-                params.top_p,
-                params.top_p > 0.0 && params.top_p <= 1.0,
-                "above 0 and at most 1",
-            ),
-            ("--min-p", params.min_p, (0.0..=1.0).contains(&params.min_p), "from 0 to 1"),
-            (
-                "--repetition-penalty",
-                params.repetition_penalty,
-                params.repetition_penalty > 0.0,
-                "above 0",
-            ),
-            (
-                "--presence-penalty",
-                params.presence_penalty,
-                params.presence_penalty.abs() <= 2.0,
-                "from -2 to 2",
-            ),
-            (
-                "--frequency-penalty",
-                params.frequency_penalty,
-                params.frequency_penalty.abs() <= 2.0,
-                "from -2 to 2",
-            ),
-        ] {
-            if !fine || !value.is_finite() {
-                bail!("{flag} {value} is out of range; it must be {range}");
+        sampling_params(&asked, model, vocab).map_err(|error| {
+            let flag = error.parameter().map(|name| format!("--{}", name.replace('_', "-")));
+            match flag {
+                Some(flag) => anyhow::Error::new(error).context(flag),
+                None => error.into(),
             }
-        }
-        for &(id, value) in &params.logit_bias {
-            if id as usize >= vocab || value.is_nan() || value.abs() > 100.0 {
-                bail!("--logit-bias {id}={value}: ids are below {vocab}, values from -100 to 100");
-            }
-        }
-        if params.logprobs.is_some_and(|count| count as usize > vocab) {
-            bail!("--logprobs asks for more than the {vocab} tokens that there are");
-        }
-        Ok(params)
+        })
     }
 }
 
@@ -126,18 +92,14 @@ mod tests {
         sampling: SamplingArgs,
     }
 
-    fn resolve(line: &str, model: &GenerationDefaults) -> Result<SamplingParams> {
+    fn resolve(line: &str, model: &SamplingParams) -> Result<SamplingParams> {
         let words = ["run"].into_iter().chain(line.split_whitespace());
         Line::try_parse_from(words)?.sampling.resolve(model, 100)
     }
 
     #[test]
     fn flags_win_over_the_model_and_the_model_over_neutral_values() {
-        let model = GenerationDefaults {
-            temperature: Some(0.7),
-            top_p: Some(0.8),
-            ..GenerationDefaults::default()
-        };
+        let model = SamplingParams { temperature: 0.7, top_p: 0.8, ..SamplingParams::NEUTRAL };
         let params = resolve("--top-p 0.5 --logit-bias 3=-5,4=2 --seed 9", &model).unwrap();
         assert_eq!((params.temperature, params.top_p, params.top_k), (0.7, 0.5, 0));
         assert_eq!((params.logit_bias, params.seed), (vec![(3, -5.0), (4, 2.0)], 9));
@@ -150,7 +112,7 @@ mod tests {
             "--temperature=-1",
             "--temperature NaN",
             "--temperature inf",
-            "--top-p 0",
+            "--temperature 2.1",
             "--top-p 1.1",
             "--min-p=-0.1",
             "--repetition-penalty 0",
@@ -158,11 +120,15 @@ mod tests {
             "--frequency-penalty=-2.5",
             "--logit-bias 100=1",
             "--logit-bias 1=NaN",
-            "--logprobs 101",
+            "--logprobs 21",
         ] {
             let flag = line.split(['=', ' ']).next().unwrap();
-            let error = resolve(line, &GenerationDefaults::default()).unwrap_err().to_string();
-            assert!(error.contains(flag), "{line}: {error}");
+            let error = resolve(line, &SamplingParams::NEUTRAL).unwrap_err();
+            assert_eq!(error.to_string(), flag, "{line}: {error:#}");
+            let name = flag[2..].replace('-', "_");
+            assert!(error.root_cause().to_string().starts_with(&name), "{line}: {error:#}");
         }
+        let none = resolve("--top-p 0", &SamplingParams::NEUTRAL).unwrap();
+        assert_eq!((none.top_p, none.top_k), (1.0, 1), "as everywhere: the likeliest token only");
     }
 }

@@ -59,7 +59,7 @@ pub struct Instance {
     pub vocab_size: usize,
     /// Tensor-parallel ranks.
     pub ranks: usize,
-    /// KV pool, in blocks of 16 tokens.
+    /// KV pool, in the engine's blocks.
     pub blocks_total: usize,
     pub load: Load,
 }

@@ -40,8 +40,6 @@ pub trait HostCollective: Send + 'static {
     /// Rank 0's bytes reach every rank. `deadline` bounds how long the others wait for it.
     fn broadcast(&mut self, bytes: &mut Vec<u8>, deadline: Duration)
     -> Result<(), CollectiveError>;
-    /// Every rank's floats, concatenated in rank order; shares may differ in length.
-    fn all_gather(&mut self, mine: &[f32], all: &mut Vec<f32>) -> Result<(), CollectiveError>;
     /// all [rows, Σ cols] = every rank's floats [rows, cols_r] side by side, in rank order;
     /// `cols[r]` is rank r's width.
     fn all_gather_cols(

@@ -17,11 +17,6 @@ impl<H: HostCollective> Staged<H> {
         Self { host, mine: Vec::new(), all: Vec::new() }
     }
 
-    /// The exchange underneath, for what is no tensor. Every rank must use it in the same order.
-    pub fn host(&mut self) -> &mut H {
-        &mut self.host
-    }
-
     /// Copies x into `mine`.
     fn fetch<B: Backend>(&mut self, device: &B, x: &Tensor<B>) -> Result<(), KernelError> {
         self.mine.resize(x.rows * x.cols, 0.0);

@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Patience of `all_gather` and `all_reduce_sum`.
+/// Patience of `all_gather_cols` and `all_reduce_sum`.
 const DATA_DEADLINE: Duration = Duration::from_secs(30);
 /// Between two attempts to reach a rank 0 that may not be up yet, or looks at an idle listener.
 const RETRY: Duration = Duration::from_millis(20);
@@ -180,27 +180,6 @@ impl HostCollective for Tcp {
                 return group.links.iter_mut().try_for_each(|l| l.send(kind, bytes, deadline));
             }
             group.links[0].receive(kind, bytes, deadline)
-        })
-    }
-
-    fn all_gather(&mut self, mine: &[f32], all: &mut Vec<f32>) -> Result<(), CollectiveError> {
-        all.clear();
-        if self.world_size == 1 {
-            all.extend_from_slice(mine);
-            return Ok(());
-        }
-        self.operate(|group, operation| {
-            let (kind, deadline) = ((Kind::Gather, operation), group.data_deadline);
-            if group.rank > 0 {
-                group.links[0].send_floats(kind, mine, deadline)?;
-                return group.links[0].receive_floats(kind, all, deadline);
-            }
-            all.extend_from_slice(mine);
-            for link in &mut group.links {
-                link.receive_floats(kind, &mut group.share, deadline)?;
-                all.extend_from_slice(&group.share);
-            }
-            group.links.iter_mut().try_for_each(|link| link.send_floats(kind, all, deadline))
         })
     }
 

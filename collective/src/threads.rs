@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Patience of `all_gather` and `all_reduce_sum`.
+/// Patience of `all_gather_cols` and `all_reduce_sum`.
 const DATA_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a rank looks for the others before it sleeps: ranks in step meet within this.
 const SPIN: Duration = Duration::from_micros(100);
@@ -246,26 +246,6 @@ impl HostCollective for Threads {
                 bytes.clone_from(&slot.bytes);
                 Ok(())
             })
-        })
-    }
-
-    fn all_gather(&mut self, mine: &[f32], all: &mut Vec<f32>) -> Result<(), CollectiveError> {
-        const OP: &str = "all_gather";
-        all.clear();
-        if self.world_size() == 1 {
-            all.extend_from_slice(mine);
-            return Ok(());
-        }
-        self.operate(|group| {
-            let deadline = group.data_deadline;
-            group.post(OP, deadline, |slot| slot.share(Kind::Gather, mine))?;
-            for rank in 0..group.world_size() {
-                group.fetch(rank, (OP, Kind::Gather), deadline, |slot| {
-                    all.extend_from_slice(&slot.floats);
-                    Ok(())
-                })?;
-            }
-            Ok(())
         })
     }
 

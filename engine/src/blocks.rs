@@ -98,11 +98,6 @@ impl BlockPool {
         self.blocks[id as usize].published.map(|published| (id, published.prefix))
     }
 
-    /// Whether somebody holds the block.
-    pub fn is_held(&self, id: u32) -> bool {
-        self.blocks[id as usize].holders > 0
-    }
-
     /// One more holder of a found or allocated block.
     pub fn retain(&mut self, id: u32) {
         let block = &mut self.blocks[id as usize];

@@ -5,84 +5,14 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Tokens in one KV block.
+pub use crate::sampling::{Ban, SamplingParams};
+
+/// Tokens in one KV block. `kernels` knows no plans and has the number again; `model` asserts that
+/// both are equal.
 pub const BLOCK_TOKENS: usize = 16;
 
 /// Identifies a sequence of one engine; never reused.
 pub type SequenceId = u64;
-
-/// How the next token of a sequence is chosen. Validated by whoever built it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct SamplingParams {
-    /// 0 is greedy.
-    pub temperature: f32,
-    /// Nucleus mass in (0, 1]; 1 is off.
-    pub top_p: f32,
-    /// The likeliest tokens kept; 0 is off.
-    pub top_k: u32,
-    /// Tokens below `min_p` times the likeliest one's probability are dropped; 0 is off.
-    pub min_p: f32,
-    /// Divides positive and multiplies negative logits of tokens seen in prompt or answer; 1 is
-    /// off.
-    pub repetition_penalty: f32,
-    /// Subtracted once from the logit of every token seen in the answer.
-    pub presence_penalty: f32,
-    /// Subtracted from the logit of a token once for each time it was seen in the answer.
-    pub frequency_penalty: f32,
-    /// With the position, the only source of randomness.
-    pub seed: u64,
-    /// Added to logits before anything else, by token id.
-    pub logit_bias: Vec<(u32, f32)>,
-    /// Tokens that the beginning of the answer must not have.
-    pub ban: Option<Box<Ban>>,
-    /// `Some(k)`: report the chosen token's logprob and the `k` likeliest.
-    pub logprobs: Option<u32>,
-}
-
-impl SamplingParams {
-    /// The likeliest token, every filter and penalty off, no logprobs.
-    pub const GREEDY: Self = Self {
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: 0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        seed: 0,
-        logit_bias: Vec::new(),
-        ban: None,
-        logprobs: None,
-    };
-
-    /// Keeps `tokens` out of all positions below `before`.
-    pub fn ban(&mut self, before: usize, tokens: impl IntoIterator<Item = u32>) {
-        let banned = tokens.into_iter().map(|token| (token, BAN));
-        let logit_bias = self.logit_bias.iter().copied().chain(banned).collect();
-        self.ban = Some(Box::new(Ban { before, logit_bias }));
-    }
-
-    /// What is added to logits for the token at `position`.
-    pub fn bias_at(&self, position: usize) -> &[(u32, f32)] {
-        match &self.ban {
-            Some(ban) if position < ban.before => &ban.logit_bias,
-            _ => &self.logit_bias,
-        }
-    }
-}
-
-/// Far below any logit: nothing is left of the token's probability. Finite, and so far from the
-/// largest number that no penalty makes it infinite.
-const BAN: f32 = -1e30;
-
-/// See [`SamplingParams::ban`].
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Ban {
-    /// Positions from here on are free.
-    pub before: usize,
-    /// In place of `SamplingParams::logit_bias`: that, and the ban.
-    pub logit_bias: Vec<(u32, f32)>,
-}
 
 /// What a sequence brings along when a runner first meets it, or meets it again after preemption.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -174,7 +174,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn table(&self, parts: &[WeightPart<'_>]) -> Result<Self::Weight, KernelError> {
         self.weight(parts)
     }
-    /// Room for `blocks` blocks of 16 tokens of K and V. Zeroed.
+    /// Room for the K and V of `blocks` blocks. Zeroed.
     fn kv(&self, blocks: usize, heads: Heads) -> Result<Self::Kv, KernelError>;
     /// Bytes that `kv` takes for one block of one layer.
     fn kv_block_bytes(&self, heads: Heads) -> usize;

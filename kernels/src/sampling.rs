@@ -46,7 +46,7 @@ pub struct NextToken<'a> {
     /// What penalties look at: strictly ascending ids, and how often the answer holds each; 0 where
     /// only the prompt does. Empty without penalties. Ids past the vocabulary are ignored.
     pub seen: &'a [(u32, u32)],
-    /// [V / 32] words: id i may be drawn where bit i % 32 of word i / 32 is set.
+    /// ⌈V / 32⌉ words: id i may be drawn where bit i % 32 of word i / 32 is set.
     pub allowed: Option<&'a [u32]>,
 }
 

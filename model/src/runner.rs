@@ -19,13 +19,14 @@ use collective::Collective;
 use engine::plan::{Admission, BLOCK_TOKENS, SamplingParams, SequenceId, StepOutput, StepPlan};
 use kernels::Backend;
 use results::Results;
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 
 // Plans count blocks in the tokens that the kernels put into one.
 const _: () = assert!(BLOCK_TOKENS == kernels::BLOCK_TOKENS);
 
 /// Sizes that are fixed when a model is loaded, the same on every rank.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunnerOptions {
     /// KV blocks in the pool.
     pub blocks: usize,

@@ -1,10 +1,10 @@
 //! Chooses the next token from one row of logits, on the host.
 //!
-//! In this order: logit bias, penalties, temperature, top-k, top-p, min-p, draw. A draw depends on
-//! the request's seed and on the position of the new token alone, so a sequence continues the same
-//! way after preemption, on another worker, and whatever runs beside it. Logprobs are those of the
-//! unmodified logits. A row with a number that is not finite is refused: a token drawn from it
-//! would only look like an answer.
+//! In this order: logit bias, penalties, mask, temperature, top-k, top-p, min-p, draw. A draw
+//! depends on the request's seed and on the position of the new token alone, so a sequence goes on
+//! the same way after preemption, on another worker, and whatever runs beside it. Logprobs are
+//! those of the unmodified logits. A row with a number that is not finite is refused: a token drawn
+//! from it would only look like an answer.
 //!
 //! Nothing here allocates in proportion to the vocabulary but the buffers made in `new`.
 
@@ -19,7 +19,7 @@ use candidates::Candidates;
 use engine::plan::{SamplingParams, TokenLogprob};
 use kernels::sampling::{NextToken, Refused};
 
-/// `params` as devices take them, for the token at `position`.
+/// `params` as samplers take them, for the token at `position`.
 pub fn next_token<'a>(
     params: &'a SamplingParams,
     seen: &'a Seen,
@@ -45,7 +45,7 @@ pub fn next_token<'a>(
 pub struct Sampler {
     /// Ids from here on are padding of the embedding matrix: never chosen.
     drawable: usize,
-    /// The row after bias and penalties.
+    /// The row after bias, penalties and mask.
     adjusted: Vec<f32>,
     candidates: Candidates,
 }
@@ -60,20 +60,20 @@ impl Sampler {
         }
     }
 
-    /// The token at `position` of its sequence, given `logits` [V] of the position before.
+    /// The token that follows, given `logits` [V] of the position before; with `Some(top)` its
+    /// logprob and the `top` likeliest tokens. Ids past the end of a mask are not allowed.
     pub fn sample(
         &mut self,
         logits: &[f32],
-        params: &SamplingParams,
-        seen: &Seen,
-        position: usize,
+        next: &NextToken<'_>,
+        logprobs: Option<u32>,
     ) -> Result<TokenLogprob, Refused> {
-        if let Some(refused) = next_token(params, seen, position).bad_parameter() {
+        if let Some(refused) = next.bad_parameter() {
             return Err(refused);
         }
         let peak = logits::finite_peak(logits).ok_or(Refused::NotFinite)?;
-        let token = self.choose(logits, peak, params, seen, position)?;
-        match params.logprobs {
+        let token = self.choose(logits, peak, next)?;
+        match logprobs {
             None => Ok(TokenLogprob { token, logprob: None, top: Vec::new() }),
             Some(top) => Ok(self.report(logits, peak, token, top as usize)),
         }
@@ -93,34 +93,34 @@ impl Sampler {
         Ok(self.report(logits, peak, token, top))
     }
 
-    fn choose(
-        &mut self,
-        logits: &[f32],
-        peak: f32,
-        params: &SamplingParams,
-        seen: &Seen,
-        position: usize,
-    ) -> Result<u32, Refused> {
-        let bias = params.bias_at(position);
-        let adjust = !bias.is_empty() || !seen.is_empty();
-        let whole = self.drawable == logits.len();
-        let (row, peak) = if adjust {
-            let row = &mut self.adjusted[..logits.len()];
+    fn choose(&mut self, logits: &[f32], peak: f32, next: &NextToken<'_>) -> Result<u32, Refused> {
+        let Self { drawable, adjusted, candidates } = self;
+        let drawable = *drawable;
+        let adjust = !next.logit_bias.is_empty() || !next.seen.is_empty();
+        let mut peak = if adjust {
+            let row = &mut adjusted[..logits.len()];
             row.copy_from_slice(logits);
-            penalties::apply(row, bias, params, seen)?;
-            let row = &row[..self.drawable];
-            (row, logits::finite_peak(row).ok_or(Refused::Adjusted)?)
-        } else if whole {
-            (logits, peak)
+            penalties::apply(row, next)?;
+            logits::finite_peak(&row[..drawable]).ok_or(Refused::Adjusted)?
+        } else if drawable == logits.len() {
+            peak
         } else {
-            let row = &logits[..self.drawable];
-            (row, logits::finite_peak(row).ok_or(Refused::NotFinite)?)
+            logits::finite_peak(&logits[..drawable]).ok_or(Refused::NotFinite)?
         };
-        if params.temperature == 0.0 {
+        if let Some(allowed) = next.allowed {
+            let row = &mut adjusted[..drawable];
+            if !adjust {
+                row.copy_from_slice(&logits[..drawable]);
+            }
+            peak = logits::forbid(row, allowed).ok_or(Refused::NothingAllowed)?;
+        }
+        let changed = adjust || next.allowed.is_some();
+        let row = if changed { &adjusted[..drawable] } else { &logits[..drawable] };
+        if next.temperature == 0.0 {
             return Ok(logits::first_at(row, peak));
         }
-        let uniform = philox::uniform(params.seed, position as u64);
-        Ok(self.candidates.draw(row, peak, params, uniform))
+        let uniform = philox::uniform(next.seed, next.position);
+        Ok(candidates.draw(row, peak, next, uniform))
     }
 
     fn report(&mut self, logits: &[f32], peak: f32, token: u32, top: usize) -> TokenLogprob {

@@ -1,8 +1,7 @@
 //! One choice of an answer: token ids become text, watched for stop strings.
 //!
-//! Text that may be the beginning of a stop string, or half a character, is held back together
-//! with its tokens. Tokens that a stop string cut off are counted up to the one that completed it,
-//! and not shown; a worker may have run ahead by then.
+//! Tokens that a stop string cut off are counted up to the one that completed it, and not shown; a
+//! worker may have run ahead by then.
 
 use crate::{
     RouterError,
@@ -10,35 +9,11 @@ use crate::{
     upstream::{Received, UpstreamStream},
 };
 use proto::v1::{Finish, Progress, TokenInfo};
-use std::collections::VecDeque;
-use text::{Detokenizer, StopStrings};
+use text::{Detokenizer, FinishReason, Piece, Reader};
 use tokio::time::Instant;
 
-/// Why a choice ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum FinishReason {
-    Stop,
-    Length,
-}
-
-impl FinishReason {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Stop => "stop",
-            Self::Length => "length",
-        }
-    }
-}
-
-/// A token and where its text begins.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Token {
-    pub info: TokenInfo,
-    /// In characters from the beginning of the choice's text, the echoed prompt included.
-    pub offset: usize,
-    /// The stop id that ended the choice: it has no text.
-    pub end: bool,
-}
+/// Offsets count the echoed prompt in.
+pub(crate) type Token = text::Token<TokenInfo>;
 
 /// A piece of a choice.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -66,34 +41,13 @@ pub(crate) struct Echo {
     pub alone: bool,
 }
 
-/// What ends the text beside the worker's own finish.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct Stops {
-    pub strings: Vec<String>,
-    /// Special tokens that stop strings name: the worker stops at their ids.
-    pub named: Vec<(u32, String)>,
-    /// The stop string is part of the text.
-    pub keep: bool,
-    /// The text of so many tokens is not searched.
-    pub min_tokens: u32,
-}
-
 /// A choice being generated.
 pub(crate) struct Choice {
     index: u32,
     stream: UpstreamStream,
-    detokenizer: Detokenizer,
-    strings: StopStrings,
-    stops: Stops,
-    /// New tokens so far.
-    generated: u32,
+    reader: Reader<TokenInfo>,
     echo: Option<Echo>,
     scores: Vec<TokenInfo>,
-    /// Tokens whose text is held back.
-    pending: VecDeque<Token>,
-    /// Characters decoded, and of those the ones handed out.
-    decoded: usize,
-    emitted: usize,
     clock: Clock,
 }
 
@@ -120,23 +74,16 @@ impl Choice {
     pub fn new(
         index: u32,
         stream: UpstreamStream,
-        detokenizer: Detokenizer,
-        mut stops: Stops,
+        reader: Reader<TokenInfo>,
         echo: Option<Echo>,
         waits: Waits,
     ) -> Self {
         Self {
             index,
             stream,
-            detokenizer,
-            strings: StopStrings::new(std::mem::take(&mut stops.strings)).keeping(stops.keep),
-            stops,
-            generated: 0,
+            reader,
             echo,
             scores: Vec::new(),
-            pending: VecDeque::new(),
-            decoded: 0,
-            emitted: 0,
             clock: Clock { waits, last: Instant::now(), began: false },
         }
     }
@@ -197,65 +144,30 @@ impl Choice {
     /// Takes new tokens, in order, up to the finish or a stop string.
     fn read(&mut self, tokens: Vec<TokenInfo>, finish: Option<Finish>, chunk: &mut Chunk) {
         let last = tokens.len().wrapping_sub(1);
-        let mut end = None;
+        let mut piece = Piece::default();
+        let (mut end, mut stopped) = (None, false);
         for (at, info) in tokens.into_iter().enumerate() {
             chunk.sampled += 1;
-            self.generated += 1;
             if finish == Some(Finish::Stop) && at == last {
-                end = Some(Token { info, offset: 0, end: true });
+                end = Some((info.id, info));
                 break;
             }
-            let piece = self.detokenizer.push(info.id);
-            self.pending.push_back(Token { info, offset: self.decoded, end: false });
-            if self.push_text(&piece, chunk) {
-                return self.cut(chunk);
+            stopped = self.reader.push(info.id, info, &mut piece);
+            if stopped {
+                break;
             }
         }
-        let Some(finish) = finish else { return self.release(chunk) };
-        let tail = self.detokenizer.finish();
-        if self.push_text(&tail, chunk) {
-            return self.cut(chunk);
-        }
-        chunk.text += &self.strings.flush();
-        chunk.tokens.extend(self.pending.drain(..));
-        let named = |token: &Token| self.stops.named.iter().find(|(id, _)| *id == token.info.id);
-        if let Some((_, name)) = end.as_ref().and_then(named).filter(|_| self.stops.keep) {
-            chunk.text += name;
-        }
-        chunk.tokens.extend(end.map(|token| Token { offset: self.decoded, ..token }));
-        chunk.finish = Some(match finish {
-            Finish::Length => FinishReason::Length,
-            Finish::Stop | Finish::None => FinishReason::Stop,
-        });
-    }
-
-    /// Hands text on; true when a stop string is complete.
-    fn push_text(&mut self, piece: &str, chunk: &mut Chunk) -> bool {
-        self.decoded += piece.chars().count();
-        if self.generated <= self.stops.min_tokens {
-            self.emitted += piece.chars().count();
-            chunk.text += piece;
-            return false;
-        }
-        let step = self.strings.push(piece);
-        self.emitted += step.emit.chars().count();
-        chunk.text += &step.emit;
-        step.stopped
-    }
-
-    /// Tokens whose text is out, or that nothing holds back.
-    fn release(&mut self, chunk: &mut Chunk) {
-        let all = self.decoded == self.emitted;
-        while let Some(token) = self.pending.pop_front_if(|t| all || t.offset < self.emitted) {
-            chunk.tokens.push(token);
-        }
-    }
-
-    /// A stop string: what begins after the cut is not shown.
-    fn cut(&mut self, chunk: &mut Chunk) {
-        self.pending.retain(|token| token.offset < self.emitted);
-        chunk.tokens.extend(self.pending.drain(..));
-        chunk.finish = Some(FinishReason::Stop);
+        chunk.finish = match finish {
+            _ if stopped => Some(FinishReason::Stop),
+            Some(finish) => {
+                let stopped = self.reader.finish(end, &mut piece);
+                let length = finish == Finish::Length && !stopped;
+                Some(if length { FinishReason::Length } else { FinishReason::Stop })
+            }
+            None => None,
+        };
+        chunk.text += &piece.text;
+        chunk.tokens.append(&mut piece.tokens);
     }
 
     /// The echo; true when nothing else is wanted.
@@ -281,8 +193,7 @@ impl Choice {
             chunk.tokens.push(Token { info, offset, end: false });
             offset += echo.detokenizer.push(id).chars().count();
         }
-        let chars = echo.text.chars().count();
-        (self.decoded, self.emitted) = (chars, chars);
+        self.reader.begin_at(echo.text.chars().count());
         chunk.text += &echo.text;
         Ok(echo.alone)
     }

@@ -1,5 +1,6 @@
 //! Everything that can go wrong in the router, one variant for each answer that a client gets.
 
+use engine::EngineError;
 use std::{net::SocketAddr, time::Duration};
 
 /// Why the router could not start, or why a request got no answer.
@@ -80,6 +81,14 @@ fn overflow(from: &str, prompt: usize, new: usize, context: usize) -> String {
         "{limit} requested {all} tokens ({prompt} in the {from}, {new} in the completion). Please \
          reduce the length of the {from} or max_tokens (context_length_exceeded)."
     )
+}
+
+/// What the engine's checks say of a request.
+impl From<EngineError> for RouterError {
+    fn from(error: EngineError) -> Self {
+        let param = error.parameter().map(str::to_owned);
+        Self::Invalid { param, message: error.to_string() }
+    }
 }
 
 impl RouterError {

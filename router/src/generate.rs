@@ -10,18 +10,19 @@ use crate::{
     raised,
     record::Facts,
     request::{self, Encoded, Input, Prepared},
-    sampling::choice_seed,
+    sampling::{choice_seed, wire},
     time_limit::TimeLimit,
     upstream::UpstreamStream,
 };
+use engine::plan::SamplingParams;
 use futures_util::{
     Stream, StreamExt,
     future::try_join_all,
     stream::{SelectAll, unfold},
 };
-use proto::v1::{RunRequest, SamplingParams, Usage};
+use proto::v1::{RunRequest, Usage};
 use std::{pin::Pin, sync::Arc, time::Duration};
-use text::Language;
+use text::{Language, Reader};
 use tokio::{
     sync::{OwnedSemaphorePermit, watch},
     time::{Instant, timeout},
@@ -197,8 +198,7 @@ fn choices(shared: &Arc<RouterState>, prepared: &Prepared) -> Result<Vec<Choice>
             choices.push(Choice::new(
                 index,
                 stream,
-                prepared.language.decoder(),
-                prepared.sampling.stops.clone(),
+                Reader::new(prepared.language.decoder(), prepared.sampling.stops.clone()),
                 echo,
                 shared.metrics.waits(&prepared.model.name),
             ));
@@ -220,12 +220,13 @@ fn echo(prepared: &Prepared, prompt: &Encoded) -> Echo {
 fn run_request(prepared: &Prepared, prompt: &Encoded, seed: u64) -> RunRequest {
     let sampling = &prepared.sampling;
     let params = SamplingParams { seed, ..sampling.params.clone() };
+    let score_prompt = sampling.echo && params.logprobs.is_some();
     RunRequest {
         request_id: prepared.trace.request_id.clone(),
         prompt: prompt.ids.clone(),
         generated: Vec::new(),
-        score_prompt: sampling.echo && params.logprobs.is_some(),
-        params: Some(params),
+        score_prompt,
+        params: Some(wire(params, sampling.stops.min_tokens)),
         max_tokens: prompt.max_tokens.max(1),
         stop_ids: sampling.stop_ids.clone(),
     }

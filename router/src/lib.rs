@@ -31,6 +31,7 @@ mod upstream;
 
 pub use config::{Deadlines, Limits, RouterConfig};
 pub use error::RouterError;
+pub use sampling::sampling_params;
 pub use server::{Router, RouterHandle};
 
 use aliases::Aliases;

@@ -7,17 +7,17 @@ mod prefix_affinity;
 pub use least_loaded::LeastLoaded;
 pub use prefix_affinity::PrefixAffinity;
 
+use engine::plan::BLOCK_TOKENS;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-/// Tokens in one block of a route key, as in the workers' caches.
-const BLOCK_TOKENS: usize = 16;
 /// Blocks of a prompt that the key looks at.
 const KEY_BLOCKS_MAX: usize = 128;
 
 /// What a policy knows of a sequence.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RouteKey {
-    /// One hash for each leading full block of the prompt; each covers everything before it.
+    /// One hash for each leading full block of the prompt, as the workers' caches are cut; each
+    /// covers everything before it.
     pub blocks: Vec<u64>,
 }
 

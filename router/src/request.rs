@@ -7,6 +7,7 @@ use crate::{
     targets::{Capacity, Model},
     trace::Trace,
 };
+use engine::check_ids;
 use proto::v1;
 use serde_json::{Map, Value};
 use std::sync::Arc;
@@ -117,7 +118,7 @@ pub(crate) async fn prepare(shared: &RouterState, input: Input) -> Result<Prepar
             let empty = format!("{param}: the prompt has no tokens; give at least one");
             return Err(RouterError::invalid(param, empty));
         }
-        sampling::in_vocabulary(param, &ids, capacity.vocab_size)?;
+        check_ids(param, &ids, capacity.vocab_size)?;
         let max_tokens = room(param, ids.len(), sampling.max_tokens, capacity.context_max)?;
         prompts.push(Encoded { ids, text, max_tokens });
     }
@@ -208,12 +209,12 @@ pub(crate) async fn tokenize(
 pub(crate) async fn detokenize(
     shared: &RouterState,
     model: &str,
-    param: &str,
+    param: &'static str,
     ids: Vec<u32>,
 ) -> Result<String, RouterError> {
     let _permit = shared.permit(1)?;
     let (_, language, capacity) = spoken(shared, model).await?;
-    sampling::in_vocabulary(param, &ids, capacity.vocab_size)?;
+    check_ids(param, &ids, capacity.vocab_size)?;
     let bytes = ids.len();
     on_tokenizer_thread(shared, bytes, move || {
         let bytes: Vec<u8> = ids.iter().flat_map(|&id| language.piece(id)).collect();

@@ -1,19 +1,18 @@
-//! The one place where sampling parameters are checked, whichever API they came by.
+//! What a client asks for, whichever API it came by, over what the model's own settings say.
 //!
-//! Absent values come from the model's own `generation_config`, then from the defaults that
-//! `inference.proto` names. A value outside its range is refused with its name and the range.
+//! How tokens are chosen is checked by the engine's one check; what ends an answer and how often it
+//! is given, here. A value outside its range is refused with its name and the range.
 
-use crate::{RouterError, choice::Stops};
-use proto::v1::{self, SamplingParams};
-use text::GenerationDefaults;
+use crate::RouterError;
+use engine::{EngineError, check_count, check_ids, plan::SamplingParams};
+use proto::v1;
+use text::{GenerationDefaults, Stops};
 
 /// Choices of one prompt.
 const N_MAX: u32 = 128;
-const LOGPROBS_MAX: u32 = 20;
 const STOPS_MAX: usize = 64;
 const STOP_BYTES_MAX: usize = 1024;
 const STOP_IDS_MAX: usize = 256;
-const LOGIT_BIAS_MAX: usize = 1024;
 
 /// What is valid and complete, but for the seed of each choice.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,9 +42,6 @@ pub(crate) fn resolve(
     if !(1..=N_MAX).contains(&n) {
         return Err(outside("n", n, &format!("1 to {N_MAX}")));
     }
-    if let Some(k) = input.logprobs.filter(|&k| k > LOGPROBS_MAX) {
-        return Err(outside("logprobs", k, &format!("0 to {LOGPROBS_MAX}")));
-    }
     if input.max_tokens == Some(0) && !input.echo {
         return Err(outside("max_tokens", 0, "at least 1 (0 only with echo)"));
     }
@@ -53,13 +49,15 @@ pub(crate) fn resolve(
         return Err(outside("min_tokens", input.min_tokens, &format!("0 to max_tokens, {max}")));
     }
     check_stops(&input.stop)?;
-    check_ids(&input, vocab_size)?;
-    let params = params(&input, defaults)?;
-    // A special token leaves no text in which its name could be found.
-    let named = input.stop.iter().filter_map(|stop| Some((special(stop)?, stop.clone())));
-    let named: Vec<_> = named.filter(|(id, _)| (*id as usize) < vocab_size).collect();
+    check_count("stop_token_ids", input.stop_token_ids.len(), STOP_IDS_MAX)?;
+    check_ids("stop_token_ids", &input.stop_token_ids, vocab_size)?;
+    let params = sampling_params(&input, &defaults.params, vocab_size)?;
+    let mut stops = Stops::new(input.stop, special);
+    stops.named.retain(|(id, _)| (*id as usize) < vocab_size);
+    stops.keep = input.include_stop_str_in_output;
+    stops.min_tokens = input.min_tokens;
     let mut stop_ids = input.stop_token_ids;
-    stop_ids.extend(named.iter().map(|(id, _)| id));
+    stop_ids.extend(stops.named.iter().map(|(id, _)| id));
     if !input.ignore_eos {
         stop_ids.extend(&defaults.eos_ids);
     }
@@ -70,12 +68,7 @@ pub(crate) fn resolve(
         seed: input.seed,
         max_tokens: input.max_tokens,
         n,
-        stops: Stops {
-            strings: input.stop,
-            named,
-            keep: input.include_stop_str_in_output,
-            min_tokens: input.min_tokens,
-        },
+        stops,
         stop_ids,
         echo: input.echo,
     })
@@ -94,51 +87,53 @@ pub(crate) fn choice_seed(seed: u64, index: u32) -> u64 {
     mixed ^ mixed >> 31
 }
 
-fn params(
+/// The model's own parameters, with the client's in place of those that it gave; with the client's
+/// seed, or 0.
+///
+/// # Errors
+/// `Parameter` and `Token`, for the first that is out of its range.
+pub fn sampling_params(
     input: &v1::Sampling,
-    defaults: &GenerationDefaults,
-) -> Result<SamplingParams, RouterError> {
-    let unit = |name, value: Option<f32>| ranged(name, value, 0.0..=1.0, "[0, 1]");
-    let penalty = |name, value: Option<f32>| ranged(name, value, -2.0..=2.0, "[-2, 2]");
-    let temperature = ranged("temperature", input.temperature, 0.0..=2.0, "[0, 2]")?;
-    let top_p = unit("top_p", input.top_p)?.or(defaults.top_p).unwrap_or(1.0);
-    let top_k = input.top_k.or(defaults.top_k).unwrap_or(0);
-    // No mass at all still leaves the likeliest token, and only that.
-    let (top_p, top_k) = if top_p == 0.0 { (1.0, 1) } else { (top_p, top_k) };
-    let repetition = ranged(
-        "repetition_penalty",
-        input.repetition_penalty,
-        f32::MIN_POSITIVE..=100.0,
-        "(0, 100]",
-    )?;
-    for value in input.logit_bias.values() {
-        ranged("logit_bias", Some(*value), -100.0..=100.0, "[-100, 100]")?;
-    }
-    Ok(SamplingParams {
-        temperature: temperature.unwrap_or(defaults.temperature.unwrap_or(1.0)),
-        top_p,
-        top_k,
-        min_p: unit("min_p", input.min_p)?.or(defaults.min_p).unwrap_or(0.0),
-        repetition_penalty: repetition.or(defaults.repetition_penalty).unwrap_or(1.0),
-        presence_penalty: penalty("presence_penalty", input.presence_penalty)?.unwrap_or(0.0),
-        frequency_penalty: penalty("frequency_penalty", input.frequency_penalty)?.unwrap_or(0.0),
-        seed: 0,
-        logit_bias: input.logit_bias.clone(),
+    model: &SamplingParams,
+    vocab_size: usize,
+) -> Result<SamplingParams, EngineError> {
+    let mut logit_bias: Vec<(u32, f32)> = input.logit_bias.clone().into_iter().collect();
+    logit_bias.sort_unstable_by_key(|&(id, _)| id);
+    let mut params = SamplingParams {
+        temperature: input.temperature.unwrap_or(model.temperature),
+        top_p: input.top_p.unwrap_or(model.top_p),
+        top_k: input.top_k.unwrap_or(model.top_k),
+        min_p: input.min_p.unwrap_or(model.min_p),
+        repetition_penalty: input.repetition_penalty.unwrap_or(model.repetition_penalty),
+        presence_penalty: input.presence_penalty.unwrap_or(model.presence_penalty),
+        frequency_penalty: input.frequency_penalty.unwrap_or(model.frequency_penalty),
+        seed: input.seed.unwrap_or(0),
+        logit_bias,
+        ban: None,
         logprobs: input.logprobs,
-        min_tokens: input.min_tokens,
-    })
+    };
+    // No mass at all still leaves the likeliest token, and only that.
+    if params.top_p == 0.0 {
+        (params.top_p, params.top_k) = (1.0, 1);
+    }
+    params.check(vocab_size)?;
+    Ok(params)
 }
 
-/// NaN is in no range.
-fn ranged(
-    name: &str,
-    value: Option<f32>,
-    range: std::ops::RangeInclusive<f32>,
-    words: &str,
-) -> Result<Option<f32>, RouterError> {
-    match value {
-        Some(value) if !range.contains(&value) => Err(outside(name, value, words)),
-        value => Ok(value),
+/// Parameters as a worker takes them. It makes the ban of `min_tokens` out of the stop ids itself.
+pub(crate) fn wire(params: SamplingParams, min_tokens: u32) -> v1::SamplingParams {
+    v1::SamplingParams {
+        temperature: params.temperature,
+        top_p: params.top_p,
+        top_k: params.top_k,
+        min_p: params.min_p,
+        repetition_penalty: params.repetition_penalty,
+        presence_penalty: params.presence_penalty,
+        frequency_penalty: params.frequency_penalty,
+        seed: params.seed,
+        logit_bias: params.logit_bias.into_iter().collect(),
+        logprobs: params.logprobs,
+        min_tokens,
     }
 }
 
@@ -158,34 +153,6 @@ fn check_stops(stops: &[String]) -> Result<(), RouterError> {
         }
     }
     Ok(())
-}
-
-fn check_ids(input: &v1::Sampling, vocab_size: usize) -> Result<(), RouterError> {
-    let lengths = [
-        ("stop_token_ids", input.stop_token_ids.len(), STOP_IDS_MAX),
-        ("logit_bias", input.logit_bias.len(), LOGIT_BIAS_MAX),
-    ];
-    for (name, len, max) in lengths {
-        if len > max {
-            let many = format!("{name} takes at most {max} ids, not {len}");
-            return Err(RouterError::invalid(name, many));
-        }
-    }
-    in_vocabulary("stop_token_ids", &input.stop_token_ids, vocab_size)?;
-    let biased: Vec<u32> = input.logit_bias.keys().copied().collect();
-    in_vocabulary("logit_bias", &biased, vocab_size)
-}
-
-/// Refuses ids that the model does not have.
-pub(crate) fn in_vocabulary(name: &str, ids: &[u32], vocab_size: usize) -> Result<(), RouterError> {
-    match ids.iter().find(|&&id| id as usize >= vocab_size) {
-        Some(id) => {
-            let message =
-                format!("{name}: token id {id} is outside the vocabulary of {vocab_size}");
-            Err(RouterError::invalid(name, message))
-        }
-        None => Ok(()),
-    }
 }
 
 #[cfg(test)]
@@ -260,12 +227,8 @@ mod tests {
 
     #[test]
     fn the_models_own_defaults_fill_what_is_absent() {
-        let defaults = GenerationDefaults {
-            eos_ids: vec![7, 5],
-            temperature: Some(0.7),
-            top_k: Some(20),
-            ..GenerationDefaults::default()
-        };
+        let params = SamplingParams { temperature: 0.7, top_k: 20, ..SamplingParams::NEUTRAL };
+        let defaults = GenerationDefaults { eos_ids: vec![7, 5], params };
         let input = v1::Sampling { top_k: Some(3), ..v1::Sampling::default() };
         let sampling = resolve(input, &defaults, 100, |_| None).unwrap();
         assert_eq!(sampling.stop_ids, [5, 7]);

@@ -2,7 +2,7 @@
 
 use crate::{
     RouterError, RouterState,
-    choice::{Chunk, FinishReason},
+    choice::Chunk,
     generate::{Answering, Generation},
     request::{self, Input, Prompt, Reading},
     time_limit::TimeLimit,
@@ -17,7 +17,7 @@ use proto::v1::{
 };
 use serde_json::{Map, Value};
 use std::{pin::Pin, sync::Arc};
-use text::{Chat, Content, Message};
+use text::{Chat, Content, FinishReason, Message};
 use tonic::{Code, Request, Response, Status};
 
 type AnswerStream = Pin<Box<dyn Stream<Item = Result<GenerateResponse, Status>> + Send>>;

@@ -8,6 +8,7 @@
 
 use crate::{config::Deadlines, languages::LanguageSlot, policy::Target, queue::Line};
 use cluster::{Instance, Roster, State};
+use engine::plan::BLOCK_TOKENS;
 use proto::v1::worker_client::WorkerClient;
 use std::{
     collections::BTreeMap,
@@ -21,8 +22,6 @@ use std::{
 use tokio::sync::watch;
 use tonic::transport::{Channel, Endpoint};
 
-/// Tokens in one KV block, as the roster counts them.
-const BLOCK_TOKENS: usize = 16;
 /// One message between router and worker: prompts of millions of tokens fit.
 const MESSAGE_BYTES_MAX: usize = 64 << 20;
 /// Unread bytes of one stream: a slow client's tokens wait at the worker.

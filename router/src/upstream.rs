@@ -47,12 +47,18 @@ pub(crate) struct Received {
     pub progress: Option<Progress>,
 }
 
-/// Where a stream is.
+/// Where a stream is: `Waiting`, then `Streaming` and `Resuming` in turn, then `Ended`.
 enum State {
-    /// On no worker: not yet, or not any more.
-    Unplaced,
-    Placed(Box<Placement>),
-    Finished,
+    /// On no worker yet.
+    Waiting,
+    Streaming {
+        placement: Box<Placement>,
+        /// Prompt scores that an earlier worker has sent, and this one will send again.
+        again: usize,
+    },
+    /// Its worker failed it: it goes on elsewhere, ahead of those that never began.
+    Resuming,
+    Ended,
 }
 
 /// One sequence, started with [`UpstreamStream::open`].
@@ -64,18 +70,10 @@ pub(crate) struct UpstreamStream {
     /// As first sent; `generated` grows with what was received.
     request: RunRequest,
     state: State,
-    scores: PromptScores,
+    /// Prompt scores received.
+    scores: usize,
     breaks: Breaks,
-    /// News beside progress was handed out before.
-    began: bool,
     progress_logged: Instant,
-}
-
-/// Prompt scores, which a later worker may send again.
-#[derive(Default)]
-struct PromptScores {
-    received: usize,
-    again: usize,
 }
 
 /// Counts breaks, and what came between them.
@@ -111,10 +109,9 @@ impl UpstreamStream {
             trace,
             key,
             request,
-            state: State::Unplaced,
-            scores: PromptScores::default(),
+            state: State::Waiting,
+            scores: 0,
             breaks: Breaks::default(),
-            began: false,
             progress_logged: Instant::now(),
         }
     }
@@ -127,22 +124,27 @@ impl UpstreamStream {
             model: &self.model,
             metrics: &self.upstream.metrics,
         };
-        let under_way = self.breaks.all > 0;
+        let under_way = matches!(self.state, State::Resuming);
         let placement = Opening::new(&self.upstream, order, &self.key, under_way).run().await?;
-        self.state = State::Placed(Box::new(placement));
+        self.state = State::Streaming { placement: Box::new(placement), again: self.scores };
         Ok(())
+    }
+
+    /// Whether anything but progress was handed out.
+    fn began(&self) -> bool {
+        self.scores > 0 || !self.request.generated.is_empty()
     }
 
     /// The next news; `None` after the finish.
     pub async fn next(&mut self) -> Result<Option<Received>, RouterError> {
         loop {
             let placement = match &mut self.state {
-                State::Finished => return Ok(None),
-                State::Unplaced => {
+                State::Ended => return Ok(None),
+                State::Waiting | State::Resuming => {
                     self.open().await?;
                     continue;
                 }
-                State::Placed(placement) => placement,
+                State::Streaming { placement, .. } => placement,
             };
             let reason = match placement.message(self.upstream.deadlines.silence).await {
                 Ok(message) => return self.accept(message).await.map(Some),
@@ -154,7 +156,7 @@ impl UpstreamStream {
                 }
             };
             let worker = placement.link().id().to_owned();
-            self.state = State::Unplaced;
+            self.state = State::Resuming;
             if let Some(received) = self.complete() {
                 return Ok(Some(received));
             }
@@ -172,7 +174,7 @@ impl UpstreamStream {
         } else {
             return None;
         };
-        self.state = State::Finished;
+        self.state = State::Ended;
         Some(Received { finish: Some(finish), ..Received::default() })
     }
 
@@ -199,7 +201,6 @@ impl UpstreamStream {
         if received > 0 {
             self.request.score_prompt = false;
         }
-        self.scores.again = self.scores.received;
         Ok(())
     }
 
@@ -217,11 +218,14 @@ impl UpstreamStream {
                 return Err(RouterError::Internal(unknown));
             }
         };
+        let cached_tokens = if self.began() { 0 } else { message.cached_tokens };
         let mut prompt = message.prompt;
-        let again = self.scores.again.min(prompt.len());
-        prompt.drain(..again);
-        self.scores.again -= again;
-        self.scores.received += prompt.len();
+        if let State::Streaming { again, .. } = &mut self.state {
+            let known = prompt.len().min(*again);
+            prompt.drain(..known);
+            *again -= known;
+        }
+        self.scores += prompt.len();
         self.request.generated.extend(message.tokens.iter().map(|token| token.id));
         if self.request.generated.len() > self.request.max_tokens as usize {
             let (sent, max) = (self.request.generated.len(), self.request.max_tokens);
@@ -232,25 +236,24 @@ impl UpstreamStream {
             let known = self.request.prompt.len() + self.request.generated.len();
             self.breaks.computed(u32::try_from(known).unwrap_or(u32::MAX));
         } else if !prompt.is_empty() {
-            self.breaks.computed(u32::try_from(self.scores.received).unwrap_or(u32::MAX));
+            self.breaks.computed(u32::try_from(self.scores).unwrap_or(u32::MAX));
         }
         if finish.is_some()
-            && let State::Placed(placement) = std::mem::replace(&mut self.state, State::Finished)
+            && let State::Streaming { placement, .. } =
+                std::mem::replace(&mut self.state, State::Ended)
         {
             placement.end().await;
         }
-        let cached_tokens = if self.began { 0 } else { message.cached_tokens };
-        self.began = true;
         Ok(Received { prompt, tokens: message.tokens, finish, cached_tokens, progress: None })
     }
 
     /// Says now and then what a stream without a token waits for.
     fn log(&mut self, progress: &Progress) {
-        let State::Placed(placement) = &self.state else { return };
+        let State::Streaming { placement, .. } = &self.state else { return };
         let worker = placement.link().id();
         let Progress { waiting_ahead, prefilled, prompt, running } = *progress;
         tracing::debug!(worker, running, waiting_ahead, prefilled, prompt, "progress");
-        if self.began || self.progress_logged.elapsed() < PROGRESS_LOG_PERIOD {
+        if self.began() || self.progress_logged.elapsed() < PROGRESS_LOG_PERIOD {
             return;
         }
         self.progress_logged = Instant::now();

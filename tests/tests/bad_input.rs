@@ -2,7 +2,11 @@
 //! names what is wrong, and the server goes on as before.
 
 use serde_json::{Value, json};
-use tests::{Process, Reply, exchange};
+use std::{
+    io::Write,
+    process::{Command, Stdio},
+};
+use tests::{Process, Reply, exchange, lockstep};
 
 const CHAT: &str = "/v1/chat/completions";
 const TEXT: &str = "/v1/completions";
@@ -55,9 +59,32 @@ fn every_fault_is_named_and_the_server_goes_on() {
     server.answers(model);
     broken_bodies(&server, model);
     refused_values(&server, model);
+    every_door_says_the_same(&server, model);
     server.answers(model);
     special_text_stays_text(&server, model);
     server.answers(model);
+}
+
+/// By HTTP, by gRPC, and without a server.
+fn every_door_says_the_same(server: &Server, model: &str) {
+    let said = server.refused(TEXT, &text(model, json!({"temperature": 2.5})), 400);
+    let said = said.trim();
+    assert_eq!(said, "temperature must be in [0, 2], not 2.5");
+    let router = server.0.address("grpc");
+    for flags in [["chat", "--router", router], ["run", "--model", "demo"]] {
+        let mut command = Command::new(lockstep());
+        command.args(flags).args(["--temperature", "2.5"]);
+        if flags[0] == "run" {
+            command.args(["--prompt", "Hi", "--threads", "1"]);
+        }
+        let pipes = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = pipes.spawn().expect("lockstep runs");
+        // Only `chat` reads it.
+        let _unread = child.stdin.take().expect("a pipe").write_all(b"Hi\n");
+        let output = child.wait_with_output().expect("its output");
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && told.contains(said), "{flags:?}: {told}");
+    }
 }
 
 fn broken_bodies(server: &Server, model: &str) {

@@ -25,13 +25,13 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("kernels/checks", &["cuda", "engine", "kernels", "model"]),
     ("collective", &["kernels"]),
     ("model", &["collective", "engine", "formats", "kernels"]),
-    ("text", &["formats"]),
+    ("text", &["engine", "formats"]),
     ("cluster", &["proto"]),
     (
         "worker",
         &["cluster", "collective", "cpu", "cuda", "engine", "formats", "kernels", "model", "proto"],
     ),
-    ("router", &["cluster", "proto", "text"]),
+    ("router", &["cluster", "engine", "proto", "text"]),
 ];
 
 /// Crates that may use tokio; everything else is synchronous.

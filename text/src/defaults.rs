@@ -3,6 +3,7 @@
 //! From generation_config.json, else config.json, else GGUF metadata. Values that no sampler could
 //! use are refused by name when the model is loaded.
 
+use engine::plan::SamplingParams;
 use formats::gguf::Metadata;
 use serde_json::{Map, Value};
 
@@ -13,21 +14,19 @@ use crate::tokenizer::{Vocabulary, gguf};
 /// Tokens that end an answer wherever they are special, though some files forget to say so.
 const END_NAMES: [&str; 4] = ["<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>"];
 
-/// `None` where the model has no opinion.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// The model's own settings.
+#[derive(Clone, Debug, PartialEq)]
 pub struct GenerationDefaults {
     /// Every token that ends an answer, in order.
     pub eos_ids: Vec<u32>,
-    /// 0 is greedy, also where the model says not to sample.
-    pub temperature: Option<f32>,
-    /// (0, 1].
-    pub top_p: Option<f32>,
-    /// 0 is off.
-    pub top_k: Option<u32>,
-    /// [0, 1].
-    pub min_p: Option<f32>,
-    /// Above 0.
-    pub repetition_penalty: Option<f32>,
+    /// Neutral where the model has no opinion; greedy where it says not to sample.
+    pub params: SamplingParams,
+}
+
+impl Default for GenerationDefaults {
+    fn default() -> Self {
+        Self { eos_ids: Vec::new(), params: SamplingParams::NEUTRAL }
+    }
 }
 
 #[derive(Default)]
@@ -70,40 +69,24 @@ impl GenerationDefaults {
 
 impl Config {
     fn checked(self, eos_ids: Vec<u32>) -> Result<GenerationDefaults, TextError> {
-        let within = |name: &str, value: Option<f64>, fits: fn(f64) -> bool, range: &str| {
-            let value = value.map(|value| match fits(value) {
-                true => Ok(value as f32),
-                false => Err(TextError::file(
-                    "generation_config.json",
-                    format!("{name} is {value}, which is not {range}"),
-                )),
-            });
-            value.transpose()
-        };
+        let neutral = SamplingParams::NEUTRAL;
+        let or = |value: Option<f64>, neutral: f32| value.map_or(neutral, |value| value as f32);
         let temperature = match self.do_sample {
-            Some(false) => Some(0.0),
-            _ => self.temperature,
+            Some(false) => 0.0,
+            _ => or(self.temperature, neutral.temperature),
         };
-        let positive = |v: f64| v > 0.0 && v.is_finite();
-        Ok(GenerationDefaults {
-            eos_ids,
-            temperature: within(
-                "temperature",
-                temperature,
-                |v| v >= 0.0 && v.is_finite(),
-                "0 or above",
-            )?,
-            top_p: within("top_p", self.top_p, |v| v > 0.0 && v <= 1.0, "in (0, 1]")?,
+        let params = SamplingParams {
+            temperature,
+            top_p: or(self.top_p, neutral.top_p),
             // Negative is off, as 0 is.
-            top_k: self.top_k.map(|k| u32::try_from(k.max(0)).unwrap_or(u32::MAX)),
-            min_p: within("min_p", self.min_p, |v| (0.0..=1.0).contains(&v), "in [0, 1]")?,
-            repetition_penalty: within(
-                "repetition_penalty",
-                self.repetition_penalty,
-                positive,
-                "above 0",
-            )?,
-        })
+            top_k: self.top_k.map_or(0, |k| u32::try_from(k.max(0)).unwrap_or(u32::MAX)),
+            min_p: or(self.min_p, neutral.min_p),
+            repetition_penalty: or(self.repetition_penalty, neutral.repetition_penalty),
+            ..neutral
+        };
+        let checked = params.check(usize::MAX);
+        checked.map_err(|error| TextError::file("generation_config.json", error))?;
+        Ok(GenerationDefaults { eos_ids, params })
     }
 }
 
@@ -198,18 +181,21 @@ mod tests {
         );
         let expected = GenerationDefaults {
             eos_ids: vec![151643, 151645],
-            temperature: Some(0.7),
-            top_p: Some(0.8),
-            top_k: Some(20),
-            min_p: None,
-            repetition_penalty: Some(1.05),
+            params: SamplingParams {
+                temperature: 0.7,
+                top_p: 0.8,
+                top_k: 20,
+                repetition_penalty: 1.05,
+                ..SamplingParams::NEUTRAL
+            },
         };
         assert_eq!(defaults.unwrap(), expected);
         let greedy = load(r#"{"eos_token_id": 2, "do_sample": false, "top_k": -1}"#).unwrap();
-        assert_eq!((greedy.temperature, greedy.top_k), (Some(0.0), Some(0)));
+        assert_eq!((greedy.params.temperature, greedy.params.top_k), (0.0, 0));
         assert_eq!(greedy.eos_ids, [2]);
         let floats = load(r#"{"eos_token_id": [2.0, 3], "top_k": 50.0, "top_p": null}"#).unwrap();
-        assert_eq!((floats.eos_ids, floats.top_k, floats.top_p), (vec![2, 3], Some(50), None));
+        let SamplingParams { top_k, top_p, .. } = floats.params;
+        assert_eq!((floats.eos_ids, top_k, top_p), (vec![2, 3], 50, 1.0));
     }
 
     #[test]

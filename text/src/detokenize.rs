@@ -48,6 +48,11 @@ impl Detokenizer {
         }
     }
 
+    /// Whether half a character waits for its other half.
+    pub fn holds(&self) -> bool {
+        !self.held.is_empty()
+    }
+
     /// The stream ended: half a character becomes U+FFFD.
     pub fn finish(&mut self) -> String {
         let text = String::from_utf8_lossy(&self.held).into_owned();

@@ -69,13 +69,18 @@ impl Pieces {
             table[id as usize] = token.content.into_bytes();
             special[id as usize] = token.special;
         }
+        Ok(Self::of(&table, special))
+    }
+
+    /// `special[id]` says so of each of `table`.
+    pub fn of(table: &[impl AsRef<[u8]>], special: Vec<bool>) -> Self {
         let mut starts = vec![0];
         let mut bytes = Vec::new();
         for piece in table {
-            bytes.extend(piece);
+            bytes.extend_from_slice(piece.as_ref());
             starts.push(bytes.len());
         }
-        Ok(Self { bytes, starts, special })
+        Self { bytes, starts, special }
     }
 
     /// One more than the highest id.

@@ -34,9 +34,6 @@ pub enum WorkerError {
     Bind { addr: SocketAddr, source: io::Error },
     #[error(transparent)]
     Membership(#[from] MembershipError),
-    /// A rank did not start, or its process ended.
-    #[error("rank {rank}: {reason}")]
-    Rank { rank: usize, reason: String },
     #[error("{what}: {source}")]
     Io { what: String, source: io::Error },
     /// Running streams did not end in time; they were cut.

@@ -17,15 +17,17 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 use cpu::{Isa, Precision};
 use cuda::CudaConfig;
 use engine::{SchedulerConfig, plan::Executor};
+use serde::{Deserialize, Serialize};
 
 pub use process::{RANK_TOKEN_VARIABLE, RankConfig, run_rank};
 
 use crate::WorkerError;
 use devices::{Devices, Task, on_devices};
+use follower::RankOptions;
 use sizing::Sizing;
 
 /// What computes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Device {
     Cpu,
     /// Cards from `first` on, one a rank where there are as many, else `first` for all ranks.
@@ -114,7 +116,7 @@ pub struct ModelInfo {
     /// Instruction set in use on the CPU.
     pub isa: &'static str,
     pub precision: Precision,
-    /// KV pool, in blocks of 16 tokens.
+    /// KV pool, in blocks of `BLOCK_TOKENS` tokens.
     pub blocks: usize,
     /// KV pool of all ranks together.
     pub kv_bytes: u64,
@@ -168,10 +170,9 @@ impl GroupPlan {
 
     /// Loads the weights on every rank. Blocks until all are ready.
     pub fn start(self, progress: LoadProgress<'_>) -> Result<Group, WorkerError> {
-        let options = self.sizing.rank_options();
-        let (device, ranks) = (self.sizing.config.device, self.sizing.config.ranks);
+        let RankOptions { device, cpu, .. } = self.sizing.options;
         let start = Start { sizing: &self.sizing, progress };
-        let executor = on_devices(device, ranks, options.cpu, start)?;
+        let executor = on_devices(device, self.sizing.config.ranks, cpu, start)?;
         Ok(Group { info: self.sizing.info, executor })
     }
 }

@@ -260,11 +260,6 @@ impl WorkerHandle {
         &self.shared.model
     }
 
-    /// The engine behind the service, for callers in the same process.
-    pub fn engine(&self) -> &Engine {
-        &self.shared.engine
-    }
-
     /// The figures behind `/metrics` at `addr`.
     pub fn metrics(&self) -> &Metrics {
         &self.shared.metrics

@@ -49,9 +49,8 @@ impl From<WorkerError> for Status {
         let code = match &error {
             WorkerError::Invalid(_) => Code::InvalidArgument,
             WorkerError::Engine(EngineError::Overloaded(_)) => Code::ResourceExhausted,
-            WorkerError::Engine(EngineError::TooLong { .. } | EngineError::Invalid(_)) => {
-                Code::InvalidArgument
-            }
+            WorkerError::Engine(EngineError::Desync { .. }) => Code::Internal,
+            WorkerError::Engine(_) => Code::InvalidArgument,
             WorkerError::Draining | WorkerError::Group(_) => Code::Unavailable,
             _ => Code::Internal,
         };

@@ -15,7 +15,9 @@ use engine::plan::{Executor, ExecutorError, StepOutput, StepPlan, TokenLogprob, 
 use proto::v1::{self, worker_client::WorkerClient};
 use tokio::{sync::watch, time::timeout};
 use tonic::{Code, Status, Streaming, transport::Channel};
-use worker::{Group, GroupConfig, ModelInfo, Worker, WorkerConfig, WorkerError, WorkerHandle};
+use worker::{
+    Engine, Group, GroupConfig, Metrics, ModelInfo, Worker, WorkerConfig, WorkerError, WorkerHandle,
+};
 
 const VOCAB: usize = 1000;
 const EOS: u32 = 9;
@@ -92,9 +94,8 @@ async fn world(waiting_max: usize) -> World {
     world_with(waiting_max, Duration::from_secs(600)).await
 }
 
-async fn world_with(waiting_max: usize, step_limit: Duration) -> World {
-    let levers = Arc::new(Levers::default());
-    let info = ModelInfo {
+fn info() -> ModelInfo {
+    ModelInfo {
         name: "fake".into(),
         vocab: VOCAB,
         context_max: 512,
@@ -114,7 +115,11 @@ async fn world_with(waiting_max: usize, step_limit: Duration) -> World {
             ("empty.json".to_owned(), Vec::new()),
             ("tokenizer.json".to_owned(), (0..3_000_000).map(|at| at as u8).collect()),
         ]),
-    };
+    }
+}
+
+async fn world_with(waiting_max: usize, step_limit: Duration) -> World {
+    let levers = Arc::new(Levers::default());
     let executor = Box::new(Fake { levers: Arc::clone(&levers), expected: 0, output: None });
     let membership = Arc::new(InMemory::new());
     let roster = membership.roster();
@@ -125,7 +130,7 @@ async fn world_with(waiting_max: usize, step_limit: Duration) -> World {
         step_limit,
         ..WorkerConfig::new(GroupConfig::new("fake"))
     };
-    let group = Group { info, executor };
+    let group = Group { info: info(), executor };
     let handle = Worker::start_with(config, group, membership, asked).await.unwrap();
     let client = WorkerClient::connect(format!("http://{}", handle.addr())).await.unwrap();
     World { handle, client, levers, roster, shutdown }
@@ -177,10 +182,22 @@ impl World {
         self.run(request).await.expect_err("a refusal")
     }
 
-    async fn until(&self, what: &str, mut holds: impl FnMut(&engine::Stats) -> bool) {
-        let mut stats = self.handle.engine().stats();
-        let waited = timeout(PATIENCE, stats.wait_for(|stats| holds(stats))).await;
-        assert!(waited.is_ok(), "{what}: {:?}", *self.handle.engine().stats().borrow());
+    /// Waits until the figures hold, by their names in `/metrics`.
+    async fn until(&self, what: &str, holds: impl Fn(&dyn Fn(&str) -> usize) -> bool) {
+        let start = Instant::now();
+        loop {
+            let (_, page) = self.handle.metrics().exposition(None).unwrap();
+            let figure = |name: &str| {
+                let line = format!("lockstep_worker_{name}{{model=\"fake\"}} ");
+                let value = page.lines().find_map(|at| at.strip_prefix(&line));
+                value.unwrap_or_else(|| panic!("no {name}")).parse().unwrap()
+            };
+            if holds(&figure) {
+                return;
+            }
+            assert!(start.elapsed() < PATIENCE, "{what}: {page}");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
     }
 }
 
@@ -252,9 +269,10 @@ async fn a_dropped_stream_frees_its_blocks() {
     w.levers.step_micros.store(1000, Ordering::SeqCst);
     let mut stream = w.run(request(100, 400)).await.unwrap();
     assert!(stream.message().await.unwrap().is_some());
-    w.until("it runs", |stats| stats.blocks_free < BLOCKS).await;
+    w.until("it runs", |figure| figure("blocks_free") < BLOCKS).await;
     drop(stream);
-    w.until("all free", |stats| stats.blocks_free == BLOCKS && stats.cancelled == 1).await;
+    w.until("it is cancelled", |figure| figure("requests_cancelled_total") == 1).await;
+    w.until("all free", |figure| figure("blocks_free") == BLOCKS).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -272,16 +290,19 @@ async fn a_full_queue_refuses_with_advice() {
     assert_eq!(refused.code(), Code::ResourceExhausted);
     assert!(refused.metadata().get("retry-after-ms").is_some());
     drop(streams);
-    w.until("all free", |stats| stats.blocks_free == BLOCKS).await;
+    w.until("all free", |figure| figure("blocks_free") == BLOCKS).await;
     let (_, text) = w.handle.metrics().exposition(None).unwrap();
     assert!(text.contains("lockstep_worker_requests_rejected_total{model=\"fake\"} 1"), "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reader_that_sleeps_stalls_nobody_and_misses_nothing() {
-    let w = world(8).await;
-    w.levers.step_micros.store(100, Ordering::SeqCst);
-    // Through the engine itself: no transport that would read ahead.
+    // On an engine itself: no transport that would read ahead.
+    let levers = Arc::new(Levers::default());
+    levers.step_micros.store(100, Ordering::SeqCst);
+    let executor = Box::new(Fake { levers, expected: 0, output: None });
+    let metrics = Arc::new(Metrics::new("fake"));
+    let engine = Engine::start(executor, info().scheduler_config(8), metrics).unwrap();
     let request_of = |max_tokens| engine::Request {
         prompt: vec![1; 20],
         generated: vec![],
@@ -290,10 +311,15 @@ async fn a_reader_that_sleeps_stalls_nobody_and_misses_nothing() {
         stop_ids: vec![],
         score_prompt: false,
     };
-    let mut slow = w.handle.engine().run(request_of(300)).unwrap();
-    let fast = read(w.run(request(20, 400)).await.unwrap()).await.unwrap();
-    assert_eq!(fast.ids.len(), 400);
-    w.until("both ended", |stats| stats.finished == 2).await;
+    let mut slow = engine.run(request_of(300)).unwrap();
+    let mut fast = engine.run(request_of(400)).unwrap();
+    let mut read = 0;
+    while let Some(update) = timeout(PATIENCE, fast.next()).await.expect("in time") {
+        read += update.unwrap().tokens.len();
+    }
+    assert_eq!(read, 400);
+    let both = |stats: &engine::Stats| stats.finished == 2;
+    timeout(PATIENCE, engine.stats().wait_for(both)).await.expect("both end").unwrap();
     let update = slow.next().await.unwrap().unwrap();
     let ids: Vec<u32> = update.tokens.iter().map(|token| token.token).collect();
     assert_eq!(ids, (20..320).collect::<Vec<_>>(), "all of it at once");
@@ -419,7 +445,9 @@ async fn many_clients_that_vanish_leave_nothing_behind() {
         });
     }
     while clients.join_next().await.is_some() {}
-    w.until("all free", |s| s.running + s.waiting == 0 && s.blocks_free == BLOCKS).await;
+    let sequences = ["sequences_running", "sequences_waiting"];
+    w.until("none is left", |figure| sequences.map(figure) == [0, 0]).await;
+    w.until("all free", |figure| figure("blocks_free") == BLOCKS).await;
     assert_eq!(read(w.run(request(4, 3)).await.unwrap()).await.unwrap().ids, [4, 5, 6]);
 }
 

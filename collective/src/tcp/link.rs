@@ -25,7 +25,7 @@ impl Kind {
     fn op(self) -> &'static str {
         match self {
             Self::Broadcast => "broadcast",
-            Self::Gather => "all_gather",
+            Self::Gather => "all_gather_cols",
             Self::Reduce => "all_reduce_sum",
         }
     }

@@ -206,7 +206,8 @@ impl Case {
         for (s, table) in self.sequences.iter().zip(&tables) {
             let rows = s.prefix..s.context();
             positions.extend(rows.clone().map(|p| p as i32));
-            let slot = |p| table[p / BLOCK_TOKENS] * BLOCK_TOKENS as i32 + (p % 16) as i32;
+            let within = |p| (p % BLOCK_TOKENS) as i32;
+            let slot = |p| table[p / BLOCK_TOKENS] * BLOCK_TOKENS as i32 + within(p);
             slots.extend(rows.map(slot));
             starts.push(positions.len() as i32);
             lens.push(s.context() as i32);

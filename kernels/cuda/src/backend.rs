@@ -9,10 +9,11 @@ use kernels::{
     sampling::{Refused, SampleRequest, Sampled},
     shape,
 };
+use serde::{Deserialize, Serialize};
 use std::sync::{Mutex, PoisonError};
 
 /// How a device is used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CudaConfig {
     pub kv_format: KvFormat,
     pub prefill: PrefillKernel,

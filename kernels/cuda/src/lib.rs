@@ -32,3 +32,13 @@ pub use int4::FUSED_ROWS_MAX;
 pub use linear::WeightFormat;
 pub use rope::{CudaKv, KvFormat};
 pub use sampling::SampleRoom;
+
+#[cfg(test)]
+mod tests {
+    /// Kernels and launchers are compiled apart: nothing but this compares the two numbers.
+    #[test]
+    fn kernels_and_launchers_mean_the_same_blocks() {
+        let declared = format!("constexpr int BLOCK_TOKENS = {};", kernels::BLOCK_TOKENS);
+        assert!(include_str!("../cu/target.cuh").contains(&declared), "{declared}");
+    }
+}

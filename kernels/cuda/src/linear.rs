@@ -8,10 +8,11 @@ use super::{
     int4::Int4,
 };
 use kernels::{KernelError, Tensor, WeightPart, shape::ensure};
+use serde::{Deserialize, Serialize};
 
 /// How the matrices of a model's layers are kept on the device, but for those that a checkpoint
 /// stores as integers of 4 bits in groups: these stay as they are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WeightFormat {
     Bf16,
     /// e4m3 with a scale for each row (output), found when the weight is uploaded; activations get

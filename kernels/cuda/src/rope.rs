@@ -3,9 +3,10 @@
 use super::{Array, Cuda, Driver, Element, Launch, elementwise::bf16_vectors, fp8::usable_scale};
 use kernels::{BLOCK_TOKENS, Batch, Heads, KernelError, Rotation, Tensor, host, shape};
 use kernels::{ShapeError, shape::ensure};
+use serde::{Deserialize, Serialize};
 
 /// How cached keys and values are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum KvFormat {
     Bf16,
     /// e4m3 with one scale for the layer's keys and one for its values.

@@ -117,7 +117,8 @@ impl<'a> Results<'a> {
             let Some(RunningSequence { params, seen, .. }) = self.sequences.get(&id) else {
                 return;
             };
-            let sampled = self.sampler.sample(logits, params, seen, job.position);
+            let next = next_token(params, seen, job.position);
+            let sampled = self.sampler.sample(logits, &next, params.logprobs);
             self.take(job, false, sampled);
         }
     }

@@ -5,7 +5,7 @@
 //! turn out not to hold the whole head, more. The draw walks what was kept in the order of ids.
 
 use super::logits::{mass, weight};
-use engine::plan::SamplingParams;
+use kernels::sampling::NextToken;
 use std::cmp::Ordering;
 
 /// How far below the peak to look for candidates, in temperatures: most rows need the first only.
@@ -24,7 +24,8 @@ pub struct Candidate {
 }
 
 impl Candidate {
-    /// Likelier first; equally likely ones by id. Logits are finite here.
+    /// Likelier first; equally likely ones by id. Logits are finite here, or -infinity where the
+    /// token is forbidden.
     fn order(&self, other: &Self) -> Ordering {
         let by_logit = other.logit.partial_cmp(&self.logit).unwrap_or(Ordering::Equal);
         by_logit.then(self.id.cmp(&other.id))
@@ -44,26 +45,26 @@ pub struct Candidates {
 
 impl Candidates {
     /// One token of `row` at a temperature above 0; `uniform` in [0, 1).
-    pub fn draw(&mut self, row: &[f32], peak: f32, params: &SamplingParams, uniform: f64) -> u32 {
-        let temperature = params.temperature;
-        let top_k = if (params.top_k as usize) < row.len() { params.top_k as usize } else { 0 };
+    pub fn draw(&mut self, row: &[f32], peak: f32, next: &NextToken<'_>, uniform: f64) -> u32 {
+        let NextToken { temperature, top_k, top_p, min_p, .. } = *next;
+        let top_k = if (top_k as usize) < row.len() { top_k as usize } else { 0 };
         if top_k > 0 {
             self.gather_count(row, peak, temperature, top_k);
             self.keep_count(top_k);
-        } else if params.top_p < 1.0 {
-            let needed = f64::from(params.top_p) * mass(row, peak, temperature);
+        } else if top_p < 1.0 {
+            let needed = f64::from(top_p) * mass(row, peak, temperature);
             self.gather_mass(row, peak, temperature, needed);
             self.keep_mass(needed);
-        } else if params.min_p > 0.0 {
+        } else if min_p > 0.0 {
             // One unit of slack: the exact comparison is made on the weights below.
-            self.gather(row, peak, temperature, 1.0 - params.min_p.ln());
+            self.gather(row, peak, temperature, 1.0 - min_p.ln());
         } else {
             return self.draw_from_all(row, peak, temperature, uniform);
         }
-        if top_k > 0 && params.top_p < 1.0 {
-            self.keep_mass(f64::from(params.top_p) * total(&self.kept));
+        if top_k > 0 && top_p < 1.0 {
+            self.keep_mass(f64::from(top_p) * total(&self.kept));
         }
-        self.kept.retain(|c| c.weight >= params.min_p);
+        self.kept.retain(|c| c.weight >= min_p);
         self.draw_from_kept(uniform)
     }
 

@@ -28,6 +28,22 @@ pub fn finite_peak(row: &[f32]) -> Option<f32> {
     (finite && peak.is_finite()).then_some(peak)
 }
 
+/// -infinity for every id whose bit in `allowed` is not set, or that lies past its end; the largest
+/// value left, or `None` where none is.
+pub fn forbid(row: &mut [f32], allowed: &[u32]) -> Option<f32> {
+    let words = allowed.iter().copied().chain(std::iter::repeat(0));
+    let mut peak = f32::NEG_INFINITY;
+    for (logits, word) in row.chunks_mut(u32::BITS as usize).zip(words) {
+        for (bit, logit) in logits.iter_mut().enumerate() {
+            if word >> bit & 1 == 0 {
+                *logit = f32::NEG_INFINITY;
+            }
+            peak = peak.max(*logit);
+        }
+    }
+    peak.is_finite().then_some(peak)
+}
+
 /// The lowest index that holds `value`; 0 where none does.
 pub fn first_at(row: &[f32], value: f32) -> u32 {
     row.iter().position(|&x| x == value).unwrap_or(0) as u32

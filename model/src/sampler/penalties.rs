@@ -1,7 +1,7 @@
 //! Bias and penalties: changes to a few logits of a row.
 
-use engine::plan::{Admission, SamplingParams};
-use kernels::sampling::Refused;
+use engine::plan::Admission;
+use kernels::sampling::{NextToken, Refused};
 
 /// What penalties look at: the tokens of a sequence, and how often the answer holds each.
 ///
@@ -49,10 +49,6 @@ impl Seen {
         }
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.in_answer.is_empty()
-    }
-
     /// Each token in ascending order, and its occurrences in the answer.
     pub fn ascending(&self) -> &[(u32, u32)] {
         &self.in_answer
@@ -60,28 +56,23 @@ impl Seen {
 }
 
 /// Bias first, then each seen token's penalties.
-pub fn apply(
-    row: &mut [f32],
-    bias: &[(u32, f32)],
-    params: &SamplingParams,
-    seen: &Seen,
-) -> Result<(), Refused> {
+pub fn apply(row: &mut [f32], next: &NextToken<'_>) -> Result<(), Refused> {
     let vocab = row.len();
-    for &(token, bias) in bias {
+    for &(token, bias) in next.logit_bias {
         match row.get_mut(token as usize) {
             Some(logit) => *logit += bias,
             None => return Err(Refused::Bias { token, vocab }),
         }
     }
-    for &(token, count) in &seen.in_answer {
+    for &(token, count) in next.seen {
         let Some(logit) = row.get_mut(token as usize) else { continue };
         *logit = if *logit > 0.0 {
-            *logit / params.repetition_penalty
+            *logit / next.repetition_penalty
         } else {
-            *logit * params.repetition_penalty
+            *logit * next.repetition_penalty
         };
         if count > 0 {
-            *logit -= params.presence_penalty + params.frequency_penalty * count as f32;
+            *logit -= next.presence_penalty + next.frequency_penalty * count as f32;
         }
     }
     Ok(())

@@ -11,6 +11,18 @@ fn seen(params: &SamplingParams, tokens: &[u32], prompt_len: usize) -> Seen {
     Seen::new(&Admission { params: params.clone(), tokens: tokens.to_vec(), prompt_len })
 }
 
+impl Sampler {
+    fn pick(
+        &mut self,
+        logits: &[f32],
+        params: &SamplingParams,
+        seen: &Seen,
+        position: usize,
+    ) -> Result<TokenLogprob, Refused> {
+        self.sample(logits, &next_token(params, seen, position), params.logprobs)
+    }
+}
+
 /// Normal-looking logits from a fixed generator.
 fn row(len: usize, seed: u64) -> Vec<f32> {
     let sum =
@@ -83,7 +95,7 @@ fn every_filter_draws_what_a_naive_one_draws() {
                 let probabilities = naive(&logits, &params);
                 let mut away = 0;
                 for position in 0..50 {
-                    let got = sampler.sample(&logits, &params, &Seen::default(), position);
+                    let got = sampler.pick(&logits, &params, &Seen::default(), position);
                     let uniform = philox::uniform(params.seed, position as u64);
                     let token = got.unwrap().token;
                     assert!(probabilities[token as usize] > 0.0, "{len} {index} {temperature}");
@@ -102,11 +114,11 @@ fn ties_at_a_boundary_go_to_the_lower_ids() {
     let mut sampler = Sampler::new(100, 100);
     let params = SamplingParams { top_k: 3, ..params() };
     let drawn: std::collections::BTreeSet<u32> = (0..200)
-        .map(|at| sampler.sample(&logits, &params, &Seen::default(), at).unwrap().token)
+        .map(|at| sampler.pick(&logits, &params, &Seen::default(), at).unwrap().token)
         .collect();
     assert_eq!(drawn.into_iter().collect::<Vec<_>>(), [0, 1, 2]);
     let greedy = SamplingParams { temperature: 0.0, ..params };
-    assert_eq!(sampler.sample(&logits, &greedy, &Seen::default(), 0).unwrap().token, 0);
+    assert_eq!(sampler.pick(&logits, &greedy, &Seen::default(), 0).unwrap().token, 0);
 }
 
 /// χ² of 100,000 draws against the exact probabilities; 99.9th percentile of its distribution.
@@ -125,7 +137,7 @@ fn draws_follow_the_distribution() {
         let probabilities = naive(&logits, params);
         let mut counts = [0u32; 40];
         for position in 0..100_000 {
-            let token = sampler.sample(&logits, params, &Seen::default(), position).unwrap().token;
+            let token = sampler.pick(&logits, params, &Seen::default(), position).unwrap().token;
             counts[token as usize] += 1;
         }
         let mut chi2 = 0.0;
@@ -151,11 +163,11 @@ fn a_draw_depends_on_seed_and_position_alone() {
     let params = SamplingParams { top_p: 0.9, ..params() };
     let tokens = |sampler: &mut Sampler, seed: u64| -> Vec<u32> {
         let params = SamplingParams { seed, ..params.clone() };
-        let one = |at| sampler.sample(&logits, &params, &Seen::default(), at).unwrap().token;
+        let one = |at| sampler.pick(&logits, &params, &Seen::default(), at).unwrap().token;
         (10..60).map(one).collect()
     };
     let mut used = Sampler::new(5000, 5000);
-    used.sample(&row(5000, 9), &self::params(), &Seen::default(), 4).unwrap();
+    used.pick(&row(5000, 9), &self::params(), &Seen::default(), 4).unwrap();
     let first = tokens(&mut used, 1);
     assert_eq!(first, tokens(&mut Sampler::new(5000, 5000), 1));
     assert_ne!(first, tokens(&mut used, 2));
@@ -174,7 +186,7 @@ fn penalties_by_hand() {
     let mut seen = seen(&params, &[0, 1, 1, 2], 2);
     seen.push(2);
     let mut row = vec![3.0, -1.0, 4.0, 1.0, 1.0, 1.0];
-    penalties::apply(&mut row, &params.logit_bias, &params, &seen).unwrap();
+    penalties::apply(&mut row, &next_token(&params, &seen, 0)).unwrap();
     assert_eq!(row, [1.5, -2.75, 1.0, 2.5, 0.5, 1.0]);
 }
 
@@ -183,7 +195,7 @@ fn unused_penalties_keep_nothing() {
     let params = params();
     let mut seen = seen(&params, &[0, 1, 2], 2);
     seen.push(5);
-    assert!(seen.is_empty());
+    assert!(seen.ascending().is_empty());
 }
 
 #[test]
@@ -192,7 +204,7 @@ fn bias_and_penalties_decide_greedy_choices() {
     let logits = [3.0, 2.9, 1.0, 0.0, 0.0, 0.0];
     let greedy = SamplingParams { temperature: 0.0, ..params() };
     let token = |sampler: &mut Sampler, params: &SamplingParams, seen: &Seen| {
-        sampler.sample(&logits, params, seen, 1).unwrap().token
+        sampler.pick(&logits, params, seen, 1).unwrap().token
     };
     assert_eq!(token(&mut sampler, &greedy, &Seen::default()), 0);
     let biased = SamplingParams { logit_bias: vec![(4, 10.0)], ..greedy.clone() };
@@ -219,12 +231,12 @@ fn a_ban_holds_below_its_position_whatever_favours_the_token() {
             params.seed = seed;
             for position in 0..40 {
                 let seen = seen(&params, &[0, 5, 1], 2);
-                let said = sampler.sample(&logits, &params, &seen, position).unwrap();
+                let said = sampler.pick(&logits, &params, &seen, position).unwrap();
                 assert!(![0, 5].contains(&said.token), "{said:?} at {position}");
                 assert_eq!(said.top[0].0, 0, "logprobs are the model's own");
             }
         }
-        let free = sampler.sample(&logits, &params, &Seen::default(), 40).unwrap();
+        let free = sampler.pick(&logits, &params, &Seen::default(), 40).unwrap();
         assert_eq!(free.token, 0);
     }
 }
@@ -240,7 +252,7 @@ fn logprobs_are_those_of_the_unmodified_logits() {
         logprobs: Some(4),
         ..params()
     };
-    let got = sampler.sample(&logits, &params, &Seen::default(), 9).unwrap();
+    let got = sampler.pick(&logits, &params, &Seen::default(), 9).unwrap();
     assert_eq!(got.token, 17);
     let normalizer = logits.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln();
     let close = |logprob: f32, id: u32| {
@@ -265,9 +277,35 @@ fn padding_rows_are_never_chosen() {
     for temperature in [0.0, 1.0] {
         let params = SamplingParams { temperature, logit_bias: vec![(15, 50.0)], ..params() };
         for position in 0..100 {
-            let got = sampler.sample(&logits, &params, &Seen::default(), position).unwrap();
+            let got = sampler.pick(&logits, &params, &Seen::default(), position).unwrap();
             assert!(got.token < 12);
         }
+    }
+}
+
+/// As if the forbidden tokens were not there: from a row of the allowed ones alone.
+#[test]
+fn what_a_mask_forbids_is_never_chosen() {
+    let logits = row(700, 11);
+    // Every third id, none of the ids 320 to 639, and padding that is no token.
+    let fits = |id: usize| id % 3 == 1 && !(320..640).contains(&id);
+    let word = |word: usize| (0..32).map(|bit| u32::from(fits(word * 32 + bit)) << bit).sum();
+    let mask: Vec<u32> = (0..22).map(word).collect();
+    let ids: Vec<u32> = (0..690).filter(|&id| fits(id as usize)).collect();
+    let kept: Vec<f32> = ids.iter().map(|&id| logits[id as usize]).collect();
+    let (mut whole, mut alone) = (Sampler::new(700, 690), Sampler::new(ids.len(), ids.len()));
+    let (free, greedy) = (Seen::default(), SamplingParams { temperature: 0.0, ..params() });
+    for params in filters().into_iter().chain([greedy]) {
+        for position in 0..40 {
+            let next = NextToken { allowed: Some(&mask), ..next_token(&params, &free, position) };
+            let got = whole.sample(&logits, &next, None).unwrap().token;
+            let wanted = alone.pick(&kept, &params, &free, position).unwrap().token;
+            assert_eq!(got, ids[wanted as usize], "{params:?} at {position}");
+        }
+    }
+    for mask in [&[][..], &[0; 22], &[0, 0]] {
+        let next = NextToken { allowed: Some(mask), ..NextToken::GREEDY };
+        assert_eq!(whole.sample(&logits, &next, None), Err(Refused::NothingAllowed));
     }
 }
 
@@ -277,17 +315,14 @@ fn rows_that_are_no_numbers_and_bad_parameters_are_refused() {
     let mut logits = vec![0.0; 64];
     let none = Seen::default();
     logits[40] = f32::NAN;
-    assert_eq!(sampler.sample(&logits, &params(), &none, 3), Err(Refused::NotFinite));
+    assert_eq!(sampler.pick(&logits, &params(), &none, 3), Err(Refused::NotFinite));
     assert_eq!(sampler.score(&logits, 1, 0), Err(Refused::NotFinite));
     logits[40] = 0.0;
     assert_eq!(sampler.score(&logits, 64, 0), Err(Refused::Token { token: 64, vocab: 64 }));
     let bias = SamplingParams { logit_bias: vec![(64, 1.0)], ..params() };
-    assert_eq!(
-        sampler.sample(&logits, &bias, &none, 3),
-        Err(Refused::Bias { token: 64, vocab: 64 })
-    );
+    assert_eq!(sampler.pick(&logits, &bias, &none, 3), Err(Refused::Bias { token: 64, vocab: 64 }));
     let bias = SamplingParams { logit_bias: vec![(6, f32::INFINITY)], ..params() };
-    assert_eq!(sampler.sample(&logits, &bias, &none, 3), Err(Refused::Adjusted));
+    assert_eq!(sampler.pick(&logits, &bias, &none, 3), Err(Refused::Adjusted));
     for bad in [
         SamplingParams { temperature: f32::NAN, ..params() },
         SamplingParams { temperature: -1.0, ..params() },
@@ -296,7 +331,7 @@ fn rows_that_are_no_numbers_and_bad_parameters_are_refused() {
         SamplingParams { repetition_penalty: 0.0, ..params() },
         SamplingParams { presence_penalty: f32::INFINITY, ..params() },
     ] {
-        let refused = sampler.sample(&logits, &bad, &none, 3);
+        let refused = sampler.pick(&logits, &bad, &none, 3);
         assert!(matches!(refused, Err(Refused::Parameter { .. })), "{bad:?}");
     }
 }
@@ -309,8 +344,8 @@ fn extreme_temperatures_stay_in_range() {
     let mut sampler = Sampler::new(300, 300);
     for filter in filters() {
         let cold = SamplingParams { temperature: 1e-44, ..filter.clone() };
-        assert_eq!(sampler.sample(&logits, &cold, &Seen::default(), 0).unwrap().token, best);
+        assert_eq!(sampler.pick(&logits, &cold, &Seen::default(), 0).unwrap().token, best);
         let hot = SamplingParams { temperature: f32::MAX, ..filter };
-        assert!(sampler.sample(&logits, &hot, &Seen::default(), 0).unwrap().token < 300);
+        assert!(sampler.pick(&logits, &hot, &Seen::default(), 0).unwrap().token < 300);
     }
 }

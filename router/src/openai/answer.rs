@@ -1,13 +1,13 @@
 //! Answers in OpenAI's words: whole ones, chunks of streams, logprobs.
 
 use crate::{
-    choice::{Chunk, FinishReason, Token},
+    choice::{Chunk, Token},
     generate::Generation,
 };
 use proto::v1::{Progress, TokenInfo, Usage};
 use serde_json::{Map, Value, json};
 use std::time::{SystemTime, UNIX_EPOCH};
-use text::Language;
+use text::{FinishReason, Language};
 
 /// Which of the two routes an answer is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

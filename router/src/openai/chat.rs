@@ -7,6 +7,7 @@ use super::{
     params::{Limit, delivery, max_tokens, sampling},
 };
 use crate::{RouterError, request::Prompt};
+use engine::LOGPROBS_MAX;
 use proto::v1::Sampling;
 use serde_json::{Value, json};
 use text::{Chat, Content, Message};
@@ -62,9 +63,9 @@ fn logprobs(fields: &mut Fields) -> Result<Option<u32>, RouterError> {
     let wanted = fields.boolean("logprobs")?.unwrap_or(false);
     let top = fields.uint("top_logprobs")?;
     match (wanted, top) {
-        (_, Some(top)) if top > 20 => Err(RouterError::invalid(
+        (_, Some(top)) if top > LOGPROBS_MAX => Err(RouterError::invalid(
             "top_logprobs",
-            format!("top_logprobs must be in 0 to 20, not {top}"),
+            format!("top_logprobs must be in [0, {LOGPROBS_MAX}], not {top}"),
         )),
         (false, Some(1..)) => Err(RouterError::invalid(
             "top_logprobs",

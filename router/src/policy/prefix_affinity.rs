@@ -69,9 +69,10 @@ impl RoutingPolicy for PrefixAffinity {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use engine::plan::BLOCK_TOKENS;
 
     fn key(words: &[u32]) -> RouteKey {
-        let prompt: Vec<u32> = words.iter().flat_map(|&word| [word; 16]).collect();
+        let prompt: Vec<u32> = words.iter().flat_map(|&word| [word; BLOCK_TOKENS]).collect();
         RouteKey::new("m", &prompt)
     }
 
@@ -111,8 +112,8 @@ mod tests {
     fn keys_chain_and_differ_by_model() {
         assert_eq!(key(&[1, 2]).blocks[0], key(&[1, 9]).blocks[0]);
         assert_ne!(key(&[1, 2]).blocks[1], key(&[9, 2]).blocks[1]);
-        assert_ne!(RouteKey::new("a", &[1; 16]), RouteKey::new("b", &[1; 16]));
-        assert!(RouteKey::new("a", &[1; 15]).blocks.is_empty());
+        assert_ne!(RouteKey::new("a", &[1; BLOCK_TOKENS]), RouteKey::new("b", &[1; BLOCK_TOKENS]));
+        assert!(RouteKey::new("a", &[1; BLOCK_TOKENS - 1]).blocks.is_empty());
         assert_eq!(RouteKey::new("a", &[1; 100_000]).blocks.len(), 128);
     }
 }

@@ -5,6 +5,7 @@ use proto::v1::{
     ChatRequest, GenerateRequest, GenerateResponse, Message, Sampling, TokenIds, TokenizeRequest,
     generate_request::Prompt,
 };
+use serde_json::{Value, json};
 use std::{collections::HashMap, time::Duration};
 use tokio_stream::StreamExt;
 use tonic::{Code, Request, Streaming};
@@ -269,4 +270,66 @@ async fn reflection_speaks_both_versions() {
         panic!("{reply:?}");
     };
     assert!(!files.file_descriptor_proto.is_empty());
+}
+
+/// `lockstep run` says the same: it asks the same function.
+#[tokio::test]
+async fn both_apis_refuse_a_value_in_the_same_words() {
+    let cluster = Cluster::one().await;
+    let mut client = cluster.grpc().await;
+    let http = cluster.http();
+    type Change = fn(&mut Sampling);
+    let table: [(Value, Change, &str); 12] = [
+        (json!(2.5), |s| s.temperature = Some(2.5), "temperature must be in [0, 2], not 2.5"),
+        (json!(-1), |s| s.temperature = Some(-1.0), "temperature must be in [0, 2], not -1"),
+        (json!(1.5), |s| s.top_p = Some(1.5), "top_p must be in (0, 1], not 1.5"),
+        (json!(-0.5), |s| s.min_p = Some(-0.5), "min_p must be in [0, 1], not -0.5"),
+        (
+            json!(0),
+            |s| s.repetition_penalty = Some(0.0),
+            "repetition_penalty must be in (0, 100], not 0",
+        ),
+        (
+            json!(-3),
+            |s| s.presence_penalty = Some(-3.0),
+            "presence_penalty must be in [-2, 2], not -3",
+        ),
+        (
+            json!(2.5),
+            |s| s.frequency_penalty = Some(2.5),
+            "frequency_penalty must be in [-2, 2], not 2.5",
+        ),
+        (json!(21), |s| s.logprobs = Some(21), "logprobs must be in [0, 20], not 21"),
+        (
+            json!({"7": 101}),
+            |s| s.logit_bias = HashMap::from([(7, 101.0)]),
+            "logit_bias must be in [-100, 100], not 101",
+        ),
+        (
+            json!({"512": 1}),
+            |s| s.logit_bias = HashMap::from([(512, 1.0)]),
+            "logit_bias: token id 512 does not exist; ids are below 512",
+        ),
+        (
+            json!([600]),
+            |s| s.stop_token_ids = vec![600],
+            "stop_token_ids: token id 600 does not exist; ids are below 512",
+        ),
+        (
+            json!(vec![1; 257]),
+            |s| s.stop_token_ids = vec![1; 257],
+            "stop_token_ids must be at most 256 token ids, not 257",
+        ),
+    ];
+    for (value, change, message) in table {
+        let name = message.split([' ', ':']).next().unwrap();
+        let body = json!({"model": MODEL, "prompt": "x", name: value});
+        let said = http.post("/v1/completions", &body).await.refusal(400, Some(name));
+        assert_eq!(said, message);
+        let mut sampling = Sampling::default();
+        change(&mut sampling);
+        let request = generate(Prompt::Text("x".into()), sampling);
+        let status = client.generate(request).await.unwrap_err();
+        assert_eq!((status.code(), status.message()), (Code::InvalidArgument, message));
+    }
 }

@@ -1,9 +1,7 @@
 //! Ranks as threads, driven by hand-made plans.
 
 use collective::{Staged, Threads};
-use engine::plan::{
-    Admission, BLOCK_TOKENS, Chunk, SamplingParams, SequenceId, StepOutput, StepPlan, Want,
-};
+use engine::plan::{Chunk, SamplingParams, StepOutput, StepPlan};
 use kernels::Backend;
 use model::{Checkpoint, ModelError, Runner, RunnerOptions};
 use std::{
@@ -113,70 +111,4 @@ fn load<B: Backend>(
     let runner = Runner::load(device, Staged::new(rank), checkpoint, options, &mut progress)?;
     assert!(calls >= 1000, "progress never reached its end: {last}");
     Ok(runner)
-}
-
-/// One sequence as a scheduler would drive it.
-pub struct Driven {
-    pub id: SequenceId,
-    pub params: SamplingParams,
-    pub prompt_len: usize,
-    /// Prompt and answer.
-    pub tokens: Vec<u32>,
-    pub blocks: Vec<u32>,
-    pub computed: usize,
-    pub admitted: bool,
-}
-
-impl Driven {
-    /// `blocks` must hold every token it will ever have.
-    pub fn new(id: SequenceId, prompt: &[u32], params: SamplingParams, blocks: Vec<u32>) -> Self {
-        Self {
-            id,
-            params,
-            prompt_len: prompt.len(),
-            tokens: prompt.to_vec(),
-            blocks,
-            computed: 0,
-            admitted: false,
-        }
-    }
-
-    /// At most `max` of the tokens that are not computed; `want` where they are the last.
-    pub fn chunk(&mut self, max: usize, want: Want) -> Chunk {
-        let (start, len) = (self.computed, (self.tokens.len() - self.computed).min(max));
-        let end = start + len;
-        let ends = end == self.tokens.len();
-        let want = match want {
-            Want::Sample if !ends => Want::Nothing,
-            Want::Score { sample } => Want::Score { sample: sample && ends },
-            want => want,
-        };
-        let admission = (!self.admitted).then(|| {
-            Box::new(Admission {
-                params: self.params.clone(),
-                tokens: self.tokens.clone(),
-                prompt_len: self.prompt_len,
-            })
-        });
-        self.admitted = true;
-        self.computed = end;
-        Chunk {
-            sequence: self.id,
-            start,
-            tokens: self.tokens[start..end].to_vec(),
-            next: self.tokens.get(end).copied(),
-            blocks: self.blocks[..end.div_ceil(BLOCK_TOKENS)].to_vec(),
-            want,
-            admission,
-        }
-    }
-
-    pub fn remaining(&self) -> usize {
-        self.tokens.len() - self.computed
-    }
-
-    /// Forgets what is computed, as after preemption, and goes on in other blocks.
-    pub fn preempt(&mut self, blocks: Vec<u32>) {
-        (self.computed, self.admitted, self.blocks) = (0, false, blocks);
-    }
 }

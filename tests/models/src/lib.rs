@@ -6,7 +6,8 @@ mod cases;
 mod group;
 
 pub use cases::{Continuation, NAMES, Prompt, continuations, folder, prompts};
-pub use group::{Driven, GREEDY, Group, OPTIONS};
+pub use engine::Driven;
+pub use group::{GREEDY, Group, OPTIONS};
 
 use checks::{BF16, Check, Device};
 use cuda::{CudaConfig, Driver, KvFormat, WeightFormat};

@@ -250,7 +250,7 @@ fn a_model_without_a_tokenizer_takes_ids_only() {
     assert!(matches!(language.encode_chat(&conversation()), Err(TextError::NoTokenizer)));
     assert_eq!((language.vocab_size(), language.decoder().push(1)), (0, String::new()));
     assert_eq!(language.defaults().eos_ids, [480, 482]);
-    assert_eq!(language.defaults().top_k, Some(20));
+    assert_eq!(language.defaults().params.top_k, 20);
 }
 
 #[test]

@@ -1,14 +1,15 @@
 //! What every rank does to take its place, and what the ranks other than 0 do from then on.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use collective::{Collective, HostCollective, Staged};
 use cpu::CpuConfig;
 use kernels::Backend;
 use model::{Checkpoint, ModelError, Runner, RunnerOptions};
+use serde::{Deserialize, Serialize};
 
 use super::{
-    LoadProgress,
+    Device, LoadProgress,
     devices::Devices,
     leader::{CONTROL_DEADLINE, Received},
 };
@@ -17,11 +18,33 @@ use crate::WorkerError;
 /// A slow disk may keep the ranks of a large model apart for this long.
 pub(super) const LOAD_DEADLINE: Duration = Duration::from_secs(3600);
 
-/// What a rank needs to know besides its place.
-#[derive(Clone, Copy, Debug)]
+/// What a rank needs to know besides its place; a rank that is a process gets it from its leader.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct RankOptions {
+    pub model: PathBuf,
+    pub device: Device,
+    #[serde(with = "cpu_config")]
     pub cpu: CpuConfig,
     pub runner: RunnerOptions,
+}
+
+/// How a `CpuConfig` travels: its crate knows no serde.
+mod cpu_config {
+    use cpu::{CpuConfig, Isa, Precision};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+    pub fn serialize<S: Serializer>(config: &CpuConfig, to: S) -> Result<S::Ok, S::Error> {
+        let CpuConfig { threads, precision, isa } = *config;
+        (threads, precision == Precision::Exact, isa.name()).serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<CpuConfig, D::Error> {
+        let (threads, exact, name) = <(usize, bool, String)>::deserialize(from)?;
+        let known = Isa::ALL.into_iter().find(|isa| isa.name() == name);
+        let isa = known.ok_or_else(|| D::Error::custom(format!("unknown instructions: {name}")))?;
+        let precision = if exact { Precision::Exact } else { Precision::Fast };
+        Ok(CpuConfig { threads, precision, isa })
+    }
 }
 
 /// Loads this rank's share on its device.
@@ -38,9 +61,8 @@ pub(super) fn load<D: Devices, H: HostCollective>(
 
 /// Waits until every rank has loaded.
 pub(super) fn meet(control: &mut dyn HostCollective) -> Result<(), WorkerError> {
-    let mut all = Vec::new();
-    control.all_gather(&[control.rank() as f32], &mut all).map_err(ModelError::from)?;
-    Ok(())
+    // A sum ends once every rank has brought its share.
+    Ok(control.all_reduce_sum(&mut [1.0]).map_err(ModelError::from)?)
 }
 
 /// Runs what the leader says until it says stop.
@@ -58,6 +80,36 @@ pub(super) fn follow<B: Backend, C: Collective<B>>(
             Received::Step(plan) => drop(runner.step(&plan)?),
             Received::KeepAlive => {}
             Received::Stop => return Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cpu::{Isa, Precision};
+    use cuda::{CudaConfig, KvFormat, PrefillKernel, WeightFormat};
+
+    /// Nothing of what the leader decided is lost on the way to a rank.
+    #[test]
+    fn options_arrive_as_they_were_sent() {
+        let config = CudaConfig {
+            kv_format: KvFormat::Fp8,
+            prefill: PrefillKernel::Mma,
+            weights: WeightFormat::Fp8,
+        };
+        let runner =
+            RunnerOptions { blocks: 1, step_tokens_max: 2, sequences_max: 3, context_max: 4 };
+        for device in [Device::Cpu, Device::Cuda { first: 5, config }] {
+            for isa in Isa::ALL {
+                for precision in [Precision::Fast, Precision::Exact] {
+                    let cpu = CpuConfig { threads: 6, precision, isa };
+                    let sent = RankOptions { model: "a b".into(), device, cpu, runner };
+                    let bytes = postcard::to_stdvec(&sent).unwrap();
+                    let got: RankOptions = postcard::from_bytes(&bytes).unwrap();
+                    assert_eq!(format!("{got:?}"), format!("{sent:?}"));
+                }
+            }
         }
     }
 }

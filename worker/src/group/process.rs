@@ -5,14 +5,12 @@
 //! a rank said last is part of the reason when it ends. A rank's standard input is held open by its
 //! parent; when that closes, the parent is gone, and the rank ends too.
 
-mod settings;
-
 use std::{
     collections::VecDeque,
     fs::File,
     io::{self, BufRead, BufReader, Read},
     net::{Ipv4Addr, SocketAddr},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Child, ChildStderr, Command, ExitStatus, Stdio},
     sync::{
         Arc, Mutex, PoisonError,
@@ -27,13 +25,12 @@ use cluster::telemetry;
 use collective::{CollectiveError, HostCollective, Tcp, TcpDoor};
 use engine::plan::Executor;
 use model::{Checkpoint, ModelError, RunnerOptions};
-use settings::Settings;
 
 use super::{
     LoadProgress,
     devices::{Devices, Task, on_devices},
     failures::RankFailures,
-    follower::{LOAD_DEADLINE, follow, load, meet},
+    follower::{LOAD_DEADLINE, RankOptions, follow, load, meet},
     leader::{Followers, Leader},
     sizing::Sizing,
 };
@@ -80,28 +77,27 @@ pub fn run_rank(config: RankConfig) -> Result<(), WorkerError> {
     control.set_data_deadline(LOAD_DEADLINE);
     let mut message = Vec::new();
     control.broadcast(&mut message, JOIN_DEADLINE).map_err(ModelError::from)?;
-    let settings: Settings = postcard::from_bytes(&message)
-        .map_err(|error| WorkerError::Config(format!("the leader's settings: {error}")))?;
-    let options = settings.rank_options()?;
-    let data = Tcp::connect(&settings.data, place, &config.token, JOIN_DEADLINE)
+    let (options, data): (RankOptions, SocketAddr) = postcard::from_bytes(&message)
+        .map_err(|error| WorkerError::Config(format!("the leader's options: {error}")))?;
+    let data = Tcp::connect(&data.to_string(), place, &config.token, JOIN_DEADLINE)
         .map_err(ModelError::from)?;
-    let follower = Follower { control, data, model: &settings.model, runner: options.runner };
-    on_devices(settings.device(), config.world_size, options.cpu, follower)
+    let RankOptions { model, device, cpu, runner } = options;
+    on_devices(device, config.world_size, cpu, Follower { control, data, model, runner })
 }
 
 /// A rank that has joined, and has nothing loaded yet.
-struct Follower<'a> {
+struct Follower {
     control: Tcp,
     data: Tcp,
-    model: &'a Path,
+    model: PathBuf,
     runner: RunnerOptions,
 }
 
-impl Task for Follower<'_> {
+impl Task for Follower {
     type Out = ();
 
     fn on<D: Devices>(mut self, devices: D) -> Result<(), WorkerError> {
-        let checkpoint = Checkpoint::open(self.model)?;
+        let checkpoint = Checkpoint::open(&self.model)?;
         let progress: LoadProgress<'_> = &mut |_, _| {};
         let mut runner = load(&devices, self.data, &checkpoint, self.runner, progress)?;
         meet(&mut self.control)?;
@@ -135,11 +131,11 @@ pub(super) fn start<D: Devices>(
     let joined = || -> Result<_, WorkerError> {
         let mut control = accept(control_door, ranks, &token, &failures)?;
         control.set_data_deadline(LOAD_DEADLINE);
-        let mut message = postcard::to_stdvec(&Settings::new(sizing, data))
-            .map_err(|error| WorkerError::Config(format!("settings for the ranks: {error}")))?;
+        let mut message = postcard::to_stdvec(&(&sizing.options, data))
+            .map_err(|error| WorkerError::Config(format!("options for the ranks: {error}")))?;
         control.broadcast(&mut message, JOIN_DEADLINE).map_err(ModelError::from)?;
         let data = accept(data_door, ranks, &token, &failures)?;
-        let options = sizing.rank_options().runner;
+        let options = sizing.options.runner;
         let runner = load(&devices, data, &sizing.checkpoint, options, progress)?;
         meet(&mut control)?;
         Ok((control, runner))

@@ -22,8 +22,7 @@ pub(super) struct Sizing {
     pub config: GroupConfig,
     pub checkpoint: Arc<Checkpoint>,
     pub info: ModelInfo,
-    cpu: CpuConfig,
-    runner: RunnerOptions,
+    pub options: RankOptions,
 }
 
 impl Sizing {
@@ -73,11 +72,9 @@ impl Sizing {
             sequences_max: config.sequences_max,
             text_files,
         };
-        Ok(Self { config, checkpoint: Arc::new(checkpoint), info, cpu, runner })
-    }
-
-    pub fn rank_options(&self) -> RankOptions {
-        RankOptions { cpu: self.cpu, runner: self.runner }
+        let (model, device) = (config.model.clone(), config.device);
+        let options = RankOptions { model, device, cpu, runner };
+        Ok(Self { config, checkpoint: Arc::new(checkpoint), info, options })
     }
 }
 

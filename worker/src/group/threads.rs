@@ -40,7 +40,7 @@ pub(super) fn start<D: Devices>(
 ) -> Result<Box<dyn Executor>, WorkerError> {
     let failures = RankFailures::default();
     let ranks = sizing.config.ranks;
-    let options = sizing.rank_options().runner;
+    let options = sizing.options.runner;
     // Loading takes as long as it takes; later, broadcasts bring their own deadline.
     let mut controls = Threads::group_with_deadline(ranks, LOAD_DEADLINE).into_iter();
     let mut datas = Threads::group(ranks).into_iter();

@@ -57,31 +57,24 @@ impl Case {
         })
     }
 
-    fn request<'a>(&'a self, seen: &'a Seen) -> SampleRequest<'a> {
+    fn next<'a>(&'a self, seen: &'a Seen) -> NextToken<'a> {
         let allowed = self.allowed.as_deref();
-        let next = NextToken { allowed, ..next_token(&self.params, seen, self.position) };
-        let wanted = self.score.map_or(Wanted::Next(next), Wanted::Token);
+        NextToken { allowed, ..next_token(&self.params, seen, self.position) }
+    }
+
+    fn request<'a>(&'a self, seen: &'a Seen) -> SampleRequest<'a> {
+        let wanted = self.score.map_or(Wanted::Next(self.next(seen)), Wanted::Token);
         SampleRequest { wanted, logprobs: self.params.logprobs.map(|top| top as usize) }
     }
 
     /// What the host answers.
-    fn host(&self, sampler: &mut Sampler, row: &[f32]) -> Result<TokenLogprob, Refused> {
+    pub fn host(&self, sampler: &mut Sampler, row: &[f32]) -> Result<TokenLogprob, Refused> {
         let top = self.params.logprobs.unwrap_or(0) as usize;
         if let Some(token) = self.score {
             return sampler.score(row, token, top);
         }
-        // The host knows no masks; a forbidden token far below all others is as good as none.
-        let mut masked = row.to_vec();
-        if let Some(allowed) = &self.allowed {
-            let forbidden = |id: usize| allowed[id / 32] >> (id % 32) & 1 == 0;
-            (0..row.len()).filter(|&id| forbidden(id)).for_each(|id| masked[id] = -1e30);
-        }
-        let params = SamplingParams { logprobs: None, ..self.params.clone() };
-        let chosen = sampler.sample(&masked, &params, &self.seen(), self.position)?;
-        match self.params.logprobs {
-            None => Ok(chosen),
-            Some(_) => sampler.score(row, chosen.token, top),
-        }
+        let seen = self.seen();
+        sampler.sample(row, &self.next(&seen), self.params.logprobs)
     }
 }
 

@@ -39,7 +39,7 @@ pub fn follows<D: Driver, const DRAWS: usize>(device: Device<'_, D>) -> Result<(
         for (case, answer) in cases.iter().zip(answers) {
             let token = answer.map_err(|refused| refused.to_string())?.token;
             counts[token as usize] += 1;
-            let host = sampler.sample(&row, &params, &Default::default(), case.position);
+            let host = case.host(&mut sampler, &row);
             let host = host.map_err(|error| error.to_string())?.token;
             if token != host {
                 let at = case.position;

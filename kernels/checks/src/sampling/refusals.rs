@@ -8,6 +8,7 @@ use kernels::{
     Backend, KernelError, Tensor,
     sampling::{NextToken, Refused, SampleRequest, Wanted},
 };
+use model::Sampler;
 
 const LEN: usize = 1000;
 const DRAWABLE: usize = 990;
@@ -59,9 +60,14 @@ pub fn rows<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     ];
     let asked: Vec<Case> = cases.iter().map(|(case, _)| case.clone()).collect();
     let answers = run(&device, DRAWABLE, &rows, &asked)?;
-    for (index, ((_, refused), answer)) in cases.iter().zip(&answers).enumerate() {
+    let mut sampler = Sampler::new(LEN, DRAWABLE);
+    for (index, ((case, refused), answer)) in cases.iter().zip(&answers).enumerate() {
         if answer.as_ref().err() != refused.as_ref() {
             return Err(format!("row {index}: {answer:?}, wanted {refused:?}"));
+        }
+        let host = case.host(&mut sampler, &rows[case.row]);
+        if host.as_ref().err() != refused.as_ref() {
+            return Err(format!("row {index}: the host says {host:?}, wanted {refused:?}"));
         }
     }
     // The same request twice has the same answer, whatever lies between.

@@ -3,9 +3,10 @@
 use super::{Call, TILE_ROWS};
 use crate::{Cuda, Driver, KvFormat, Launch};
 use kernels::{KernelError, Tensor};
+use serde::{Deserialize, Serialize};
 
 /// Which kernel prefills.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PrefillKernel {
     /// The fastest that the device and the cache's format allow.
     #[default]
