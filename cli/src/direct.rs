@@ -4,7 +4,8 @@ mod kept_alive;
 
 use anyhow::{Result, anyhow, bail};
 use engine::plan::{
-    Admission, BLOCK_TOKENS, Chunk, SamplingParams, StepOutput, StepPlan, TokenLogprob, Want,
+    Admission, BLOCK_TOKENS, Chunk, SamplingParams, StepOutput, StepPlan, TokenLogprob, Tokens,
+    Want,
 };
 use kept_alive::KeptAlive;
 use worker::{Group, ModelInfo};
@@ -63,7 +64,7 @@ impl Direct {
         let released = std::mem::take(&mut self.released);
         let plan = StepPlan { number: self.number, chunks: vec![chunk], released };
         self.number += 1;
-        let output = self.executor.run(&plan)?;
+        let output = self.executor.run(plan)?;
         match output.failed.first() {
             Some((_, reason)) => Err(anyhow!("the model failed: {reason}")),
             None => Ok(output),
@@ -86,9 +87,9 @@ impl Direct {
             let output = self.step(Chunk {
                 sequence: self.sequence,
                 start,
-                tokens: part.to_vec(),
+                tokens: Tokens::Known(part.to_vec()),
                 next: tokens.get(end).copied(),
-                blocks: blocks(end),
+                blocks: blocks(start, end),
                 want: want(tokens.len() - end),
                 admission: admission.take(),
             })?;
@@ -125,9 +126,9 @@ impl Direct {
             let mut output = self.step(Chunk {
                 sequence: self.sequence,
                 start,
-                tokens: vec![id],
+                tokens: Tokens::Known(vec![id]),
                 next: None,
-                blocks: blocks(start + 1),
+                blocks: blocks(start, start + 1),
                 want: Want::Sample,
                 admission: None,
             })?;
@@ -177,7 +178,8 @@ impl Direct {
     }
 }
 
-/// The first blocks of the pool, enough for `tokens`.
-fn blocks(tokens: usize) -> Vec<u32> {
-    (0..tokens.div_ceil(BLOCK_TOKENS)).map(|block| block as u32).collect()
+/// Of the pool's first blocks, enough for `end` tokens, those beyond what `start` tokens have.
+fn blocks(start: usize, end: usize) -> Vec<u32> {
+    let new = start.div_ceil(BLOCK_TOKENS)..end.div_ceil(BLOCK_TOKENS);
+    new.map(|block| block as u32).collect()
 }

@@ -2,7 +2,7 @@
 
 use collective::{Staged, Threads};
 use engine::plan::{
-    Admission, BLOCK_TOKENS, Chunk, SamplingParams, SequenceId, StepOutput, StepPlan, Want,
+    Admission, BLOCK_TOKENS, Chunk, SamplingParams, SequenceId, StepOutput, StepPlan, Tokens, Want,
 };
 use kernels::Backend;
 use model::{Checkpoint, ModelError, Runner, RunnerOptions};
@@ -158,14 +158,16 @@ impl Driven {
                 prompt_len: self.prompt_len,
             })
         });
+        // All that are at hand were told with the chunk before, where there was one.
+        let told = if self.admitted { start.div_ceil(BLOCK_TOKENS) } else { 0 };
         self.admitted = true;
         self.computed = end;
         Chunk {
             sequence: self.id,
             start,
-            tokens: self.tokens[start..end].to_vec(),
+            tokens: Tokens::Known(self.tokens[start..end].to_vec()),
             next: self.tokens.get(end).copied(),
-            blocks: self.blocks[..end.div_ceil(BLOCK_TOKENS)].to_vec(),
+            blocks: self.blocks[told..end.div_ceil(BLOCK_TOKENS)].to_vec(),
             want,
             admission,
         }
