@@ -1,3 +1,4 @@
+#![forbid(unsafe_code)]
 //! Exchange between the ranks of one group.
 //!
 //! Sums are taken in rank order on every rank, so that all ranks hold the same bits.

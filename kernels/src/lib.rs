@@ -1,3 +1,4 @@
+#![forbid(unsafe_code)]
 //! What one device can do: the ops of a step, their shapes, the formats of weights, and the plain
 //! oracle that every backend is compared with.
 //!
@@ -14,7 +15,7 @@ pub mod weight;
 
 use sampling::{Refused, SampleRequest, Sampled};
 pub use shape::ShapeError;
-pub use weight::{Format, WeightPart};
+pub use weight::{Format, Grouped, Groups, Scaled, Stored, WeightPart};
 
 /// Tokens in one KV block.
 pub const BLOCK_TOKENS: usize = 16;

@@ -133,12 +133,8 @@ impl Backend for Plain {
         let mut values = host::zeroed("a weight", rows * cols)?;
         let mut to = values.chunks_exact_mut(cols);
         for part in parts {
-            let mut stored = vec![0.0; part.stored_cols];
-            for n in 0..part.rows {
-                dequant::dequantize_row(part.format, part.stored_row(n), &mut stored);
-                if let Some(to) = to.next() {
-                    to.copy_from_slice(&stored[part.cols.clone()]);
-                }
+            for (n, to) in (0..part.rows).zip(&mut to) {
+                dequant::part_row(part, n, to);
             }
         }
         Ok(PlainWeight { rows, cols, values })

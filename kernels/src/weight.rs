@@ -1,7 +1,9 @@
-//! Weight matrices as checkpoints store them.
+//! Weight matrices as checkpoints store them: numbers, GGUF blocks, integers in groups, scaled
+//! e4m3. Readers bring every file's own layout into one of these; backends pack these as they like.
 
 use crate::KernelError;
-use std::{borrow::Cow, ops::Range};
+use half::f16;
+use std::borrow::Cow;
 
 /// How numbers are stored. The block formats are GGUF's (ggml), byte for byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -45,70 +47,200 @@ impl Format {
         }
     }
 
-    /// A rank's columns may begin and end only at multiples of this.
-    pub fn split_elements(self) -> usize {
-        self.block_elements().min(32)
+    /// Bytes of a row of `cols` elements, whole blocks.
+    pub fn row_bytes(self, cols: usize) -> usize {
+        cols / self.block_elements() * self.block_bytes()
     }
 }
 
-/// Some rows of a stored matrix, and the columns of them that this rank multiplies.
+/// Some rows of a matrix, as a checkpoint stores them.
 #[derive(Clone, Debug)]
 pub struct WeightPart<'a> {
-    pub format: Format,
     /// N of this part.
     pub rows: usize,
-    /// Elements in each stored row of `data`, a whole number of blocks.
-    pub stored_cols: usize,
-    /// The columns in use, within `stored_cols`, at multiples of `split_elements`; its length is K.
-    pub cols: Range<usize>,
-    /// `rows` stored rows without gaps.
-    pub data: Cow<'a, [u8]>,
+    /// K.
+    pub cols: usize,
+    pub stored: Stored<'a>,
 }
 
-impl WeightPart<'_> {
-    /// N and K of the stack of `parts`, once every part is known to be whole: blocks complete,
-    /// columns inside the stored row at places where its format may be cut, data as long as it
-    /// says.
+/// What the numbers of a part consist of. Rows lie one after another without gaps.
+#[derive(Clone, Debug)]
+pub enum Stored<'a> {
+    /// [N, K] numbers, or blocks of them along K.
+    Plain { format: Format, data: Cow<'a, [u8]> },
+    /// Integers: scale · (q − zero).
+    Grouped(Grouped<'a>),
+    /// e4m3: scale · value.
+    Scaled(Scaled<'a>),
+}
+
+/// Integers that share a scale and a zero point by groups of columns (GPTQ, AWQ).
+#[derive(Clone, Debug)]
+pub struct Grouped<'a> {
+    /// 4 or 8.
+    pub bits: usize,
+    /// [N, K], one to a byte, below 2^bits.
+    pub values: Cow<'a, [u8]>,
+    pub groups: Groups,
+    /// [N, G].
+    pub scales: Vec<f16>,
+    /// [N, G], 0 to 2^bits.
+    pub zeros: Vec<u16>,
+}
+
+/// Which group a column is of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Groups {
+    /// Column k is of group (first + k) / size: runs, of which a rank's columns may begin inside
+    /// one.
+    Runs { size: usize, first: usize },
+    /// [K] the group of each column (GPTQ's act-order).
+    Listed(Vec<u32>),
+}
+
+/// e4m3 (OCP 8-bit floating point, no infinities) with scales along each row.
+#[derive(Clone, Debug)]
+pub struct Scaled<'a> {
+    /// [N, K], none of them NaN.
+    pub values: Cow<'a, [u8]>,
+    /// Columns with one scale: column k has scale k / `run`.
+    pub run: usize,
+    /// [N, ⌈K / run⌉].
+    pub scales: Vec<f32>,
+}
+
+impl Groups {
+    /// The group of column `k`.
+    pub fn of(&self, k: usize) -> usize {
+        match self {
+            Self::Runs { size, first } => (first + k) / size,
+            Self::Listed(groups) => groups[k] as usize,
+        }
+    }
+}
+
+impl Grouped<'_> {
+    /// G.
+    pub fn count(&self, rows: usize) -> usize {
+        self.scales.len() / rows.max(1)
+    }
+
+    fn check(&self, rows: usize, cols: usize) -> Result<(), String> {
+        let Self { bits, values, groups, scales, zeros } = self;
+        if !matches!(bits, 4 | 8) {
+            return Err(format!("integers of {bits} bits; 4 and 8 are supported"));
+        }
+        match groups {
+            Groups::Runs { size: 0, .. } => return Err("groups of no columns".into()),
+            Groups::Listed(listed) if listed.len() != cols => {
+                return Err(format!("groups of {} columns, wanted {cols}", listed.len()));
+            }
+            _ => {}
+        }
+        let count = self.count(rows);
+        let lengths =
+            [(values.len(), rows.checked_mul(cols)), (scales.len(), rows.checked_mul(count))];
+        if lengths.iter().any(|(has, wanted)| Some(*has) != *wanted) || zeros.len() != scales.len()
+        {
+            return Err(format!(
+                "[{rows}, {cols}] in {} integers, {} scales and {} zero points",
+                values.len(),
+                scales.len(),
+                zeros.len()
+            ));
+        }
+        let highest = match groups {
+            Groups::Runs { size, first } => (first + cols.saturating_sub(1)) / size,
+            Groups::Listed(listed) => listed.iter().max().map_or(0, |group| *group as usize),
+        };
+        if highest >= count {
+            return Err(format!("a column is of group {highest} of {count}"));
+        }
+        let most = 1u16 << bits;
+        if let Some(zero) = zeros.iter().find(|zero| **zero > most) {
+            return Err(format!("a zero point of {zero} beside integers of {bits} bits"));
+        }
+        match values.iter().find(|value| u16::from(**value) >= most) {
+            Some(value) => Err(format!("{value} is no integer of {bits} bits")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Scaled<'_> {
+    /// Scales of one row.
+    pub fn count(&self, cols: usize) -> usize {
+        cols.div_ceil(self.run.max(1))
+    }
+
+    fn check(&self, rows: usize, cols: usize) -> Result<(), String> {
+        let wanted = rows.checked_mul(self.count(cols));
+        let whole = Some(self.values.len()) == rows.checked_mul(cols);
+        if self.run == 0 || !whole || Some(self.scales.len()) != wanted {
+            return Err(format!(
+                "[{rows}, {cols}] in {} values of e4m3 and {} scales for {} columns each",
+                self.values.len(),
+                self.scales.len(),
+                self.run
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl<'a> WeightPart<'a> {
+    /// Rows of numbers or of GGUF blocks.
+    pub fn plain(format: Format, rows: usize, cols: usize, data: impl Into<Cow<'a, [u8]>>) -> Self {
+        Self { rows, cols, stored: Stored::Plain { format, data: data.into() } }
+    }
+
+    /// N and K of the stack of `parts`, once every part is known to be whole: blocks complete, data
+    /// as long as the shape says, every group there.
     ///
     /// # Errors
     /// `KernelError::Weight` names the first part that is not.
-    pub fn check(parts: &[WeightPart<'_>]) -> Result<(usize, usize), KernelError> {
-        let cols = parts.first().map_or(0, |part| part.cols.len());
+    pub fn check(parts: &[Self]) -> Result<(usize, usize), KernelError> {
+        let cols = parts.first().map_or(0, |part| part.cols);
         if cols == 0 {
             return Err(KernelError::Weight("no columns".into()));
         }
         for part in parts {
-            part.check_one(cols).map_err(KernelError::Weight)?;
+            if part.cols != cols {
+                let found = part.cols;
+                return Err(KernelError::Weight(format!("parts of {cols} and {found} columns")));
+            }
+            part.check_one().map_err(KernelError::Weight)?;
         }
         Ok((parts.iter().map(|part| part.rows).sum(), cols))
     }
 
-    fn check_one(&self, cols: usize) -> Result<(), String> {
-        let Self { format, rows, stored_cols, cols: range, data } = self;
-        let split = format.split_elements();
-        if !stored_cols.is_multiple_of(format.block_elements()) {
-            return Err(format!("rows of {stored_cols} elements are no whole {format:?} blocks"));
+    /// As [`Self::check`], for one part.
+    pub(crate) fn check_one(&self) -> Result<(), String> {
+        let Self { rows, cols, stored } = self;
+        match stored {
+            Stored::Plain { format, data } => {
+                if !cols.is_multiple_of(format.block_elements()) {
+                    return Err(format!("rows of {cols} elements are no whole {format:?} blocks"));
+                }
+                if format.row_bytes(*cols).checked_mul(*rows) != Some(data.len()) {
+                    return Err(format!(
+                        "{rows} rows of {cols} {format:?} in {} bytes",
+                        data.len()
+                    ));
+                }
+                Ok(())
+            }
+            Stored::Grouped(grouped) => grouped.check(*rows, *cols),
+            Stored::Scaled(scaled) => scaled.check(*rows, *cols),
         }
-        if range.start > range.end || range.end > *stored_cols || range.len() != cols {
-            return Err(format!("columns {range:?} of {stored_cols}, wanted {cols} columns"));
-        }
-        if !range.start.is_multiple_of(split) || !range.end.is_multiple_of(split) {
-            return Err(format!("columns {range:?} cut {format:?} off multiples of {split}"));
-        }
-        let bytes = self.row_bytes().checked_mul(*rows);
-        if bytes != Some(data.len()) {
-            return Err(format!("{rows} rows of {stored_cols} {format:?} in {} bytes", data.len()));
-        }
-        Ok(())
     }
 
-    /// Bytes of one stored row.
-    pub fn row_bytes(&self) -> usize {
-        self.stored_cols / self.format.block_elements() * self.format.block_bytes()
-    }
-
-    /// The bytes of stored row `n`, every stored column of it.
-    pub fn stored_row(&self, n: usize) -> &[u8] {
-        &self.data[n * self.row_bytes()..][..self.row_bytes()]
+    /// Bytes of the numbers, without what scales them.
+    pub fn bytes(&self) -> usize {
+        match &self.stored {
+            Stored::Plain { data, .. } => data.len(),
+            Stored::Grouped(grouped) => grouped.values.len() * grouped.bits / 8,
+            Stored::Scaled(scaled) => scaled.values.len(),
+        }
     }
 }

@@ -6,10 +6,12 @@
 
 mod json;
 mod metadata;
+mod quantisation;
 
-use crate::{ModelError, llama, qwen1, qwen2, qwen3};
+use crate::{ModelError, families::Family};
 pub(crate) use json::Fields;
 use json::architecture;
+pub(crate) use quantisation::Quantisation;
 
 /// Rotary position embedding, rotate-half.
 #[derive(Clone, Debug, PartialEq)]
@@ -55,8 +57,7 @@ pub enum RopeScaling {
 /// One decoder-only transformer of the Qwen kind.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecoderConfig {
-    /// `qwen1`, `qwen2`, `qwen3` or `llama`.
-    pub family: &'static str,
+    pub family: &'static Family,
     /// H.
     pub hidden: usize,
     pub layers: usize,
@@ -99,17 +100,9 @@ impl DecoderConfig {
     /// `Unsupported` names the architecture or setting; `Checkpoint` what is missing or invalid.
     pub fn from_json(text: &[u8]) -> Result<Self, ModelError> {
         let fields = Fields::parse(text)?;
-        let config = match architecture(&fields)? {
-            "QWenLMHeadModel" => qwen1::config(&fields),
-            "Qwen2ForCausalLM" => qwen2::config(&fields),
-            "Qwen3ForCausalLM" => qwen3::config(&fields),
-            "LlamaForCausalLM" => llama::config(&fields),
-            other => Err(ModelError::Unsupported(format!(
-                "architecture {other}; supported are QWenLMHeadModel, Qwen2ForCausalLM, \
-                 Qwen3ForCausalLM and LlamaForCausalLM"
-            ))),
-        }?;
-        config.validated()
+        let name = architecture(&fields)?;
+        let family = Family::find("architecture", |family| family.architecture, name)?;
+        (family.config)(family, &fields)?.validated()
     }
 
     /// Checks that the numbers fit each other and a machine's arithmetic.

@@ -4,6 +4,7 @@
 mod config;
 mod decoder;
 mod error;
+mod families;
 mod llama;
 mod qwen1;
 mod qwen2;
@@ -17,6 +18,7 @@ mod weights;
 
 pub use config::{DecoderConfig, Rope, RopeScaling};
 pub use error::ModelError;
+pub use families::{FAMILIES, Family};
 pub use runner::{Runner, RunnerOptions, activation_bytes, prefix_reuse_max};
 pub use sampler::{Sampler, Seen, next_token};
 pub use shard::Shard;

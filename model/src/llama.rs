@@ -8,14 +8,18 @@ use serde_json::json;
 use crate::{
     ModelError,
     config::{DecoderConfig, Fields},
+    families::Family,
     qwen2,
 };
 
 /// Settings of `config.json`.
-pub(crate) fn config(fields: &Fields) -> Result<DecoderConfig, ModelError> {
+pub(crate) fn config(
+    family: &'static Family,
+    fields: &Fields,
+) -> Result<DecoderConfig, ModelError> {
     for key in ["attention_bias", "mlp_bias", "rope_interleaved"] {
         fields.require(key, &json!(false))?;
     }
-    let like = qwen2::config(fields)?;
-    Ok(DecoderConfig { family: "llama", qkv_bias: false, ..like })
+    let like = qwen2::config(family, fields)?;
+    Ok(DecoderConfig { qkv_bias: false, ..like })
 }

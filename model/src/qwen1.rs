@@ -10,6 +10,7 @@ use serde_json::json;
 use crate::{
     ModelError,
     config::{DecoderConfig, Fields, Rope, RopeScaling},
+    families::Family,
     weights::{Qkv, TensorNames},
 };
 
@@ -18,25 +19,28 @@ const TOKENS: usize = 151_851;
 
 /// Checkpoint names.
 pub(crate) const NAMES: TensorNames = TensorNames {
-    embed: "transformer.wte.weight",
+    embed: "transformer.wte",
     final_norm: "transformer.ln_f.weight",
-    lm_head: "lm_head.weight",
+    lm_head: "lm_head",
     layer: "transformer.h.",
     input_norm: "ln_1.weight",
     post_norm: "ln_2.weight",
     qkv: Qkv::Packed("attn.c_attn"),
     q_norm: "attn.q_norm.weight",
     k_norm: "attn.k_norm.weight",
-    attn_out: "attn.c_proj.weight",
-    gate: "mlp.w2.weight",
-    up: "mlp.w1.weight",
-    down: "mlp.c_proj.weight",
+    attn_out: "attn.c_proj",
+    gate: "mlp.w2",
+    up: "mlp.w1",
+    down: "mlp.c_proj",
     interleaved_rope: false,
     ignored: &[".rotary_emb.inv_freq", ".attn.masked_bias"],
 };
 
 /// Settings of `config.json`; the oldest files use other names for some.
-pub(crate) fn config(fields: &Fields) -> Result<DecoderConfig, ModelError> {
+pub(crate) fn config(
+    family: &'static Family,
+    fields: &Fields,
+) -> Result<DecoderConfig, ModelError> {
     fields.require("no_bias", &json!(true))?;
     fields.require("scale_attn_weights", &json!(true))?;
     if fields.number("rotary_pct")?.is_some_and(|part| part != 1.0) {
@@ -55,7 +59,7 @@ pub(crate) fn config(fields: &Fields) -> Result<DecoderConfig, ModelError> {
     // Either of the two carries the model past its trained length.
     let stretched = dynamic_ntk.or(logn).and(positions).unwrap_or(trained);
     Ok(DecoderConfig {
-        family: "qwen1",
+        family,
         hidden,
         layers,
         q_heads: heads,
@@ -80,7 +84,13 @@ pub(crate) fn config(fields: &Fields) -> Result<DecoderConfig, ModelError> {
     })
 }
 
+/// GGUF files carry the doubled width of the configuration, and every row as a token.
+pub(crate) fn complete(config: DecoderConfig) -> DecoderConfig {
+    let (intermediate, vocab) = (config.intermediate / 2, sampled_vocab(config.sampled_vocab));
+    DecoderConfig { intermediate, sampled_vocab: vocab, ..config }
+}
+
 /// How many of `vocab` rows are tokens.
-pub(crate) fn sampled_vocab(vocab: usize) -> usize {
+fn sampled_vocab(vocab: usize) -> usize {
     vocab.min(TOKENS)
 }

@@ -9,30 +9,34 @@ use serde_json::json;
 use crate::{
     ModelError,
     config::{DecoderConfig, Fields},
+    families::Family,
     weights::{Qkv, TensorNames},
 };
 
 /// Checkpoint names, shared by Qwen3 and Llama.
 pub(crate) const NAMES: TensorNames = TensorNames {
-    embed: "model.embed_tokens.weight",
+    embed: "model.embed_tokens",
     final_norm: "model.norm.weight",
-    lm_head: "lm_head.weight",
+    lm_head: "lm_head",
     layer: "model.layers.",
     input_norm: "input_layernorm.weight",
     post_norm: "post_attention_layernorm.weight",
     qkv: Qkv::Separate(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
     q_norm: "self_attn.q_norm.weight",
     k_norm: "self_attn.k_norm.weight",
-    attn_out: "self_attn.o_proj.weight",
-    gate: "mlp.gate_proj.weight",
-    up: "mlp.up_proj.weight",
-    down: "mlp.down_proj.weight",
+    attn_out: "self_attn.o_proj",
+    gate: "mlp.gate_proj",
+    up: "mlp.up_proj",
+    down: "mlp.down_proj",
     interleaved_rope: false,
     ignored: &[".rotary_emb.inv_freq"],
 };
 
 /// Settings of `config.json`.
-pub(crate) fn config(fields: &Fields) -> Result<DecoderConfig, ModelError> {
+pub(crate) fn config(
+    family: &'static Family,
+    fields: &Fields,
+) -> Result<DecoderConfig, ModelError> {
     fields.require("hidden_act", &json!("silu"))?;
     let hidden = fields.size(&["hidden_size"])?;
     let layers = fields.layers(&["num_hidden_layers"])?;
@@ -41,7 +45,7 @@ pub(crate) fn config(fields: &Fields) -> Result<DecoderConfig, ModelError> {
     let (rope, context_max) = fields.rope(fields.size(&["max_position_embeddings"])?)?;
     let head_dim = fields.size_or_none(&["head_dim"])?;
     Ok(DecoderConfig {
-        family: "qwen2",
+        family,
         hidden,
         layers,
         q_heads,

@@ -8,13 +8,17 @@ use serde_json::json;
 use crate::{
     ModelError,
     config::{DecoderConfig, Fields},
+    families::Family,
     qwen2,
 };
 
 /// Settings of `config.json`.
-pub(crate) fn config(fields: &Fields) -> Result<DecoderConfig, ModelError> {
+pub(crate) fn config(
+    family: &'static Family,
+    fields: &Fields,
+) -> Result<DecoderConfig, ModelError> {
     fields.require("attention_bias", &json!(false))?;
-    let like = qwen2::config(fields)?;
+    let like = qwen2::config(family, fields)?;
     let head_dim = fields.size_or_none(&["head_dim"])?.unwrap_or(128);
-    Ok(DecoderConfig { family: "qwen3", qkv_bias: false, qk_norm: true, head_dim, ..like })
+    Ok(DecoderConfig { qkv_bias: false, qk_norm: true, head_dim, ..like })
 }

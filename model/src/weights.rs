@@ -6,7 +6,9 @@
 //! thing, and no other bytes; nothing is cached.
 
 mod expected;
+mod module;
 mod names;
+mod quantised;
 mod slice;
 
 use std::path::{Path, PathBuf};
@@ -14,9 +16,12 @@ use std::path::{Path, PathBuf};
 use formats::{FormatError, Layout, Tensors};
 use kernels::WeightPart;
 
-use crate::{DecoderConfig, ModelError, Shard, config::RopeScaling};
-pub(crate) use names::{GGUF_EMBED, Qkv, TensorNames};
-use slice::Cut;
+use crate::{
+    DecoderConfig, ModelError, Shard,
+    config::{Quantisation, RopeScaling},
+};
+use module::{Cut, Files, Module};
+pub(crate) use names::{GGUF, Qkv, TensorNames};
 
 /// Configurations beyond this are no configurations.
 const CONFIG_BYTES_MAX: u64 = 16 << 20;
@@ -26,6 +31,7 @@ pub struct Checkpoint {
     config: DecoderConfig,
     name: String,
     names: TensorNames,
+    quantisation: Quantisation,
     tensors: Tensors,
 }
 
@@ -38,23 +44,24 @@ impl Checkpoint {
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let layout = formats::locate(path)?;
         let (tensors, metadata) = Tensors::open(&layout)?;
-        let (config, names) = match (&layout, metadata) {
+        let (config, names, quantisation) = match (&layout, metadata) {
             (Layout::Safetensors { folder, .. }, _) => {
-                let config = DecoderConfig::from_json(&read_config(&folder.join("config.json"))?)?;
-                let names = TensorNames::hugging_face(config.family);
-                (config, names)
+                let text = read_config(&folder.join("config.json"))?;
+                let config = DecoderConfig::from_json(&text)?;
+                let names = config.family.names;
+                (config, names, Quantisation::from_json(&text)?)
             }
             (Layout::Gguf { .. }, metadata) => {
                 let metadata = metadata.unwrap_or_default();
                 let mut config = DecoderConfig::from_gguf(&metadata, &tensors)?;
-                let names = TensorNames::gguf(config.family);
+                let names = config.family.gguf_names;
                 apply_rope_divisors(&mut config, &tensors)?;
-                (config, names)
+                (config, names, Quantisation::None)
             }
         };
-        expected::check(&tensors, &config, &names)?;
+        expected::check(Files { tensors: &tensors, quantisation }, &config, &names)?;
         let name = model_name(&layout, path);
-        Ok(Self { config, name, names, tensors })
+        Ok(Self { config, name, names, quantisation, tensors })
     }
 
     pub fn config(&self) -> &DecoderConfig {
@@ -84,12 +91,12 @@ impl Checkpoint {
     /// # Errors
     /// A shard of another model.
     pub fn weight_bytes(&self, shard: &Shard) -> Result<u64, ModelError> {
-        let bytes = |(name, cut): &(String, Cut)| slice::part_bytes(&self.tensors, name, cut);
-        self.weight_cuts(shard).iter().map(bytes).sum()
+        let files = self.files();
+        self.weight_cuts(shard).iter().map(|(module, cut)| files.bytes(module, cut)).sum()
     }
 
     /// The embedding, and what makes logits where that is another matrix.
-    fn table_cuts(&self, shard: &Shard) -> Vec<(String, Cut)> {
+    fn table_cuts(&self, shard: &Shard) -> Vec<(Module, Cut)> {
         let mut cuts = vec![self.table(self.names.embed, shard)];
         if !self.config.tied {
             cuts.push(self.table(self.names.lm_head, shard));
@@ -98,7 +105,7 @@ impl Checkpoint {
     }
 
     /// Every matrix of a shard.
-    fn weight_cuts(&self, shard: &Shard) -> Vec<(String, Cut)> {
+    fn weight_cuts(&self, shard: &Shard) -> Vec<(Module, Cut)> {
         let mut cuts = self.table_cuts(shard);
         for layer in 0..self.config.layers {
             cuts.extend(self.qkv_cuts(layer, shard));
@@ -114,7 +121,7 @@ impl Checkpoint {
     /// # Errors
     /// A shard of another model.
     pub fn weight_elements(&self, shard: &Shard) -> Result<u64, ModelError> {
-        self.elements(&self.weight_cuts(shard))
+        Ok(elements(&self.weight_cuts(shard)))
     }
 
     /// As [`Self::weight_elements`], of the embedding and output tables alone.
@@ -122,12 +129,11 @@ impl Checkpoint {
     /// # Errors
     /// A shard of another model.
     pub fn table_elements(&self, shard: &Shard) -> Result<u64, ModelError> {
-        self.elements(&self.table_cuts(shard))
+        Ok(elements(&self.table_cuts(shard)))
     }
 
-    fn elements(&self, cuts: &[(String, Cut)]) -> Result<u64, ModelError> {
-        let count = |(name, cut): &(String, Cut)| slice::part_elements(&self.tensors, name, cut);
-        cuts.iter().map(count).sum()
+    fn files(&self) -> Files<'_> {
+        Files { tensors: &self.tensors, quantisation: self.quantisation }
     }
 
     /// [V_local, H]: the embedding rows of `shard.vocab`.
@@ -171,13 +177,12 @@ impl Checkpoint {
             return Ok(None);
         }
         let mut bias = Vec::new();
-        for (stem, cut) in self.projections(layer, shard) {
+        for (module, cut) in self.qkv_cuts(layer, shard) {
             let (rows, heads_of) = match cut {
                 Cut::Heads { rows, head_dim } => (rows, Some(head_dim)),
                 Cut::Rows(range) => (range, None),
             };
-            let name = format!("{stem}.bias");
-            bias.extend(slice::vector(&self.tensors, &name, rows, heads_of)?);
+            bias.extend(slice::vector(&self.tensors, &module.tensor("bias"), rows, heads_of)?);
         }
         Ok(Some(bias))
     }
@@ -221,66 +226,72 @@ impl Checkpoint {
         self.read(&[self.down_cut(layer, shard)])
     }
 
-    fn read(&self, cuts: &[(String, Cut)]) -> Result<Vec<WeightPart<'static>>, ModelError> {
-        cuts.iter().map(|(name, cut)| slice::part(&self.tensors, name, cut)).collect()
+    fn read(&self, cuts: &[(Module, Cut)]) -> Result<Vec<WeightPart<'static>>, ModelError> {
+        cuts.iter().map(|(module, cut)| self.files().read(module, cut)).collect()
     }
 
     fn layer_vector(&self, layer: usize, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
         slice::vector(&self.tensors, &self.names.of_layer(layer, name), 0..len, None)
     }
 
-    fn table(&self, name: &str, shard: &Shard) -> (String, Cut) {
-        (name.to_owned(), Cut::Rows(shard.vocab.clone()))
+    fn table(&self, name: &str, shard: &Shard) -> (Module, Cut) {
+        let (rows, cols) = (self.config.vocab, self.config.hidden);
+        (Module { stem: name.to_owned(), rows, cols }, Cut::Rows(shard.vocab.clone()))
     }
 
-    /// Stems and rows of Q, K and V.
-    fn projections(&self, layer: usize, shard: &Shard) -> [(String, Cut); 3] {
-        let dim = self.config.head_dim;
-        let rows = |heads: &std::ops::Range<usize>, first: usize| {
-            (first + heads.start) * dim..(first + heads.end) * dim
-        };
-        let (stems, firsts) = match self.names.qkv {
-            Qkv::Separate(stems) => (stems, [0; 3]),
+    fn of_layer(&self, layer: usize, name: &str, (rows, cols): (usize, usize)) -> Module {
+        Module { stem: self.names.of_layer(layer, name), rows, cols }
+    }
+
+    /// Q, K and V.
+    fn qkv_cuts(&self, layer: usize, shard: &Shard) -> [(Module, Cut); 3] {
+        let DecoderConfig { hidden, head_dim: dim, q_heads, kv_heads, .. } = self.config;
+        let (stems, firsts, all) = match self.names.qkv {
+            Qkv::Separate(stems) => (stems, [0; 3], [q_heads, kv_heads, kv_heads]),
             Qkv::Packed(stem) => {
-                let keys = self.config.q_heads;
-                ([stem; 3], [0, keys, keys + self.config.kv_heads])
+                ([stem; 3], [0, q_heads, q_heads + kv_heads], [q_heads + 2 * kv_heads; 3])
             }
         };
         let heads = [&shard.q_heads, &shard.kv_heads, &shard.kv_heads];
         std::array::from_fn(|i| {
-            let rows = rows(heads[i], firsts[i]);
+            let rows = (firsts[i] + heads[i].start) * dim..(firsts[i] + heads[i].end) * dim;
             let cut = match self.names.interleaved_rope && i < 2 {
                 true => Cut::Heads { rows, head_dim: dim },
                 false => Cut::Rows(rows),
             };
-            (self.names.of_layer(layer, stems[i]), cut)
+            (self.of_layer(layer, stems[i], (all[i] * dim, hidden)), cut)
         })
     }
 
-    fn qkv_cuts(&self, layer: usize, shard: &Shard) -> [(String, Cut); 3] {
-        self.projections(layer, shard).map(|(stem, cut)| (format!("{stem}.weight"), cut))
+    fn attn_out_cut(&self, layer: usize, shard: &Shard) -> (Module, Cut) {
+        let shape = (self.config.hidden, self.config.q_heads * self.config.head_dim);
+        let module = self.of_layer(layer, self.names.attn_out, shape);
+        (module, Cut::Rows(shard.hidden.clone()))
     }
 
-    fn attn_out_cut(&self, layer: usize, shard: &Shard) -> (String, Cut) {
-        (self.names.of_layer(layer, self.names.attn_out), Cut::Rows(shard.hidden.clone()))
-    }
-
-    fn gate_up_cuts(&self, layer: usize, shard: &Shard) -> [(String, Cut); 2] {
+    fn gate_up_cuts(&self, layer: usize, shard: &Shard) -> [(Module, Cut); 2] {
+        let shape = (self.config.intermediate, self.config.hidden);
         [self.names.gate, self.names.up]
-            .map(|name| (self.names.of_layer(layer, name), Cut::Rows(shard.ffn.clone())))
+            .map(|name| (self.of_layer(layer, name, shape), Cut::Rows(shard.ffn.clone())))
     }
 
-    fn down_cut(&self, layer: usize, shard: &Shard) -> (String, Cut) {
-        (self.names.of_layer(layer, self.names.down), Cut::Rows(shard.hidden.clone()))
+    fn down_cut(&self, layer: usize, shard: &Shard) -> (Module, Cut) {
+        let shape = (self.config.hidden, self.config.intermediate);
+        (self.of_layer(layer, self.names.down, shape), Cut::Rows(shard.hidden.clone()))
     }
+}
+
+/// Numbers in cuts of matrices.
+fn elements(cuts: &[(Module, Cut)]) -> u64 {
+    cuts.iter().map(|(module, cut)| cut.rows().len() as u64 * module.cols as u64).sum()
 }
 
 /// Elements of all tensors that a Hugging Face checkpoint of this configuration has.
 #[cfg(test)]
 pub(crate) fn parameters(config: &DecoderConfig) -> usize {
-    let names = TensorNames::hugging_face(config.family);
-    let shapes = expected::tensors(config, &names).into_iter().map(|(_, shape)| shape);
-    shapes.map(|shape| shape.iter().product::<usize>()).sum()
+    let expected = expected::Expected::new(config, &config.family.names);
+    let matrices = expected.modules.iter().map(|module| module.rows * module.cols);
+    matrices.sum::<usize>() + expected.vectors.iter().map(|(_, len)| len).sum::<usize>()
 }
 
 fn read_config(path: &Path) -> Result<Vec<u8>, ModelError> {

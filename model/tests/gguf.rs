@@ -10,7 +10,7 @@ use collective::{Staged, Threads};
 use common::{GgufFile, safetensors};
 use cpu::{Cpu, CpuConfig, Isa, Precision};
 use engine::plan::{Admission, Chunk, SamplingParams, StepPlan, Tokens, Want};
-use kernels::Format;
+use kernels::{Format, Stored, WeightPart};
 use model::{Checkpoint, ModelError, RopeScaling, Runner, RunnerOptions};
 
 const F32: u32 = 0;
@@ -120,6 +120,12 @@ impl Tiny {
     }
 }
 
+/// Format and bytes of a part as GGUF files have them.
+fn plain<'a>(part: &'a WeightPart<'_>) -> (Format, &'a [u8]) {
+    let Stored::Plain { format, data } = &part.stored else { panic!("{part:?}") };
+    (*format, data)
+}
+
 #[test]
 fn rows_of_llama_files_are_put_back_into_order() {
     let mut tiny = Tiny::new("llama", 96);
@@ -134,7 +140,7 @@ fn rows_of_llama_files_are_put_back_into_order() {
     let checkpoint = tiny.open().unwrap();
     assert_eq!(checkpoint.name(), "Tiny-Q8");
     let config = checkpoint.config();
-    assert_eq!((config.family, config.tied, config.qkv_bias), ("llama", true, true));
+    assert_eq!((config.family.name, config.tied, config.qkv_bias), ("llama", true, true));
     assert_eq!((config.vocab, config.sampled_vocab), (10, 9));
     for (rank, world_size, q, kv) in
         [(0, 1, 0..64, 0..32), (1, 2, 32..64, 16..32), (3, 4, 48..64, 16..32)]
@@ -143,7 +149,7 @@ fn rows_of_llama_files_are_put_back_into_order() {
         let parts = checkpoint.qkv(0, &shard).unwrap();
         for (part, range) in parts.iter().zip([q.clone(), kv.clone(), kv.clone()]) {
             let bytes = range.start * 256..range.end * 256;
-            assert_eq!(part.data[..], numbered(64, 64)[bytes]);
+            assert_eq!(plain(part).1[..], numbered(64, 64)[bytes]);
         }
         let bias = checkpoint.qkv_bias(0, &shard).unwrap().unwrap();
         let expected = q.chain(kv.clone()).chain(kv).map(|n| n as f32);
@@ -157,12 +163,13 @@ fn the_original_qwen_packs_q_k_and_v() {
     tiny.rest().down().matrix("output.weight", 10, 64);
     tiny.matrix("blk.0.attn_qkv.weight", 192, 64).vector("blk.0.attn_qkv.bias", 192);
     let checkpoint = tiny.open().unwrap();
-    assert_eq!((checkpoint.config().family, checkpoint.config().intermediate), ("qwen1", 96));
+    let config = checkpoint.config();
+    assert_eq!((config.family.name, config.intermediate), ("qwen1", 96));
     assert!(!checkpoint.config().tied);
     let shard = checkpoint.shard(1, 2).unwrap();
     let rows = [32..64, 96..128, 160..192];
     for (part, rows) in checkpoint.qkv(0, &shard).unwrap().iter().zip(&rows) {
-        assert_eq!(part.data[..], numbered(192, 64)[rows.start * 256..rows.end * 256]);
+        assert_eq!(plain(part).1[..], numbered(192, 64)[rows.start * 256..rows.end * 256]);
     }
     let bias = checkpoint.qkv_bias(0, &shard).unwrap().unwrap();
     assert_eq!(bias, rows.into_iter().flatten().map(|n| n as f32).collect::<Vec<_>>());
@@ -189,9 +196,9 @@ fn rows_of_blocks_are_dealt_out_whole() {
                 (checkpoint.attn_out(0, &shard), Format::Q8_0, 64, &mut out),
             ] {
                 let [part] = &read.unwrap()[..] else { panic!("{shard:?}") };
-                assert_eq!((part.format, part.rows), (format, shard.hidden.len()));
-                assert_eq!((part.stored_cols, part.cols.clone()), (cols, 0..cols));
-                all.extend_from_slice(&part.data);
+                let (found, data) = plain(part);
+                assert_eq!((found, part.rows, part.cols), (format, shard.hidden.len(), cols));
+                all.extend_from_slice(data);
             }
         }
         assert_eq!(down, stored);

@@ -138,8 +138,8 @@ pub(crate) fn noisy_weight<D: Driver>(
         .iter()
         .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes())
         .collect();
-    let (data, format) = (repeated(&piece, 2 * rows * cols).into(), Format::Bf16);
-    device.weight(&[WeightPart { format, rows, stored_cols: cols, cols: 0..cols, data }])
+    let data = repeated(&piece, 2 * rows * cols);
+    device.weight(&[WeightPart::plain(Format::Bf16, rows, cols, data)])
 }
 
 pub(crate) fn ints<D: Driver>(

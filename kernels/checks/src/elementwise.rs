@@ -82,13 +82,8 @@ fn table(rows: usize, cols: usize) -> Vec<f32> {
 }
 
 fn part(cols: usize, values: &[f32]) -> WeightPart<'static> {
-    WeightPart {
-        format: Format::F32,
-        rows: values.len() / cols,
-        stored_cols: cols,
-        cols: 0..cols,
-        data: values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-    }
+    let data: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    WeightPart::plain(Format::F32, values.len() / cols, cols, data)
 }
 
 fn embed<D: Driver>(device: Device<'_, D>) -> Result<(), String> {

@@ -11,7 +11,7 @@ use cpu::{
     linear::{CpuWeight, LinearScratch, Precision, Product, linear},
 };
 use kernels::{Format, WeightPart};
-use std::{borrow::Cow, error::Error, time::Instant};
+use std::{error::Error, time::Instant};
 
 /// Bytes of weights that a decode step walks through.
 const ROTATION: usize = 256 << 20;
@@ -59,8 +59,7 @@ fn stored(format: Format, rows: usize, cols: usize) -> Vec<u8> {
 }
 
 fn weight(format: Format, rows: usize, cols: usize) -> Result<CpuWeight, Box<dyn Error>> {
-    let data = Cow::Owned(stored(format, rows, cols));
-    let part = WeightPart { format, rows, stored_cols: cols, cols: 0..cols, data };
+    let part = WeightPart::plain(format, rows, cols, stored(format, rows, cols));
     Ok(CpuWeight::pack(&[part], Precision::Fast)?)
 }
 

@@ -4,7 +4,7 @@
 //! depends on the other rows, the threads or the order of the work: each sum runs over K in one
 //! fixed order.
 //!
-//! It refuses columns that split a quantisation block, and shapes that do not fit.
+//! It refuses shapes that do not fit.
 
 mod activations;
 #[cfg(target_arch = "x86_64")]
@@ -28,8 +28,8 @@ mod tests;
 
 use super::{isa::Isa, pool::Pool};
 use activations::{Rounded, Source};
-use kernels::{Format, KernelError, ShapeError, WeightPart};
-use packed::{BLOCK, LANES, Lanes, Part, quantised, with_block_format};
+use kernels::{KernelError, ShapeError, WeightPart};
+use packed::{BLOCK, LANES, Lanes, Part, TileFormat, quantised, with_block_format};
 use std::{marker::PhantomData, ops::Range};
 
 /// What a product may round besides its f32 sums.
@@ -54,21 +54,17 @@ impl CpuWeight {
     /// Repacks `parts`, stacked by rows; their formats may differ, their K may not.
     ///
     /// # Errors
-    /// `KernelError::Weight` for columns that split a block or differ between parts, or data of the
-    /// wrong length; `KernelError::Memory` where there is none.
+    /// `KernelError::Weight` for parts that are not whole or differ in K; `KernelError::Memory`
+    /// where there is none.
     pub fn pack(parts: &[WeightPart<'_>], precision: Precision) -> Result<Self, KernelError> {
-        let cols = parts.first().map_or(0, |part| part.cols.len());
+        let (all_rows, cols) = WeightPart::check(parts)?;
         let mut packed = Vec::with_capacity(parts.len());
         let mut rows = 0;
         for part in parts {
-            if part.cols.len() != cols {
-                let found = part.cols.len();
-                return Err(KernelError::Weight(format!("parts of {cols} and {found} columns")));
-            }
-            packed.push(pack::pack(part, rows)?);
+            packed.push(pack::pack(part, rows, precision)?);
             rows += part.rows;
         }
-        Ok(Self { parts: packed, rows, cols, precision })
+        Ok(Self { parts: packed, rows: all_rows, cols, precision })
     }
 
     /// N.
@@ -92,7 +88,7 @@ impl CpuWeight {
 
     fn kernel(&self, part: &Part, isa: Isa) -> Kernel {
         match (self.precision, part.format) {
-            (Precision::Fast, Format::Bf16) if isa == Isa::Amx => Kernel::Bf16,
+            (Precision::Fast, TileFormat::Bf16) if isa == Isa::Amx => Kernel::Bf16,
             (Precision::Fast, format) if quantised(format).is_some() => Kernel::Blocks,
             _ => Kernel::Wide,
         }
@@ -109,16 +105,28 @@ impl CpuWeight {
         let (tile, lane) = ((n - part.first) / LANES, (n - part.first) % LANES);
         let tile = part.tile(tile);
         let mut values = [[0.0; LANES]; BLOCK];
-        for (block, out) in out.chunks_mut(BLOCK).enumerate() {
+        for block in 0..tile.layout.blocks {
             lanes::widen(part.format, tile, block, &mut values);
-            out.iter_mut().zip(&values).for_each(|(out, lanes)| *out = lanes[lane]);
+            for (place, lanes) in (block * BLOCK..).zip(&values) {
+                let col = part.order.as_ref().map_or(place, |order| order[place] as usize);
+                if let Some(out) = out.get_mut(col) {
+                    *out = lanes[lane];
+                }
+            }
         }
     }
 }
 
-/// Room for rounded activations; grows to the largest product seen and stays.
+/// Room for activations as products want them; grows to the largest product seen and stays.
 #[derive(Default)]
 pub struct LinearScratch {
+    rounded: RoundedScratch,
+    /// In the order of a weight's columns.
+    ordered: Vec<f32>,
+}
+
+#[derive(Default)]
+struct RoundedScratch {
     int8: Rounded,
     bf16: Rounded,
 }
@@ -150,31 +158,51 @@ pub fn linear(
     let Product { x, rows, weight, bias } = product;
     let isa = isa.min(Isa::detect());
     let output = Output::new(out, weight.rows, bias);
-    let source = Source { x, rows, cols: weight.cols };
-    let uses = |kernel| weight.parts.iter().any(|part| weight.kernel(part, isa) == kernel);
+    let LinearScratch { rounded, ordered } = scratch;
+    for parts in weight.parts.chunk_by(|a, b| a.order == b.order) {
+        let source = Source { x, rows, cols: weight.cols };
+        let source = match &parts[0].order {
+            None => source,
+            Some(order) => source.in_order(order, ordered),
+        };
+        multiply(pool, isa, rounded, (weight, parts), source, &output);
+    }
+    Ok(())
+}
+
+/// Some parts of a weight, whose columns lie as those of `source`.
+fn multiply(
+    pool: &Pool,
+    isa: Isa,
+    scratch: &mut RoundedScratch,
+    (weight, parts): (&CpuWeight, &[Part]),
+    source: Source<'_>,
+    output: &Output<'_>,
+) {
+    let Source { x, rows, cols } = source;
+    let uses = |kernel| parts.iter().any(|part| weight.kernel(part, isa) == kernel);
     let rounded = Inputs {
         int8: uses(Kernel::Blocks).then(|| scratch.int8.int8(pool, isa, source)),
         bf16: uses(Kernel::Bf16).then(|| scratch.bf16.bf16(pool, isa, source)),
     };
-    let tiles = weight.parts.iter().map(Part::tiles).sum();
+    let tiles = parts.iter().map(Part::tiles).sum();
     let cuts = row_cuts(pool.threads(), tiles, rows);
     let pieces = pieces(pool.threads() / cuts, tiles);
     pool.for_each(cuts * pieces, &|_, item| {
         let rows = row_share(rows, cuts, item % cuts);
         let mine = tile_share(tiles, pieces, item / cuts);
         let mut first = 0;
-        for part in &weight.parts {
+        for part in parts {
             let end = first + part.tiles();
             let tiles = mine.start.max(first)..mine.end.min(end);
             if !tiles.is_empty() && !rows.is_empty() {
-                let job = Job { part, x, cols: weight.cols, rows: rows.clone(), output: &output };
+                let job = Job { part, x, cols, rows: rows.clone(), output };
                 let tiles = tiles.start - first..tiles.end - first;
                 job.run(weight.kernel(part, isa), isa, &rounded, tiles);
             }
             first = end;
         }
     });
-    Ok(())
 }
 
 /// How a part is multiplied.

@@ -96,14 +96,7 @@ fn floats<B: Backend>(device: &B, values: &[f32]) -> B::Floats {
 fn f32_weight<B: Backend>(device: &B, cols: usize, values: &[f32]) -> B::Weight {
     let data: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
     let rows = values.len() / cols;
-    let part = WeightPart {
-        format: Format::F32,
-        rows,
-        stored_cols: cols,
-        cols: 0..cols,
-        data: data.into(),
-    };
-    device.weight(&[part]).unwrap()
+    device.weight(&[WeightPart::plain(Format::F32, rows, cols, data)]).unwrap()
 }
 
 /// Sequences in one cache whose unused slots hold NaN.

@@ -5,8 +5,51 @@
 //! scale of scales. Products are rounded before the minimum is added, as the format's reference
 //! does.
 
-use crate::Format;
+use crate::{Format, Stored, WeightPart};
 use half::{bf16, f16};
+
+/// Row `n` of a part.
+///
+/// # Panics
+/// Where the part is not whole (`WeightPart::check`), has no row `n`, or `out` is not K long.
+pub fn part_row(part: &WeightPart<'_>, n: usize, out: &mut [f32]) {
+    let cols = part.cols;
+    assert_eq!(out.len(), cols, "a row has {cols} columns");
+    match &part.stored {
+        Stored::Plain { format, data } => {
+            let bytes = format.row_bytes(cols);
+            dequantize_row(*format, &data[n * bytes..][..bytes], out);
+        }
+        Stored::Grouped(grouped) => {
+            let count = grouped.count(part.rows);
+            let values = &grouped.values[n * cols..][..cols];
+            for (k, (out, q)) in out.iter_mut().zip(values).enumerate() {
+                let at = n * count + grouped.groups.of(k);
+                let zero = f32::from(grouped.zeros[at]);
+                *out = grouped.scales[at].to_f32() * (f32::from(*q) - zero);
+            }
+        }
+        Stored::Scaled(scaled) => {
+            let scales = &scaled.scales[n * scaled.count(cols)..];
+            let values = &scaled.values[n * cols..][..cols];
+            for (k, (out, code)) in out.iter_mut().zip(values).enumerate() {
+                *out = e4m3(*code) * scales[k / scaled.run];
+            }
+        }
+    }
+}
+
+/// What a code of e4m3 stands for: a sign, four bits of exponent with bias 7, three of mantissa;
+/// no infinities, 0x7f and 0xff are NaN.
+pub fn e4m3(code: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7));
+    let magnitude = match (exponent, code & 7) {
+        (15, 7) => f32::NAN,
+        (0, _) => mantissa * 2f32.powi(-9),
+        _ => (8.0 + mantissa) * 2f32.powi(exponent - 10),
+    };
+    if code & 0x80 == 0 { magnitude } else { -magnitude }
+}
 
 /// Widens one stored row. `bytes` holds whole blocks and `out` as many elements.
 ///

@@ -62,12 +62,26 @@ impl Fields {
         Ok(self.typed(&[key], "true or false", Value::as_bool)?.unwrap_or(default))
     }
 
-    fn text(&self, keys: &[&str]) -> Result<Option<String>, ModelError> {
+    pub(crate) fn text(&self, keys: &[&str]) -> Result<Option<String>, ModelError> {
         self.typed(keys, "a string", |v| v.as_str().map(str::to_owned))
     }
 
-    fn object(&self, key: &str) -> Result<Option<Self>, ModelError> {
+    pub(crate) fn object(&self, key: &str) -> Result<Option<Self>, ModelError> {
         self.typed(&[key], "an object", |v| v.as_object().cloned().map(Self))
+    }
+
+    /// The objects in an object, whatever they are called.
+    pub(crate) fn objects(&self, key: &str) -> Result<Vec<Self>, ModelError> {
+        let found = self.typed(&[key], "an object of objects", |v| {
+            v.as_object()?.values().map(|v| v.as_object().cloned().map(Self)).collect()
+        })?;
+        Ok(found.unwrap_or_default())
+    }
+
+    pub(crate) fn sizes(&self, key: &str) -> Result<Option<Vec<usize>>, ModelError> {
+        self.typed(&[key], "a list of whole numbers", |v| {
+            v.as_array()?.iter().map(|v| usize::try_from(whole(v)?).ok()).collect()
+        })
     }
 
     /// Refuses the model unless the setting is absent or as wanted.
@@ -197,16 +211,8 @@ pub(super) fn yarn_attention(factor: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 }
 }
 
-/// The class that the checkpoint was saved from; refuses weights that are quantised in ways that
-/// the files' tensors do not tell.
+/// The class that the checkpoint was saved from.
 pub(super) fn architecture(fields: &Fields) -> Result<&str, ModelError> {
-    if let Some(quantization) = fields.object("quantization_config")? {
-        let method = quantization.text(&["quant_method"])?;
-        return Err(ModelError::Unsupported(format!(
-            "weights quantised by {}; use the unquantised checkpoint or a GGUF file",
-            method.as_deref().unwrap_or("an unnamed method")
-        )));
-    }
     let list = fields.find(&["architectures"]).and_then(|(_, value)| value.as_array());
     match list.map(Vec::as_slice) {
         Some([Value::String(name)]) => Ok(name),

@@ -3,7 +3,7 @@
 use formats::{Tensors, gguf::Metadata};
 
 use super::{DecoderConfig, Rope, RopeScaling, check_layers, json::yarn_attention};
-use crate::{ModelError, qwen1, weights::GGUF_EMBED};
+use crate::{ModelError, families::Family, weights::GGUF};
 
 impl DecoderConfig {
     /// Reads the metadata of a GGUF file. What the metadata leaves open the tensors tell: rows of
@@ -13,18 +13,10 @@ impl DecoderConfig {
     /// `Unsupported` names the architecture or setting; `Checkpoint` what is missing or senseless.
     pub fn from_gguf(metadata: &Metadata, tensors: &Tensors) -> Result<Self, ModelError> {
         let architecture = metadata.string("general.architecture")?.unwrap_or("");
-        let family = match architecture {
-            "qwen" => "qwen1",
-            "qwen2" => "qwen2",
-            "qwen3" => "qwen3",
-            "llama" => "llama",
-            other => {
-                return Err(ModelError::Unsupported(format!(
-                    "GGUF architecture {other:?}; supported are qwen, qwen2, qwen3 and llama"
-                )));
-            }
-        };
-        Keys { metadata, architecture }.config(family, tensors)?.validated()
+        let family =
+            Family::find("GGUF architecture", |family| family.gguf_architecture, architecture)?;
+        let config = Keys { metadata, architecture }.config(family, tensors)?;
+        (family.complete)(config).validated()
     }
 }
 
@@ -52,7 +44,11 @@ impl Keys<'_> {
         Ok(self.metadata.number(&self.key(key))?)
     }
 
-    fn config(&self, family: &'static str, tensors: &Tensors) -> Result<DecoderConfig, ModelError> {
+    fn config(
+        &self,
+        family: &'static Family,
+        tensors: &Tensors,
+    ) -> Result<DecoderConfig, ModelError> {
         let layers = self.size("block_count")?;
         check_layers(layers)?;
         let hidden = self.size("embedding_length")?;
@@ -60,15 +56,15 @@ impl Keys<'_> {
         let head_dim = self.head_dim(hidden / q_heads.max(1))?;
         let (rope, context_max) = self.rope(self.size("context_length")?)?;
         self.refuse_others(context_max)?;
-        let rows = tensors.get(GGUF_EMBED).and_then(|info| info.shape.first().copied());
-        let vocab = rows.and_then(|rows| usize::try_from(rows).ok()).ok_or_else(|| {
-            ModelError::Checkpoint(format!("the file has no tensor {GGUF_EMBED}"))
-        })?;
+        let embed = format!("{}.weight", GGUF.embed);
+        let rows = tensors.get(&embed).and_then(|info| info.shape.first().copied());
+        let vocab = rows
+            .and_then(|rows| usize::try_from(rows).ok())
+            .ok_or_else(|| ModelError::Checkpoint(format!("the file has no tensor {embed}")))?;
         let tokens = self.metadata.array("tokenizer.ggml.tokens")?.map_or(vocab, |t| t.len());
         let width = self.size("feed_forward_length")?;
         let eos = self.metadata.unsigned("tokenizer.ggml.eos_token_id")?;
         let sampled_vocab = tokens.clamp(1, vocab.max(1));
-        let original = family == "qwen1";
         Ok(DecoderConfig {
             family,
             hidden,
@@ -76,13 +72,9 @@ impl Keys<'_> {
             q_heads,
             kv_heads: self.size_or_none("attention.head_count_kv")?.unwrap_or(q_heads),
             head_dim,
-            // Files of the original models carry the doubled width of their configuration.
-            intermediate: if original { width / 2 } else { width },
+            intermediate: width,
             vocab,
-            sampled_vocab: match original {
-                true => qwen1::sampled_vocab(sampled_vocab),
-                false => sampled_vocab,
-            },
+            sampled_vocab,
             norm_eps: self.number("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-6) as f32,
             rope,
             // The files do not say how the original models treat long prompts.
@@ -90,7 +82,7 @@ impl Keys<'_> {
             qkv_bias: ["blk.0.attn_q.bias", "blk.0.attn_qkv.bias"]
                 .iter()
                 .any(|bias| tensors.get(bias).is_some()),
-            qk_norm: family == "qwen3",
+            qk_norm: false,
             tied: tensors.get("output.weight").is_none(),
             window: vec![None; layers],
             context_max,

@@ -181,7 +181,6 @@ fn what_is_not_done_is_refused_by_name() {
     let cases = [
         (with(qwen25_72b(), "architectures", json!(["GPT2LMHeadModel"])), "GPT2LMHeadModel"),
         (with(qwen25_72b(), "architectures", json!([])), "does not name one architecture"),
-        (with(qwen25_72b(), "quantization_config", json!({"quant_method": "gptq"})), "gptq"),
         (with(qwen25_72b(), "hidden_act", json!("gelu")), "hidden_act"),
         (with(llama.clone(), "attention_bias", json!(true)), "attention_bias"),
         (with(llama, "mlp_bias", json!(true)), "mlp_bias"),

@@ -26,7 +26,7 @@ impl<B: Backend> Upload<'_, B> {
     }
 
     fn sent(&mut self, parts: &[WeightPart<'_>]) {
-        self.done += parts.iter().map(|part| part.data.len() as u64).sum::<u64>();
+        self.done += parts.iter().map(|part| part.bytes() as u64).sum::<u64>();
         (self.progress)(self.done.min(self.total), self.total);
     }
 

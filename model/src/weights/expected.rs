@@ -1,115 +1,148 @@
 //! The tensors that a checkpoint of a given configuration must have, and no others.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
-use formats::{Dtype, TensorInfo, Tensors};
-use kernels::Format;
+use formats::TensorInfo;
 
-use super::{Qkv, TensorNames};
+use super::{
+    Qkv, TensorNames,
+    module::{Files, Module, Storage, no_kernel},
+    quantised, slice,
+};
 use crate::{DecoderConfig, ModelError};
 
-const FORMATS: [(&str, Format); 11] = [
-    ("F32", Format::F32),
-    ("F16", Format::F16),
-    ("BF16", Format::Bf16),
-    ("Q4_0", Format::Q4_0),
-    ("Q4_1", Format::Q4_1),
-    ("Q5_0", Format::Q5_0),
-    ("Q5_1", Format::Q5_1),
-    ("Q8_0", Format::Q8_0),
-    ("Q4_K", Format::Q4K),
-    ("Q5_K", Format::Q5K),
-    ("Q6_K", Format::Q6K),
-];
-
-/// How the kernels call a file's number format.
-pub(super) fn format(dtype: Dtype) -> Option<Format> {
-    FORMATS.iter().find(|(name, _)| *name == dtype.name).map(|(_, format)| *format)
+/// What a configuration asks for.
+pub(super) struct Expected {
+    /// Matrices, in order of use.
+    pub modules: Vec<Module>,
+    /// Names and lengths.
+    pub vectors: Vec<(String, usize)>,
 }
 
-/// Names and shapes in order of use: matrices [N, K], vectors [N].
-pub(super) fn tensors(config: &DecoderConfig, names: &TensorNames) -> Vec<(String, Vec<usize>)> {
-    let DecoderConfig { hidden, vocab, intermediate, head_dim, .. } = *config;
-    let (q, kv) = (config.q_heads * head_dim, config.kv_heads * head_dim);
-    let mut expected = vec![(names.embed.to_owned(), vec![vocab, hidden])];
-    for layer in 0..config.layers {
-        let mut add = |name: &str, shape: &[usize]| {
-            expected.push((names.of_layer(layer, name), shape.to_vec()));
-        };
-        add(names.input_norm, &[hidden]);
-        let projections = match names.qkv {
-            Qkv::Separate([q_stem, k, v]) => vec![(q_stem, q), (k, kv), (v, kv)],
-            Qkv::Packed(stem) => vec![(stem, q + 2 * kv)],
-        };
-        for (stem, rows) in projections {
-            add(&format!("{stem}.weight"), &[rows, hidden]);
-            if config.qkv_bias {
-                add(&format!("{stem}.bias"), &[rows]);
+impl Expected {
+    pub fn new(config: &DecoderConfig, names: &TensorNames) -> Self {
+        let DecoderConfig { hidden, vocab, intermediate, head_dim, .. } = *config;
+        let (q, kv) = (config.q_heads * head_dim, config.kv_heads * head_dim);
+        let module = |stem: String, rows, cols| Module { stem, rows, cols };
+        let mut modules = vec![module(names.embed.to_owned(), vocab, hidden)];
+        let mut vectors = vec![(names.final_norm.to_owned(), hidden)];
+        for layer in 0..config.layers {
+            let named = |name: &str| names.of_layer(layer, name);
+            let projections = match names.qkv {
+                Qkv::Separate([q_stem, k, v]) => vec![(q_stem, q), (k, kv), (v, kv)],
+                Qkv::Packed(stem) => vec![(stem, q + 2 * kv)],
+            };
+            for (stem, rows) in projections {
+                modules.push(module(named(stem), rows, hidden));
+                if config.qkv_bias {
+                    vectors.push((format!("{}.bias", named(stem)), rows));
+                }
+            }
+            modules.push(module(named(names.attn_out), hidden, q));
+            modules.push(module(named(names.gate), intermediate, hidden));
+            modules.push(module(named(names.up), intermediate, hidden));
+            modules.push(module(named(names.down), hidden, intermediate));
+            vectors.push((named(names.input_norm), hidden));
+            vectors.push((named(names.post_norm), hidden));
+            if config.qk_norm {
+                vectors.push((named(names.q_norm), head_dim));
+                vectors.push((named(names.k_norm), head_dim));
             }
         }
-        if config.qk_norm {
-            add(names.q_norm, &[head_dim]);
-            add(names.k_norm, &[head_dim]);
+        if !config.tied {
+            modules.push(module(names.lm_head.to_owned(), vocab, hidden));
         }
-        add(names.attn_out, &[hidden, q]);
-        add(names.post_norm, &[hidden]);
-        add(names.gate, &[intermediate, hidden]);
-        add(names.up, &[intermediate, hidden]);
-        add(names.down, &[hidden, intermediate]);
+        Self { modules, vectors }
     }
-    expected.push((names.final_norm.to_owned(), vec![hidden]));
-    if !config.tied {
-        expected.push((names.lm_head.to_owned(), vec![vocab, hidden]));
-    }
-    expected
 }
 
 /// Refuses missing, superfluous and misshapen tensors, and formats that nothing here multiplies.
 pub(super) fn check(
-    found: &Tensors,
+    files: Files<'_>,
     config: &DecoderConfig,
     names: &TensorNames,
 ) -> Result<(), ModelError> {
-    let expected = tensors(config, names);
-    for (name, shape) in &expected {
-        let info = found
-            .get(name)
-            .ok_or_else(|| ModelError::Checkpoint(format!("tensor {name} {shape:?} is missing")))?;
-        check_one(info, shape)?;
+    let Expected { modules, vectors } = Expected::new(config, names);
+    let mut expected = BTreeMap::new();
+    let mut quantised_stems = Vec::new();
+    for module in &modules {
+        let storage = files.storage(module)?;
+        for (name, shape) in files.tensors_of(module)? {
+            let info = shaped(files, &name, &shape)?;
+            check_dtype(storage, info)?;
+            expected.insert(name, ());
+        }
+        if !matches!(storage, Storage::Plain(_)) {
+            quantised_stems.push(&module.stem);
+        }
     }
-    let expected: BTreeSet<_> = expected.iter().map(|(name, _)| name.as_str()).collect();
-    let ignored = |name: &str| {
-        (config.tied && name == names.lm_head) || names.ignored.iter().any(|e| name.ends_with(e))
-    };
-    match found.names().find(|name| !expected.contains(name) && !ignored(name)) {
-        None => Ok(()),
-        Some(extra) => Err(ModelError::Checkpoint(format!(
-            "tensor {} has no place in a {} model of {} layers as the configuration describes it",
-            extra.escape_debug(),
-            config.family,
-            config.layers
-        ))),
+    for (name, len) in vectors {
+        let info = shaped(files, &name, &[len])?;
+        match slice::format(info.dtype) {
+            Some(format) if format.block_elements() == 1 => {}
+            _ => {
+                return Err(ModelError::Unsupported(format!(
+                    "vector {name} is stored as {}, not F32, F16 or BF16",
+                    info.dtype.name
+                )));
+            }
+        }
+        expected.insert(name, ());
     }
+    let head = format!("{}.", names.lm_head);
+    for name in files.tensors.names().filter(|name| !expected.contains_key(*name)) {
+        let ignored = (config.tied && name.starts_with(&head))
+            || names.ignored.iter().any(|end| name.ends_with(end));
+        let stem = name.strip_suffix(".bias");
+        // Files of old GPTQ tools have a bias of zeros beside every quantised matrix.
+        let idle_bias = stem.is_some_and(|stem| quantised_stems.iter().any(|one| *one == stem))
+            && quantised::is_zero(files.tensors, name)?;
+        if !ignored && !idle_bias {
+            return Err(ModelError::Checkpoint(format!(
+                "tensor {} has no place in a {} model of {} layers as the configuration describes \
+                 it",
+                name.escape_debug(),
+                config.family.name,
+                config.layers
+            )));
+        }
+    }
+    Ok(())
 }
 
-fn check_one(info: &TensorInfo, shape: &[usize]) -> Result<(), ModelError> {
+fn shaped<'a>(files: Files<'a>, name: &str, shape: &[usize]) -> Result<&'a TensorInfo, ModelError> {
+    let info = files
+        .tensors
+        .get(name)
+        .ok_or_else(|| ModelError::Checkpoint(format!("tensor {name} {shape:?} is missing")))?;
     if !info.shape.iter().copied().eq(shape.iter().map(|n| *n as u64)) {
         return Err(ModelError::Checkpoint(format!(
             "tensor {} has shape {:?}, expected is {shape:?}",
             info.name, info.shape
         )));
     }
-    match format(info.dtype) {
-        None => Err(ModelError::Unsupported(format!(
-            "tensor {} is stored as {}; use a file in BF16, F16, Q8_0, Q6_K, Q5_K_M or Q4_K_M",
-            info.name, info.dtype.name
-        ))),
-        Some(format) if shape.len() == 1 && format.block_elements() > 1 => {
-            Err(ModelError::Unsupported(format!(
-                "vector {} is stored as {}, not F32, F16 or BF16",
-                info.name, info.dtype.name
-            )))
+    Ok(info)
+}
+
+/// Tensors of a quantised matrix have the number formats of its method.
+fn check_dtype(storage: Storage, info: &TensorInfo) -> Result<(), ModelError> {
+    let ending = info.name.rsplit('.').next().unwrap_or_default();
+    let wanted: &[&str] = match (storage, ending) {
+        (Storage::Plain(_), _) => {
+            return slice::format(info.dtype).map(|_| ()).ok_or_else(|| no_kernel(info));
         }
-        Some(_) => Ok(()),
+        (Storage::Integers(_), "scales") => &["F16", "BF16", "F32"],
+        (Storage::Integers(_), _) => &["I32"],
+        (_, "weight") => &["F8_E4M3"],
+        _ => &["F32", "F16", "BF16"],
+    };
+    if wanted.contains(&info.dtype.name) {
+        return Ok(());
     }
+    Err(ModelError::Unsupported(format!(
+        "tensor {} is stored as {}, not {}",
+        info.name,
+        info.dtype.name,
+        wanted.join(" or ")
+    )))
 }

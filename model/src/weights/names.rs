@@ -1,6 +1,7 @@
 //! What the tensors of a checkpoint are called.
 
 /// Names of one family in one file format. Names of a layer follow `layer`, its number and a dot.
+/// Matrices are named by their module, which `.weight` or the tensors of a quantised one follow.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TensorNames {
     /// [V, H].
@@ -42,45 +43,26 @@ pub(crate) enum Qkv {
     Packed(&'static str),
 }
 
-/// The embedding table in GGUF files.
-pub(crate) const GGUF_EMBED: &str = "token_embd.weight";
-
-const GGUF: TensorNames = TensorNames {
-    embed: GGUF_EMBED,
+/// Names in GGUF files of most families.
+pub(crate) const GGUF: TensorNames = TensorNames {
+    embed: "token_embd",
     final_norm: "output_norm.weight",
-    lm_head: "output.weight",
+    lm_head: "output",
     layer: "blk.",
     input_norm: "attn_norm.weight",
     post_norm: "ffn_norm.weight",
     qkv: Qkv::Separate(["attn_q", "attn_k", "attn_v"]),
     q_norm: "attn_q_norm.weight",
     k_norm: "attn_k_norm.weight",
-    attn_out: "attn_output.weight",
-    gate: "ffn_gate.weight",
-    up: "ffn_up.weight",
-    down: "ffn_down.weight",
+    attn_out: "attn_output",
+    gate: "ffn_gate",
+    up: "ffn_up",
+    down: "ffn_down",
     interleaved_rope: false,
     ignored: &["rope_freqs.weight"],
 };
 
 impl TensorNames {
-    /// Names in GGUF files.
-    pub(super) fn gguf(family: &str) -> Self {
-        match family {
-            "qwen1" => Self { qkv: Qkv::Packed("attn_qkv"), ..GGUF },
-            "llama" => Self { interleaved_rope: true, ..GGUF },
-            _ => GGUF,
-        }
-    }
-
-    /// Names in Hugging Face checkpoints.
-    pub(super) fn hugging_face(family: &str) -> Self {
-        match family {
-            "qwen1" => crate::qwen1::NAMES,
-            _ => crate::qwen2::NAMES,
-        }
-    }
-
     pub(super) fn of_layer(&self, layer: usize, name: &str) -> String {
         format!("{}{layer}.{name}", self.layer)
     }

@@ -1,78 +1,48 @@
-//! Reads parts of stored tensors: runs of rows, and vectors.
+//! Reads parts of single tensors: runs of rows, and vectors.
 
-use std::{borrow::Cow, ops::Range};
+use std::ops::Range;
 
-use formats::{TensorInfo, Tensors};
+use formats::{Dtype, TensorInfo, Tensors};
 use half::{bf16, f16};
 use kernels::{Format, WeightPart};
 
-use super::expected::format;
+use super::module::{Cut, Module};
 use crate::ModelError;
 
-/// Which part of a matrix [N, K] a rank holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Cut {
-    /// Some rows.
-    Rows(Range<usize>),
-    /// As `Rows`, whole heads of this size, each put from interleaved into rotate-half order.
-    Heads { rows: Range<usize>, head_dim: usize },
+const FORMATS: [(&str, Format); 11] = [
+    ("F32", Format::F32),
+    ("F16", Format::F16),
+    ("BF16", Format::Bf16),
+    ("Q4_0", Format::Q4_0),
+    ("Q4_1", Format::Q4_1),
+    ("Q5_0", Format::Q5_0),
+    ("Q5_1", Format::Q5_1),
+    ("Q8_0", Format::Q8_0),
+    ("Q4_K", Format::Q4K),
+    ("Q5_K", Format::Q5K),
+    ("Q6_K", Format::Q6K),
+];
+
+/// How the kernels call a file's number format.
+pub(super) fn format(dtype: Dtype) -> Option<Format> {
+    FORMATS.iter().find(|(name, _)| *name == dtype.name).map(|(_, format)| *format)
 }
 
-/// A cut in terms of the file's bytes.
-struct Extent {
-    format: Format,
-    rows: Range<usize>,
-    /// K.
-    cols: usize,
-    row_bytes: usize,
-}
-
-impl Extent {
-    fn new(info: &TensorInfo, cut: &Cut) -> Result<Self, ModelError> {
-        let inconsistent = || {
-            ModelError::Checkpoint(format!(
-                "{cut:?} is no part of tensor {} {:?} in {}",
-                info.name, info.shape, info.dtype.name
-            ))
-        };
-        let format = format(info.dtype).ok_or_else(inconsistent)?;
-        let [all_rows, cols] = info.shape[..] else { return Err(inconsistent()) };
-        let (Cut::Rows(rows) | Cut::Heads { rows, .. }) = cut;
-        let (all_rows, cols) = (all_rows as usize, cols as usize);
-        if rows.end > all_rows {
-            return Err(inconsistent());
-        }
-        let row_bytes = cols / format.block_elements() * format.block_bytes();
-        Ok(Self { format, rows: rows.clone(), cols, row_bytes })
-    }
-}
-
-/// Bytes that [`part`] would read.
-pub(super) fn part_bytes(tensors: &Tensors, name: &str, cut: &Cut) -> Result<u64, ModelError> {
-    let extent = Extent::new(find(tensors, name)?, cut)?;
-    Ok(extent.rows.len() as u64 * extent.row_bytes as u64)
-}
-
-/// Numbers in what [`part`] would read.
-pub(super) fn part_elements(tensors: &Tensors, name: &str, cut: &Cut) -> Result<u64, ModelError> {
-    let extent = Extent::new(find(tensors, name)?, cut)?;
-    Ok(extent.rows.len() as u64 * extent.cols as u64)
-}
-
-/// Reads one part of a matrix, and no other bytes of the file.
-pub(super) fn part(
+/// Reads rows of a matrix of numbers or GGUF blocks, and no other bytes of the file.
+pub(super) fn plain(
     tensors: &Tensors,
-    name: &str,
+    module: &Module,
+    format: Format,
     cut: &Cut,
 ) -> Result<WeightPart<'static>, ModelError> {
-    let Extent { format, rows, cols, row_bytes } = Extent::new(find(tensors, name)?, cut)?;
+    let row_bytes = format.row_bytes(module.cols);
+    let rows = cut.rows();
     let mut data = vec![0; rows.len() * row_bytes];
-    tensors.read_at(name, (rows.start * row_bytes) as u64, &mut data)?;
+    tensors.read_at(&module.tensor("weight"), (rows.start * row_bytes) as u64, &mut data)?;
     if let Cut::Heads { head_dim, .. } = cut {
         data = to_rotate_half(&data, *head_dim, row_bytes);
     }
-    let (rows, data) = (rows.len(), Cow::Owned(data));
-    Ok(WeightPart { format, rows, stored_cols: cols, cols: 0..cols, data })
+    Ok(WeightPart::plain(format, rows.len(), module.cols, data))
 }
 
 /// Some numbers of a vector; `heads_of` as in [`Cut::Heads`].
@@ -102,7 +72,7 @@ pub(super) fn vector(
     }
 }
 
-fn find<'a>(tensors: &'a Tensors, name: &str) -> Result<&'a TensorInfo, ModelError> {
+pub(super) fn find<'a>(tensors: &'a Tensors, name: &str) -> Result<&'a TensorInfo, ModelError> {
     tensors.get(name).ok_or_else(|| ModelError::Checkpoint(format!("tensor {name} is missing")))
 }
 

@@ -7,16 +7,20 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub const NAMES: [&str; 10] = [
+pub const NAMES: [&str; 14] = [
     "llama_smollm2",
     "qwen1_ntk_logn",
     "qwen1_plain_hd128",
+    "qwen2_awq_int4",
+    "qwen2_fp8_channel",
+    "qwen2_gptq_int4",
     "qwen2_gqa2_hd128",
     "qwen2_gqa4_tied_sharded",
     "qwen2_mha_hd64",
     "qwen2_swa_off",
     "qwen2_swa_on",
     "qwen2_yarn4",
+    "qwen3_fp8_block128",
     "qwen3_gqa4_hd128_tied",
 ];
 

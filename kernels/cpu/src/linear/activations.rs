@@ -144,6 +144,18 @@ pub(super) struct Source<'a> {
 }
 
 impl Source<'_> {
+    /// The same rows with column `order[i]` at i, zero where that is none.
+    pub fn in_order<'b>(&self, order: &[u32], room: &'b mut Vec<f32>) -> Source<'b> {
+        grow(room, self.rows * order.len(), 0.0);
+        for (row, to) in room.chunks_exact_mut(order.len()).take(self.rows).enumerate() {
+            let from = &self.x[row * self.cols..][..self.cols];
+            for (to, &col) in to.iter_mut().zip(order) {
+                *to = from.get(col as usize).copied().unwrap_or(0.0);
+            }
+        }
+        Source { x: room, rows: self.rows, cols: order.len() }
+    }
+
     fn blocks(&self) -> usize {
         self.cols.div_ceil(BLOCK)
     }

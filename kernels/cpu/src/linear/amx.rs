@@ -370,7 +370,7 @@ fn scale<F: BlockFormat, const SET: usize, const FIRST: usize>(
     let d = if halves::<F>() && SET == 1 { scales.other } else { scales.low };
     for r in FIRST..FIRST + 4 {
         acc[r] = step(acc[r], d, sides[r].scale, sums[r]);
-        if F::ZERO == 0 {
+        if F::SCALES.has_min() {
             acc[r] = _mm512_fmadd_ps(scales.other, _mm512_set1_ps(sides[r].scaled_sum), acc[r]);
         }
     }

@@ -68,7 +68,7 @@ fn few<F: BlockFormat, const R: usize>(
                 ];
                 step::<F>(&mut acc[r], &scales.low, side.scale, sum, side.sum);
             }
-            if F::ZERO == 0 {
+            if F::SCALES.has_min() {
                 for (acc, min) in acc[r].iter_mut().zip(scales.min) {
                     *acc = min.mul_add(side.scaled_sum, *acc);
                 }

@@ -74,7 +74,7 @@ fn few<F: BlockFormat, const R: usize>(
                 let sum = dot::<8>(zero::<F>(side.sum), &words, &q[r].0, 0);
                 acc[r] = step(acc[r], scales.low, side.scale, sum);
             }
-            if F::ZERO == 0 {
+            if F::SCALES.has_min() {
                 acc[r] = _mm512_fmadd_ps(scales.other, _mm512_set1_ps(side.scaled_sum), acc[r]);
             }
         }
@@ -198,6 +198,11 @@ impl Scaled {
         match F::SCALES {
             Scales::Half => Self { low: d, other: d },
             Scales::HalfMin => Self { low: d, other: halves(tile.bytes, at + 2 * LANES) },
+            Scales::GroupZero => {
+                let zeros = halves(tile.bytes, at + 2 * LANES);
+                let above = _mm512_sub_ps(_mm512_set1_ps(F::ZERO as f32), zeros);
+                Self { low: d, other: _mm512_mul_ps(d, above) }
+            }
             Scales::SuperMin => {
                 let dmin = halves(tile.bytes, at + 2 * LANES);
                 let subs = tile.layout.subs_of(block);

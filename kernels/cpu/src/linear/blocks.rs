@@ -58,7 +58,7 @@ fn one_row<F: BlockFormat>(tile: Tile<'_>, x: Int8Tile<'_>, row: usize) -> Lanes
         } else {
             add(&scales.low, &std::array::from_fn(|i| low[i] + high[i]), side.sum);
         }
-        if F::ZERO == 0 {
+        if F::SCALES.has_min() {
             for (acc, min) in acc.iter_mut().zip(scales.min) {
                 *acc = min.mul_add(side.scaled_sum, *acc);
             }

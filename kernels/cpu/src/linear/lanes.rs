@@ -2,8 +2,9 @@
 //!
 //! Everything is inlined into its caller, so it compiles to the caller's instruction set.
 
-use super::packed::{BLOCK, BlockFormat, LANES, Lanes, Scales, Tile, with_block_format};
-use kernels::Format;
+use super::packed::{
+    BLOCK, BlockFormat, LANES, Lanes, Scales, Tile, TileFormat, with_block_format,
+};
 
 /// Scales of a block: value = d · (q − ZERO) + min, with d `low` for its first 16 k and `high`
 /// after.
@@ -43,6 +44,11 @@ pub(super) fn block_scales<F: BlockFormat>(tile: Tile<'_>, block: usize) -> Bloc
             let subs = &tile.bytes[tile.layout.subs_of(block)..][..2 * LANES];
             let d = std::array::from_fn(|i| d[i] * f32::from(subs[i]));
             let min = std::array::from_fn(|i| -(dmin[i] * f32::from(subs[LANES + i])));
+            BlockScales { low: d, high: d, min }
+        }
+        Scales::GroupZero => {
+            let zeros = halves(tile.bytes, at + 2 * LANES);
+            let min = std::array::from_fn(|i| d[i] * (F::ZERO as f32 - zeros[i]));
             BlockScales { low: d, high: d, min }
         }
         Scales::SuperHalves => {
@@ -103,7 +109,7 @@ impl<F: BlockFormat> Widen for F {
                 for i in 0..LANES {
                     let q = (words[i] >> (8 * byte) & 255) as i32 - F::ZERO;
                     let value = d[i] * q as f32;
-                    out[i] = if F::ZERO == 0 { value + scales.min[i] } else { value };
+                    out[i] = if F::SCALES.has_min() { value + scales.min[i] } else { value };
                 }
             }
         }
@@ -111,11 +117,12 @@ impl<F: BlockFormat> Widen for F {
 }
 
 /// The 32 × 16 values of `block`, in whatever format.
-pub(super) fn widen(format: Format, tile: Tile<'_>, block: usize, out: &mut [Lanes; BLOCK]) {
+pub(super) fn widen(format: TileFormat, tile: Tile<'_>, block: usize, out: &mut [Lanes; BLOCK]) {
     match format {
-        Format::F32 => F32::widen(tile, block, out),
-        Format::F16 => F16::widen(tile, block, out),
-        Format::Bf16 => Bf16::widen(tile, block, out),
+        TileFormat::F32 => F32::widen(tile, block, out),
+        TileFormat::F16 => F16::widen(tile, block, out),
+        TileFormat::Bf16 => Bf16::widen(tile, block, out),
+        TileFormat::E4m3 => E4m3::widen(tile, block, out),
         format => with_block_format!(format, F => F::widen(tile, block, out), dense => ()),
     }
 }
@@ -126,6 +133,8 @@ pub(super) struct F32;
 pub(super) struct F16;
 /// bf16, pairs of k side by side.
 pub(super) struct Bf16;
+/// e4m3 with f32 scales.
+pub(super) struct E4m3;
 
 impl Widen for F32 {
     #[inline(always)]
@@ -143,6 +152,27 @@ impl Widen for F16 {
         let values = tile.block(block);
         for (k, out) in out.iter_mut().enumerate() {
             *out = halves(values, k * LANES * 2);
+        }
+    }
+}
+
+/// e4m3 to f32, exact for every code but NaN: the exponent is moved by a product with 2¹²⁰.
+#[inline(always)]
+fn widen_e4m3(code: u8) -> f32 {
+    let code = u32::from(code);
+    let moved = f32::from_bits((code & 0x7f) << 20) * f32::from_bits(0x7b80_0000);
+    f32::from_bits(moved.to_bits() | (code & 0x80) << 24)
+}
+
+impl Widen for E4m3 {
+    #[inline(always)]
+    fn widen(tile: Tile<'_>, block: usize, out: &mut [Lanes; BLOCK]) {
+        let values = tile.block(block);
+        let scales = &tile.bytes[tile.layout.run_scales_of(block)..];
+        let scales = word_row(scales, 0).map(f32::from_bits);
+        for (k, out) in out.iter_mut().enumerate() {
+            let codes = &values[k * LANES..][..LANES];
+            *out = std::array::from_fn(|i| widen_e4m3(codes[i]) * scales[i]);
         }
     }
 }

@@ -1,80 +1,162 @@
 //! Stored rows into tiles, once, at load.
 
-use super::packed::{BLOCK, LANES, Part, Scales, TileLayout, quantised};
-use crate::memory::Aligned;
-use kernels::{Format, KernelError, WeightPart};
+mod groups;
 
-/// Packs the rows of `part`, whose first one makes output `first`.
+use super::{
+    Precision,
+    packed::{BLOCK, LANES, NO_COLUMN, Part, Scales, TileFormat, TileLayout, quantised},
+};
+use crate::memory::Aligned;
+use groups::Placed;
+use half::f16;
+use kernels::{Format, Grouped, KernelError, Scaled, Stored, WeightPart, plain::dequant::e4m3};
+
+/// Packs the rows of `part`, whose first one makes output `first`. `part` is whole.
 ///
 /// # Errors
-/// Columns that split a block or lie outside the row, data of another length, no memory.
-pub(super) fn pack(part: &WeightPart<'_>, first: usize) -> Result<Part, KernelError> {
-    let row_bytes = check(part)?;
-    let layout = TileLayout::new(part.format, part.cols.start, part.cols.len());
-    let tiles = part.rows.div_ceil(LANES);
-    let bytes = tiles
+/// No memory.
+pub(super) fn pack(
+    part: &WeightPart<'_>,
+    first: usize,
+    precision: Precision,
+) -> Result<Part, KernelError> {
+    match &part.stored {
+        Stored::Plain { format, data } => plain(part, first, *format, data),
+        Stored::Grouped(grouped) => integers(part, first, grouped),
+        Stored::Scaled(scaled) if precision == Precision::Fast => rounded(part, first, scaled),
+        Stored::Scaled(scaled) => codes(part, first, scaled),
+    }
+}
+
+/// Makes the tiles: `lane` is called with the bytes of a tile, its lane, and the row that goes
+/// there.
+fn tiles(
+    (rows, first): (usize, usize),
+    format: TileFormat,
+    layout: TileLayout,
+    mut lane: impl FnMut(&mut [u8], usize, usize),
+) -> Result<Part, KernelError> {
+    let bytes = rows
+        .div_ceil(LANES)
         .checked_mul(layout.bytes)
         .ok_or(KernelError::Memory { what: "a weight", bytes: usize::MAX })?;
     let mut data = Aligned::zeroed("a weight", bytes)?.in_large_pages();
-    if row_bytes > 0 && layout.bytes > 0 {
-        let stored = part.data.chunks(row_bytes * LANES);
-        for (tile, rows) in data.chunks_exact_mut(layout.bytes).zip(stored) {
-            for (lane, row) in rows.chunks_exact(row_bytes).enumerate() {
-                match quantised(part.format) {
-                    None => pack_plain(part, &layout, tile, lane, row),
-                    Some((bits, scales)) => {
-                        let column = Column { format: part.format, bits, scales, lane };
-                        column.pack(part.cols.start, &layout, tile, row);
-                    }
-                }
-            }
+    for (tile, bytes) in data.chunks_exact_mut(layout.bytes.max(1)).enumerate() {
+        for row in tile * LANES..rows.min((tile + 1) * LANES) {
+            lane(bytes, row % LANES, row);
         }
     }
-    Ok(Part { format: part.format, first, rows: part.rows, layout, data })
+    Ok(Part { format, first, rows, layout, order: None, data })
 }
 
-/// Bytes of one stored row, once everything about the part has been found to fit.
-fn check(part: &WeightPart<'_>) -> Result<usize, KernelError> {
-    let (format, cols) = (part.format, &part.cols);
-    let refuse = |why: String| Err(KernelError::Weight(why));
-    if !part.stored_cols.is_multiple_of(format.block_elements()) {
-        return refuse(format!(
-            "{} columns are not whole {format:?} blocks of {}",
-            part.stored_cols,
-            format.block_elements()
-        ));
-    }
-    let split = format.split_elements();
-    if cols.start > cols.end || cols.end > part.stored_cols {
-        return refuse(format!("columns {cols:?} lie outside the {} stored", part.stored_cols));
-    }
-    if !cols.start.is_multiple_of(split) || !cols.end.is_multiple_of(split) {
-        return refuse(format!("columns {cols:?} split a {format:?} block of {split}"));
-    }
-    let row_bytes = (part.stored_cols / format.block_elements()).checked_mul(format.block_bytes());
-    match row_bytes.and_then(|bytes| bytes.checked_mul(part.rows).map(|all| (bytes, all))) {
-        Some((row_bytes, all)) if all == part.data.len() => Ok(row_bytes),
-        _ => refuse(format!(
-            "{} rows of {} {format:?} columns do not take {} bytes",
-            part.rows,
-            part.stored_cols,
-            part.data.len()
-        )),
-    }
+fn plain(
+    part: &WeightPart<'_>,
+    first: usize,
+    stored: Format,
+    data: &[u8],
+) -> Result<Part, KernelError> {
+    let format = TileFormat::from(stored);
+    let layout = TileLayout::new(format, part.cols, 0);
+    let row_bytes = stored.row_bytes(part.cols);
+    tiles((part.rows, first), format, layout, |tile, lane, row| {
+        let row = &data[row * row_bytes..][..row_bytes];
+        match quantised(format) {
+            None => pack_plain(stored, &layout, tile, lane, row),
+            Some((bits, scales)) => Column { bits, scales, lane }.pack(stored, &layout, tile, row),
+        }
+    })
+}
+
+/// Integers in groups, in an order of columns in which no block is of two groups.
+fn integers(
+    part: &WeightPart<'_>,
+    first: usize,
+    grouped: &Grouped<'_>,
+) -> Result<Part, KernelError> {
+    let (format, zero) = match grouped.bits {
+        4 => (TileFormat::Int4, 0),
+        _ => (TileFormat::Int8, 128),
+    };
+    let Placed { order, groups, shift } = Placed::new(&grouped.groups, part.cols);
+    let layout = TileLayout::new(format, groups.len() * BLOCK, shift);
+    let count = grouped.count(part.rows);
+    let mut packed = tiles((part.rows, first), format, layout, |tile, lane, row| {
+        let values = &grouped.values[row * part.cols..][..part.cols];
+        let column = Column { bits: grouped.bits, scales: Scales::GroupZero, lane };
+        for (block, group) in groups.iter().enumerate() {
+            // A place without a column meets an activation of zero.
+            let q = std::array::from_fn(|i| {
+                let place = block * BLOCK + i;
+                let col = order.as_ref().map_or(place, |order| order[place] as usize);
+                values.get(col).copied().unwrap_or(zero)
+            });
+            let to = &mut tile[block * layout.block_bytes..][..layout.block_bytes];
+            column.put(to, &q);
+            let (scale, zero) = (row * count + group, layout.scales_of(Scales::GroupZero, block));
+            let halves = [grouped.scales[scale], f16::from_f32(f32::from(grouped.zeros[scale]))];
+            for (at, half) in halves.into_iter().enumerate() {
+                tile[zero + (at * LANES + lane) * 2..][..2].copy_from_slice(&half.to_le_bytes());
+            }
+        }
+    })?;
+    packed.order = order;
+    Ok(packed)
+}
+
+/// e4m3 as it is, with its scales.
+fn codes(part: &WeightPart<'_>, first: usize, scaled: &Scaled<'_>) -> Result<Part, KernelError> {
+    let shift = groups::shift(part.cols.div_ceil(BLOCK), |block| block * BLOCK / scaled.run);
+    let layout = TileLayout::new(TileFormat::E4m3, part.cols, shift);
+    let count = scaled.count(part.cols);
+    tiles((part.rows, first), TileFormat::E4m3, layout, |tile, lane, row| {
+        let values = &scaled.values[row * part.cols..][..part.cols];
+        for (k, code) in values.iter().enumerate() {
+            tile[k * LANES + lane] = *code;
+        }
+        for block in 0..layout.blocks {
+            let scale = scaled.scales[row * count + block * BLOCK / scaled.run];
+            let at = layout.run_scales_of(block) + lane * 4;
+            tile[at..at + 4].copy_from_slice(&scale.to_le_bytes());
+        }
+    })
+}
+
+/// e4m3 rounded to blocks of 32 integers of 8 bits, as activations are: within 1/254 of the block's
+/// largest value, where e4m3 itself is within 1/16 of each.
+fn rounded(part: &WeightPart<'_>, first: usize, scaled: &Scaled<'_>) -> Result<Part, KernelError> {
+    const { assert!(BLOCK == 32) };
+    let layout = TileLayout::new(TileFormat::Q80, part.cols, 0);
+    let count = scaled.count(part.cols);
+    let mut row_values = vec![0.0; layout.blocks * BLOCK];
+    tiles((part.rows, first), TileFormat::Q80, layout, |tile, lane, row| {
+        let codes = &scaled.values[row * part.cols..][..part.cols];
+        for (k, (value, code)) in row_values.iter_mut().zip(codes).enumerate() {
+            *value = e4m3(*code) * scaled.scales[row * count + k / scaled.run];
+        }
+        let column = Column { bits: 8, scales: Scales::Half, lane };
+        for (block, values) in row_values.as_chunks::<BLOCK>().0.iter().enumerate() {
+            let (d, q) = nearest_integers(values);
+            column.put(&mut tile[block * layout.block_bytes..][..layout.block_bytes], &q);
+            let at = layout.scales_of(Scales::Half, block) + lane * 2;
+            tile[at..at + 2].copy_from_slice(&d.to_le_bytes());
+        }
+    })
+}
+
+/// d and q + 128 so that d · q is nearest to each value; d is rounded before q is found.
+fn nearest_integers(values: &[f32; BLOCK]) -> (f16, [u8; BLOCK]) {
+    let largest = values.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+    let d = f16::from_f32(largest / 127.0);
+    let inverse = if d.to_f32() > 0.0 { d.to_f32().recip() } else { 0.0 };
+    let q = values.map(|value| ((value * inverse).round().clamp(-128.0, 127.0) as i32 + 128) as u8);
+    (d, q)
 }
 
 /// f32, f16 and bf16: the same bits in another order.
-fn pack_plain(
-    part: &WeightPart<'_>,
-    layout: &TileLayout,
-    tile: &mut [u8],
-    lane: usize,
-    row: &[u8],
-) {
-    let size = part.format.block_bytes();
-    let values = &row[part.cols.start * size..part.cols.end * size];
-    for (k, value) in values.chunks_exact(size).enumerate() {
-        let at = match part.format {
+fn pack_plain(format: Format, layout: &TileLayout, tile: &mut [u8], lane: usize, row: &[u8]) {
+    let size = format.block_bytes();
+    for (k, value) in row.chunks_exact(size).enumerate() {
+        let at = match format {
             Format::Bf16 => (k / 2 * LANES + lane) * 2 + k % 2,
             _ => k * LANES + lane,
         };
@@ -84,7 +166,7 @@ fn pack_plain(
 }
 
 /// 32 stored values: unsigned, with their scales.
-struct Stored {
+struct StoredBlock {
     q: [u8; BLOCK],
     /// d and m or dmin, as f16 bytes.
     halves: [[u8; 2]; 2],
@@ -94,17 +176,16 @@ struct Stored {
 
 /// One column of a tile, of a quantised format.
 struct Column {
-    format: Format,
     bits: usize,
     scales: Scales,
     lane: usize,
 }
 
 impl Column {
-    fn pack(&self, start: usize, layout: &TileLayout, tile: &mut [u8], row: &[u8]) {
+    fn pack(&self, format: Format, layout: &TileLayout, tile: &mut [u8], row: &[u8]) {
         let lane = self.lane;
         for block in 0..layout.blocks {
-            let stored = read_block(self.format, row, start + block * BLOCK);
+            let stored = read_block(format, row, block * BLOCK);
             let values = &mut tile[block * layout.block_bytes..][..layout.block_bytes];
             self.put(values, &stored.q);
             let at = layout.scales_of(self.scales, block) + lane * 2;
@@ -147,11 +228,11 @@ impl Column {
 }
 
 /// The 32 values of a stored row that start at element `at`.
-fn read_block(format: Format, row: &[u8], at: usize) -> Stored {
+fn read_block(format: Format, row: &[u8], at: usize) -> StoredBlock {
     let size = format.block_bytes();
     let block = &row[at / format.block_elements() * size..][..size];
     let half = |at: usize| [block[at], block[at + 1]];
-    let mut stored = Stored { q: [0; BLOCK], halves: [half(0), half(2)], subs: [0; 2] };
+    let mut stored = StoredBlock { q: [0; BLOCK], halves: [half(0), half(2)], subs: [0; 2] };
     let q = &mut stored.q;
     match format {
         Format::Q4_0 => nibbles(q, &block[2..18]),

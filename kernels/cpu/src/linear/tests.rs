@@ -2,21 +2,43 @@
 
 use super::*;
 use half::{bf16, f16};
-use kernels::{Format, plain::dequant::dequantize_row};
-use std::borrow::Cow;
+use kernels::{Format, Grouped, Groups, Scaled, Stored, plain::dequant::part_row};
 
-const FORMATS: [Format; 11] = [
-    Format::F32,
-    Format::F16,
-    Format::Bf16,
-    Format::Q4_0,
-    Format::Q4_1,
-    Format::Q5_0,
-    Format::Q5_1,
-    Format::Q8_0,
-    Format::Q4K,
-    Format::Q5K,
-    Format::Q6K,
+/// What the numbers of a test's weight are stored as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Plain(Format),
+    /// Bits, and columns of a group.
+    Runs(usize, usize),
+    /// As `Runs`, beginning inside a group.
+    Inside(usize, usize),
+    /// Bits, and groups, each column in any of them.
+    Listed(usize, usize),
+    /// Columns with one scale.
+    E4m3(usize),
+}
+
+const KINDS: [Kind; 20] = [
+    Kind::Plain(Format::F32),
+    Kind::Plain(Format::F16),
+    Kind::Plain(Format::Bf16),
+    Kind::Plain(Format::Q4_0),
+    Kind::Plain(Format::Q4_1),
+    Kind::Plain(Format::Q5_0),
+    Kind::Plain(Format::Q5_1),
+    Kind::Plain(Format::Q8_0),
+    Kind::Plain(Format::Q4K),
+    Kind::Plain(Format::Q5K),
+    Kind::Plain(Format::Q6K),
+    Kind::Runs(4, 128),
+    Kind::Runs(4, 32),
+    Kind::Runs(8, 64),
+    Kind::Runs(8, usize::MAX),
+    Kind::Inside(4, 64),
+    Kind::Listed(4, 3),
+    Kind::Listed(8, 5),
+    Kind::E4m3(128),
+    Kind::E4m3(usize::MAX),
 ];
 
 /// xorshift: the tests need many different numbers, not good ones.
@@ -65,15 +87,38 @@ impl Numbers {
         bytes
     }
 
-    fn part(
-        &mut self,
-        format: Format,
-        rows: usize,
-        stored: usize,
-        cols: Range<usize>,
-    ) -> WeightPart<'static> {
-        let data = Cow::Owned(self.stored(format, rows, stored));
-        WeightPart { format, rows, stored_cols: stored, cols, data }
+    fn plain(&mut self, format: Format, rows: usize, cols: usize) -> WeightPart<'static> {
+        WeightPart::plain(format, rows, cols, self.stored(format, rows, cols))
+    }
+
+    fn part(&mut self, kind: Kind, rows: usize) -> WeightPart<'static> {
+        let cols = columns(kind);
+        let (bits, groups) = match kind {
+            Kind::Plain(format) => return self.plain(format, rows, cols),
+            Kind::E4m3(run) => return self.e4m3(rows, cols, run),
+            Kind::Runs(bits, size) => (bits, Groups::Runs { size, first: 0 }),
+            Kind::Inside(bits, size) => (bits, Groups::Runs { size, first: 24 }),
+            Kind::Listed(bits, count) => {
+                let listed = (0..cols).map(|_| (self.bits() >> 20) as u32 % count as u32);
+                (bits, Groups::Listed(listed.collect()))
+            }
+        };
+        let count = (0..cols).map(|k| groups.of(k)).max().unwrap_or(0) + 1;
+        let values = (0..rows * cols).map(|_| ((self.bits() >> 20) % (1 << bits)) as u8);
+        let values = values.collect::<Vec<u8>>().into();
+        let zeros = (0..rows * count).map(|_| (self.bits() >> 20) as u16 % ((1 << bits) + 1));
+        let zeros = zeros.collect();
+        let scales = (0..rows * count).map(|_| f16::from_f32(self.next() / 16.0)).collect();
+        let stored = Stored::Grouped(Grouped { bits, values, groups, scales, zeros });
+        WeightPart { rows, cols, stored }
+    }
+
+    fn e4m3(&mut self, rows: usize, cols: usize, run: usize) -> WeightPart<'static> {
+        let code = |bits: u64| if bits & 0x7f == 0x7f { 0 } else { bits as u8 };
+        let values = (0..rows * cols).map(|_| code(self.bits() >> 20));
+        let values = values.collect::<Vec<u8>>().into();
+        let scales = (0..rows * cols.div_ceil(run)).map(|_| self.next() / 256.0).collect();
+        WeightPart { rows, cols, stored: Stored::Scaled(Scaled { values, run, scales }) }
     }
 }
 
@@ -81,11 +126,10 @@ impl Numbers {
 fn dequantized(parts: &[WeightPart<'_>]) -> Vec<Vec<f32>> {
     let mut rows = Vec::new();
     for part in parts {
-        let bytes = part.stored_cols / part.format.block_elements() * part.format.block_bytes();
         for n in 0..part.rows {
-            let mut row = vec![0.0; part.stored_cols];
-            dequantize_row(part.format, &part.data[n * bytes..][..bytes], &mut row);
-            rows.push(row[part.cols.clone()].to_vec());
+            let mut row = vec![0.0; part.cols];
+            part_row(part, n, &mut row);
+            rows.push(row);
         }
     }
     rows
@@ -110,37 +154,35 @@ fn product(
     out
 }
 
-/// Columns in use of a stored row: with K-quants they start and end inside a super-block.
-fn columns(format: Format) -> (usize, Range<usize>) {
-    match format {
-        Format::F32 | Format::F16 | Format::Bf16 => (339, 1..338),
-        _ if format.block_elements() == 32 => (384, 32..352),
-        _ => (768, 96..544),
+/// K: no whole number of blocks where the format allows that.
+fn columns(kind: Kind) -> usize {
+    match kind {
+        Kind::Plain(format) if format.block_elements() == 32 => 352,
+        Kind::Plain(format) if format.block_elements() == 256 => 768,
+        _ => 337,
     }
 }
 
 #[test]
 fn packing_keeps_every_value() {
     let mut numbers = Numbers(1);
-    for format in FORMATS {
-        let (stored, cols) = columns(format);
-        let parts =
-            [numbers.part(format, 19, stored, cols.clone()), numbers.part(format, 1, stored, cols)];
+    for kind in KINDS {
+        let parts = [numbers.part(kind, 19), numbers.part(kind, 1)];
         let weight = CpuWeight::pack(&parts, Precision::Exact).unwrap();
         assert_eq!(weight.rows(), 20);
         for (n, expected) in dequantized(&parts).iter().enumerate() {
             let mut row = vec![f32::NAN; weight.cols()];
             weight.read_row(n, &mut row);
-            assert!(row == *expected, "{format:?} row {n}");
+            assert!(row == *expected, "{kind:?} row {n}");
         }
     }
 }
 
 /// How far `Fast` may be off: half a step of the rounded activation times each weight.
-fn rounding(format: Format, x: &[f32], row: &[f32]) -> f64 {
-    let error = |x: f32, block: &[f32]| match format {
-        Format::F32 | Format::F16 => 0.0,
-        Format::Bf16 => f64::from(x.abs()) / 256.0,
+fn rounding(kind: Kind, x: &[f32], row: &[f32]) -> f64 {
+    let error = |x: f32, block: &[f32]| match kind {
+        Kind::Plain(Format::F32 | Format::F16) => 0.0,
+        Kind::Plain(Format::Bf16) => f64::from(x.abs()) / 256.0,
         _ => f64::from(block.iter().fold(0f32, |max, x| max.max(x.abs()))) / 127.0 * 0.501,
     };
     x.chunks(32)
@@ -149,9 +191,8 @@ fn rounding(format: Format, x: &[f32], row: &[f32]) -> f64 {
         .sum()
 }
 
-fn check(format: Format, precision: Precision, rows: usize, numbers: &mut Numbers) {
-    let (stored, cols) = columns(format);
-    let parts = [numbers.part(format, 37, stored, cols)];
+fn check(kind: Kind, precision: Precision, rows: usize, numbers: &mut Numbers) {
+    let parts = [numbers.part(kind, 37)];
     let weight = CpuWeight::pack(&parts, precision).unwrap();
     let (x, bias) = (numbers.floats(rows * weight.cols()), numbers.floats(37));
     let dequantized = dequantized(&parts);
@@ -163,12 +204,12 @@ fn check(format: Format, precision: Precision, rows: usize, numbers: &mut Number
                 let sum = f64::from(bias[n]) + terms().sum::<f64>();
                 let mut bound = 1e-5 * (1.0 + terms().map(f64::abs).sum::<f64>());
                 if precision == Precision::Fast {
-                    bound += rounding(format, x, row);
+                    bound += rounding(kind, x, row);
                 }
                 let error = (f64::from(out[n]) - sum).abs();
                 assert!(
                     error <= bound,
-                    "{format:?} {precision:?} {isa:?} {rows} rows: {} for {sum}, bound {bound}",
+                    "{kind:?} {precision:?} {isa:?} {rows} rows: {} for {sum}, bound {bound}",
                     out[n]
                 );
             }
@@ -179,10 +220,10 @@ fn check(format: Format, precision: Precision, rows: usize, numbers: &mut Number
 #[test]
 fn products_are_right() {
     let mut numbers = Numbers(2);
-    for format in FORMATS {
+    for kind in KINDS {
         for rows in [1, 2, 3, 15, 16, 17, 33, 100] {
-            check(format, Precision::Exact, rows, &mut numbers);
-            check(format, Precision::Fast, rows, &mut numbers);
+            check(kind, Precision::Exact, rows, &mut numbers);
+            check(kind, Precision::Fast, rows, &mut numbers);
         }
     }
 }
@@ -194,9 +235,8 @@ fn bits(values: &[f32]) -> Vec<u32> {
 #[test]
 fn a_row_is_the_same_alone_and_among_others() {
     let mut numbers = Numbers(3);
-    for format in FORMATS {
-        let (stored, cols) = columns(format);
-        let parts = [numbers.part(format, 53, stored, cols)];
+    for kind in KINDS {
+        let parts = [numbers.part(kind, 53)];
         for precision in [Precision::Fast, Precision::Exact] {
             let weight = CpuWeight::pack(&parts, precision).unwrap();
             let k = weight.cols();
@@ -208,7 +248,7 @@ fn a_row_is_the_same_alone_and_among_others() {
                     let parts = x.chunks(chunk * k);
                     let cut = parts.flat_map(|x| product(2, isa, &weight, x, None));
                     let cut: Vec<f32> = cut.collect();
-                    assert!(bits(&all) == bits(&cut), "{format:?} {precision:?} {isa:?} {chunk}");
+                    assert!(bits(&all) == bits(&cut), "{kind:?} {precision:?} {isa:?} {chunk}");
                 }
             }
         }
@@ -218,20 +258,21 @@ fn a_row_is_the_same_alone_and_among_others() {
 #[test]
 fn instruction_sets_agree_bit_for_bit() {
     let mut numbers = Numbers(4);
-    for format in FORMATS {
-        let (stored, cols) = columns(format);
-        let parts = [numbers.part(format, 21, stored, cols)];
+    for kind in KINDS {
+        let parts = [numbers.part(kind, 21)];
         for precision in [Precision::Fast, Precision::Exact] {
             let weight = CpuWeight::pack(&parts, precision).unwrap();
             for rows in [1, 3, 40] {
                 let x = numbers.floats(rows * weight.cols());
                 let portable = product(1, Isa::Portable, &weight, &x, None);
                 for isa in isas() {
-                    if (format, precision, isa) == (Format::Bf16, Precision::Fast, Isa::Amx) {
+                    if (kind, precision, isa)
+                        == (Kind::Plain(Format::Bf16), Precision::Fast, Isa::Amx)
+                    {
                         continue; // rounds activations
                     }
                     let out = product(1, isa, &weight, &x, None);
-                    assert!(bits(&portable) == bits(&out), "{format:?} {precision:?} {isa:?}");
+                    assert!(bits(&portable) == bits(&out), "{kind:?} {precision:?} {isa:?}");
                 }
             }
         }
@@ -242,11 +283,12 @@ fn instruction_sets_agree_bit_for_bit() {
 fn parts_of_different_formats_stack() {
     let mut numbers = Numbers(5);
     let parts = [
-        numbers.part(Format::Q5_0, 30, 256, 0..256),
-        numbers.part(Format::Q8_0, 3, 256, 0..256),
-        numbers.part(Format::Q6K, 18, 512, 128..384),
-        numbers.part(Format::Bf16, 5, 256, 0..256),
-        numbers.part(Format::F32, 2, 300, 44..300),
+        numbers.plain(Format::Q5_0, 30, 256),
+        numbers.plain(Format::Q8_0, 3, 256),
+        numbers.plain(Format::Q6K, 18, 256),
+        numbers.e4m3(7, 256, 128),
+        numbers.plain(Format::Bf16, 5, 256),
+        numbers.plain(Format::F32, 2, 256),
     ];
     for precision in [Precision::Fast, Precision::Exact] {
         let weight = CpuWeight::pack(&parts, precision).unwrap();
@@ -260,7 +302,7 @@ fn parts_of_different_formats_stack() {
                     let expected = product(1, isa, &one, &x, None);
                     for (row, expected) in expected.chunks(part.rows).enumerate() {
                         let found = &out[row * weight.rows() + first..][..part.rows];
-                        assert!(bits(found) == bits(expected), "{:?} {isa:?}", part.format);
+                        assert!(bits(found) == bits(expected), "{:?} {isa:?}", part.stored);
                     }
                     first += part.rows;
                 }
@@ -272,9 +314,8 @@ fn parts_of_different_formats_stack() {
 #[test]
 fn extreme_values_stay_in_their_rows() {
     let mut numbers = Numbers(6);
-    for format in FORMATS {
-        let (stored, cols) = columns(format);
-        let parts = [numbers.part(format, 18, stored, cols)];
+    for kind in KINDS {
+        let parts = [numbers.part(kind, 18)];
         for precision in [Precision::Fast, Precision::Exact] {
             let weight = CpuWeight::pack(&parts, precision).unwrap();
             let k = weight.cols();
@@ -287,11 +328,11 @@ fn extreme_values_stay_in_their_rows() {
             for isa in isas() {
                 let out = product(2, isa, &weight, &x, None);
                 let row = |row: usize| &out[row * 18..][..18];
-                assert!(row(0).iter().all(|&v| v == 0.0), "{format:?} {isa:?}");
-                assert!(row(1).iter().all(|v| v.abs() < 1e-30), "{format:?} {isa:?}");
-                assert!(row(3).iter().all(|v| v.is_nan()), "{format:?} {isa:?}");
-                assert!(row(4).iter().all(|v| !v.is_finite()), "{format:?} {isa:?}");
-                assert!(out[5 * 18..].iter().all(|v| v.is_finite()), "{format:?} {isa:?}");
+                assert!(row(0).iter().all(|&v| v == 0.0), "{kind:?} {isa:?}");
+                assert!(row(1).iter().all(|v| v.abs() < 1e-30), "{kind:?} {isa:?}");
+                assert!(row(3).iter().all(|v| v.is_nan()), "{kind:?} {isa:?}");
+                assert!(row(4).iter().all(|v| !v.is_finite()), "{kind:?} {isa:?}");
+                assert!(out[5 * 18..].iter().all(|v| v.is_finite()), "{kind:?} {isa:?}");
             }
         }
     }
@@ -299,33 +340,23 @@ fn extreme_values_stay_in_their_rows() {
 
 #[test]
 fn empty_shapes_are_no_work() {
-    let weight = CpuWeight::pack(&[], Precision::Fast).unwrap();
-    assert_eq!((weight.rows(), weight.cols(), weight.bytes()), (0, 0, 0));
-    let part = Numbers(7).part(Format::Q4_0, 5, 64, 0..64);
+    let part = Numbers(7).plain(Format::Q4_0, 5, 64);
     let weight = CpuWeight::pack(&[part], Precision::Fast).unwrap();
     assert!(product(2, Isa::detect(), &weight, &[], None).is_empty());
-    let part = Numbers(8).part(Format::Q4_0, 5, 64, 32..32);
-    let weight = CpuWeight::pack(&[part], Precision::Fast).unwrap();
-    let mut out = [f32::NAN; 15];
-    let product = Product { x: &[], rows: 3, weight: &weight, bias: None };
-    linear(&Pool::new(2).unwrap(), Isa::detect(), &mut LinearScratch::default(), &mut out, product)
-        .unwrap();
-    assert_eq!(out, [0.0; 15]);
 }
 
 #[test]
 fn what_does_not_fit_is_refused() {
     let mut numbers = Numbers(9);
-    let good = numbers.part(Format::Q4K, 4, 512, 0..512);
+    let good = numbers.plain(Format::Q4K, 4, 512);
     let refused = |part: WeightPart<'_>| {
         matches!(CpuWeight::pack(&[part], Precision::Fast), Err(KernelError::Weight(_)))
     };
-    assert!(refused(WeightPart { cols: 16..512, ..good.clone() }));
-    assert!(refused(WeightPart { cols: 0..544, ..good.clone() }));
-    assert!(refused(WeightPart { stored_cols: 300, cols: 0..32, ..good.clone() }));
+    assert!(refused(WeightPart { cols: 480, ..good.clone() }));
+    assert!(refused(WeightPart { cols: 0, ..good.clone() }));
     assert!(refused(WeightPart { rows: 5, ..good.clone() }));
     assert!(refused(WeightPart { rows: usize::MAX, ..good.clone() }));
-    let narrow = WeightPart { cols: 0..480, ..good.clone() };
+    let narrow = numbers.plain(Format::Q4K, 4, 256);
     assert!(CpuWeight::pack(&[good.clone(), narrow], Precision::Fast).is_err());
 
     let weight = CpuWeight::pack(&[good], Precision::Fast).unwrap();

@@ -6,10 +6,9 @@
 use super::{
     Job,
     lanes::{self, Widen},
-    packed::{BLOCK, LANES, Lanes, Tile, with_block_format},
+    packed::{BLOCK, LANES, Lanes, Tile, TileFormat, with_block_format},
 };
 use crate::isa::Isa;
-use kernels::Format;
 use std::ops::Range;
 
 /// Blocks widened at a time: 16 KiB, a part of the first-level cache.
@@ -27,9 +26,10 @@ struct Buffers {
 /// All rows of `job` against the tiles `tiles` of its part.
 pub(super) fn tiles(isa: Isa, job: &Job<'_>, tiles: Range<usize>) {
     match job.part.format {
-        Format::F32 => on::<lanes::F32>(isa, job, tiles),
-        Format::F16 => on::<lanes::F16>(isa, job, tiles),
-        Format::Bf16 => on::<lanes::Bf16>(isa, job, tiles),
+        TileFormat::F32 => on::<lanes::F32>(isa, job, tiles),
+        TileFormat::F16 => on::<lanes::F16>(isa, job, tiles),
+        TileFormat::Bf16 => on::<lanes::Bf16>(isa, job, tiles),
+        TileFormat::E4m3 => on::<lanes::E4m3>(isa, job, tiles),
         format => with_block_format!(format, F => on::<F>(isa, job, tiles), dense => ()),
     }
 }

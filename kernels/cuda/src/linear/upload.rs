@@ -1,7 +1,7 @@
 //! Weights on their way to the device.
 
 use crate::{Array, Cuda, Driver, Element, Fp8, Fp8Scaling, fp8::ScaledRows};
-use kernels::{Format, KernelError, WeightPart, plain::dequant};
+use kernels::{Format, KernelError, Stored, WeightPart, plain::dequant};
 
 /// Rows are sent in pieces of about this size.
 const PIECE_BYTES: usize = 8 << 20;
@@ -58,17 +58,17 @@ fn pieces(
     let rows_each = rows_each(cols * Element::Bf16.bytes());
     let (mut first, mut rounded) = (0, Vec::new());
     for part in parts {
-        let mut stored = vec![0.0; part.stored_cols];
-        let as_stored = part.format == Format::Bf16 && part.cols == (0..part.stored_cols);
+        let mut row = vec![0.0; cols];
         for start in (0..part.rows).step_by(rows_each) {
             let end = (start + rows_each).min(part.rows);
-            if as_stored {
-                take(first, &part.data[start * part.row_bytes()..end * part.row_bytes()])?;
+            if let Stored::Plain { format: Format::Bf16, data } = &part.stored {
+                let bytes = Format::Bf16.row_bytes(cols);
+                take(first, &data[start * bytes..end * bytes])?;
             } else {
                 rounded.clear();
-                for row in start..end {
-                    dequant::dequantize_row(part.format, part.stored_row(row), &mut stored);
-                    let values = stored[part.cols.clone()].iter();
+                for n in start..end {
+                    dequant::part_row(part, n, &mut row);
+                    let values = row.iter();
                     rounded.extend(values.flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()));
                 }
                 take(first, &rounded)?;

@@ -1,0 +1,166 @@
+//! One matrix of a checkpoint, whatever tensors it is stored as.
+
+use std::ops::Range;
+
+use formats::{TensorInfo, Tensors};
+use kernels::{Format, WeightPart};
+
+use super::{quantised, slice};
+use crate::{ModelError, config::Quantisation};
+
+/// A matrix [N, K] under one name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Module {
+    pub stem: String,
+    pub rows: usize,
+    pub cols: usize,
+}
+
+/// Which rows of a module a rank holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Cut {
+    Rows(Range<usize>),
+    /// As `Rows`, whole heads of this size, each put from interleaved into rotate-half order.
+    Heads {
+        rows: Range<usize>,
+        head_dim: usize,
+    },
+}
+
+impl Cut {
+    pub fn rows(&self) -> &Range<usize> {
+        let (Self::Rows(rows) | Self::Heads { rows, .. }) = self;
+        rows
+    }
+}
+
+/// How a module is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Storage {
+    Plain(Format),
+    Integers(quantised::Packing),
+    /// e4m3 with scales for blocks of rows and columns.
+    Fp8Blocks {
+        rows: usize,
+        cols: usize,
+    },
+    /// e4m3 with scales for rows, or one.
+    Fp8,
+}
+
+/// The files, and what the configuration says of them.
+#[derive(Clone, Copy)]
+pub(super) struct Files<'a> {
+    pub tensors: &'a Tensors,
+    pub quantisation: Quantisation,
+}
+
+impl Files<'_> {
+    fn has(&self, module: &Module, ending: &str) -> bool {
+        self.tensors.get(&module.tensor(ending)).is_some()
+    }
+
+    /// How `module` is stored, by the tensors that there are.
+    ///
+    /// # Errors
+    /// `Checkpoint` where tensors and configuration disagree; `Unsupported` names a format that no
+    /// kernel takes.
+    pub fn storage(&self, module: &Module) -> Result<Storage, ModelError> {
+        let disagree = |tensor: &str, wanted: &str| {
+            let tensor = module.tensor(tensor);
+            ModelError::Checkpoint(format!(
+                "tensor {tensor} is there, but quantization_config does not say {wanted}"
+            ))
+        };
+        if self.has(module, "qweight") {
+            let packing = quantised::Packing::of(self.quantisation);
+            return Ok(Storage::Integers(
+                packing.ok_or_else(|| disagree("qweight", "gptq or awq"))?,
+            ));
+        }
+        if self.has(module, "weight_scale_inv") {
+            return match self.quantisation {
+                Quantisation::Fp8Blocks { rows, cols } => Ok(Storage::Fp8Blocks { rows, cols }),
+                _ => Err(disagree("weight_scale_inv", "fp8 with a weight_block_size")),
+            };
+        }
+        if self.has(module, "weight_scale") {
+            return match self.quantisation {
+                Quantisation::Fp8 => Ok(Storage::Fp8),
+                // compressed-tensors' name of block scales.
+                Quantisation::Fp8Blocks { rows, cols } => Ok(Storage::Fp8Blocks { rows, cols }),
+                _ => Err(disagree("weight_scale", "fp8 or float-quantized")),
+            };
+        }
+        let name = module.tensor("weight");
+        let weight = self.tensors.get(&name).ok_or_else(|| {
+            let shape = [module.rows, module.cols];
+            ModelError::Checkpoint(format!("tensor {name} {shape:?} is missing"))
+        })?;
+        slice::format(weight.dtype).map(Storage::Plain).ok_or_else(|| no_kernel(weight))
+    }
+
+    /// Bytes of the numbers that [`Self::read`] would read.
+    pub fn bytes(&self, module: &Module, cut: &Cut) -> Result<u64, ModelError> {
+        let rows = cut.rows().len();
+        let bytes = match self.storage(module)? {
+            Storage::Plain(format) => rows * format.row_bytes(module.cols),
+            Storage::Integers(packing) => rows * module.cols * packing.bits() / 8,
+            Storage::Fp8Blocks { .. } | Storage::Fp8 => rows * module.cols,
+        };
+        Ok(bytes as u64)
+    }
+
+    /// Reads some rows of a module, and no other numbers of the files.
+    ///
+    /// # Errors
+    /// The files cannot be read, the rows are not the module's, or what scales the numbers is none.
+    pub fn read(&self, module: &Module, cut: &Cut) -> Result<WeightPart<'static>, ModelError> {
+        if cut.rows().end > module.rows {
+            return Err(ModelError::Checkpoint(format!("{cut:?} is no part of {module:?}")));
+        }
+        match self.storage(module)? {
+            Storage::Plain(format) => slice::plain(self.tensors, module, format, cut),
+            Storage::Integers(packing) => {
+                quantised::integers(self.tensors, module, packing, cut.rows())
+            }
+            Storage::Fp8Blocks { rows, cols } => {
+                quantised::fp8(self.tensors, module, (rows, cols), cut.rows())
+            }
+            Storage::Fp8 => quantised::fp8(self.tensors, module, (1, module.cols), cut.rows()),
+        }
+    }
+
+    /// The tensors that the module consists of, with their shapes; those that may be missing are
+    /// only there where they are.
+    ///
+    /// # Errors
+    /// As [`Self::storage`].
+    pub fn tensors_of(&self, module: &Module) -> Result<Vec<(String, Vec<usize>)>, ModelError> {
+        let Module { rows, cols, .. } = *module;
+        Ok(match self.storage(module)? {
+            Storage::Plain(_) => vec![(module.tensor("weight"), vec![rows, cols])],
+            Storage::Integers(packing) => quantised::integer_tensors(self.tensors, module, packing),
+            Storage::Fp8Blocks { rows: block_rows, cols: block_cols } => {
+                let scales = vec![rows.div_ceil(block_rows), cols.div_ceil(block_cols)];
+                quantised::fp8_tensors(self.tensors, module, Some(scales))
+            }
+            Storage::Fp8 => quantised::fp8_tensors(self.tensors, module, None),
+        })
+    }
+}
+
+impl Module {
+    /// The name of one of its tensors.
+    pub fn tensor(&self, ending: &str) -> String {
+        format!("{}.{ending}", self.stem)
+    }
+}
+
+/// The refusal of a number format.
+pub(super) fn no_kernel(info: &TensorInfo) -> ModelError {
+    ModelError::Unsupported(format!(
+        "tensor {} is stored as {}; use a file in BF16, F16, Q8_0, Q6_K, Q5_K_M or Q4_K_M",
+        info.name, info.dtype.name
+    ))
+}

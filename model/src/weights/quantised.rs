@@ -1,0 +1,284 @@
+//! Matrices of several tensors: GPTQ, AWQ and fp8.
+//!
+//! Layouts as the reference implementations store them (AutoGPTQ and GPTQModel `qlinear`, AutoAWQ
+//! `packing_utils`, compressed-tensors `forward`). W [N, K] is brought into the kernels' form: one
+//! integer or code to a byte, scales by row.
+
+use std::ops::Range;
+
+use formats::Tensors;
+use half::f16;
+use kernels::{Grouped, Groups, Scaled, Stored, WeightPart};
+
+use super::{module::Module, slice};
+use crate::{ModelError, config::Quantisation};
+
+/// Bits of a stored word.
+const WORD: usize = 32;
+
+/// How integers lie in words of 32 bits, the lowest bits first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Packing {
+    /// qweight [K · bits / 32, N], qzeros [G, N · bits / 32].
+    Gptq { bits: usize, group: Option<usize>, zeros_as_stored: bool },
+    /// qweight [K, N / 8], qzeros [G, N / 8], eight outputs in the order 0, 2, 4, 6, 1, 3, 5, 7.
+    Awq { group: Option<usize> },
+}
+
+impl Packing {
+    pub fn of(quantisation: Quantisation) -> Option<Self> {
+        match quantisation {
+            Quantisation::Gptq { bits, group, zeros_as_stored } => {
+                Some(Self::Gptq { bits, group, zeros_as_stored })
+            }
+            Quantisation::Awq { group } => Some(Self::Awq { group }),
+            _ => None,
+        }
+    }
+
+    pub fn bits(self) -> usize {
+        match self {
+            Self::Gptq { bits, .. } => bits,
+            Self::Awq { .. } => 4,
+        }
+    }
+
+    /// Integers in a word.
+    fn each(self) -> usize {
+        WORD / self.bits()
+    }
+
+    /// Columns with one scale, of K.
+    fn group(self, cols: usize) -> usize {
+        let (Self::Gptq { group, .. } | Self::Awq { group }) = self;
+        group.unwrap_or(cols)
+    }
+
+    /// Where output `n` lies in its word of zero points, in bits.
+    fn shift(self, n: usize) -> usize {
+        let at = n % self.each();
+        match self {
+            Self::Gptq { bits, .. } => at * bits,
+            Self::Awq { .. } if at.is_multiple_of(2) => at / 2 * 4,
+            Self::Awq { .. } => (4 + at / 2) * 4,
+        }
+    }
+
+    fn one(self, word: u32, shift: usize) -> u8 {
+        (word >> shift & ((1 << self.bits()) - 1)) as u8
+    }
+}
+
+/// Names and shapes of a module of integers.
+pub(super) fn integer_tensors(
+    tensors: &Tensors,
+    module: &Module,
+    packing: Packing,
+) -> Vec<(String, Vec<usize>)> {
+    let Module { rows, cols, .. } = *module;
+    let (words, groups) = (rows.div_ceil(packing.each()), cols.div_ceil(packing.group(cols)));
+    let qweight = match packing {
+        Packing::Gptq { .. } => vec![cols.div_ceil(packing.each()), rows],
+        Packing::Awq { .. } => vec![cols, words],
+    };
+    let mut found = vec![
+        (module.tensor("qweight"), qweight),
+        (module.tensor("qzeros"), vec![groups, words]),
+        (module.tensor("scales"), vec![groups, rows]),
+    ];
+    let order = module.tensor("g_idx");
+    if matches!(packing, Packing::Gptq { .. }) && tensors.get(&order).is_some() {
+        found.push((order, vec![cols]));
+    }
+    found
+}
+
+/// Names and shapes of a module in fp8; `scales` is the shape of block scales, `None` where there
+/// is one for each row or for all.
+pub(super) fn fp8_tensors(
+    tensors: &Tensors,
+    module: &Module,
+    scales: Option<Vec<usize>>,
+) -> Vec<(String, Vec<usize>)> {
+    let mut found = vec![(module.tensor("weight"), vec![module.rows, module.cols])];
+    let name = scale_name(tensors, module);
+    let shape = scales.unwrap_or_else(|| {
+        // One for all comes with or without dimensions.
+        let stored = tensors.get(&name).map(|info| info.shape.clone()).unwrap_or_default();
+        match stored[..] {
+            [] | [1] => stored.iter().map(|n| *n as usize).collect(),
+            [_] => vec![module.rows],
+            _ => vec![module.rows, 1],
+        }
+    });
+    found.push((name, shape));
+    let activations = module.tensor("input_scale");
+    if let Some(info) = tensors.get(&activations) {
+        // Activations are scaled as they come; a scale found beforehand is not needed.
+        found.push((activations, info.shape.iter().map(|n| *n as usize).collect()));
+    }
+    found
+}
+
+fn scale_name(tensors: &Tensors, module: &Module) -> String {
+    let inverse = module.tensor("weight_scale_inv");
+    match tensors.get(&inverse) {
+        Some(_) => inverse,
+        None => module.tensor("weight_scale"),
+    }
+}
+
+/// Reads rows of a module of integers.
+pub(super) fn integers(
+    tensors: &Tensors,
+    module: &Module,
+    packing: Packing,
+    rows: &Range<usize>,
+) -> Result<WeightPart<'static>, ModelError> {
+    let groups = groups(tensors, module, packing)?;
+    let values = match packing {
+        Packing::Gptq { .. } => along_inputs(tensors, module, packing, rows)?,
+        Packing::Awq { .. } => along_outputs(tensors, module, packing, rows)?,
+    };
+    let count = module.cols.div_ceil(packing.group(module.cols));
+    let name = module.tensor("scales");
+    let stored = slice::vector(tensors, &name, 0..count * module.rows, None)?;
+    let scale = |row: usize, group: usize| stored[group * module.rows + row];
+    let zero_words =
+        words(tensors, &module.tensor("qzeros"), 0, count * word_cols(module, packing))?;
+    let zero = |row: usize, group: usize| {
+        let word = zero_words[group * word_cols(module, packing) + row / packing.each()];
+        u16::from(packing.one(word, packing.shift(row)))
+    };
+    let offset = match packing {
+        Packing::Gptq { zeros_as_stored: false, .. } => 1,
+        _ => 0,
+    };
+    let each = || rows.clone().flat_map(|row| (0..count).map(move |group| (row, group)));
+    let scales: Vec<f16> = each().map(|(row, group)| f16::from_f32(scale(row, group))).collect();
+    let exact = each().zip(&scales).all(|((row, group), half)| half.to_f32() == scale(row, group));
+    if !exact || scales.iter().any(|scale| !scale.is_finite() || scale.to_f32() == 0.0) {
+        return Err(ModelError::Checkpoint(format!(
+            "tensor {name} has a scale that is zero, no number, or no f16"
+        )));
+    }
+    let zeros = each().map(|(row, group)| zero(row, group) + offset).collect();
+    let bits = packing.bits();
+    let stored = Stored::Grouped(Grouped { bits, values: values.into(), groups, scales, zeros });
+    Ok(WeightPart { rows: rows.len(), cols: module.cols, stored })
+}
+
+/// The group of every column.
+fn groups(tensors: &Tensors, module: &Module, packing: Packing) -> Result<Groups, ModelError> {
+    let size = packing.group(module.cols);
+    let name = module.tensor("g_idx");
+    if matches!(packing, Packing::Awq { .. }) || tensors.get(&name).is_none() {
+        return Ok(Groups::Runs { size, first: 0 });
+    }
+    let listed = words(tensors, &name, 0, module.cols)?;
+    let count = module.cols.div_ceil(size);
+    if let Some(group) = listed.iter().find(|group| **group as usize >= count) {
+        let group = *group as i32;
+        return Err(ModelError::Checkpoint(format!(
+            "tensor {name} names group {group} of {count}"
+        )));
+    }
+    let in_runs = listed.iter().enumerate().all(|(k, group)| *group as usize == k / size);
+    Ok(if in_runs { Groups::Runs { size, first: 0 } } else { Groups::Listed(listed) })
+}
+
+/// Words in a row of zero points.
+fn word_cols(module: &Module, packing: Packing) -> usize {
+    module.rows.div_ceil(packing.each())
+}
+
+/// [rows, K] of words that hold inputs of one output each.
+fn along_inputs(
+    tensors: &Tensors,
+    module: &Module,
+    packing: Packing,
+    rows: &Range<usize>,
+) -> Result<Vec<u8>, ModelError> {
+    let Module { rows: all, cols, .. } = *module;
+    let name = module.tensor("qweight");
+    let mut values = vec![0; rows.len() * cols];
+    for (at, first) in (0..cols).step_by(packing.each()).enumerate() {
+        let words = words(tensors, &name, at * all + rows.start, rows.len())?;
+        let width = packing.each().min(cols - first);
+        for (word, row) in words.iter().zip(values.chunks_exact_mut(cols)) {
+            for (i, value) in row[first..first + width].iter_mut().enumerate() {
+                *value = packing.one(*word, i * packing.bits());
+            }
+        }
+    }
+    Ok(values)
+}
+
+/// [rows, K] of words that hold outputs of one input each.
+fn along_outputs(
+    tensors: &Tensors,
+    module: &Module,
+    packing: Packing,
+    rows: &Range<usize>,
+) -> Result<Vec<u8>, ModelError> {
+    let cols = module.cols;
+    let name = module.tensor("qweight");
+    let each = packing.each();
+    let (first, end) = (rows.start / each, rows.end.div_ceil(each));
+    let mut values = vec![0; rows.len() * cols];
+    for k in 0..cols {
+        let words = words(tensors, &name, k * word_cols(module, packing) + first, end - first)?;
+        for (value, row) in values[k..].iter_mut().step_by(cols).zip(rows.clone()) {
+            *value = packing.one(words[row / each - first], packing.shift(row));
+        }
+    }
+    Ok(values)
+}
+
+/// Reads rows of a module in e4m3, whose scales are those of `block` rows and columns.
+pub(super) fn fp8(
+    tensors: &Tensors,
+    module: &Module,
+    block: (usize, usize),
+    rows: &Range<usize>,
+) -> Result<WeightPart<'static>, ModelError> {
+    let cols = module.cols;
+    let name = module.tensor("weight");
+    let mut values = vec![0; rows.len() * cols];
+    tensors.read_at(&name, (rows.start * cols) as u64, &mut values)?;
+    if values.iter().any(|code| code & 0x7f == 0x7f) {
+        return Err(ModelError::Checkpoint(format!(
+            "tensor {name} has values that are no numbers"
+        )));
+    }
+    let (block_rows, run) = block;
+    let name = scale_name(tensors, module);
+    let count = tensors.get(&name).map_or(1, |info| info.shape.iter().product::<u64>()) as usize;
+    let stored = slice::vector(tensors, &name, 0..count, None)?;
+    if let Some(bad) = stored.iter().find(|scale| !scale.is_finite() || **scale == 0.0) {
+        return Err(ModelError::Checkpoint(format!("tensor {name} has a scale of {bad}")));
+    }
+    let runs = cols.div_ceil(run);
+    let scale = |row: usize, at: usize| match count {
+        1 => stored[0],
+        _ => stored[row / block_rows * runs + at],
+    };
+    let scales = rows.clone().flat_map(|row| (0..runs).map(move |at| (row, at)));
+    let scales = scales.map(|(row, at)| scale(row, at)).collect();
+    let stored = Stored::Scaled(Scaled { values: values.into(), run, scales });
+    Ok(WeightPart { rows: rows.len(), cols, stored })
+}
+
+/// Whether every number of a plain tensor is zero.
+pub(super) fn is_zero(tensors: &Tensors, name: &str) -> Result<bool, ModelError> {
+    let mut bytes = vec![0; slice::find(tensors, name)?.bytes as usize];
+    tensors.read_at(name, 0, &mut bytes)?;
+    Ok(bytes.iter().all(|byte| *byte == 0))
+}
+
+/// `len` words of a tensor of int32.
+fn words(tensors: &Tensors, name: &str, first: usize, len: usize) -> Result<Vec<u32>, ModelError> {
+    let mut bytes = vec![0; len * 4];
+    tensors.read_at(name, first as u64 * 4, &mut bytes)?;
+    Ok(bytes.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word)).collect())
+}
