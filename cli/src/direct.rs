@@ -54,7 +54,7 @@ impl Direct {
         let released = std::mem::take(&mut self.released);
         let plan = StepPlan { number: self.number, chunks: vec![chunk], released };
         self.number += 1;
-        let output = self.executor.run(&plan)?;
+        let output = self.executor.run(plan)?;
         match output.failed.first() {
             Some((_, reason)) => Err(anyhow!("the model failed: {reason}")),
             None => Ok(output),

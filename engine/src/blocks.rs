@@ -1,11 +1,12 @@
 //! The KV block pool: who holds which block, and which full blocks can be shared.
 //!
-//! A full block whose KV is computed may be published. The index then finds it by the prefix it
-//! extends and its own tokens; the prefix is named by identity, not by a hash, so that no collision
-//! can ever serve somebody else's cache. Published blocks that nobody holds stay findable until the
-//! pool needs them, least recently used first. Every entry belongs to a block: the pool bounds the
-//! index. One pool serves one model; a caller whose KV depends on more than the tokens before it
-//! neither looks up nor publishes.
+//! A full block may be published as soon as a plan computes it: plans run in order, so whoever
+//! finds it reads it later. The index finds it by the prefix it extends and its own tokens; the
+//! prefix is named by identity, not by a hash, so that no collision can ever serve somebody else's
+//! cache. Published blocks that nobody holds stay findable until the pool needs them, least
+//! recently used first. Every entry belongs to a block: the pool bounds the index. One pool serves
+//! one model; a caller whose KV depends on more than the tokens before it neither looks up nor
+//! publishes.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -127,24 +128,28 @@ impl BlockPool {
         self.cached.insert(self.clock, id);
     }
 
-    /// Makes a held, full and computed block findable as `parent` extended by `tokens`.
-    ///
-    /// Where an equal block is published already, the caller's hold moves to that one. Returns the
-    /// block to use from now on and the prefix that it completes.
-    pub fn publish(&mut self, id: u32, parent: Prefix, tokens: &BlockTokens) -> (u32, Prefix) {
-        if let Some((twin, prefix)) = self.find(parent, tokens) {
-            if twin != id {
-                self.retain(twin);
-                self.release(id);
-            }
-            return (twin, prefix);
+    /// Makes a held and full block findable as `parent` extended by `tokens`, unless an equal one
+    /// is already: then that stays the one that is found, and the caller's block its own. Returns
+    /// the prefix that either completes.
+    pub fn publish(&mut self, id: u32, parent: Prefix, tokens: &BlockTokens) -> Prefix {
+        if let Some((_, prefix)) = self.find(parent, tokens) {
+            return prefix;
         }
         self.prefixes += 1;
         let prefix = Prefix(self.prefixes);
         let key = (parent, *tokens);
         self.blocks[id as usize].published = Some(Published { prefix, key });
         self.index.insert(key, id);
-        (id, prefix)
+        prefix
+    }
+
+    /// Makes a block unfindable: what it holds is not what was promised. Its holders keep it.
+    pub fn withdraw(&mut self, id: u32) {
+        self.unpublish(id);
+        let Block { holders, released_at, .. } = self.blocks[id as usize];
+        if holders == 0 && self.cached.remove(&released_at).is_some() {
+            self.unused.push(id);
+        }
     }
 
     fn unpublish(&mut self, id: u32) {
@@ -187,9 +192,9 @@ mod tests {
     fn a_published_block_is_found_after_its_last_holder_left() {
         let mut pool = BlockPool::new(4);
         let first = pool.allocate().unwrap();
-        let (first, prefix) = pool.publish(first, Prefix::ROOT, &A);
+        let prefix = pool.publish(first, Prefix::ROOT, &A);
         let second = pool.allocate().unwrap();
-        let (second, deeper) = pool.publish(second, prefix, &A);
+        let deeper = pool.publish(second, prefix, &A);
         pool.release(second);
         pool.release(first);
         assert_eq!((pool.free(), pool.cached()), (4, 2));
@@ -217,14 +222,34 @@ mod tests {
     }
 
     #[test]
-    fn an_equal_block_is_shared_instead_of_published_twice() {
+    fn of_equal_blocks_the_first_is_found_and_each_stays_its_holders() {
         let mut pool = BlockPool::new(3);
         let mine = pool.allocate().unwrap();
         let yours = pool.allocate().unwrap();
-        let (mine, prefix) = pool.publish(mine, Prefix::ROOT, &A);
-        assert_eq!(pool.publish(yours, Prefix::ROOT, &A), (mine, prefix));
-        assert_eq!(pool.free(), 2);
-        pool.audit(&HashMap::from([(mine, 2)]));
+        let prefix = pool.publish(mine, Prefix::ROOT, &A);
+        assert_eq!(pool.publish(yours, Prefix::ROOT, &A), prefix);
+        assert_eq!(pool.find(Prefix::ROOT, &A), Some((mine, prefix)));
+        pool.audit(&HashMap::from([(mine, 1), (yours, 1)]));
+        pool.release(yours);
+        pool.release(mine);
+        assert_eq!((pool.free(), pool.cached()), (3, 1));
+    }
+
+    #[test]
+    fn a_withdrawn_block_is_found_no_more_held_or_not() {
+        let mut pool = BlockPool::new(2);
+        let (held, left) = (pool.allocate().unwrap(), pool.allocate().unwrap());
+        pool.publish(held, Prefix::ROOT, &A);
+        pool.publish(left, Prefix::ROOT, &B);
+        pool.release(left);
+        for id in [held, left, left] {
+            pool.withdraw(id);
+        }
+        assert_eq!(pool.find(Prefix::ROOT, &A), None);
+        assert_eq!(pool.find(Prefix::ROOT, &B), None);
+        pool.audit(&HashMap::from([(held, 1)]));
+        pool.release(held);
+        assert_eq!((pool.free(), pool.cached()), (2, 0));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! A sequence that its caller plans by hand, for what no scheduler plans: the logits of every
 //! position, blocks of the caller's choice, preemption at any moment. Tools use it, and tests.
 
-use crate::plan::{Admission, BLOCK_TOKENS, Chunk, SamplingParams, SequenceId, Want};
+use crate::plan::{Admission, BLOCK_TOKENS, Chunk, SamplingParams, SequenceId, Tokens, Want};
 
 /// One sequence, and how far it has come. The caller puts its chunks into plans, in their order.
 #[derive(Clone, Debug)]
@@ -50,14 +50,16 @@ impl Driven {
                 prompt_len: self.prompt_len,
             })
         });
+        // Runners know all blocks of the chunks before, where there were any.
+        let known = if self.admitted { start.div_ceil(BLOCK_TOKENS) } else { 0 };
         self.admitted = true;
         self.computed = end;
         Chunk {
             sequence: self.id,
             start,
-            tokens: self.tokens[start..end].to_vec(),
+            tokens: Tokens::Known(self.tokens[start..end].to_vec()),
             next: self.tokens.get(end).copied(),
-            blocks: self.blocks[..end.div_ceil(BLOCK_TOKENS)].to_vec(),
+            blocks: self.blocks[known..end.div_ceil(BLOCK_TOKENS)].to_vec(),
             want,
             admission,
         }

@@ -9,7 +9,13 @@
 //! those. When none is left the youngest running sequence gives its blocks back and is computed
 //! again later, so the oldest always goes on. Nothing is admitted that could not run alone in an
 //! empty pool: a plan without chunks never exists.
+//!
+//! A second plan may be made while the first is in flight: then a decode's token is the one that
+//! the first plan samples, whatever that is. A sequence that turns out to have ended with it has
+//! one token computed in vain, and what comes back for it is dropped (`commit`). Plans run in
+//! order, so blocks are shared and reused from one to the next as if each were done when made.
 
+mod commit;
 mod positions;
 mod prefill;
 mod sizer;
@@ -17,17 +23,18 @@ mod sizer;
 pub use positions::Position;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, VecDeque},
     time::Duration,
 };
 
 use crate::{
     EngineError,
     blocks::BlockPool,
-    plan::{BLOCK_TOKENS, Chunk, SequenceId, StepOutput, StepPlan, TokenLogprob, Want},
-    sequence::{End, Request, Sequence, Update},
+    plan::{BLOCK_TOKENS, Chunk, PLANS_IN_FLIGHT_MAX, SequenceId, StepPlan},
+    sequence::{Request, Sequence},
 };
-use sizer::{StepSizer, units};
+use commit::Flight;
+use sizer::StepSizer;
 
 /// The bounds of one engine. All but `prefix_reuse_max` are at least 1.
 #[derive(Clone, Debug)]
@@ -71,22 +78,6 @@ pub struct Stats {
     pub failed: u64,
 }
 
-/// What was planned of one sequence and has not come back yet.
-struct Pending {
-    sequence: SequenceId,
-    start: usize,
-    len: usize,
-    want: Want,
-}
-
-/// What came back, by sequence.
-#[derive(Default)]
-struct Results {
-    sampled: HashMap<SequenceId, TokenLogprob>,
-    scored: HashMap<SequenceId, Vec<TokenLogprob>>,
-    failed: HashMap<SequenceId, String>,
-}
-
 /// The scheduler of one group.
 pub struct Scheduler {
     config: SchedulerConfig,
@@ -97,7 +88,8 @@ pub struct Scheduler {
     waiting: BTreeMap<SequenceId, Sequence>,
     /// Ended sequences that the runners still remember.
     released: Vec<SequenceId>,
-    in_flight: Option<Vec<Pending>>,
+    /// Plans that were made and not committed, the oldest first.
+    in_flight: VecDeque<Flight>,
     next_sequence: SequenceId,
     next_plan: u64,
     stats: Stats,
@@ -118,7 +110,7 @@ impl Scheduler {
             running: BTreeMap::new(),
             waiting: BTreeMap::new(),
             released: Vec::new(),
-            in_flight: None,
+            in_flight: VecDeque::new(),
             next_sequence: 0,
             next_plan: 0,
             stats: Stats::default(),
@@ -130,9 +122,9 @@ impl Scheduler {
         self.config.context_max
     }
 
-    /// Whether nothing runs or waits.
+    /// Whether nothing runs, waits or is in flight.
     pub fn is_idle(&self) -> bool {
-        self.running.is_empty() && self.waiting.is_empty()
+        self.running.is_empty() && self.waiting.is_empty() && self.in_flight.is_empty()
     }
 
     pub fn stats(&self) -> Stats {
@@ -156,7 +148,8 @@ impl Scheduler {
         self.next_sequence += 1;
         let longest = self.config.prefix_reuse_max;
         let shares = longest.is_none_or(|longest| request.prompt.len() <= longest);
-        self.waiting.insert(id, Sequence::new(id, request, shares));
+        let sequence = Sequence::new(id, request, shares, self.config.context_max);
+        self.waiting.insert(id, sequence);
         Ok(id)
     }
 
@@ -168,9 +161,11 @@ impl Scheduler {
         }
     }
 
-    /// The next step; `None` when there is nothing to run or a plan is still in flight.
+    /// The next step; `None` when there is nothing to run before a plan in flight is committed, or
+    /// [`PLANS_IN_FLIGHT_MAX`] are. Whoever commits each plan before it asks for the next one never
+    /// gets a chunk of `Tokens::LastSampled`. A plan once made must be run.
     pub fn schedule(&mut self) -> Option<StepPlan> {
-        if self.in_flight.is_some() {
+        if self.in_flight.len() >= PLANS_IN_FLIGHT_MAX {
             return None;
         }
         self.drop_cancelled();
@@ -183,31 +178,27 @@ impl Scheduler {
         }
         let number = self.next_plan;
         self.next_plan += 1;
-        self.in_flight = Some(chunks.iter().map(Pending::of).collect());
+        self.in_flight.push_back(Flight::new(number, &chunks, self.sizer.planned()));
         Some(StepPlan { number, chunks, released: std::mem::take(&mut self.released) })
     }
 
     fn drop_cancelled(&mut self) {
-        let cancelled = |sequences: &BTreeMap<SequenceId, Sequence>| -> Vec<SequenceId> {
-            sequences.values().filter(|s| s.cancelled).map(|s| s.id).collect()
-        };
-        for id in cancelled(&self.running) {
+        let sequences = self.running.values().chain(self.waiting.values());
+        let cancelled: Vec<SequenceId> = sequences.filter(|s| s.cancelled).map(|s| s.id).collect();
+        for id in cancelled {
             self.stats.cancelled += 1;
             self.end(id);
         }
-        for id in cancelled(&self.waiting) {
-            self.stats.cancelled += 1;
-            // One that was preempted is still held by the runners.
-            if self.waiting.remove(&id).is_some_and(|sequence| sequence.met) {
-                self.released.push(id);
-            }
-        }
     }
 
-    /// Removes a running sequence for good.
+    /// Removes a sequence for good. What is in flight of it runs, and is dropped when it comes
+    /// back.
     fn end(&mut self, id: SequenceId) {
-        if let Some(mut sequence) = self.running.remove(&id) {
-            sequence.free(&mut self.pool);
+        let sequence = self.running.remove(&id).or_else(|| self.waiting.remove(&id));
+        let Some(mut sequence) = sequence else { return };
+        sequence.free(&mut self.pool);
+        // One that waits may have been preempted: then the runners remember it.
+        if sequence.met {
             self.released.push(id);
         }
     }
@@ -225,7 +216,7 @@ impl Scheduler {
                 continue;
             }
             if let Some(sequence) = self.running.get_mut(&id) {
-                chunks.push(sequence.chunk(1, self.config.context_max));
+                chunks.push(sequence.chunk(1, &mut self.pool));
                 *budget -= 1;
             }
         }
@@ -247,123 +238,14 @@ impl Scheduler {
         false
     }
 
+    /// What is in flight of it still comes back, and its tokens count: they are those that it would
+    /// sample again.
     fn preempt_youngest(&mut self) {
         if let Some((id, mut sequence)) = self.running.pop_last() {
             sequence.free(&mut self.pool);
             self.waiting.insert(id, sequence);
             self.stats.preemptions += 1;
         }
-    }
-
-    /// Takes how long the plan in flight took, before its `commit`; later steps are sized by it.
-    pub fn measure(&mut self, step: Duration) {
-        let prefills = self.in_flight.iter().flatten().filter(|planned| !planned.is_decode());
-        let units = prefills.map(|planned| units(planned.start, planned.len)).sum();
-        self.sizer.learn(units, step.as_secs_f64());
-    }
-
-    /// Takes over what the plan in flight produced. One update for each sequence with news, in the
-    /// plan's order.
-    pub fn commit(&mut self, output: StepOutput) -> Result<Vec<Update>, EngineError> {
-        let desync = |reason: String| EngineError::Desync { number: output.number, reason };
-        let Some(pending) = self.in_flight.take() else {
-            return Err(desync("no step is in flight".into()));
-        };
-        if output.number + 1 != self.next_plan {
-            return Err(desync(format!("step {} is in flight", self.next_plan - 1)));
-        }
-        let number = output.number;
-        let mut results = Results::of(output);
-        let mut updates = Vec::with_capacity(pending.len());
-        for planned in pending {
-            let update = self.commit_chunk(&planned, &mut results);
-            let update = update.map_err(|reason| EngineError::Desync { number, reason })?;
-            updates.extend(update.filter(|update| !update.is_empty()));
-        }
-        Ok(updates)
-    }
-
-    /// `None` for a sequence that was cancelled meanwhile.
-    fn commit_chunk(
-        &mut self,
-        planned: &Pending,
-        results: &mut Results,
-    ) -> Result<Option<Update>, String> {
-        let context_max = self.config.context_max;
-        let Some(sequence) = self.running.get_mut(&planned.sequence) else {
-            return Err(format!("sequence {} does not run", planned.sequence));
-        };
-        *(if planned.is_decode() {
-            &mut self.stats.decode_tokens
-        } else {
-            &mut self.stats.prefill_tokens
-        }) += planned.len as u64;
-        let mut update = Update::new(sequence);
-        if let Some(reason) = results.failed.remove(&planned.sequence) {
-            update.end = Some(End::Failed(reason));
-        } else {
-            sequence.advance(planned.start + planned.len);
-            sequence.publish(&mut self.pool);
-            results.take(planned, sequence, &mut update)?;
-            // A sequence ends only once everything it has is computed or was just sampled.
-            if sequence.remaining() <= update.tokens.len() {
-                update.end = sequence.end(context_max);
-            }
-        }
-        if sequence.cancelled {
-            return Ok(None);
-        }
-        if let Some(end) = &update.end {
-            let failed = matches!(end, End::Failed(_));
-            *(if failed { &mut self.stats.failed } else { &mut self.stats.finished }) += 1;
-            self.end(planned.sequence);
-        }
-        Ok(Some(update))
-    }
-}
-
-impl Pending {
-    fn of(chunk: &Chunk) -> Self {
-        let Chunk { sequence, start, ref tokens, want, .. } = *chunk;
-        Self { sequence, start, len: tokens.len(), want }
-    }
-
-    /// One token of a sequence whose prompt is computed.
-    fn is_decode(&self) -> bool {
-        self.len == 1 && self.want == Want::Sample
-    }
-}
-
-impl Results {
-    fn of(output: StepOutput) -> Self {
-        Self {
-            sampled: output.sampled.into_iter().collect(),
-            scored: output.scored.into_iter().collect(),
-            failed: output.failed.into_iter().collect(),
-        }
-    }
-
-    /// Moves what belongs to a chunk into its sequence and the update; says what is missing.
-    fn take(
-        &mut self,
-        planned: &Pending,
-        sequence: &mut Sequence,
-        update: &mut Update,
-    ) -> Result<(), String> {
-        let id = planned.sequence;
-        let missing = |what: &str| format!("no {what} for sequence {id}");
-        if let Want::Score { .. } = planned.want {
-            let mut scores = self.scored.remove(&id).ok_or_else(|| missing("scores"))?;
-            let wanted = sequence.deliver(planned.start, scores.len());
-            scores.truncate(wanted.end);
-            update.scores = scores.split_off(wanted.start);
-        }
-        if matches!(planned.want, Want::Sample | Want::Score { sample: true }) {
-            let token = self.sampled.remove(&id).ok_or_else(|| missing("sample"))?;
-            sequence.push(token.token);
-            update.tokens.push(token);
-        }
-        Ok(())
     }
 }
 

@@ -3,7 +3,9 @@
 use crate::{
     EngineError,
     blocks::{BlockPool, Prefix},
-    plan::{Admission, BLOCK_TOKENS, Chunk, SamplingParams, SequenceId, TokenLogprob, Want},
+    plan::{
+        Admission, BLOCK_TOKENS, Chunk, SamplingParams, SequenceId, TokenLogprob, Tokens, Want,
+    },
 };
 
 /// What a caller asks for. The token ids are taken as they are: the engine knows no vocabulary.
@@ -90,28 +92,35 @@ impl Update {
     }
 }
 
+/// A sequence is planned ahead of its results: what is planned has run before anything that is
+/// planned later, so blocks and positions follow the plans, tokens the results.
 pub(crate) struct Sequence {
     pub id: SequenceId,
     params: SamplingParams,
-    /// Prompt and answer.
+    /// Prompt and answer, as far as known.
     tokens: Vec<u32>,
     prompt_len: usize,
-    max_tokens: usize,
+    /// The answer ends where prompt and answer are so many tokens.
+    tokens_max: usize,
     stop_ids: Vec<u32>,
     /// Prompt rows whose scores are wanted: each scores the token after it.
     rows_wanted: usize,
     shares: bool,
-    /// Tokens whose KV is in `blocks`.
+    /// Tokens whose KV is in `blocks` once all plans have run.
+    planned: usize,
+    /// Of those, the ones whose plans are done.
     computed: usize,
+    /// Tokens that plans in flight sample: they will follow `tokens`.
+    sampling: usize,
     blocks: Vec<u32>,
-    /// How many of `blocks` are published, and the prefix that they make.
+    /// How many of `blocks` the runners have; none before the sequence is introduced to them.
+    told: usize,
+    /// How many of `blocks` can be found, and the prefix that they make.
     published: usize,
     prefix: Prefix,
     /// Prompt rows whose scores the caller has.
     delivered: usize,
     cached_tokens: usize,
-    /// Whether the next chunk must introduce the sequence.
-    introduce: bool,
     /// Whether a runner has ever met it.
     pub met: bool,
     pub cancelled: bool,
@@ -119,7 +128,7 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     /// `shares`: whether its blocks hold what the same tokens would give anybody else.
-    pub fn new(id: SequenceId, request: Request, shares: bool) -> Self {
+    pub fn new(id: SequenceId, request: Request, shares: bool, context_max: usize) -> Self {
         let prompt_len = request.prompt.len();
         let mut tokens = request.prompt;
         tokens.extend(request.generated);
@@ -128,17 +137,19 @@ impl Sequence {
             params: request.params,
             tokens,
             prompt_len,
-            max_tokens: request.max_tokens,
+            tokens_max: prompt_len.saturating_add(request.max_tokens).min(context_max),
             stop_ids: request.stop_ids,
             rows_wanted: if request.score_prompt { prompt_len - 1 } else { 0 },
             shares,
+            planned: 0,
             computed: 0,
+            sampling: 0,
             blocks: Vec::new(),
+            told: 0,
             published: 0,
             prefix: Prefix::ROOT,
             delivered: 0,
             cached_tokens: 0,
-            introduce: true,
             met: false,
             cancelled: false,
         }
@@ -153,7 +164,12 @@ impl Sequence {
         self.cached_tokens
     }
 
-    /// Known tokens that are in the cache.
+    /// Tokens that are in the cache, or will be once all plans have run.
+    pub fn planned(&self) -> usize {
+        self.planned
+    }
+
+    /// Tokens that are in the cache.
     pub fn computed(&self) -> usize {
         self.computed
     }
@@ -163,14 +179,26 @@ impl Sequence {
         self.tokens.len()
     }
 
-    /// Known tokens that are not in the cache yet; one of them in a decode.
-    pub fn remaining(&self) -> usize {
-        self.tokens.len() - self.computed
+    /// Whether a plan in flight samples its next token.
+    pub fn is_sampling(&self) -> bool {
+        self.sampling > 0
     }
 
-    /// Blocks that all known tokens need, beyond those at hand.
+    /// Tokens that can be planned: the known ones, and the one that a plan in flight samples unless
+    /// that is the answer's last.
+    fn reach(&self) -> usize {
+        let expected = self.tokens.len() + self.sampling;
+        if expected < self.tokens_max { expected } else { self.tokens.len() }
+    }
+
+    /// Tokens that can be planned and are not yet; one of them in a decode.
+    pub fn remaining(&self) -> usize {
+        self.reach().saturating_sub(self.planned)
+    }
+
+    /// Blocks that all tokens which can be planned need, beyond those at hand.
     pub fn blocks_missing(&self) -> usize {
-        self.tokens.len().div_ceil(BLOCK_TOKENS).saturating_sub(self.blocks.len())
+        self.reach().div_ceil(BLOCK_TOKENS).saturating_sub(self.blocks.len())
     }
 
     pub fn add_block(&mut self, id: u32) {
@@ -183,24 +211,19 @@ impl Sequence {
         &self.blocks
     }
 
-    /// Whether the answer is complete, given the context.
-    pub fn end(&self, context_max: usize) -> Option<End> {
+    /// Whether the answer is complete with the tokens that are known.
+    pub fn end(&self) -> Option<End> {
         let generated = &self.tokens[self.prompt_len..];
         if generated.last().is_some_and(|last| self.stop_ids.contains(last)) {
             return Some(End::Stop);
         }
-        let full = generated.len() >= self.max_tokens || self.tokens.len() >= context_max;
-        full.then_some(End::Length)
-    }
-
-    fn owes_rows(&self) -> bool {
-        self.delivered < self.rows_wanted
+        (self.tokens.len() >= self.tokens_max).then_some(End::Length)
     }
 
     /// Takes over published blocks that hold this sequence's first tokens. The last token is always
     /// computed, since its result is wanted; so is every prompt row that the caller asked for.
     pub fn reuse_prefix(&mut self, pool: &mut BlockPool) {
-        if self.owes_rows() || !self.shares {
+        if self.delivered < self.rows_wanted || !self.shares {
             return;
         }
         let reusable = (self.tokens.len() - 1) / BLOCK_TOKENS;
@@ -212,77 +235,101 @@ impl Sequence {
             self.prefix = prefix;
         }
         self.published = self.blocks.len();
-        self.computed = self.blocks.len() * BLOCK_TOKENS;
+        self.planned = self.blocks.len() * BLOCK_TOKENS;
+        self.computed = self.planned;
         if !self.met {
-            self.cached_tokens = self.computed.min(self.prompt_len);
+            self.cached_tokens = self.planned.min(self.prompt_len);
         }
     }
 
-    /// Gives all blocks back; what was computed may stay in the cache.
+    /// Gives all blocks back; what was computed may stay in the cache. Plans in flight may still
+    /// write to them: before any that is made from now on, for whomever, runs.
     pub fn free(&mut self, pool: &mut BlockPool) {
         while let Some(id) = self.blocks.pop() {
             pool.release(id);
         }
-        self.computed = 0;
-        self.published = 0;
+        (self.planned, self.computed) = (0, 0);
+        (self.told, self.published) = (0, 0);
         self.prefix = Prefix::ROOT;
-        self.introduce = true;
     }
 
-    /// The next at most `tokens_max` tokens to run. Enough blocks are at hand.
-    pub fn chunk(&mut self, tokens_max: usize, context_max: usize) -> Chunk {
-        let start = self.computed;
-        let mut stop = self.tokens.len().min(start + tokens_max);
-        if self.owes_rows() {
-            stop = stop.min(self.prompt_len);
+    /// The next at most `tokens_max` tokens to run. Enough blocks are at hand; those that become
+    /// full can be found from now on.
+    pub fn chunk(&mut self, tokens_max: usize, pool: &mut BlockPool) -> Chunk {
+        let start = self.planned;
+        let mut end = self.reach().min(start + tokens_max);
+        let scores = self.delivered.max(start) < self.rows_wanted;
+        if scores {
+            end = end.min(self.prompt_len);
         }
-        let samples = stop == self.tokens.len() && self.end(context_max).is_none();
-        let want = match (self.owes_rows(), samples) {
+        // A sample is planned behind all known tokens only: no chunk holds both kinds.
+        let tokens = match self.tokens.get(start..end) {
+            Some(known) => Tokens::Known(known.to_vec()),
+            None => Tokens::LastSampled,
+        };
+        let sample = end == self.reach() && self.end().is_none();
+        let want = match (scores, sample) {
             (true, sample) => Want::Score { sample },
             (false, true) => Want::Sample,
             (false, false) => Want::Nothing,
         };
-        let admission = std::mem::take(&mut self.introduce).then(|| {
-            self.met = true;
-            Box::new(Admission {
-                params: self.params.clone(),
-                tokens: self.tokens.clone(),
-                prompt_len: self.prompt_len,
-            })
-        });
-        Chunk {
-            sequence: self.id,
-            start,
-            tokens: self.tokens[start..stop].to_vec(),
-            next: self.tokens.get(stop).copied(),
-            blocks: self.blocks.clone(),
-            want,
-            admission,
-        }
+        let next = self.tokens.get(end).copied();
+        self.planned = end;
+        self.sampling += usize::from(sample);
+        self.publish(pool);
+        let admission = (self.told == 0).then(|| self.introduction());
+        let blocks = self.blocks[self.told..].to_vec();
+        self.told = self.blocks.len();
+        Chunk { sequence: self.id, start, tokens, next, blocks, want, admission }
     }
 
-    /// Everything before `stop` has run.
-    pub fn advance(&mut self, stop: usize) {
-        self.computed = stop;
+    fn introduction(&mut self) -> Box<Admission> {
+        self.met = true;
+        let (params, tokens) = (self.params.clone(), self.tokens.clone());
+        Box::new(Admission { params, tokens, prompt_len: self.prompt_len })
     }
 
-    /// Makes the full blocks computed so far findable.
-    pub fn publish(&mut self, pool: &mut BlockPool) {
+    /// Everything before `end` has run, as far as it is in the blocks that the sequence has now.
+    pub fn advance(&mut self, end: usize) {
+        self.computed = end.min(self.planned);
+    }
+
+    /// Makes the full blocks of known tokens findable that are computed once all plans have run.
+    fn publish(&mut self, pool: &mut BlockPool) {
         if !self.shares {
             return;
         }
-        let full = self.computed / BLOCK_TOKENS;
+        let full = self.planned.min(self.tokens.len()) / BLOCK_TOKENS;
         let (blocks, _) = self.tokens.as_chunks::<BLOCK_TOKENS>();
         while self.published < full {
             let at = self.published;
-            (self.blocks[at], self.prefix) =
-                pool.publish(self.blocks[at], self.prefix, &blocks[at]);
+            self.prefix = pool.publish(self.blocks[at], self.prefix, &blocks[at]);
             self.published += 1;
         }
     }
 
-    pub fn push(&mut self, token: u32) {
+    /// The chunk from position `start` on failed: nobody is to find what it computed.
+    pub fn withdraw(&self, start: usize, pool: &mut BlockPool) {
+        if !self.shares {
+            return;
+        }
+        let mut parent = Prefix::ROOT;
+        let mut found = Vec::new();
+        for tokens in self.tokens.as_chunks::<BLOCK_TOKENS>().0 {
+            let Some((id, prefix)) = pool.find(parent, tokens) else { break };
+            found.push(id);
+            parent = prefix;
+        }
+        for &id in found.iter().skip(start / BLOCK_TOKENS) {
+            pool.withdraw(id);
+        }
+    }
+
+    /// A plan sampled `token`.
+    pub fn push(&mut self, token: u32, pool: &mut BlockPool) {
         self.tokens.push(token);
+        self.sampling = self.sampling.saturating_sub(1);
+        self.publish(pool);
     }
 
     /// Of results for rows `start..start + len`, those that the caller does not have yet.

@@ -1,7 +1,8 @@
 //! Runs plans on one rank: a plan becomes a batch, a forward pass, and on rank 0 tokens.
 //!
 //! A rank decides nothing. Every rank of a group gets the same plans and refuses the same ones, and
-//! only rank 0 samples. All device memory is allocated when the model is loaded.
+//! only rank 0 samples. A plan may go on with tokens that the one before it samples, where rank 0
+//! is alone. All device memory is allocated when the model is loaded.
 
 mod batch;
 mod check;
@@ -16,7 +17,9 @@ use crate::{
 use batch::BatchBuilder;
 use check::Limits;
 use collective::Collective;
-use engine::plan::{Admission, BLOCK_TOKENS, SamplingParams, SequenceId, StepOutput, StepPlan};
+use engine::plan::{
+    Admission, BLOCK_TOKENS, SamplingParams, SequenceId, StepOutput, StepPlan, Tokens,
+};
 use kernels::Backend;
 use results::Results;
 use serde::{Deserialize, Serialize};
@@ -44,9 +47,33 @@ pub(crate) struct RunningSequence {
     rope_first_row: usize,
     /// Tokens in the KV cache.
     cached: usize,
+    /// In the order of their positions.
+    blocks: Vec<u32>,
     params: SamplingParams,
     /// Rank 0 only.
     seen: Seen,
+    /// Rank 0 only.
+    last: LastSample,
+}
+
+/// What a sequence's last chunk sampled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LastSample {
+    /// It was not asked to.
+    Nothing,
+    Token(u32),
+    /// It could not. A chunk that was planned before that was known fails as well.
+    Refused,
+}
+
+impl LastSample {
+    /// The id to run: any where there is none, since its results are not used.
+    fn id(self) -> u32 {
+        match self {
+            Self::Token(id) => id,
+            Self::Nothing | Self::Refused => 0,
+        }
+    }
 }
 
 impl RunningSequence {
@@ -54,8 +81,10 @@ impl RunningSequence {
         Self {
             rope_first_row: tables.first_row(admission.prompt_len),
             cached: 0,
+            blocks: Vec::new(),
             params: admission.params.clone(),
             seen: if samples { Seen::new(admission) } else { Seen::default() },
+            last: LastSample::Nothing,
         }
     }
 }
@@ -141,6 +170,8 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
             limits: Limits {
                 options,
                 vocab: config.vocab,
+                world_size: group.world_size(),
+                samples,
                 prefix_reuse_max: prefix_reuse_max(config),
             },
             scratch: Scratch::new(&device, &shape)?,
@@ -199,7 +230,11 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
                 self.sequences.insert(chunk.sequence, sequence);
             }
             if let Some(sequence) = self.sequences.get_mut(&chunk.sequence) {
-                sequence.cached = chunk.start + chunk.tokens.len();
+                sequence.cached = chunk.end();
+                sequence.blocks.extend(&chunk.blocks);
+                if chunk.tokens != Tokens::LastSampled {
+                    sequence.last = LastSample::Nothing;
+                }
             }
         }
     }

@@ -9,7 +9,7 @@ use std::{os::unix::fs::FileExt, path::PathBuf};
 use collective::{Staged, Threads};
 use common::{GgufFile, safetensors};
 use cpu::{Cpu, CpuConfig, Isa, Precision};
-use engine::plan::{Admission, Chunk, SamplingParams, StepPlan, Want};
+use engine::plan::{Admission, Chunk, SamplingParams, StepPlan, Tokens, Want};
 use kernels::{Format, Stored, WeightPart};
 use model::{Checkpoint, ModelError, RopeScaling, Runner, RunnerOptions};
 
@@ -351,7 +351,7 @@ fn logits(checkpoint: &Checkpoint, world_size: usize) -> Vec<u32> {
     let chunk = Chunk {
         sequence: 1,
         start: 0,
-        tokens: (0..10).chain(0..9).collect(),
+        tokens: Tokens::Known((0..10).chain(0..9).collect()),
         next: None,
         blocks: vec![1, 0],
         want: Want::Logits,

@@ -3,6 +3,7 @@
 //! Rank 0 is the leader and runs in the engine's process; the others only follow. Backends are
 //! chosen in `devices` and exchanges in `GroupPlan::start`; everything behind is generic over both.
 
+mod device_thread;
 mod devices;
 mod failures;
 mod follower;

@@ -2,12 +2,14 @@
 //!
 //! Requests are accepted or refused without the loop, which may be in a long step (`places.rs`).
 //! Results go out through mailboxes that never make it wait, and with them how far each sequence
-//! has come. A reader that is gone is a cancelled sequence: its blocks are free before the next
-//! step. With nothing to do the thread sleeps, and wakes twice a second to tell the other ranks
-//! that it lives. The loop leaves a mark at every turn, so that others can tell when it hangs.
+//! has come. As many plans are in flight as the executor wants: with two, commands, plans and
+//! results of the others are dealt with while a step runs. A reader that is gone is a cancelled
+//! sequence: its blocks are free before the next step. With nothing to do the thread sleeps, and
+//! wakes twice a second to tell the other ranks that it lives. The loop leaves a mark at every
+//! turn, so that others can tell when it hangs.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, PoisonError,
@@ -95,6 +97,8 @@ impl Engine {
             executor,
             inbox,
             received: 0,
+            launched: VecDeque::new(),
+            finished: Instant::now(),
             mailboxes: HashMap::new(),
             places: Arc::clone(&places),
             pulse: Arc::clone(&pulse),
@@ -157,8 +161,8 @@ impl Engine {
         WorkerError::Group(self.loss().unwrap_or_else(|| "the engine has stopped".into()))
     }
 
-    /// Ends the loop and waits for it and the ranks behind it: at most one step, within the
-    /// executor's deadlines. Blocks the calling thread.
+    /// Ends the loop and waits for it and the ranks behind it: at most the steps in flight, within
+    /// the executor's deadlines. Blocks the calling thread.
     pub fn stop(&self) {
         // An error says that the loop has ended already.
         let _ended = self.commands.send(Command::Stop);
@@ -193,6 +197,9 @@ struct Core {
     inbox: Receiver<Command>,
     /// Requests received since `places` last heard of them.
     received: usize,
+    /// When each plan in flight was launched, the oldest first, and when one finished last.
+    launched: VecDeque<Instant>,
+    finished: Instant,
     mailboxes: HashMap<SequenceId, Delivery>,
     places: Arc<Places>,
     pulse: Arc<Pulse>,
@@ -283,15 +290,21 @@ impl Core {
         });
     }
 
+    /// Launches what can be in flight, then takes over the oldest plan's output.
     fn step(&mut self) -> Result<(), String> {
-        let plan = self.scheduler.schedule();
-        self.settle();
-        let Some(plan) = plan else { return Ok(()) };
-        self.tell_positions();
-        let start = Instant::now();
-        self.executor.submit(&plan).map_err(|error| error.0)?;
-        let output = self.executor.collect().map_err(|error| error.0)?;
-        let took = start.elapsed();
+        while self.launched.len() < self.executor.depth() {
+            let plan = self.scheduler.schedule();
+            self.settle();
+            let Some(plan) = plan else { break };
+            self.tell_positions();
+            self.launched.push_back(Instant::now());
+            self.executor.launch(plan).map_err(|error| error.0)?;
+        }
+        let Some(launched) = self.launched.pop_front() else { return Ok(()) };
+        let output = self.executor.finish().map_err(|error| error.0)?;
+        // One that was launched behind another began when that one finished.
+        let began = launched.max(std::mem::replace(&mut self.finished, Instant::now()));
+        let took = self.finished - began;
         self.metrics.step(took);
         self.scheduler.measure(took);
         let updates = self.scheduler.commit(output).map_err(|error| error.to_string())?;

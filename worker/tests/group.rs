@@ -68,8 +68,8 @@ fn run_all(
         // One group serves several schedulers: its own count of plans goes on.
         let number = std::mem::replace(&mut plan.number, *next_plan);
         *next_plan += 1;
-        group.executor.submit(&plan).unwrap();
-        let mut output = group.executor.collect().unwrap();
+        group.executor.launch(plan).unwrap();
+        let mut output = group.executor.finish().unwrap();
         output.number = number;
         for update in scheduler.commit(output).unwrap() {
             match merged.get_mut(&update.sequence) {

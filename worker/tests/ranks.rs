@@ -120,8 +120,8 @@ fn answer(group: &mut Group) -> Vec<TokenLogprob> {
     scheduler.submit(request).unwrap();
     let mut tokens = Vec::new();
     while let Some(plan) = scheduler.schedule() {
-        group.executor.submit(&plan).unwrap();
-        let output = group.executor.collect().unwrap();
+        group.executor.launch(plan).unwrap();
+        let output = group.executor.finish().unwrap();
         for update in scheduler.commit(output).unwrap() {
             tokens.extend(update.tokens);
         }

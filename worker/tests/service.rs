@@ -47,25 +47,28 @@ fn known(token: u32) -> TokenLogprob {
 }
 
 impl Executor for Fake {
-    fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
+    fn depth(&self) -> usize {
+        1
+    }
+
+    fn launch(&mut self, plan: StepPlan) -> Result<(), ExecutorError> {
         assert_eq!(plan.number, self.expected);
         self.expected += 1;
         let mut output = StepOutput { number: plan.number, ..StepOutput::default() };
         for chunk in &plan.chunks {
             if let Want::Score { .. } = chunk.want {
-                let following = chunk.tokens[1..].iter().copied().chain(chunk.next);
+                let following = chunk.tokens.known()[1..].iter().copied().chain(chunk.next);
                 output.scored.push((chunk.sequence, following.map(known).collect()));
             }
             if matches!(chunk.want, Want::Sample | Want::Score { sample: true }) {
-                let length = chunk.start + chunk.tokens.len();
-                output.sampled.push((chunk.sequence, known(length as u32)));
+                output.sampled.push((chunk.sequence, known(chunk.end() as u32)));
             }
         }
         self.output = Some(output);
         Ok(())
     }
 
-    fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
+    fn finish(&mut self) -> Result<StepOutput, ExecutorError> {
         self.levers.steps.fetch_add(1, Ordering::SeqCst);
         std::thread::sleep(Duration::from_micros(self.levers.step_micros.load(Ordering::SeqCst)));
         self.levers.steps_done.fetch_add(1, Ordering::SeqCst);
@@ -73,7 +76,7 @@ impl Executor for Fake {
         if self.levers.fail.load(Ordering::SeqCst) {
             return Err(ExecutorError("rank 1 ended".into()));
         }
-        self.output.take().ok_or_else(|| ExecutorError("nothing submitted".into()))
+        self.output.take().ok_or_else(|| ExecutorError("nothing launched".into()))
     }
 
     fn idle(&mut self) -> Result<(), ExecutorError> {

@@ -45,10 +45,10 @@ impl KeptAlive {
     }
 
     /// Runs one plan.
-    pub fn run(&mut self, plan: &StepPlan) -> Result<StepOutput> {
+    pub fn run(&mut self, plan: StepPlan) -> Result<StepOutput> {
         let mut executor = lock(&self.executor);
-        executor.submit(plan)?;
-        Ok(executor.collect()?)
+        executor.launch(plan)?;
+        Ok(executor.finish()?)
     }
 }
 
@@ -89,10 +89,13 @@ mod tests {
     struct Counted(Arc<AtomicUsize>);
 
     impl Executor for Counted {
-        fn submit(&mut self, _plan: &StepPlan) -> Result<(), ExecutorError> {
+        fn depth(&self) -> usize {
+            1
+        }
+        fn launch(&mut self, _plan: StepPlan) -> Result<(), ExecutorError> {
             Ok(())
         }
-        fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
+        fn finish(&mut self) -> Result<StepOutput, ExecutorError> {
             Ok(StepOutput::default())
         }
         fn idle(&mut self) -> Result<(), ExecutorError> {
@@ -117,7 +120,7 @@ mod tests {
             thread::sleep(Duration::from_millis(10));
         }
         let plan = StepPlan { number: 0, chunks: Vec::new(), released: Vec::new() };
-        assert_eq!(kept.run(&plan).unwrap(), StepOutput::default());
+        assert_eq!(kept.run(plan).unwrap(), StepOutput::default());
         drop(kept);
         assert_eq!(count.load(SeqCst), 1000, "the group has ended with it");
     }

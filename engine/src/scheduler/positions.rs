@@ -22,8 +22,7 @@ impl Scheduler {
         let running = self.running.values().map(|s| (s, 0, true));
         let waiting = self.waiting.values().enumerate().map(|(ahead, s)| (s, ahead, false));
         running.chain(waiting).map(|(sequence, waiting_ahead, running)| {
-            let known = sequence.known();
-            let computed = known - sequence.remaining();
+            let (computed, known) = (sequence.computed(), sequence.known());
             (sequence.id, Position { waiting_ahead, computed, known, running })
         })
     }

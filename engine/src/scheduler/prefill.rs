@@ -1,9 +1,10 @@
 //! Which prompts share a step, and how much of it each gets.
 //!
 //! Prompts run in the order of arrival: of equally long ones each ends as early as it can, and a
-//! later one finds the blocks of an earlier one. One that needs little compared to the first does
-//! not wait for it: short ones get up to half of the step, the shortest first. The first always has
-//! the other half, so it is delayed, never stopped.
+//! later one finds the blocks of an earlier one, even those of the same plan: each layer stores the
+//! keys and values of all tokens of a step before any of them attends. One that needs little
+//! compared to the first does not wait for it: short ones get up to half of the step, the shortest
+//! first. The first always has the other half, so it is delayed, never stopped.
 
 use std::collections::BTreeSet;
 
@@ -93,9 +94,11 @@ impl Scheduler {
     }
 
     /// Moves a waiting sequence among the running ones, with blocks for all its tokens; false where
-    /// there is no place, or fewer than `kept` blocks would be left.
+    /// there is no place, fewer than `kept` blocks would be left, or a token is still to come from
+    /// before it was preempted.
     fn admit(&mut self, id: SequenceId, kept: usize) -> bool {
-        if self.running.len() >= self.config.sequences_max {
+        let comes = self.waiting.get(&id).is_some_and(Sequence::is_sampling);
+        if comes || self.running.len() >= self.config.sequences_max {
             return false;
         }
         let Some(mut sequence) = self.waiting.remove(&id) else { return false };
@@ -120,13 +123,13 @@ impl Scheduler {
 
     fn push_prefill(&mut self, id: SequenceId, chunks: &mut Vec<Chunk>, room: &mut Room) {
         let Some(sequence) = self.running.get_mut(&id) else { return };
-        let (start, wanted) = (sequence.computed(), sequence.remaining());
+        let (start, wanted) = (sequence.planned(), sequence.remaining());
         let tokens = room.tokens_at(start);
         if tokens == 0 {
             room.close();
             return;
         }
-        let chunk = sequence.chunk(tokens, self.config.context_max);
+        let chunk = sequence.chunk(tokens, &mut self.pool);
         room.spend(start, chunk.tokens.len());
         if wanted > tokens {
             // What rounding left over would only start the next one too early to find its blocks.

@@ -82,7 +82,7 @@ pub(super) struct StepSizer {
     /// Seconds that a step should take; `None` sizes steps by tokens alone.
     target: Option<f64>,
     seconds_per_unit: Option<f64>,
-    /// Units that the latest step could have had, and the seconds that it should have taken.
+    /// Units that the step sized last can have, and the seconds that it should take.
     planned: (f64, f64),
 }
 
@@ -107,8 +107,14 @@ impl StepSizer {
         Room { tokens, units, tokens_min: TOKENS_MIN }
     }
 
-    /// The latest step had prompt tokens of `units` and took `seconds`, everything in it included.
-    pub fn learn(&mut self, units: f64, seconds: f64) {
+    /// Units that the step sized last can have, and the seconds that it should take.
+    pub fn planned(&self) -> (f64, f64) {
+        self.planned
+    }
+
+    /// A step had prompt tokens of `units` and took `seconds`, everything in it included; `planned`
+    /// is what it could have had.
+    pub fn learn(&mut self, units: f64, seconds: f64, planned: (f64, f64)) {
         if self.target.is_none() || units <= 0.0 || !seconds.is_finite() || seconds <= 0.0 {
             return;
         }
@@ -119,7 +125,7 @@ impl StepSizer {
         };
         // What a step costs besides its prompts weighs on few tokens more than on many: a small
         // step that was quick enough is no sign that large ones are slow.
-        let (room, target) = self.planned;
+        let (room, target) = planned;
         let telling = units >= room / 2.0 || seconds >= target;
         self.seconds_per_unit = Some(if measured < known / 2.0 {
             measured.max(known / CHANGE_MAX)

@@ -1,10 +1,18 @@
 //! Schedules as traces: each line is a step, `sequence:start+tokens`.
 
+mod device;
+mod overlap;
 mod random;
 mod timed;
 
+use std::collections::HashMap;
+
 use super::*;
-use crate::plan::SamplingParams;
+use crate::{
+    EngineError,
+    plan::{SamplingParams, StepOutput, TokenLogprob, Tokens, Want},
+    sequence::{End, Update},
+};
 
 const GREEDY: SamplingParams = SamplingParams::GREEDY;
 /// The stop id of these tests.
@@ -46,20 +54,23 @@ fn token_at(position: usize) -> u32 {
 fn run(plan: &StepPlan, sample: impl Fn(SequenceId, usize) -> u32) -> StepOutput {
     let mut output = StepOutput { number: plan.number, ..StepOutput::default() };
     for chunk in &plan.chunks {
-        let stop = chunk.start + chunk.tokens.len();
         if let Want::Score { .. } = chunk.want {
-            let following = chunk.tokens[1..].iter().copied().chain(chunk.next);
+            let following = chunk.tokens.known()[1..].iter().copied().chain(chunk.next);
             output.scored.push((chunk.sequence, following.map(known).collect()));
         }
         if matches!(chunk.want, Want::Sample | Want::Score { sample: true }) {
-            output.sampled.push((chunk.sequence, known(sample(chunk.sequence, stop))));
+            output.sampled.push((chunk.sequence, known(sample(chunk.sequence, chunk.end()))));
         }
     }
     output
 }
 
+/// `+?` is a token that was not known yet.
 fn line(plan: &StepPlan) -> String {
-    let chunk = |c: &Chunk| format!("{}:{}+{}", c.sequence, c.start, c.tokens.len());
+    let chunk = |c: &Chunk| match &c.tokens {
+        Tokens::Known(tokens) => format!("{}:{}+{}", c.sequence, c.start, tokens.len()),
+        Tokens::LastSampled => format!("{}:{}+?", c.sequence, c.start),
+    };
     plan.chunks.iter().map(chunk).collect::<Vec<_>>().join(" ")
 }
 
@@ -216,18 +227,37 @@ fn an_answer_is_reused_by_the_next_turn() {
 }
 
 #[test]
-fn a_block_is_shared_only_once_it_is_computed() {
-    let mut s = Scheduler::new(config(16, 64));
-    s.submit(request(vec![5; 32], 2)).unwrap();
-    s.submit(request(vec![5; 32], 2)).unwrap();
+fn a_prompt_that_comes_often_at_once_is_computed_once() {
+    let mut s = Scheduler::new(config(16, 128));
+    for _ in 0..4 {
+        s.submit(request((0..40).collect(), 2)).unwrap();
+    }
     let plan = s.schedule().unwrap();
-    assert_eq!(line(&plan), "0:0+32 1:0+32");
-    assert!(plan.chunks[0].blocks.iter().all(|id| !plan.chunks[1].blocks.contains(id)));
+    assert_eq!(line(&plan), "0:0+40 1:32+8 2:32+8 3:32+8");
+    let tables: Vec<_> = plan.chunks.iter().map(|chunk| &chunk.blocks).collect();
+    for (at, table) in tables.iter().enumerate() {
+        assert_eq!((table.len(), &table[..2]), (3, &tables[0][..2]));
+        assert!(tables[..at].iter().all(|other| other[2] != table[2]), "one each that is written");
+    }
     s.commit(run(&plan, |_, at| token_at(at))).unwrap();
-    let plan = s.schedule().unwrap();
-    assert_eq!(plan.chunks[0].blocks[..2], plan.chunks[1].blocks[..2], "equal blocks merge");
-    s.commit(run(&plan, |_, at| token_at(at))).unwrap();
+    assert_eq!(s.stats().prefix_hit_tokens, 3 * 32);
+    trace(&mut s);
     assert_eq!(s.stats().blocks_free, 16);
+}
+
+#[test]
+fn a_chunk_brings_only_the_blocks_that_are_new() {
+    let mut s = Scheduler::new(config(16, 20));
+    s.submit(request(vec![1; 30], 20)).unwrap();
+    let mut counts = Vec::new();
+    while let Some(plan) = s.schedule() {
+        counts.push(plan.chunks[0].blocks.len());
+        s.commit(run(&plan, |_, at| token_at(at))).unwrap();
+    }
+    // All known tokens' at admission; then one for position 32 and one for 48.
+    assert_eq!(counts.iter().take(5).collect::<Vec<_>>(), [&2, &0, &0, &0, &1]);
+    assert_eq!(counts.iter().sum::<usize>(), 4);
+    assert_eq!(counts.len(), 2 + 19);
 }
 
 #[test]
@@ -375,9 +405,10 @@ fn an_output_of_another_step_is_refused() {
     let mut s = Scheduler::new(config(16, 64));
     s.submit(request(vec![1; 4], 2)).unwrap();
     let plan = s.schedule().unwrap();
-    assert_eq!(s.schedule(), None, "one plan in flight");
-    let other = StepOutput { number: 7, ..StepOutput::default() };
-    assert!(matches!(s.commit(other), Err(EngineError::Desync { number: 7, .. })));
+    let later = s.schedule().unwrap();
+    assert_eq!(s.schedule(), None, "two plans in flight");
+    let later = run(&later, |_, at| token_at(at));
+    assert!(matches!(s.commit(later), Err(EngineError::Desync { number: 1, .. })));
     let mut s = Scheduler::new(config(16, 64));
     s.submit(request(vec![1; 4], 2)).unwrap();
     let empty = StepOutput { number: s.schedule().unwrap().number, ..StepOutput::default() };

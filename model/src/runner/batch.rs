@@ -2,7 +2,7 @@
 
 use super::{RunnerOptions, RunningSequence};
 use crate::{ModelError, rope};
-use engine::plan::{BLOCK_TOKENS, Chunk, SequenceId, StepPlan, Want};
+use engine::plan::{BLOCK_TOKENS, Chunk, SequenceId, StepPlan, Tokens, Want};
 use kernels::{Backend, Batch, KernelError};
 use std::collections::HashMap;
 
@@ -74,7 +74,8 @@ impl<B: Backend> BatchBuilder<B> {
         })
     }
 
-    /// Lays out `plan`, which was checked, and copies it to the device.
+    /// Lays out `plan`, which was checked and is taken over into `sequences`, and copies it to the
+    /// device.
     pub fn fill(
         &mut self,
         device: &B,
@@ -82,14 +83,16 @@ impl<B: Backend> BatchBuilder<B> {
         sequences: &HashMap<SequenceId, RunningSequence>,
     ) -> Result<(), ModelError> {
         self.clear();
-        let end = |chunk: &Chunk| chunk.start + chunk.tokens.len();
-        let cols = plan.chunks.iter().map(|c| end(c).div_ceil(BLOCK_TOKENS)).max().unwrap_or(0);
+        let cols = plan.chunks.iter().map(|c| c.end().div_ceil(BLOCK_TOKENS)).max().unwrap_or(0);
         for (index, chunk) in plan.chunks.iter().enumerate() {
-            let first_row = sequences.get(&chunk.sequence).map_or(0, |s| s.rope_first_row);
+            let sequence = sequences.get(&chunk.sequence).ok_or_else(|| ModelError::Plan {
+                number: plan.number,
+                reason: format!("sequence {} was never admitted", chunk.sequence),
+            })?;
             self.row_starts.push(self.ids.len() as i32);
-            self.push_tokens(index, chunk, first_row);
-            self.context_lens.push(end(chunk) as i32);
-            self.push_blocks(chunk, cols);
+            self.push_tokens(index, chunk, sequence);
+            self.context_lens.push(chunk.end() as i32);
+            self.push_blocks(&sequence.blocks, cols);
         }
         self.row_starts.push(self.ids.len() as i32);
         self.batch.tokens = self.ids.len();
@@ -116,26 +119,31 @@ impl<B: Backend> BatchBuilder<B> {
         }
     }
 
-    fn push_tokens(&mut self, index: usize, chunk: &Chunk, rope_first_row: usize) {
-        for (token, &id) in chunk.tokens.iter().enumerate() {
+    fn push_tokens(&mut self, index: usize, chunk: &Chunk, sequence: &RunningSequence) {
+        let last = [sequence.last.id()];
+        let ids = match &chunk.tokens {
+            Tokens::Known(ids) => ids,
+            Tokens::LastSampled => &last[..],
+        };
+        for (token, &id) in ids.iter().enumerate() {
             let position = chunk.start + token;
-            let block = chunk.blocks[position / BLOCK_TOKENS] as usize;
+            let block = sequence.blocks[position / BLOCK_TOKENS] as usize;
             if wanted(chunk, token) {
                 self.logit_rows.push(self.ids.len() as i32);
                 self.wanted.push(WantedRow { chunk: index, token });
             }
             self.ids.push(id as i32);
             self.positions.push(position as i32);
-            self.rope_rows.push((rope_first_row + position) as i32);
+            self.rope_rows.push((sequence.rope_first_row + position) as i32);
             self.slots.push((block * BLOCK_TOKENS + position % BLOCK_TOKENS) as i32);
             self.q_scale.extend(self.logn.map(|trained| rope::logn(position, trained)));
         }
     }
 
     /// One row of the block table; its rest stays 0 and is never read.
-    fn push_blocks(&mut self, chunk: &Chunk, cols: usize) {
+    fn push_blocks(&mut self, blocks: &[u32], cols: usize) {
         let row_end = self.block_tables.len() + cols;
-        self.block_tables.extend(chunk.blocks.iter().take(cols).map(|&block| block as i32));
+        self.block_tables.extend(blocks.iter().take(cols).map(|&block| block as i32));
         self.block_tables.resize(row_end, 0);
     }
 

@@ -1,8 +1,8 @@
 //! From rows of logits to what the plan asked for, by the device where it can. Rank 0 only.
 
-use super::{RunningSequence, batch::WantedRow};
+use super::{LastSample, RunningSequence, batch::WantedRow};
 use crate::sampler::{Sampler, next_token};
-use engine::plan::{Chunk, SequenceId, StepOutput, StepPlan, TokenLogprob, Want};
+use engine::plan::{Chunk, SequenceId, StepOutput, StepPlan, TokenLogprob, Tokens, Want};
 use kernels::{
     Backend, KernelError, Tensor,
     sampling::{Refused, SampleRequest, Sampled, TOP_MAX, Wanted},
@@ -41,7 +41,13 @@ impl<'a> Results<'a> {
         sequences: &'a mut HashMap<SequenceId, RunningSequence>,
     ) -> Self {
         let mut output = StepOutput { number: plan.number, ..StepOutput::default() };
-        for Chunk { sequence, want, .. } in &plan.chunks {
+        for Chunk { sequence, start, tokens, want, .. } in &plan.chunks {
+            let last = sequences.get(sequence).map(|sequence| sequence.last);
+            if *tokens == Tokens::LastSampled && last == Some(LastSample::Refused) {
+                output
+                    .failed
+                    .push((*sequence, format!("no token was sampled at position {start}")));
+            }
             match want {
                 Want::Score { .. } => output.scored.push((*sequence, Vec::new())),
                 Want::Logits => output.logits.push((*sequence, Vec::new())),
@@ -126,7 +132,8 @@ impl<'a> Results<'a> {
     fn job(&self, row: WantedRow) -> Job {
         let chunk = &self.plan.chunks[row.chunk];
         let last = row.token + 1 == chunk.tokens.len();
-        let following = if last { chunk.next } else { Some(chunk.tokens[row.token + 1]) };
+        let known = chunk.tokens.known().get(row.token + 1).copied();
+        let following = if last { chunk.next } else { known };
         let scores = matches!(chunk.want, Want::Score { .. });
         Job {
             sequence: chunk.sequence,
@@ -137,9 +144,9 @@ impl<'a> Results<'a> {
         }
     }
 
-    /// Whether an earlier row of the sequence has; rows come in the plan's order.
+    /// Whether an earlier row of the sequence has, or the token that it goes on with.
     fn has_failed(&self, id: SequenceId) -> bool {
-        self.output.failed.last().is_some_and(|failed| failed.0 == id)
+        self.output.failed.iter().any(|failed| failed.0 == id)
     }
 
     fn take(&mut self, job: Job, scored: bool, answer: RowResult) {
@@ -149,10 +156,14 @@ impl<'a> Results<'a> {
             Ok(token) => {
                 if let Some(sequence) = self.sequences.get_mut(&id) {
                     sequence.seen.push(token.token);
+                    sequence.last = LastSample::Token(token.token);
                 }
                 self.output.sampled.push((id, token));
             }
             Err(refused) => {
+                if let Some(sequence) = self.sequences.get_mut(&id) {
+                    sequence.last = LastSample::Refused;
+                }
                 let text = format!("{refused} at position {}", job.position);
                 self.output.failed.push((id, text));
             }
@@ -193,7 +204,7 @@ mod tests {
         Chunk {
             sequence,
             start: 0,
-            tokens: vec![0, 1, 2],
+            tokens: Tokens::Known(vec![0, 1, 2]),
             next: None,
             blocks: vec![0],
             want,

@@ -17,6 +17,9 @@ pub(super) trait Devices: Clone + Send + Sync + 'static {
 
     /// Opens the device of one rank.
     fn open(&self, rank: usize) -> Result<Self::Backend, WorkerError>;
+    /// Whether a step leaves the host free to plan the next one. Where both compute on the same
+    /// cores, one plan at a time is faster.
+    fn compute_beside_the_host(&self) -> bool;
     /// Bytes of one KV block of one layer.
     fn kv_block_bytes(&self, heads: Heads) -> Result<usize, WorkerError>;
     /// Bytes of a rank's weights once they are on the device.
@@ -72,6 +75,10 @@ impl Devices for CpuConfig {
 
     fn open(&self, _rank: usize) -> Result<Cpu, WorkerError> {
         Ok(Cpu::new(*self).map_err(ModelError::from)?)
+    }
+
+    fn compute_beside_the_host(&self) -> bool {
+        false
     }
 
     fn kv_block_bytes(&self, heads: Heads) -> Result<usize, WorkerError> {
@@ -139,6 +146,10 @@ mod cuda {
 
         fn open(&self, rank: usize) -> Result<Cuda<Gpu>, WorkerError> {
             Ok(Cuda::new(self.card(rank)?, self.config))
+        }
+
+        fn compute_beside_the_host(&self) -> bool {
+            true
         }
 
         fn kv_block_bytes(&self, heads: Heads) -> Result<usize, WorkerError> {

@@ -1,7 +1,8 @@
 //! Rank 0: sends each plan to the other ranks, and runs its own share.
 //!
 //! One message a step and no reply: what a step produces comes out of the exchange between the
-//! ranks. While nothing runs, an empty message says that the leader lives.
+//! ranks. While nothing runs, an empty message says that the leader lives. One plan is in flight:
+//! the other ranks have it from its launch on, rank 0's share runs in `finish`.
 
 use std::time::Duration;
 
@@ -11,12 +12,16 @@ use kernels::Backend;
 use model::Runner;
 use serde::{Deserialize, Serialize};
 
-use super::failures::{REASON_PATIENCE, RankFailures};
+use super::{
+    device_thread::DeviceThread,
+    failures::{REASON_PATIENCE, RankFailures},
+};
+use crate::WorkerError;
 
 /// How long a follower waits for a message of its leader, and the leader for followers that lag.
 pub(super) const CONTROL_DEADLINE: Duration = Duration::from_secs(10);
 
-/// A message of the leader.
+/// A message of the leader. Plans lose on the way what rank 0 alone needs.
 #[derive(Serialize)]
 pub(super) enum Order<'a> {
     Step(&'a StepPlan),
@@ -37,15 +42,39 @@ pub(super) trait Followers: Send {
     fn shutdown(&mut self);
 }
 
-pub(super) struct Leader<B: Backend, C: Collective<B>> {
+struct Leader<B: Backend, C: Collective<B>> {
     /// `None` once the group ends.
-    pub runner: Option<Runner<B, C>>,
+    runner: Option<Runner<B, C>>,
     /// `None` when there are no others.
-    pub control: Option<Box<dyn HostCollective>>,
-    pub failures: RankFailures,
-    pub followers: Box<dyn Followers>,
-    pub submitted: Option<StepPlan>,
-    pub message: Vec<u8>,
+    control: Option<Box<dyn HostCollective>>,
+    failures: RankFailures,
+    followers: Box<dyn Followers>,
+    launched: Option<StepPlan>,
+    message: Vec<u8>,
+}
+
+/// What runs the plans of a group whose other ranks were started. `beside`: devices compute while
+/// the host does something else.
+pub(super) fn lead<B: Backend, C: Collective<B>>(
+    runner: Runner<B, C>,
+    control: impl HostCollective,
+    failures: RankFailures,
+    followers: impl Followers + 'static,
+    beside: bool,
+) -> Result<Box<dyn Executor>, WorkerError> {
+    let others = control.world_size() > 1;
+    // The other ranks do not know what rank 0 samples: they need each token in a plan.
+    if beside && !others {
+        return Ok(Box::new(DeviceThread::start(runner)?));
+    }
+    Ok(Box::new(Leader {
+        runner: Some(runner),
+        control: others.then(|| Box::new(control) as Box<dyn HostCollective>),
+        failures,
+        followers: Box::new(followers),
+        launched: None,
+        message: Vec::new(),
+    }))
 }
 
 impl<B: Backend, C: Collective<B>> Leader<B, C> {
@@ -76,15 +105,22 @@ impl<B: Backend, C: Collective<B>> Leader<B, C> {
 }
 
 impl<B: Backend, C: Collective<B>> Executor for Leader<B, C> {
-    fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
-        self.send(&Order::Step(plan))?;
-        self.submitted = Some(plan.clone());
+    fn depth(&self) -> usize {
+        1
+    }
+
+    fn launch(&mut self, plan: StepPlan) -> Result<(), ExecutorError> {
+        if self.launched.is_some() {
+            return Err(ExecutorError("a second plan was launched; finish the first".into()));
+        }
+        self.send(&Order::Step(&plan))?;
+        self.launched = Some(plan);
         Ok(())
     }
 
-    fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
-        let (Some(runner), Some(plan)) = (&mut self.runner, self.submitted.take()) else {
-            return Err(ExecutorError("no plan was submitted".into()));
+    fn finish(&mut self) -> Result<StepOutput, ExecutorError> {
+        let (Some(runner), Some(plan)) = (&mut self.runner, self.launched.take()) else {
+            return Err(ExecutorError("no plan was launched".into()));
         };
         runner.step(&plan).map_err(|error| self.explain(error.to_string()))
     }
@@ -103,5 +139,34 @@ impl<B: Backend, C: Collective<B>> Drop for Leader<B, C> {
         self.runner = None;
         self.control = None;
         self.followers.shutdown();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use engine::plan::{Admission, Chunk, SamplingParams, Tokens, Want};
+
+    use super::*;
+
+    #[test]
+    fn plans_go_to_other_ranks_without_what_rank_0_alone_needs() {
+        let (params, tokens) = (SamplingParams::GREEDY, vec![70_000; 5000]);
+        let chunk = Chunk {
+            sequence: 3,
+            start: 4992,
+            tokens: Tokens::Known(vec![70_000; 8]),
+            next: None,
+            blocks: (0..313).collect(),
+            want: Want::Sample,
+            admission: Some(Box::new(Admission { params, tokens, prompt_len: 5000 })),
+        };
+        let mut plan = StepPlan { number: 5, chunks: vec![chunk], released: vec![2] };
+        let message = postcard::to_stdvec(&Order::Step(&plan)).unwrap();
+        assert!(message.len() < 1000, "{} bytes", message.len());
+        let Received::Step(received) = postcard::from_bytes(&message).unwrap() else {
+            panic!("a plan");
+        };
+        plan.chunks[0].admission.as_mut().unwrap().tokens.clear();
+        assert_eq!(received, plan);
     }
 }

@@ -31,7 +31,7 @@ use super::{
     devices::{Devices, Task, on_devices},
     failures::RankFailures,
     follower::{LOAD_DEADLINE, RankOptions, follow, load, meet},
-    leader::{Followers, Leader},
+    leader::{Followers, lead},
     sizing::Sizing,
 };
 use crate::WorkerError;
@@ -141,10 +141,7 @@ pub(super) fn start<D: Devices>(
         Ok((control, runner))
     };
     let (control, runner) = joined().map_err(|error| failures.or_cause(error))?;
-    let control = (ranks > 1).then(|| Box::new(control) as Box<dyn HostCollective>);
-    let (followers, runner) = (Box::new(followers), Some(runner));
-    let (submitted, message) = (None, Vec::new());
-    Ok(Box::new(Leader { runner, control, failures, followers, submitted, message }))
+    lead(runner, control, failures, followers, devices.compute_beside_the_host())
 }
 
 fn open_door() -> Result<(TcpDoor, SocketAddr), WorkerError> {

@@ -14,7 +14,7 @@ use super::{
     devices::Devices,
     failures::RankFailures,
     follower::{LOAD_DEADLINE, follow, load, meet},
-    leader::{Followers, Leader},
+    leader::{Followers, lead},
     sizing::Sizing,
 };
 use crate::{WorkerError, panic_text};
@@ -69,10 +69,7 @@ pub(super) fn start<D: Devices>(
         Ok(runner)
     });
     let runner = met.map_err(|error| failures.or_cause(error))?;
-    let control = (ranks > 1).then(|| Box::new(control) as Box<dyn HostCollective>);
-    let (followers, runner) = (Box::new(followers), Some(runner));
-    let (submitted, message) = (None, Vec::new());
-    Ok(Box::new(Leader { runner, control, failures, followers, submitted, message }))
+    lead(runner, control, failures, followers, devices.compute_beside_the_host())
 }
 
 fn follow_as_thread<D: Devices>(

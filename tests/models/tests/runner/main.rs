@@ -3,4 +3,5 @@
 mod common;
 mod goldens;
 mod invariance;
+mod overlap;
 mod plans;
