@@ -186,6 +186,8 @@ fn forget<'a>(dir: &Path, kept: impl Iterator<Item = &'a PathBuf>) -> Result<(),
 
 fn compiler(places: &Places<'_>, variant: Variant) -> Command {
     let mut command = Command::new(COMPILER);
+    // A process under AddressSanitizer has it preloaded; compilers do not run with it.
+    command.env_remove("LD_PRELOAD");
     command.args(FLAGS).args(variant.flags);
     command.arg("-I").arg(here()).arg("-I").arg(places.kernels);
     command
