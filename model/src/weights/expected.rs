@@ -1,13 +1,13 @@
 //! The tensors that a checkpoint of a given configuration must have, and no others.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use formats::TensorInfo;
 
 use super::{
     Qkv, TensorNames,
     module::{Files, Module, Storage, no_kernel},
-    quantised, slice,
+    slice,
 };
 use crate::{DecoderConfig, ModelError};
 
@@ -63,17 +63,16 @@ pub(super) fn check(
     names: &TensorNames,
 ) -> Result<(), ModelError> {
     let Expected { modules, vectors } = Expected::new(config, names);
-    let mut expected = BTreeMap::new();
-    let mut quantised_stems = Vec::new();
+    let (mut expected, mut quantised) = (BTreeSet::new(), BTreeSet::new());
     for module in &modules {
         let storage = files.storage(module)?;
         for (name, shape) in files.tensors_of(module)? {
             let info = shaped(files, &name, &shape)?;
             check_dtype(storage, info)?;
-            expected.insert(name, ());
+            expected.insert(name);
         }
         if !matches!(storage, Storage::Plain(_)) {
-            quantised_stems.push(&module.stem);
+            quantised.insert(module.stem.as_str());
         }
     }
     for (name, len) in vectors {
@@ -87,16 +86,16 @@ pub(super) fn check(
                 )));
             }
         }
-        expected.insert(name, ());
+        expected.insert(name);
     }
     let head = format!("{}.", names.lm_head);
-    for name in files.tensors.names().filter(|name| !expected.contains_key(*name)) {
+    for name in files.tensors.names().filter(|name| !expected.contains(*name)) {
         let ignored = (config.tied && name.starts_with(&head))
             || names.ignored.iter().any(|end| name.ends_with(end));
         let stem = name.strip_suffix(".bias");
         // Files of old GPTQ tools have a bias of zeros beside every quantised matrix.
-        let idle_bias = stem.is_some_and(|stem| quantised_stems.iter().any(|one| *one == stem))
-            && quantised::is_zero(files.tensors, name)?;
+        let idle_bias = stem.is_some_and(|stem| quantised.contains(stem))
+            && slice::is_zero(files.tensors, name)?;
         if !ignored && !idle_bias {
             return Err(ModelError::Checkpoint(format!(
                 "tensor {} has no place in a {} model of {} layers as the configuration describes \

@@ -269,13 +269,6 @@ pub(super) fn fp8(
     Ok(WeightPart { rows: rows.len(), cols, stored })
 }
 
-/// Whether every number of a plain tensor is zero.
-pub(super) fn is_zero(tensors: &Tensors, name: &str) -> Result<bool, ModelError> {
-    let mut bytes = vec![0; slice::find(tensors, name)?.bytes as usize];
-    tensors.read_at(name, 0, &mut bytes)?;
-    Ok(bytes.iter().all(|byte| *byte == 0))
-}
-
 /// `len` words of a tensor of int32.
 fn words(tensors: &Tensors, name: &str, first: usize, len: usize) -> Result<Vec<u32>, ModelError> {
     let mut bytes = vec![0; len * 4];

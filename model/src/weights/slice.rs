@@ -72,6 +72,13 @@ pub(super) fn vector(
     }
 }
 
+/// Whether every number of a plain tensor is zero.
+pub(super) fn is_zero(tensors: &Tensors, name: &str) -> Result<bool, ModelError> {
+    let mut bytes = vec![0; find(tensors, name)?.bytes as usize];
+    tensors.read_at(name, 0, &mut bytes)?;
+    Ok(bytes.iter().all(|byte| *byte == 0))
+}
+
 pub(super) fn find<'a>(tensors: &'a Tensors, name: &str) -> Result<&'a TensorInfo, ModelError> {
     tensors.get(name).ok_or_else(|| ModelError::Checkpoint(format!("tensor {name} is missing")))
 }
