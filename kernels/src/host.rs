@@ -3,7 +3,7 @@
 //! Every index that an op follows (slots, block ids, rows) is checked here before the op runs, so
 //! that a wrong plan is an error and never a read outside a buffer.
 
-use crate::{BLOCK_TOKENS, Backend, Batch, KernelError, ShapeError, shape::ensure};
+use crate::{BLOCK_TOKENS, Backend, Batch, KernelError, Routes, ShapeError, shape::ensure};
 use std::ops::Range;
 
 /// The first `len` elements of a buffer.
@@ -96,6 +96,67 @@ pub fn logit_rows<B: Backend<Ints: AsRef<[i32]>>>(
     let wanted = &wanted[range];
     below("gather_rows", "logit row", wanted, rows)?;
     Ok(wanted)
+}
+
+/// Pairs by place, and where each expert's begin there, every index within the step's tokens.
+pub fn expert_pairs<B: Backend<Ints: AsRef<[i32]>>>(
+    routes: &Routes<B>,
+) -> Result<(&[i32], &[i32]), ShapeError> {
+    const OP: &str = "expert_linear";
+    let count = routes.pairs();
+    let pairs = first(OP, "pairs", routes.pairs.as_ref(), count)?;
+    below(OP, "pair", pairs, count)?;
+    let starts = first(OP, "starts", routes.starts.as_ref(), routes.routing.experts + 1)?;
+    below(OP, "start", starts, count + 1)?;
+    let ends = starts.first() == Some(&0) && starts.last() == Some(&(count as i32));
+    ensure(OP, ends && starts.is_sorted(), || {
+        format!("starts of experts do not rise from 0 to {count} pairs")
+    })?;
+    Ok((pairs, starts))
+}
+
+/// [T k] the place of each pair.
+pub fn expert_places<B: Backend<Ints: AsRef<[i32]>>>(
+    routes: &Routes<B>,
+) -> Result<&[i32], ShapeError> {
+    let places = first("combine", "places", routes.places.as_ref(), routes.pairs())?;
+    below("combine", "place", places, routes.pairs())?;
+    Ok(places)
+}
+
+/// Orders pairs by their experts: what `route` leaves beside `chosen` and the weights.
+pub fn sort_pairs<B: Backend<Ints: AsMut<[i32]>>>(
+    routes: &mut Routes<B>,
+) -> Result<(), ShapeError> {
+    let count = routes.pairs();
+    let Routes { chosen, pairs, places, starts, routing, .. } = routes;
+    let room = |buffer: &mut B::Ints, len: usize| {
+        let has = buffer.as_mut().len();
+        ensure("route", len <= has, || format!("{len} indices in a buffer of {has}"))
+    };
+    for buffer in [&mut *chosen, &mut *pairs, &mut *places] {
+        room(buffer, count)?;
+    }
+    room(starts, routing.experts + 1)?;
+    let (chosen, starts) = (&chosen.as_mut()[..count], &mut starts.as_mut()[..=routing.experts]);
+    below("route", "expert", chosen, routing.experts)?;
+    let (pairs, places) = (pairs.as_mut(), places.as_mut());
+    starts.fill(0);
+    for &expert in chosen {
+        starts[expert as usize + 1] += 1;
+    }
+    for expert in 0..routing.experts {
+        starts[expert + 1] += starts[expert];
+    }
+    // Each start moves to its expert's end while that fills, and is the next one's start then.
+    for (pair, &expert) in chosen.iter().enumerate() {
+        let place = &mut starts[expert as usize];
+        (pairs[*place as usize], places[pair]) = (pair as i32, *place);
+        *place += 1;
+    }
+    starts.copy_within(..routing.experts, 1);
+    starts[0] = 0;
+    Ok(())
 }
 
 /// One sequence's part of a batch.

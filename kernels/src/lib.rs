@@ -5,14 +5,16 @@
 //! Every tensor is a row-major matrix `[rows, cols]`, the step's tokens flattened across sequences.
 //! Ops write to their first argument, allocate nothing and check shapes in one place (`shape`).
 //! Shape letters: `T` tokens, `S` sequences, `H` hidden, `D` head_dim, `I` intermediate, `V`
-//! vocabulary.
+//! vocabulary, `E` experts, `k` experts of a token.
 
 pub mod host;
 pub mod plain;
+pub mod routing;
 pub mod sampling;
 pub mod shape;
 pub mod weight;
 
+pub use routing::{ExpertRows, Routes, Routing};
 use sampling::{Refused, SampleRequest, Sampled};
 pub use shape::ShapeError;
 pub use weight::{Format, Grouped, Groups, Scaled, Stored, WeightPart};
@@ -138,6 +140,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     type Ints: Send + Sync;
     /// A weight matrix [N, K] in whatever layout and precision the device multiplies best.
     type Weight: Send + Sync;
+    /// One matrix [N, K] of each of a layer's experts.
+    type Experts: Send + Sync;
     /// The K and V blocks of one layer.
     type Kv: Send;
     /// How a step's attention is cut; `()` where nothing is made beforehand.
@@ -174,6 +178,14 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn table(&self, parts: &[WeightPart<'_>]) -> Result<Self::Weight, KernelError> {
         self.weight(parts)
     }
+    /// Room for a matrix [N, K] of each of E experts; `shape` is [E, N, K].
+    fn experts(&self, shape: [usize; 3]) -> Result<Self::Experts, KernelError>;
+    /// Repacks the next expert's matrix, as [`Self::weight`] does.
+    fn push_expert(
+        &self,
+        to: &mut Self::Experts,
+        parts: &[WeightPart<'_>],
+    ) -> Result<(), KernelError>;
     /// Room for the K and V of `blocks` blocks. Zeroed.
     fn kv(&self, blocks: usize, heads: Heads) -> Result<Self::Kv, KernelError>;
     /// Bytes that `kv` takes for one block of one layer.
@@ -249,6 +261,28 @@ pub trait Backend: Send + Sync + Sized + 'static {
     ) -> Result<(), KernelError>;
     /// out [T, I] = silu(gate) · up, where x [T, 2 I] is gate, then up.
     fn silu_mul(&self, out: &mut Tensor<Self>, x: &Tensor<Self>) -> Result<(), KernelError>;
+    /// Chooses the experts of every row of logits [T, E], in f32: the k largest of their softmax
+    /// (the first of equals), which are their weights. Column E, where there is a shared expert, is
+    /// its gate; its weight is the sigmoid of that.
+    fn route(&self, routes: &mut Routes<Self>, logits: &Tensor<Self>) -> Result<(), KernelError>;
+    /// out [T k, N] by place = x · W [N, K]ᵀ of each pair's expert; `rows` tells what x holds.
+    fn expert_linear(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        rows: ExpertRows,
+        experts: &Self::Experts,
+        routes: &Routes<Self>,
+    ) -> Result<(), KernelError>;
+    /// out [T, N] = the results of each token's experts, x [T k, N] by place, times their weights,
+    /// and `shared` [T, N] times its own. Summed in the order of the pairs, `shared` last.
+    fn combine(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        shared: Option<&Tensor<Self>>,
+        routes: &Routes<Self>,
+    ) -> Result<(), KernelError>;
     /// x [T, H] += delta [T, H].
     fn add(&self, x: &mut Tensor<Self>, delta: &Tensor<Self>) -> Result<(), KernelError>;
     /// x [T, H] += delta [T, H], then out [T, H] = x / sqrt(mean(x²) + eps) · weight [1, H]: what

@@ -4,13 +4,15 @@
 //! to be read, not to be fast, and keeps every number in full precision.
 
 pub mod dequant;
+mod experts;
 
 use crate::{
-    BLOCK_TOKENS, Backend, Batch, Heads, KernelError, Tensor, WeightPart,
+    BLOCK_TOKENS, Backend, Batch, ExpertRows, Heads, KernelError, Routes, Tensor, WeightPart,
     host::{self, BatchSequence},
     sampling::{Refused, SampleRequest, Sampled},
     shape,
 };
+pub use experts::PlainExperts;
 use std::{convert::Infallible, ops::Range};
 
 /// The oracle backend. Stateless.
@@ -96,6 +98,7 @@ impl Backend for Plain {
     type Floats = Vec<f32>;
     type Ints = Vec<i32>;
     type Weight = PlainWeight;
+    type Experts = PlainExperts;
     type Kv = PlainKv;
     type Cuts = ();
     type Sampling = Infallible;
@@ -138,6 +141,18 @@ impl Backend for Plain {
             }
         }
         Ok(PlainWeight { rows, cols, values })
+    }
+
+    fn experts(&self, shape: [usize; 3]) -> Result<PlainExperts, KernelError> {
+        Ok(PlainExperts { shape, each: Vec::new() })
+    }
+
+    fn push_expert(
+        &self,
+        to: &mut PlainExperts,
+        parts: &[WeightPart<'_>],
+    ) -> Result<(), KernelError> {
+        to.push(self.weight(parts)?)
     }
 
     fn kv(&self, blocks: usize, heads: Heads) -> Result<PlainKv, KernelError> {
@@ -316,6 +331,31 @@ impl Backend for Plain {
             }
         }
         Ok(())
+    }
+
+    fn route(&self, routes: &mut Routes<Self>, logits: &Tensor<Self>) -> Result<(), KernelError> {
+        experts::route(routes, logits)
+    }
+
+    fn expert_linear(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        rows: ExpertRows,
+        experts: &PlainExperts,
+        routes: &Routes<Self>,
+    ) -> Result<(), KernelError> {
+        experts::expert_linear(out, x, rows, experts, routes)
+    }
+
+    fn combine(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        shared: Option<&Tensor<Self>>,
+        routes: &Routes<Self>,
+    ) -> Result<(), KernelError> {
+        experts::combine(out, x, shared, routes)
     }
 
     fn add(&self, x: &mut Tensor<Self>, delta: &Tensor<Self>) -> Result<(), KernelError> {

@@ -3,7 +3,10 @@
 //! A check sees only what the host knows of a tensor: rows and columns. What lies inside device
 //! buffers (token ids, slots, block tables) is checked by backends whose buffers the host can read.
 
-use crate::{Backend, Batch, Heads, Tensor};
+use crate::{
+    Backend, Batch, ExpertRows, Heads, Routes, Routing, Tensor,
+    routing::{EXPERTS_MAX, EXPERTS_PER_TOKEN_MAX},
+};
 
 /// Shapes that do not fit each other.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -152,6 +155,77 @@ fn same_cache(op: &'static str, cached: Heads, shape: Heads) -> Result<(), Shape
 pub fn silu_mul<B: Backend>(out: &Tensor<B>, x: &Tensor<B>) -> Result<(), ShapeError> {
     extents("silu_mul", "x", x, x.rows, 2 * out.cols)?;
     extents("silu_mul", "out", out, x.rows, out.cols)
+}
+
+/// Experts that ops can choose from.
+pub fn routing(op: &'static str, routing: Routing) -> Result<(), ShapeError> {
+    let Routing { experts, per_token, .. } = routing;
+    let fits = (1..=EXPERTS_MAX).contains(&experts)
+        && (1..=experts.min(EXPERTS_PER_TOKEN_MAX)).contains(&per_token);
+    ensure(op, fits, || {
+        format!(
+            "{per_token} of {experts} experts; supported are 1 to {EXPERTS_PER_TOKEN_MAX} of up \
+             to {EXPERTS_MAX}"
+        )
+    })
+}
+
+/// logits [T, E], and a column for the shared expert; `routes` of as many tokens.
+pub fn route<B: Backend>(routes: &Routes<B>, logits: &Tensor<B>) -> Result<(), ShapeError> {
+    routing("route", routes.routing)?;
+    extents("route", "logits", logits, routes.tokens(), routes.routing.logits())?;
+    let weights = &routes.weights;
+    extents("route", "weights", weights, weights.rows, routes.routing.weights())
+}
+
+/// A matrix [rows, cols] for the expert after `pushed` others, of [E, N, K].
+pub fn push_expert(
+    shape: [usize; 3],
+    pushed: usize,
+    (rows, cols): (usize, usize),
+) -> Result<(), ShapeError> {
+    let [experts, n, k] = shape;
+    ensure("push_expert", pushed < experts && (rows, cols) == (n, k), || {
+        format!("[{rows}, {cols}] after {pushed} of {experts} matrices [{n}, {k}]")
+    })
+}
+
+/// out [T k, N], x [T, K] or [T k, K], experts [E, N, K].
+pub fn expert_linear<B: Backend>(
+    out: &Tensor<B>,
+    x: &Tensor<B>,
+    rows: ExpertRows,
+    [experts, n, k]: [usize; 3],
+    routes: &Routes<B>,
+) -> Result<(), ShapeError> {
+    const OP: &str = "expert_linear";
+    routing(OP, routes.routing)?;
+    let wanted = routes.routing.experts;
+    ensure(OP, experts == wanted, || format!("{experts} experts, wanted {wanted}"))?;
+    let x_rows = match rows {
+        ExpertRows::Tokens => routes.tokens(),
+        ExpertRows::Pairs => routes.pairs(),
+    };
+    extents(OP, "x", x, x_rows, k)?;
+    extents(OP, "out", out, routes.pairs(), n)
+}
+
+/// out [T, N], x [T k, N], shared [T, N] exactly where there is a shared expert.
+pub fn combine<B: Backend>(
+    out: &Tensor<B>,
+    x: &Tensor<B>,
+    shared: Option<&Tensor<B>>,
+    routes: &Routes<B>,
+) -> Result<(), ShapeError> {
+    const OP: &str = "combine";
+    routing(OP, routes.routing)?;
+    extents(OP, "x", x, routes.pairs(), out.cols)?;
+    extents(OP, "out", out, routes.tokens(), out.cols)?;
+    ensure(OP, shared.is_some() == routes.routing.shared, || {
+        let has = if shared.is_some() { "a" } else { "no" };
+        format!("{has} shared expert's result, against the routing")
+    })?;
+    shared.map_or(Ok(()), |shared| extents(OP, "shared", shared, out.rows, out.cols))
 }
 
 /// x [T, H], delta [T, H].

@@ -11,6 +11,7 @@ mod quantisation;
 use crate::{ModelError, families::Family};
 pub(crate) use json::Fields;
 use json::architecture;
+use kernels::{Routing, shape};
 pub(crate) use quantisation::Quantisation;
 
 /// Rotary position embedding, rotate-half.
@@ -68,6 +69,8 @@ pub struct DecoderConfig {
     pub head_dim: usize,
     /// I, the real width of the feed-forward layer.
     pub intermediate: usize,
+    /// Some layers choose between experts instead.
+    pub experts: Option<Experts>,
     /// V, rows of the embedding table.
     pub vocab: usize,
     /// Ids from here up are padding rows of the table and never sampled; at most `vocab`.
@@ -89,11 +92,49 @@ pub struct DecoderConfig {
     pub eos_ids: Vec<u32>,
 }
 
+/// Mixtures of experts, in place of the feed-forward halves of some layers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Experts {
+    /// E.
+    pub count: usize,
+    /// Experts that a token goes to, k.
+    pub per_token: usize,
+    /// Width of one expert.
+    pub intermediate: usize,
+    /// The weights of a token's experts are divided by their sum.
+    pub normalise: bool,
+    /// Width of the expert that every token goes to as well.
+    pub shared: Option<usize>,
+    /// [layers] whether the layer has experts.
+    pub sparse: Vec<bool>,
+}
+
+impl Experts {
+    pub(crate) fn routing(&self) -> Routing {
+        Routing {
+            experts: self.count,
+            per_token: self.per_token,
+            normalise: self.normalise,
+            shared: self.shared.is_some(),
+        }
+    }
+}
+
 /// Sizes beyond these are taken for a damaged file rather than a model.
 const LAYERS_MAX: usize = 4096;
 const DIMENSION_MAX: usize = 1 << 24;
 
 impl DecoderConfig {
+    /// The experts of a layer, where it has some.
+    pub(crate) fn experts_of(&self, layer: usize) -> Option<&Experts> {
+        self.experts.as_ref().filter(|experts| experts.sparse.get(layer) == Some(&true))
+    }
+
+    /// Whether some layer has a feed-forward half without experts.
+    pub(crate) fn has_dense_layers(&self) -> bool {
+        self.experts.as_ref().is_none_or(|experts| experts.sparse.contains(&false))
+    }
+
     /// Reads a Hugging Face `config.json`.
     ///
     /// # Errors
@@ -136,11 +177,25 @@ impl DecoderConfig {
             return Err(invalid(format!("a norm epsilon of {}", self.norm_eps)));
         }
         self.rope.validate(self.head_dim)?;
+        self.experts.as_ref().map_or(Ok(()), |experts| experts.validate(self.layers))?;
         let lengths = [self.rope.dynamic_ntk, self.logn];
         if lengths.iter().flatten().any(|length| *length < 2) {
             return Err(invalid("a trained length below 2 tokens".into()));
         }
         Ok(self)
+    }
+}
+
+impl Experts {
+    fn validate(&self, layers: usize) -> Result<(), ModelError> {
+        let widths = [Some(self.intermediate), self.shared];
+        if let Some(width) = widths.iter().flatten().find(|n| **n == 0 || **n > DIMENSION_MAX) {
+            return Err(invalid(format!("experts of width {width}")));
+        }
+        if self.sparse.len() != layers {
+            return Err(invalid(format!("{} kinds of {layers} layers", self.sparse.len())));
+        }
+        shape::routing("config", self.routing()).map_err(|error| invalid(error.detail))
     }
 }
 

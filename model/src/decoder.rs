@@ -5,13 +5,15 @@
 //! result; before the next product ranks gather the columns. No sum over K is ever cut, so the
 //! numbers are the same, bit for bit, on any number of ranks.
 
+mod feed_forward;
 mod load;
 mod scratch;
 
 use crate::ModelError;
 use collective::Collective;
+use feed_forward::FeedForward;
 use kernels::{Backend, Batch, Heads, Rotation, Tensor};
-pub use scratch::{Scratch, ScratchShape, Width};
+pub use scratch::{ExpertsShape, Scratch, ScratchShape, Width};
 
 /// This rank's part of a model.
 pub struct Decoder<B: Backend> {
@@ -39,6 +41,10 @@ struct Shares {
     hidden: Vec<usize>,
     /// Of I.
     intermediate: Vec<usize>,
+    /// Of an expert's I.
+    expert: Vec<usize>,
+    /// Of the shared expert's I.
+    shared_expert: Vec<usize>,
     /// Of V.
     vocab: Vec<usize>,
 }
@@ -57,10 +63,7 @@ struct Layer<B: Backend> {
     attention_out: B::Weight,
     /// [1, H]
     post_norm: Tensor<B>,
-    /// [2 I_local, H]: gate, then up.
-    gate_up: B::Weight,
-    /// [H_local, I]
-    down: B::Weight,
+    feed_forward: FeedForward<B>,
     window: Option<usize>,
 }
 
@@ -137,8 +140,7 @@ impl<B: Backend> Layer<B> {
         Ok(())
     }
 
-    /// delta [T, H] = down(silu(gate(norm(hidden))) · up(norm(hidden))), once hidden has taken up
-    /// the delta before it.
+    /// delta [T, H] = feed_forward(norm(hidden)), once hidden has taken up the delta before it.
     fn feed_forward<C: Collective<B>>(
         &self,
         cx: &mut Context<'_, B, C>,
@@ -147,11 +149,6 @@ impl<B: Backend> Layer<B> {
         let (d, s) = (cx.device, &mut *cx.scratch);
         let delta = s.delta.gathered();
         d.add_rms_norm(&mut s.normed, &mut s.hidden, delta, &self.post_norm, model.norm_eps)?;
-        d.linear(&mut s.gate_up, &s.normed, &self.gate_up, None)?;
-        d.silu_mul(&mut s.activation.local, &s.gate_up)?;
-        let activation = s.activation.gather(d, cx.group, &model.shares.intermediate)?;
-        d.linear(&mut s.delta.local, activation, &self.down, None)?;
-        s.delta.gather(d, cx.group, &model.shares.hidden)?;
-        Ok(())
+        self.feed_forward.run(cx, model)
     }
 }

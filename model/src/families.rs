@@ -5,7 +5,7 @@ use std::fmt;
 use crate::{
     DecoderConfig, ModelError,
     config::Fields,
-    llama, qwen1, qwen2, qwen3,
+    llama, moe, qwen1, qwen2, qwen3,
     weights::{GGUF, Qkv, TensorNames},
 };
 
@@ -20,6 +20,8 @@ pub struct Family {
     pub gguf_architecture: &'static str,
     pub(crate) names: TensorNames,
     pub(crate) gguf_names: TensorNames,
+    /// Layers choose between experts.
+    pub(crate) experts: bool,
     /// From `config.json`.
     pub(crate) config: fn(&'static Self, &Fields) -> Result<DecoderConfig, ModelError>,
     /// What GGUF metadata leaves unsaid of the family.
@@ -27,13 +29,14 @@ pub struct Family {
 }
 
 /// All of them.
-pub static FAMILIES: [Family; 4] = [
+pub static FAMILIES: [Family; 6] = [
     Family {
         name: "qwen1",
         architecture: "QWenLMHeadModel",
         gguf_architecture: "qwen",
         names: qwen1::NAMES,
         gguf_names: TensorNames { qkv: Qkv::Packed("attn_qkv"), ..GGUF },
+        experts: false,
         config: qwen1::config,
         complete: qwen1::complete,
     },
@@ -43,6 +46,7 @@ pub static FAMILIES: [Family; 4] = [
         gguf_architecture: "qwen2",
         names: qwen2::NAMES,
         gguf_names: GGUF,
+        experts: false,
         config: qwen2::config,
         complete: |config| config,
     },
@@ -52,8 +56,29 @@ pub static FAMILIES: [Family; 4] = [
         gguf_architecture: "qwen3",
         names: qwen2::NAMES,
         gguf_names: GGUF,
+        experts: false,
         config: qwen3::config,
         complete: |config| DecoderConfig { qk_norm: true, ..config },
+    },
+    Family {
+        name: "qwen2-moe",
+        architecture: "Qwen2MoeForCausalLM",
+        gguf_architecture: "qwen2moe",
+        names: qwen2::NAMES,
+        gguf_names: GGUF,
+        experts: true,
+        config: moe::qwen2,
+        complete: |config| config,
+    },
+    Family {
+        name: "qwen3-moe",
+        architecture: "Qwen3MoeForCausalLM",
+        gguf_architecture: "qwen3moe",
+        names: qwen2::NAMES,
+        gguf_names: GGUF,
+        experts: true,
+        config: moe::qwen3,
+        complete: moe::complete_qwen3,
     },
     Family {
         name: "llama",
@@ -61,6 +86,7 @@ pub static FAMILIES: [Family; 4] = [
         gguf_architecture: "llama",
         names: qwen2::NAMES,
         gguf_names: TensorNames { interleaved_rope: true, ..GGUF },
+        experts: false,
         config: llama::config,
         complete: |config| config,
     },

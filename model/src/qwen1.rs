@@ -11,7 +11,8 @@ use crate::{
     ModelError,
     config::{DecoderConfig, Fields, Rope, RopeScaling},
     families::Family,
-    weights::{Qkv, TensorNames},
+    qwen2,
+    weights::{FfnNames, Qkv, TensorNames},
 };
 
 /// Rows of the real vocabularies from here up are padding.
@@ -29,11 +30,9 @@ pub(crate) const NAMES: TensorNames = TensorNames {
     q_norm: "attn.q_norm.weight",
     k_norm: "attn.k_norm.weight",
     attn_out: "attn.c_proj",
-    gate: "mlp.w2",
-    up: "mlp.w1",
-    down: "mlp.c_proj",
-    interleaved_rope: false,
+    ffn: FfnNames { gate: "mlp.w2", up: "mlp.w1", down: "mlp.c_proj" },
     ignored: &[".rotary_emb.inv_freq", ".attn.masked_bias"],
+    ..qwen2::NAMES
 };
 
 /// Settings of `config.json`; the oldest files use other names for some.
@@ -66,6 +65,7 @@ pub(crate) fn config(
         kv_heads: heads,
         head_dim,
         intermediate: doubled / 2,
+        experts: None,
         vocab,
         sampled_vocab: sampled_vocab(vocab),
         norm_eps: fields.number("layer_norm_epsilon")?.unwrap_or(1e-6) as f32,

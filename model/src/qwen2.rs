@@ -10,10 +10,11 @@ use crate::{
     ModelError,
     config::{DecoderConfig, Fields},
     families::Family,
-    weights::{Qkv, TensorNames},
+    moe,
+    weights::{FfnNames, Qkv, TensorNames},
 };
 
-/// Checkpoint names, shared by Qwen3 and Llama.
+/// Checkpoint names, shared by Qwen3, Llama and the mixtures of experts.
 pub(crate) const NAMES: TensorNames = TensorNames {
     embed: "model.embed_tokens",
     final_norm: "model.norm.weight",
@@ -25,9 +26,8 @@ pub(crate) const NAMES: TensorNames = TensorNames {
     q_norm: "self_attn.q_norm.weight",
     k_norm: "self_attn.k_norm.weight",
     attn_out: "self_attn.o_proj",
-    gate: "mlp.gate_proj",
-    up: "mlp.up_proj",
-    down: "mlp.down_proj",
+    ffn: FfnNames { gate: "mlp.gate_proj", up: "mlp.up_proj", down: "mlp.down_proj" },
+    experts: moe::NAMES,
     interleaved_rope: false,
     ignored: &[".rotary_emb.inv_freq"],
 };
@@ -52,6 +52,7 @@ pub(crate) fn config(
         kv_heads: fields.size_or_none(&["num_key_value_heads"])?.unwrap_or(q_heads),
         head_dim: head_dim.unwrap_or(hidden / q_heads.max(1)),
         intermediate: fields.size(&["intermediate_size"])?,
+        experts: None,
         vocab,
         sampled_vocab: vocab,
         norm_eps: fields.number("rms_norm_eps")?.unwrap_or(1e-6) as f32,

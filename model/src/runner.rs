@@ -10,7 +10,7 @@ mod results;
 
 use crate::{
     Checkpoint, DecoderConfig, ModelError, Shard,
-    decoder::{Context, Decoder, Scratch, ScratchShape, Width},
+    decoder::{Context, Decoder, ExpertsShape, Scratch, ScratchShape, Width},
     rope::RopeTables,
     sampler::{Sampler, Seen},
 };
@@ -132,7 +132,15 @@ fn scratch_shape(config: &DecoderConfig, shard: &Shard, options: &RunnerOptions)
         heads,
         attention: Width { local: heads.q * dim, whole: config.q_heads * dim },
         hidden: Width { local: shard.hidden.len(), whole: config.hidden },
-        intermediate: Width { local: shard.ffn.len(), whole: config.intermediate },
+        intermediate: Width {
+            local: shard.ffn.len(),
+            whole: if config.has_dense_layers() { config.intermediate } else { 0 },
+        },
+        experts: config.experts.as_ref().map(|experts| ExpertsShape {
+            routing: experts.routing(),
+            expert: Width { local: shard.expert.len(), whole: experts.intermediate },
+            shared: experts.shared.map(|whole| Width { local: shard.shared_expert.len(), whole }),
+        }),
         vocab: Width { local: shard.vocab.len(), whole: config.vocab },
     }
 }

@@ -24,6 +24,10 @@ pub struct Shard {
     pub hidden: Range<usize>,
     /// Columns of the feed-forward layer.
     pub ffn: Range<usize>,
+    /// Columns of every expert; none where there are no experts.
+    pub expert: Range<usize>,
+    /// Columns of the shared expert; none where there is none.
+    pub shared_expert: Range<usize>,
     /// Rows of the embedding table and of the output matrix.
     pub vocab: Range<usize>,
     head_dim: usize,
@@ -57,25 +61,33 @@ impl Shard {
 /// The shards of every rank, or why there can be none.
 fn split(config: &DecoderConfig, world_size: usize) -> Result<Vec<Shard>, String> {
     let DecoderConfig { q_heads, kv_heads, head_dim, hidden, intermediate, vocab, .. } = *config;
+    let expert = config.experts.as_ref().map(|experts| experts.intermediate);
+    let shared_expert = config.experts.as_ref().and_then(|experts| experts.shared);
+    let dense = config.has_dense_layers().then_some(intermediate);
     for (count, what) in [
-        (q_heads, "attention heads"),
-        (hidden, "hidden columns"),
-        (intermediate, "feed-forward columns"),
-        (vocab, "rows in its vocabulary"),
+        (Some(q_heads), "attention heads"),
+        (Some(hidden), "hidden columns"),
+        (dense, "feed-forward columns"),
+        (expert, "columns in an expert"),
+        (shared_expert, "columns in its shared expert"),
+        (Some(vocab), "rows in its vocabulary"),
     ] {
-        if world_size > count {
+        if let Some(count) = count.filter(|count| world_size > *count) {
             return Err(format!("the model has {count} {what}"));
         }
     }
     let shard = |rank| {
         let (q_heads, kv_heads) = heads(q_heads, kv_heads, rank, world_size);
+        let ffn = |cols: Option<usize>| cols.map_or(0..0, |cols| run_share(cols, rank, world_size));
         Shard {
             rank,
             world_size,
             q_heads,
             kv_heads,
             hidden: run_share(hidden, rank, world_size),
-            ffn: run_share(intermediate, rank, world_size),
+            ffn: ffn(dense),
+            expert: ffn(expert),
+            shared_expert: ffn(shared_expert),
             vocab: run_share(vocab, rank, world_size),
             head_dim,
         }

@@ -7,6 +7,7 @@
 
 mod expected;
 mod module;
+mod modules;
 mod names;
 mod quantised;
 mod slice;
@@ -21,7 +22,9 @@ use crate::{
     config::{Quantisation, RopeScaling},
 };
 use module::{Cut, Files, Module};
-pub(crate) use names::{GGUF, Qkv, TensorNames};
+pub use modules::FfnBlock;
+use modules::Modules;
+pub(crate) use names::{ExpertNames, FfnNames, GGUF, Qkv, TensorNames};
 
 /// Configurations beyond this are no configurations.
 const CONFIG_BYTES_MAX: u64 = 16 << 20;
@@ -92,28 +95,11 @@ impl Checkpoint {
     /// A shard of another model.
     pub fn weight_bytes(&self, shard: &Shard) -> Result<u64, ModelError> {
         let files = self.files();
-        self.weight_cuts(shard).iter().map(|(module, cut)| files.bytes(module, cut)).sum()
+        self.modules().all(shard).iter().map(|(module, cut)| files.bytes(module, cut)).sum()
     }
 
-    /// The embedding, and what makes logits where that is another matrix.
-    fn table_cuts(&self, shard: &Shard) -> Vec<(Module, Cut)> {
-        let mut cuts = vec![self.table(self.names.embed, shard)];
-        if !self.config.tied {
-            cuts.push(self.table(self.names.lm_head, shard));
-        }
-        cuts
-    }
-
-    /// Every matrix of a shard.
-    fn weight_cuts(&self, shard: &Shard) -> Vec<(Module, Cut)> {
-        let mut cuts = self.table_cuts(shard);
-        for layer in 0..self.config.layers {
-            cuts.extend(self.qkv_cuts(layer, shard));
-            cuts.push(self.attn_out_cut(layer, shard));
-            cuts.extend(self.gate_up_cuts(layer, shard));
-            cuts.push(self.down_cut(layer, shard));
-        }
-        cuts
+    fn modules(&self) -> Modules<'_> {
+        Modules { config: &self.config, names: &self.names }
     }
 
     /// Numbers in the matrices that `shard` reads.
@@ -121,7 +107,7 @@ impl Checkpoint {
     /// # Errors
     /// A shard of another model.
     pub fn weight_elements(&self, shard: &Shard) -> Result<u64, ModelError> {
-        Ok(elements(&self.weight_cuts(shard)))
+        Ok(elements(&self.modules().all(shard)))
     }
 
     /// As [`Self::weight_elements`], of the embedding and output tables alone.
@@ -129,7 +115,7 @@ impl Checkpoint {
     /// # Errors
     /// A shard of another model.
     pub fn table_elements(&self, shard: &Shard) -> Result<u64, ModelError> {
-        Ok(elements(&self.table_cuts(shard)))
+        Ok(elements(&self.modules().tables(shard)))
     }
 
     fn files(&self) -> Files<'_> {
@@ -142,13 +128,12 @@ impl Checkpoint {
     /// This and the following methods fail where the files cannot be read, or where `layer` or
     /// `shard` are another model's.
     pub fn embed(&self, shard: &Shard) -> Result<Vec<WeightPart<'static>>, ModelError> {
-        self.read(&[self.table(self.names.embed, shard)])
+        self.read(&[self.modules().embed(shard)])
     }
 
     /// [V_local, H]: the output rows of `shard.vocab`; the embedding rows where tied.
     pub fn lm_head(&self, shard: &Shard) -> Result<Vec<WeightPart<'static>>, ModelError> {
-        let name = if self.config.tied { self.names.embed } else { self.names.lm_head };
-        self.read(&[self.table(name, shard)])
+        self.read(&[self.modules().lm_head(shard)])
     }
 
     /// [H].
@@ -168,7 +153,7 @@ impl Checkpoint {
 
     /// [(q + 2 kv) D, H]: the rank's query rows, then key rows, then value rows.
     pub fn qkv(&self, layer: usize, shard: &Shard) -> Result<Vec<WeightPart<'static>>, ModelError> {
-        self.read(&self.qkv_cuts(layer, shard))
+        self.read(&self.modules().qkv(layer, shard))
     }
 
     /// [(q + 2 kv) D] in the order of [`Self::qkv`]; `None` where the model has none.
@@ -177,7 +162,7 @@ impl Checkpoint {
             return Ok(None);
         }
         let mut bias = Vec::new();
-        for (module, cut) in self.qkv_cuts(layer, shard) {
+        for (module, cut) in self.modules().qkv(layer, shard) {
             let (rows, heads_of) = match cut {
                 Cut::Heads { rows, head_dim } => (rows, Some(head_dim)),
                 Cut::Rows(range) => (range, None),
@@ -205,25 +190,33 @@ impl Checkpoint {
         layer: usize,
         shard: &Shard,
     ) -> Result<Vec<WeightPart<'static>>, ModelError> {
-        self.read(&[self.attn_out_cut(layer, shard)])
+        self.read(&[self.modules().attn_out(layer, shard)])
     }
 
-    /// [2 I_local, H]: the gate rows of `shard.ffn`, then the up rows.
+    /// [E, H], and a row for the shared expert's gate where there is one; the same on every rank.
+    /// Nothing in a layer without experts.
+    pub fn router(&self, layer: usize) -> Result<Vec<WeightPart<'static>>, ModelError> {
+        self.read(&self.modules().router(layer))
+    }
+
+    /// [2 I_local, H]: the rank's gate rows of a feed-forward block, then its up rows.
     pub fn gate_up(
         &self,
         layer: usize,
+        block: FfnBlock,
         shard: &Shard,
     ) -> Result<Vec<WeightPart<'static>>, ModelError> {
-        self.read(&self.gate_up_cuts(layer, shard))
+        self.read(&self.modules().gate_up(layer, block, shard))
     }
 
     /// [H_local, I]: the rows of `shard.hidden`.
     pub fn down(
         &self,
         layer: usize,
+        block: FfnBlock,
         shard: &Shard,
     ) -> Result<Vec<WeightPart<'static>>, ModelError> {
-        self.read(&[self.down_cut(layer, shard)])
+        self.read(&[self.modules().down(layer, block, shard)])
     }
 
     fn read(&self, cuts: &[(Module, Cut)]) -> Result<Vec<WeightPart<'static>>, ModelError> {
@@ -232,52 +225,6 @@ impl Checkpoint {
 
     fn layer_vector(&self, layer: usize, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
         slice::vector(&self.tensors, &self.names.of_layer(layer, name), 0..len, None)
-    }
-
-    fn table(&self, name: &str, shard: &Shard) -> (Module, Cut) {
-        let (rows, cols) = (self.config.vocab, self.config.hidden);
-        (Module { stem: name.to_owned(), rows, cols }, Cut::Rows(shard.vocab.clone()))
-    }
-
-    fn of_layer(&self, layer: usize, name: &str, (rows, cols): (usize, usize)) -> Module {
-        Module { stem: self.names.of_layer(layer, name), rows, cols }
-    }
-
-    /// Q, K and V.
-    fn qkv_cuts(&self, layer: usize, shard: &Shard) -> [(Module, Cut); 3] {
-        let DecoderConfig { hidden, head_dim: dim, q_heads, kv_heads, .. } = self.config;
-        let (stems, firsts, all) = match self.names.qkv {
-            Qkv::Separate(stems) => (stems, [0; 3], [q_heads, kv_heads, kv_heads]),
-            Qkv::Packed(stem) => {
-                ([stem; 3], [0, q_heads, q_heads + kv_heads], [q_heads + 2 * kv_heads; 3])
-            }
-        };
-        let heads = [&shard.q_heads, &shard.kv_heads, &shard.kv_heads];
-        std::array::from_fn(|i| {
-            let rows = (firsts[i] + heads[i].start) * dim..(firsts[i] + heads[i].end) * dim;
-            let cut = match self.names.interleaved_rope && i < 2 {
-                true => Cut::Heads { rows, head_dim: dim },
-                false => Cut::Rows(rows),
-            };
-            (self.of_layer(layer, stems[i], (all[i] * dim, hidden)), cut)
-        })
-    }
-
-    fn attn_out_cut(&self, layer: usize, shard: &Shard) -> (Module, Cut) {
-        let shape = (self.config.hidden, self.config.q_heads * self.config.head_dim);
-        let module = self.of_layer(layer, self.names.attn_out, shape);
-        (module, Cut::Rows(shard.hidden.clone()))
-    }
-
-    fn gate_up_cuts(&self, layer: usize, shard: &Shard) -> [(Module, Cut); 2] {
-        let shape = (self.config.intermediate, self.config.hidden);
-        [self.names.gate, self.names.up]
-            .map(|name| (self.of_layer(layer, name, shape), Cut::Rows(shard.ffn.clone())))
-    }
-
-    fn down_cut(&self, layer: usize, shard: &Shard) -> (Module, Cut) {
-        let shape = (self.config.hidden, self.config.intermediate);
-        (self.of_layer(layer, self.names.down, shape), Cut::Rows(shard.hidden.clone()))
     }
 }
 
@@ -289,7 +236,7 @@ fn elements(cuts: &[(Module, Cut)]) -> u64 {
 /// Elements of all tensors that a Hugging Face checkpoint of this configuration has.
 #[cfg(test)]
 pub(crate) fn parameters(config: &DecoderConfig) -> usize {
-    let expected = expected::Expected::new(config, &config.family.names);
+    let expected = expected::Expected::new(config, &config.family.names).unwrap();
     let matrices = expected.modules.iter().map(|module| module.rows * module.cols);
     matrices.sum::<usize>() + expected.vectors.iter().map(|(_, len)| len).sum::<usize>()
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use formats::{Tensors, locate};
 use kernels::{Format, Stored, WeightPart};
-use model::{Checkpoint, ModelError, Shard};
+use model::{Checkpoint, DecoderConfig, FfnBlock, ModelError, Shard};
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/public").join(name)
@@ -18,7 +18,7 @@ fn goldens() -> Vec<PathBuf> {
     let folders = entries.filter(|path| path.is_dir() && !quantised(path));
     let mut folders: Vec<_> = folders.collect();
     folders.sort();
-    assert_eq!(folders.len(), 10);
+    assert_eq!(folders.len(), 12);
     folders
 }
 
@@ -68,8 +68,9 @@ impl Split<'_> {
         bytes
     }
 
-    fn half_of_gate_up(&self, layer: usize, index: usize) -> Vec<u8> {
-        stacked(self.each(|c, s| c.gate_up(layer, s)).into_iter().map(|mut p| p.swap_remove(index)))
+    fn half_of_gate_up(&self, layer: usize, block: FfnBlock, index: usize) -> Vec<u8> {
+        let each = self.each(|c, s| c.gate_up(layer, block, s));
+        stacked(each.into_iter().map(|mut parts| parts.swap_remove(index)))
     }
 
     /// The rows of every rank.
@@ -81,39 +82,52 @@ impl Split<'_> {
     }
 }
 
-/// (q, k, v, o, gate, up, down) of a layer.
-fn names(family: &str, layer: usize) -> ([String; 3], [String; 4]) {
-    let name = |rest: &str| match family {
-        "qwen1" => format!("transformer.h.{layer}.{rest}.weight"),
-        _ => format!("model.layers.{layer}.{rest}.weight"),
-    };
+/// (q, k, v, o) of a layer.
+fn names(family: &str, layer: usize) -> [String; 4] {
     match family {
-        "qwen1" => (
-            ["attn.c_attn"; 3].map(name),
-            ["attn.c_proj", "mlp.w2", "mlp.w1", "mlp.c_proj"].map(name),
-        ),
-        _ => (
-            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].map(name),
-            ["self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"].map(name),
-        ),
+        "qwen1" => ["c_attn", "c_attn", "c_attn", "c_proj"]
+            .map(|name| format!("transformer.h.{layer}.attn.{name}.weight")),
+        _ => ["q_proj", "k_proj", "v_proj", "o_proj"]
+            .map(|name| format!("model.layers.{layer}.self_attn.{name}.weight")),
     }
 }
 
+/// The feed-forward blocks of a layer with (gate, up, down) of each.
+fn blocks(config: &DecoderConfig, layer: usize) -> Vec<(FfnBlock, [String; 3])> {
+    let named = |block, stem: String| {
+        let name = |matrix: &str| format!("model.layers.{layer}.mlp.{stem}{matrix}_proj.weight");
+        (block, ["gate", "up", "down"].map(name))
+    };
+    let Some(experts) = &config.experts else {
+        let packed =
+            ["w2", "w1", "c_proj"].map(|name| format!("transformer.h.{layer}.mlp.{name}.weight"));
+        return match config.family.name {
+            "qwen1" => vec![(FfnBlock::Dense, packed)],
+            _ => vec![named(FfnBlock::Dense, String::new())],
+        };
+    };
+    let one = |index| named(FfnBlock::Expert(index), format!("experts.{index}."));
+    let shared = experts.shared.map(|_| named(FfnBlock::SharedExpert, "shared_expert.".into()));
+    (0..experts.count).map(one).chain(shared).collect()
+}
+
 fn check_layer(split: &Split<'_>, tensors: &Tensors, layer: usize) {
-    let family = split.checkpoint.config().family.name;
-    let (qkv, [out, gate, up, down]) = names(family, layer);
+    let config = split.checkpoint.config();
+    let [q, k, v, out] = names(config.family.name, layer);
     let projections = [0, 1, 2].map(|index| split.projection(layer, index));
-    if family == "qwen1" {
-        assert_eq!(projections.concat(), whole(tensors, &qkv[0]));
+    if config.family.name == "qwen1" {
+        assert_eq!(projections.concat(), whole(tensors, &q));
     } else {
-        for (found, name) in projections.iter().zip(&qkv) {
-            assert_eq!(*found, whole(tensors, name), "{name}");
+        for (found, name) in projections.iter().zip([q, k, v]) {
+            assert_eq!(*found, whole(tensors, &name), "{name}");
         }
     }
     assert_eq!(split.rows(|c, s| c.attn_out(layer, s)), whole(tensors, &out));
-    assert_eq!(split.half_of_gate_up(layer, 0), whole(tensors, &gate));
-    assert_eq!(split.half_of_gate_up(layer, 1), whole(tensors, &up));
-    assert_eq!(split.rows(|c, s| c.down(layer, s)), whole(tensors, &down));
+    for (block, [gate, up, down]) in blocks(config, layer) {
+        assert_eq!(split.half_of_gate_up(layer, block, 0), whole(tensors, &gate));
+        assert_eq!(split.half_of_gate_up(layer, block, 1), whole(tensors, &up));
+        assert_eq!(split.rows(|c, s| c.down(layer, block, s)), whole(tensors, &down));
+    }
 }
 
 #[test]
@@ -153,7 +167,7 @@ fn vectors_are_read_as_floats() {
         let config = checkpoint.config();
         let one = checkpoint.shard(0, 1).unwrap();
         for layer in 0..config.layers {
-            let (qkv, _) = names(config.family.name, layer);
+            let [qkv @ .., _] = names(config.family.name, layer);
             let bias = checkpoint.qkv_bias(layer, &one).unwrap();
             assert_eq!(bias.is_some(), config.qkv_bias);
             if let Some(bias) = bias {

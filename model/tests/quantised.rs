@@ -8,7 +8,7 @@ use std::{
 };
 
 use kernels::{WeightPart, plain::dequant::part_row};
-use model::{Checkpoint, ModelError, Shard};
+use model::{Checkpoint, FfnBlock, ModelError, Shard};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -35,7 +35,8 @@ type Read = fn(&Checkpoint, usize, &Shard) -> Result<Vec<WeightPart<'static>>, M
 
 #[test]
 fn slices_of_all_ranks_are_the_whole() {
-    let reads: [Read; 2] = [Checkpoint::attn_out, Checkpoint::down];
+    let down: Read = |checkpoint, layer, shard| checkpoint.down(layer, FfnBlock::Dense, shard);
+    let reads: [Read; 2] = [Checkpoint::attn_out, down];
     for name in NAMES {
         let checkpoint = Checkpoint::open(&golden(name)).unwrap();
         for read in reads {
@@ -98,8 +99,8 @@ impl Files {
             let checkpoint = Checkpoint::open(folder.path())?;
             let shard = checkpoint.shard(0, 1)?;
             checkpoint.qkv(0, &shard)?;
-            checkpoint.gate_up(0, &shard)?;
-            checkpoint.down(0, &shard)?;
+            checkpoint.gate_up(0, FfnBlock::Dense, &shard)?;
+            checkpoint.down(0, FfnBlock::Dense, &shard)?;
             Ok(())
         };
         read().map_err(|error| error.to_string())
@@ -162,7 +163,7 @@ fn columns_may_be_of_any_group() {
     let whole = |files: &Files| {
         let folder = files.write();
         let checkpoint = Checkpoint::open(folder.path()).unwrap();
-        rows(checkpoint.down(0, &checkpoint.shard(0, 1).unwrap()).unwrap())
+        rows(checkpoint.down(0, FfnBlock::Dense, &checkpoint.shard(0, 1).unwrap()).unwrap())
     };
     let mut files = Files::of("qwen2_gptq_int4");
     let before = whole(&files);

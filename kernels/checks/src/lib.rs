@@ -12,6 +12,7 @@ mod cuts;
 pub mod decode;
 mod e4m3;
 pub mod elementwise;
+pub mod experts;
 mod flat;
 pub mod fp8;
 pub mod int4;
@@ -49,6 +50,7 @@ pub const BF16: CudaConfig = CudaConfig {
 pub fn all<D: Driver>() -> Vec<Check<D>> {
     [
         elementwise::checks(),
+        experts::checks(),
         fp8::checks(),
         int4::checks(),
         linear::checks(),

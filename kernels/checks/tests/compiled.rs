@@ -17,6 +17,7 @@ use std::{
 const MEANT: &[(&str, &[&str], &[&str])] = &[
     ("attention_decode", &BOTH, &["HMMA", "LDSM", "LDGSTS"]),
     ("attention_prefill", &BOTH, &["HMMA", "LDSM", "LDGSTS"]),
+    ("expert_linear", &BOTH, &["HMMA", "LDSM", "LDGSTS"]),
     ("int4_linear", &BOTH, &["HMMA", "LDGSTS"]),
     ("attention_prefill_sm90", &["sm_90a"], &WGMMA),
 ];

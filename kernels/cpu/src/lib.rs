@@ -5,6 +5,7 @@
 //! activations.
 
 mod attention;
+mod experts;
 pub mod isa;
 mod kv;
 pub mod linear;
@@ -13,6 +14,7 @@ pub mod pool;
 mod rows;
 mod simd;
 
+pub use experts::CpuExperts;
 pub use isa::Isa;
 pub use kv::CpuKv;
 pub use linear::{CpuWeight, Precision};
@@ -21,7 +23,7 @@ pub use pool::Pool;
 
 use attention::{Attention, Scratch};
 use kernels::{
-    Backend, Batch, Heads, KernelError, Tensor, WeightPart, host,
+    Backend, Batch, ExpertRows, Heads, KernelError, Routes, Tensor, WeightPart, host,
     sampling::{Refused, SampleRequest, Sampled},
     shape,
 };
@@ -50,6 +52,8 @@ pub struct Cpu {
     precision: Precision,
     level: Level,
     linear: Mutex<LinearScratch>,
+    /// One expert's rows of x.
+    gathered: Mutex<Vec<f32>>,
     /// One for each thread.
     attention: Vec<Mutex<Scratch>>,
 }
@@ -66,8 +70,8 @@ impl Cpu {
         let scratch = |_| Scratch::new().map(Mutex::new);
         let attention = (0..config.threads).map(scratch).collect::<Result<_, _>>()?;
         let level = Level::new(config.isa);
-        let linear = Mutex::default();
-        Ok(Self { pool, precision: config.precision, level, linear, attention })
+        let (linear, gathered) = Default::default();
+        Ok(Self { pool, precision: config.precision, level, linear, gathered, attention })
     }
 
     /// The instructions in use.
@@ -126,6 +130,7 @@ impl Backend for Cpu {
     type Floats = Aligned<f32>;
     type Ints = Vec<i32>;
     type Weight = CpuWeight;
+    type Experts = CpuExperts;
     type Kv = CpuKv;
     type Cuts = ();
     type Sampling = Infallible;
@@ -160,6 +165,18 @@ impl Backend for Cpu {
 
     fn weight(&self, parts: &[WeightPart<'_>]) -> Result<CpuWeight, KernelError> {
         CpuWeight::pack(parts, self.precision)
+    }
+
+    fn experts(&self, shape: [usize; 3]) -> Result<CpuExperts, KernelError> {
+        Ok(CpuExperts::new(shape))
+    }
+
+    fn push_expert(
+        &self,
+        to: &mut CpuExperts,
+        parts: &[WeightPart<'_>],
+    ) -> Result<(), KernelError> {
+        to.push(self.weight(parts)?)
     }
 
     fn kv(&self, blocks: usize, heads: Heads) -> Result<CpuKv, KernelError> {
@@ -319,6 +336,31 @@ impl Backend for Cpu {
             dispatch(self.level, SiluMul { out, x, cols });
         });
         Ok(())
+    }
+
+    fn route(&self, routes: &mut Routes<Self>, logits: &Tensor<Self>) -> Result<(), KernelError> {
+        experts::route(routes, logits)
+    }
+
+    fn expert_linear(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        rows: ExpertRows,
+        experts: &CpuExperts,
+        routes: &Routes<Self>,
+    ) -> Result<(), KernelError> {
+        self.multiply_by_expert(out, x, rows, experts, routes)
+    }
+
+    fn combine(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        shared: Option<&Tensor<Self>>,
+        routes: &Routes<Self>,
+    ) -> Result<(), KernelError> {
+        self.combine_experts(out, x, shared, routes)
     }
 
     fn add(&self, x: &mut Tensor<Self>, delta: &Tensor<Self>) -> Result<(), KernelError> {

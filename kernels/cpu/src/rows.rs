@@ -217,3 +217,51 @@ impl Kernel for Add<'_> {
         }
     }
 }
+
+/// out [T, N] = Σ weight · x over each row's `k` places in x, and last its row of `shared`.
+pub(super) struct Combine<'a> {
+    pub out: &'a mut [f32],
+    pub x: &'a [f32],
+    pub shared: Option<&'a [f32]>,
+    /// [T, k]
+    pub places: &'a [i32],
+    /// [T, k], or [T, k + 1] where there is `shared`.
+    pub weights: &'a [f32],
+    pub cols: usize,
+    pub k: usize,
+}
+
+impl Kernel for Combine<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { cols, k, .. } = self;
+        let width = k + usize::from(self.shared.is_some());
+        let rows = self.places.chunks_exact(k).zip(self.weights.chunks_exact(width));
+        for (t, (out, (places, weights))) in self.out.chunks_exact_mut(cols).zip(rows).enumerate() {
+            out.fill(0.0);
+            for (&place, &weight) in places.iter().zip(weights) {
+                accumulate(s, out, weight, &self.x[place as usize * cols..][..cols]);
+            }
+            if let Some(shared) = self.shared {
+                accumulate(s, out, weights[k], &shared[t * cols..][..cols]);
+            }
+        }
+    }
+}
+
+/// out += factor · x.
+#[inline(always)]
+fn accumulate<S: Simd>(s: S, out: &mut [f32], factor: f32, x: &[f32]) {
+    let factor = s.splat(factor);
+    let (chunks, rest) = out.as_chunks_mut::<LANES>();
+    let (xs, last) = x.as_chunks::<LANES>();
+    for (out, x) in chunks.iter_mut().zip(xs) {
+        let v = s.fma(s.load(x), factor, s.load(out));
+        s.store(out, v);
+    }
+    if !rest.is_empty() {
+        let v = s.fma(s.load_some(last), factor, s.load_some(rest));
+        s.store_some(rest, v);
+    }
+}

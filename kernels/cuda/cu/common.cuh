@@ -211,6 +211,27 @@ DEVICE float warp_max(float x) {
     return x;
 }
 
+DEVICE uint64_t warp_max_key(uint64_t x) {
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) {
+        const uint64_t other = __shfl_xor_sync(ALL_LANES, x, step);
+        x = other > x ? other : x;
+    }
+    return x;
+}
+
+// The sum over this lane and those before it.
+template <typename T>
+DEVICE T warp_prefix(T x) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int step = 1; step < WARP; step *= 2) {
+        const T other = __shfl_up_sync(ALL_LANES, x, step);
+        if (lane >= step) x += other;
+    }
+    return x;
+}
+
 // Sum over a block of `threads` threads, a multiple of 32, in a fixed order; every thread gets it.
 // `scratch`: threads / 32 floats of shared memory, not in use by others.
 template <int threads>

@@ -1,11 +1,11 @@
 //! The ops of [`Backend`] on a [`Driver`].
 
 use super::{
-    Array, CudaKv, Driver, Element, Floats, Ints, KvFormat, PrefillKernel, SampleRoom,
+    Array, CudaExperts, CudaKv, Driver, Element, Floats, Ints, KvFormat, PrefillKernel, SampleRoom,
     WeightFormat, attention, linear,
 };
 use kernels::{
-    Backend, Batch, Heads, KernelError, Rotation, Tensor, WeightPart,
+    Backend, Batch, ExpertRows, Heads, KernelError, Rotation, Routes, Tensor, WeightPart,
     sampling::{Refused, SampleRequest, Sampled},
     shape,
 };
@@ -73,6 +73,7 @@ impl<D: Driver> Backend for Cuda<D> {
     type Floats = Floats<D>;
     type Ints = Ints<D>;
     type Weight = linear::Weight<D>;
+    type Experts = CudaExperts<D>;
     type Kv = CudaKv<D>;
     type Cuts = attention::Cuts<D>;
     type Sampling = SampleRoom<D>;
@@ -107,6 +108,18 @@ impl<D: Driver> Backend for Cuda<D> {
 
     fn table(&self, parts: &[WeightPart<'_>]) -> Result<linear::Weight<D>, KernelError> {
         linear::Weight::rounded(self, parts, WeightFormat::Bf16)
+    }
+
+    fn experts(&self, shape: [usize; 3]) -> Result<CudaExperts<D>, KernelError> {
+        CudaExperts::room(&self.driver, shape)
+    }
+
+    fn push_expert(
+        &self,
+        to: &mut CudaExperts<D>,
+        parts: &[WeightPart<'_>],
+    ) -> Result<(), KernelError> {
+        to.push(self, parts)
     }
 
     fn kv(&self, blocks: usize, heads: Heads) -> Result<CudaKv<D>, KernelError> {
@@ -210,6 +223,31 @@ impl<D: Driver> Backend for Cuda<D> {
     fn silu_mul(&self, out: &mut Tensor<Self>, x: &Tensor<Self>) -> Result<(), KernelError> {
         shape::silu_mul(out, x)?;
         self.gate(out, x)
+    }
+
+    fn route(&self, routes: &mut Routes<Self>, logits: &Tensor<Self>) -> Result<(), KernelError> {
+        self.choose_experts(routes, logits)
+    }
+
+    fn expert_linear(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        rows: ExpertRows,
+        experts: &CudaExperts<D>,
+        routes: &Routes<Self>,
+    ) -> Result<(), KernelError> {
+        self.expert_product(out, x, rows, experts, routes)
+    }
+
+    fn combine(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        shared: Option<&Tensor<Self>>,
+        routes: &Routes<Self>,
+    ) -> Result<(), KernelError> {
+        self.sum_experts(out, x, shared, routes)
     }
 
     fn add(&self, x: &mut Tensor<Self>, delta: &Tensor<Self>) -> Result<(), KernelError> {

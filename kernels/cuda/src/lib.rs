@@ -13,6 +13,7 @@ mod backend;
 mod device;
 mod driver;
 mod elementwise;
+mod experts;
 mod fp8;
 mod int4;
 mod linear;
@@ -27,6 +28,7 @@ pub use backend::{Cuda, CudaConfig};
 #[cfg(feature = "cuda")]
 pub use device::{Gpu, GpuConfig};
 pub use driver::{Driver, Facts, Gemm, Launch, Scales};
+pub use experts::CudaExperts;
 pub use fp8::{Fp8, Fp8Scaling};
 pub use int4::FUSED_ROWS_MAX;
 pub use linear::WeightFormat;

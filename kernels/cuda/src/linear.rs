@@ -1,6 +1,6 @@
 //! Weights and the matrix product.
 
-mod upload;
+pub(super) mod upload;
 
 use super::{
     Array, Cuda, Driver, Element, Floats, Fp8, Gemm, Scales,

@@ -2,7 +2,7 @@
 
 use formats::{Tensors, gguf::Metadata};
 
-use super::{DecoderConfig, Rope, RopeScaling, check_layers, json::yarn_attention};
+use super::{DecoderConfig, Experts, Rope, RopeScaling, check_layers, json::yarn_attention};
 use crate::{ModelError, families::Family, weights::GGUF};
 
 impl DecoderConfig {
@@ -55,7 +55,7 @@ impl Keys<'_> {
         let q_heads = self.size("attention.head_count")?;
         let head_dim = self.head_dim(hidden / q_heads.max(1))?;
         let (rope, context_max) = self.rope(self.size("context_length")?)?;
-        self.refuse_others(context_max)?;
+        self.refuse_windows(context_max)?;
         let embed = format!("{}.weight", GGUF.embed);
         let rows = tensors.get(&embed).and_then(|info| info.shape.first().copied());
         let vocab = rows
@@ -73,6 +73,7 @@ impl Keys<'_> {
             kv_heads: self.size_or_none("attention.head_count_kv")?.unwrap_or(q_heads),
             head_dim,
             intermediate: width,
+            experts: self.experts(family, tensors, layers)?,
             vocab,
             sampled_vocab,
             norm_eps: self.number("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-6) as f32,
@@ -149,11 +150,50 @@ impl Keys<'_> {
         Ok((scaling, context_max))
     }
 
-    /// Settings that the forward pass has no part for.
-    fn refuse_others(&self, context_max: usize) -> Result<(), ModelError> {
-        if self.size_or_none("expert_count")?.is_some_and(|experts| experts > 0) {
-            return Err(ModelError::Unsupported("a mixture of experts".into()));
+    /// What a mixture of experts is like, as far as the tensors of its layers do not tell.
+    fn experts(
+        &self,
+        family: &Family,
+        tensors: &Tensors,
+        layers: usize,
+    ) -> Result<Option<Experts>, ModelError> {
+        let count = self.size_or_none("expert_count")?.unwrap_or(0);
+        if count > 0 && !family.experts {
+            let key = self.key("expert_count");
+            return Err(ModelError::Unsupported(format!(
+                "a mixture of experts ({key} = {count}) in a {} model",
+                family.name
+            )));
         }
+        if !family.experts {
+            return Ok(None);
+        }
+        let names = GGUF.experts;
+        let shape = |layer: usize, name: &str| {
+            let info = tensors.get(&format!("{}.weight", GGUF.of_layer(layer, name)))?;
+            info.shape.iter().map(|n| usize::try_from(*n).ok()).collect::<Option<Vec<usize>>>()
+        };
+        let sparse: Vec<bool> =
+            (0..layers).map(|layer| shape(layer, names.router).is_some()).collect();
+        let one = sparse.iter().position(|sparse| *sparse).unwrap_or(0);
+        let Some(&[_, intermediate, _]) = shape(one, names.each.gate).as_deref() else {
+            return Err(ModelError::Checkpoint(format!(
+                "tensor {}.weight [experts, width, hidden] is missing",
+                GGUF.of_layer(one, names.each.gate)
+            )));
+        };
+        Ok(Some(Experts {
+            count: self.size("expert_count")?,
+            per_token: self.size("expert_used_count")?,
+            intermediate,
+            normalise: false,
+            shared: shape(one, names.shared.gate).and_then(|shape| shape.first().copied()),
+            sparse,
+        }))
+    }
+
+    /// Windows, which no GGUF file says the layers of.
+    fn refuse_windows(&self, context_max: usize) -> Result<(), ModelError> {
         match self.size_or_none("attention.sliding_window")? {
             Some(window) if (1..context_max).contains(&window) => Err(ModelError::Unsupported(
                 format!("{} = {window}", self.key("attention.sliding_window")),

@@ -124,6 +124,74 @@ fn published_parameter_counts_of_the_qwen2_line() {
     assert_eq!(size(8192, 80, 64, 8, 29568, 152_064, false), 72_706_203_648);
 }
 
+fn qwen15_moe() -> Value {
+    let mut config = qwen25_72b();
+    for (key, value) in [
+        ("architectures", json!(["Qwen2MoeForCausalLM"])),
+        ("hidden_size", json!(2048)),
+        ("num_hidden_layers", json!(24)),
+        ("num_attention_heads", json!(16)),
+        ("num_key_value_heads", json!(16)),
+        ("intermediate_size", json!(5632)),
+        ("vocab_size", json!(151_936)),
+        ("moe_intermediate_size", json!(1408)),
+        ("shared_expert_intermediate_size", json!(5632)),
+        ("num_experts", json!(60)),
+        ("num_experts_per_tok", json!(4)),
+        ("norm_topk_prob", json!(false)),
+        ("decoder_sparse_step", json!(1)),
+    ] {
+        config[key] = value;
+    }
+    config
+}
+
+fn qwen3_moe() -> Value {
+    let mut config = qwen15_moe();
+    for (key, value) in [
+        ("architectures", json!(["Qwen3MoeForCausalLM"])),
+        ("num_hidden_layers", json!(48)),
+        ("num_attention_heads", json!(32)),
+        ("num_key_value_heads", json!(4)),
+        ("head_dim", json!(128)),
+        ("moe_intermediate_size", json!(768)),
+        ("num_experts", json!(128)),
+        ("num_experts_per_tok", json!(8)),
+        ("norm_topk_prob", json!(true)),
+    ] {
+        config[key] = value;
+    }
+    config
+}
+
+#[test]
+fn published_parameter_counts_of_mixtures_of_experts() {
+    let qwen15 = read(&qwen15_moe()).unwrap();
+    assert_eq!(parameters(&qwen15), 14_315_784_192);
+    let experts = qwen15.experts.unwrap();
+    assert_eq!((experts.normalise, experts.shared), (false, Some(5632)));
+    let qwen3 = read(&qwen3_moe()).unwrap();
+    assert_eq!(parameters(&qwen3), 30_532_122_624);
+    let experts = qwen3.experts.unwrap();
+    assert_eq!((experts.normalise, experts.shared, qwen3.qk_norm), (true, None, true));
+}
+
+#[test]
+fn some_layers_may_have_no_experts() {
+    let sparse = |step: u64, dense: &[u64]| {
+        let config = with(qwen3_moe(), "decoder_sparse_step", json!(step));
+        let config = with(config, "num_hidden_layers", json!(6));
+        let config = read(&with(config, "mlp_only_layers", json!(dense))).unwrap();
+        let sparse: Vec<usize> = (0..6).filter(|l| config.experts_of(*l).is_some()).collect();
+        assert_eq!(config.has_dense_layers(), sparse.len() < 6);
+        sparse
+    };
+    assert_eq!(sparse(1, &[]), [0, 1, 2, 3, 4, 5]);
+    assert_eq!(sparse(2, &[]), [1, 3, 5]);
+    assert_eq!(sparse(1, &[0, 5]), [1, 2, 3, 4]);
+    assert_eq!(sparse(2, &[3]), [1, 5]);
+}
+
 #[test]
 fn rope_scaling_in_old_and_new_layout() {
     let yarn = json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768});
@@ -211,6 +279,20 @@ fn senseless_numbers_are_refused() {
     ];
     for (key, value, expected) in cases {
         let refusal = refusal(&with(qwen25_72b(), key, value));
+        assert!(refusal.contains(expected), "{refusal}");
+    }
+    let cases = [
+        ("num_experts", json!(0), "4 of 0 experts"),
+        ("num_experts", json!(3), "4 of 3 experts"),
+        ("num_experts", json!(1 << 20), "of 1048576 experts"),
+        ("num_experts_per_tok", json!(0), "0 of 60 experts"),
+        ("moe_intermediate_size", json!(0), "experts of width 0"),
+        ("shared_expert_intermediate_size", Value::Null, "lacks shared_expert_intermediate_size"),
+        ("mlp_only_layers", json!(["first"]), "mlp_only_layers"),
+        ("qkv_bias", json!(false), "qkv_bias"),
+    ];
+    for (key, value, expected) in cases {
+        let refusal = refusal(&with(qwen15_moe(), key, value));
         assert!(refusal.contains(expected), "{refusal}");
     }
     assert!(DecoderConfig::from_json(b"[]").is_err());

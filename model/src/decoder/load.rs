@@ -1,7 +1,10 @@
 //! Uploads one rank's part of a checkpoint, one matrix in memory at a time.
 
-use super::{Decoder, Layer, Shares};
-use crate::{Checkpoint, ModelError, Shard, rope::RopeTables};
+use super::{
+    Decoder, Layer, Shares,
+    feed_forward::{Experts, FeedForward, Ffn},
+};
+use crate::{Checkpoint, FfnBlock, ModelError, Shard, rope::RopeTables};
 use kernels::{Backend, Tensor, WeightPart};
 
 /// Counts the bytes of weights on their way to the device.
@@ -23,6 +26,16 @@ impl<B: Backend> Upload<'_, B> {
         let table = self.device.table(&parts)?;
         self.sent(&parts);
         Ok(table)
+    }
+
+    fn push_expert(
+        &mut self,
+        to: &mut B::Experts,
+        parts: Vec<WeightPart<'static>>,
+    ) -> Result<(), ModelError> {
+        self.device.push_expert(to, &parts)?;
+        self.sent(&parts);
+        Ok(())
     }
 
     fn sent(&mut self, parts: &[WeightPart<'_>]) {
@@ -83,6 +96,8 @@ impl Shares {
             attention: each(|shard| shard.heads().q * shard.heads().dim),
             hidden: each(|shard| shard.hidden.len()),
             intermediate: each(|shard| shard.ffn.len()),
+            expert: each(|shard| shard.expert.len()),
+            shared_expert: each(|shard| shard.shared_expert.len()),
             vocab: each(|shard| shard.vocab.len()),
         })
     }
@@ -107,9 +122,48 @@ impl<B: Backend> Layer<B> {
             qk_norm,
             attention_out: upload.weight(checkpoint.attn_out(index, shard)?)?,
             post_norm: upload.vector(&checkpoint.post_norm(index)?)?,
-            gate_up: upload.weight(checkpoint.gate_up(index, shard)?)?,
-            down: upload.weight(checkpoint.down(index, shard)?)?,
+            feed_forward: FeedForward::load(upload, checkpoint, shard, index)?,
             window: checkpoint.config().window[index],
+        })
+    }
+}
+
+impl<B: Backend> FeedForward<B> {
+    fn load(
+        upload: &mut Upload<'_, B>,
+        checkpoint: &Checkpoint,
+        shard: &Shard,
+        layer: usize,
+    ) -> Result<Self, ModelError> {
+        let config = checkpoint.config();
+        let Some(experts) = config.experts_of(layer) else {
+            return Ffn::load(upload, checkpoint, shard, (layer, FfnBlock::Dense)).map(Self::Dense);
+        };
+        let (hidden, width) = (config.hidden, experts.intermediate);
+        let (count, device) = (experts.count, upload.device);
+        let router = upload.table(checkpoint.router(layer)?)?;
+        let mut gate_up = device.experts([count, 2 * shard.expert.len(), hidden])?;
+        let mut down = device.experts([count, shard.hidden.len(), width])?;
+        for expert in (0..count).map(FfnBlock::Expert) {
+            upload.push_expert(&mut gate_up, checkpoint.gate_up(layer, expert, shard)?)?;
+            upload.push_expert(&mut down, checkpoint.down(layer, expert, shard)?)?;
+        }
+        let shared = |_| Ffn::load(upload, checkpoint, shard, (layer, FfnBlock::SharedExpert));
+        let shared = experts.shared.map(shared).transpose()?;
+        Ok(Self::Experts(Experts { router, gate_up, down, shared }))
+    }
+}
+
+impl<B: Backend> Ffn<B> {
+    fn load(
+        upload: &mut Upload<'_, B>,
+        checkpoint: &Checkpoint,
+        shard: &Shard,
+        (layer, block): (usize, FfnBlock),
+    ) -> Result<Self, ModelError> {
+        Ok(Self {
+            gate_up: upload.weight(checkpoint.gate_up(layer, block, shard)?)?,
+            down: upload.weight(checkpoint.down(layer, block, shard)?)?,
         })
     }
 }

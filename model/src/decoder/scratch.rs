@@ -2,7 +2,7 @@
 
 use crate::ModelError;
 use collective::Collective;
-use kernels::{Backend, Heads, KernelError, Tensor};
+use kernels::{Backend, Heads, KernelError, Routes, Routing, Tensor};
 
 /// Rows of logits computed together: bounds their memory whatever a step asks for.
 const LOGIT_ROWS_MAX: usize = 64;
@@ -19,10 +19,9 @@ pub struct Scratch<B: Backend> {
     pub(super) attention: Gathered<B>,
     /// [T, H]: what a block adds to the residual stream.
     pub(super) delta: Gathered<B>,
-    /// [T, 2 I_local]
-    pub(super) gate_up: Tensor<B>,
-    /// [T, I]
-    pub(super) activation: Gathered<B>,
+    /// Of layers without experts.
+    pub(super) ffn: FfnScratch<B>,
+    pub(super) experts: Option<ExpertsScratch<B>>,
     /// [R, H]
     pub(super) last: Tensor<B>,
     /// [R, H]
@@ -31,6 +30,78 @@ pub struct Scratch<B: Backend> {
     pub(super) logits: Gathered<B>,
     /// A copy of the logits, empty while the host reads the device's own.
     host_logits: Vec<f32>,
+}
+
+/// Inside a feed-forward block.
+pub(super) struct FfnScratch<B: Backend> {
+    /// [T, 2 I_local]
+    pub gate_up: Tensor<B>,
+    /// [T, I]
+    pub activation: Gathered<B>,
+}
+
+impl<B: Backend> FfnScratch<B> {
+    fn new(device: &B, rows: usize, width: Width) -> Result<Self, KernelError> {
+        Ok(Self {
+            gate_up: Tensor::zeros(device, rows, 2 * width.local)?,
+            activation: Gathered::new(width, |cols| Tensor::zeros(device, rows, cols))?,
+        })
+    }
+
+    fn set_rows(&mut self, rows: usize) {
+        self.gate_up.rows = rows;
+        self.activation.set_rows(rows);
+    }
+}
+
+/// Inside a mixture of experts.
+pub(super) struct ExpertsScratch<B: Backend> {
+    /// [T, E], and the shared expert's gate; in f32.
+    pub logits: Tensor<B>,
+    pub routes: Routes<B>,
+    /// [T k, ...] by place.
+    pub ffn: FfnScratch<B>,
+    /// [T k, H_local] by place.
+    pub out: Tensor<B>,
+    /// The shared expert's, with its result [T, H_local].
+    pub shared: Option<(FfnScratch<B>, Tensor<B>)>,
+}
+
+impl<B: Backend> ExpertsScratch<B> {
+    fn new(
+        device: &B,
+        tokens: usize,
+        hidden: usize,
+        shape: &ExpertsShape,
+    ) -> Result<Self, KernelError> {
+        let pairs = tokens * shape.routing.per_token;
+        let shared = match shape.shared {
+            Some(width) => {
+                let out = Tensor::zeros(device, tokens, hidden)?;
+                Some((FfnScratch::new(device, tokens, width)?, out))
+            }
+            None => None,
+        };
+        Ok(Self {
+            logits: Tensor::exact_zeros(device, tokens, shape.routing.logits())?,
+            routes: Routes::new(device, shape.routing, tokens)?,
+            ffn: FfnScratch::new(device, pairs, shape.expert)?,
+            out: Tensor::zeros(device, pairs, hidden)?,
+            shared,
+        })
+    }
+
+    fn set_tokens(&mut self, tokens: usize) {
+        self.logits.rows = tokens;
+        self.routes.weights.rows = tokens;
+        let pairs = self.routes.pairs();
+        self.ffn.set_rows(pairs);
+        self.out.rows = pairs;
+        if let Some((ffn, out)) = &mut self.shared {
+            ffn.set_rows(tokens);
+            out.rows = tokens;
+        }
+    }
 }
 
 /// A matrix whose columns are computed by several ranks.
@@ -89,8 +160,14 @@ impl<B: Backend> Scratch<B> {
             qkv: tensor(tokens, shape.heads.qkv_cols())?,
             attention: gathered(shape.attention)?,
             delta: gathered(shape.hidden)?,
-            gate_up: tensor(tokens, 2 * shape.intermediate.local)?,
-            activation: gathered(shape.intermediate)?,
+            ffn: FfnScratch::new(device, tokens, shape.intermediate)?,
+            experts: match &shape.experts {
+                Some(experts) => {
+                    let hidden = shape.hidden.local;
+                    Some(ExpertsScratch::new(device, tokens, hidden, experts)?)
+                }
+                None => None,
+            },
             last: tensor(rows, hidden)?,
             last_normed: tensor(rows, hidden)?,
             logits: Gathered::new(shape.vocab, exact)?,
@@ -117,11 +194,14 @@ impl<B: Backend> Scratch<B> {
     }
 
     pub(super) fn set_tokens(&mut self, tokens: usize) {
-        for tensor in [&mut self.hidden, &mut self.normed, &mut self.qkv, &mut self.gate_up] {
+        for tensor in [&mut self.hidden, &mut self.normed, &mut self.qkv] {
             tensor.rows = tokens;
         }
-        for gathered in [&mut self.attention, &mut self.delta, &mut self.activation] {
-            gathered.set_rows(tokens);
+        self.attention.set_rows(tokens);
+        self.delta.set_rows(tokens);
+        self.ffn.set_rows(tokens);
+        if let Some(experts) = &mut self.experts {
+            experts.set_tokens(tokens);
         }
     }
 
@@ -160,10 +240,33 @@ pub struct ScratchShape {
     pub attention: Width,
     /// H.
     pub hidden: Width,
-    /// I.
+    /// I; 0 where every layer has experts.
     pub intermediate: Width,
+    pub experts: Option<ExpertsShape>,
     /// V.
     pub vocab: Width,
+}
+
+/// The widths of a mixture of experts.
+#[derive(Clone, Debug)]
+pub struct ExpertsShape {
+    pub routing: Routing,
+    /// I of each expert.
+    pub expert: Width,
+    /// I of the shared expert.
+    pub shared: Option<Width>,
+}
+
+impl ExpertsShape {
+    /// Elements for each token, indices among them.
+    fn elements(&self, hidden: usize) -> usize {
+        let ffn = |width: Width| 2 * width.local + width.kept() + hidden;
+        let Routing { per_token, .. } = self.routing;
+        per_token * (ffn(self.expert) + 3)
+            + self.routing.logits()
+            + self.routing.weights()
+            + self.shared.map_or(0, ffn)
+    }
 }
 
 impl ScratchShape {
@@ -174,13 +277,15 @@ impl ScratchShape {
 
     /// Elements that [`Scratch::new`] allocates.
     pub fn elements(&self) -> usize {
-        let Self { tokens_max, heads, attention, hidden, intermediate, vocab } = *self;
+        let Self { tokens_max, heads, attention, hidden, intermediate, vocab, .. } = *self;
+        let experts = self.experts.as_ref().map_or(0, |experts| experts.elements(hidden.local));
         let each = 2 * hidden.whole
             + heads.qkv_cols()
             + 2 * intermediate.local
             + attention.kept()
             + hidden.kept()
-            + intermediate.kept();
+            + intermediate.kept()
+            + experts;
         let logits = self.logit_rows_max() * (2 * hidden.whole + vocab.kept());
         tokens_max.saturating_mul(each).saturating_add(logits)
     }

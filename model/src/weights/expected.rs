@@ -5,11 +5,12 @@ use std::collections::BTreeSet;
 use formats::TensorInfo;
 
 use super::{
-    Qkv, TensorNames,
-    module::{Files, Module, Storage, no_kernel},
+    TensorNames,
+    module::{Cut, Files, Module, Storage, no_kernel},
+    modules::Modules,
     slice,
 };
-use crate::{DecoderConfig, ModelError};
+use crate::{DecoderConfig, ModelError, Shard};
 
 /// What a configuration asks for.
 pub(super) struct Expected {
@@ -20,28 +21,24 @@ pub(super) struct Expected {
 }
 
 impl Expected {
-    pub fn new(config: &DecoderConfig, names: &TensorNames) -> Self {
-        let DecoderConfig { hidden, vocab, intermediate, head_dim, .. } = *config;
-        let (q, kv) = (config.q_heads * head_dim, config.kv_heads * head_dim);
-        let module = |stem: String, rows, cols| Module { stem, rows, cols };
-        let mut modules = vec![module(names.embed.to_owned(), vocab, hidden)];
+    /// # Errors
+    /// A configuration that not even one rank can run.
+    pub fn new(config: &DecoderConfig, names: &TensorNames) -> Result<Self, ModelError> {
+        let DecoderConfig { hidden, head_dim, .. } = *config;
+        let (all, whole) = (Modules { config, names }, Shard::new(config, 0, 1)?);
+        // Parts of one packed matrix follow each other.
+        let once = |cuts: Vec<(Module, Cut)>| {
+            let mut modules: Vec<Module> = cuts.into_iter().map(|(module, _)| module).collect();
+            modules.dedup();
+            modules
+        };
         let mut vectors = vec![(names.final_norm.to_owned(), hidden)];
         for layer in 0..config.layers {
             let named = |name: &str| names.of_layer(layer, name);
-            let projections = match names.qkv {
-                Qkv::Separate([q_stem, k, v]) => vec![(q_stem, q), (k, kv), (v, kv)],
-                Qkv::Packed(stem) => vec![(stem, q + 2 * kv)],
-            };
-            for (stem, rows) in projections {
-                modules.push(module(named(stem), rows, hidden));
-                if config.qkv_bias {
-                    vectors.push((format!("{}.bias", named(stem)), rows));
-                }
+            if config.qkv_bias {
+                let biased = once(all.qkv(layer, &whole).into());
+                vectors.extend(biased.iter().map(|module| (module.tensor("bias"), module.rows)));
             }
-            modules.push(module(named(names.attn_out), hidden, q));
-            modules.push(module(named(names.gate), intermediate, hidden));
-            modules.push(module(named(names.up), intermediate, hidden));
-            modules.push(module(named(names.down), hidden, intermediate));
             vectors.push((named(names.input_norm), hidden));
             vectors.push((named(names.post_norm), hidden));
             if config.qk_norm {
@@ -49,10 +46,7 @@ impl Expected {
                 vectors.push((named(names.k_norm), head_dim));
             }
         }
-        if !config.tied {
-            modules.push(module(names.lm_head.to_owned(), vocab, hidden));
-        }
-        Self { modules, vectors }
+        Ok(Self { modules: once(all.all(&whole)), vectors })
     }
 }
 
@@ -62,7 +56,7 @@ pub(super) fn check(
     config: &DecoderConfig,
     names: &TensorNames,
 ) -> Result<(), ModelError> {
-    let Expected { modules, vectors } = Expected::new(config, names);
+    let Expected { modules, vectors } = Expected::new(config, names)?;
     let (mut expected, mut quantised) = (BTreeSet::new(), BTreeSet::new());
     for module in &modules {
         let storage = files.storage(module)?;

@@ -14,6 +14,15 @@ pub(super) struct Module {
     pub stem: String,
     pub rows: usize,
     pub cols: usize,
+    /// Where the matrix is one of several in a tensor [count, N, K].
+    pub stack: Option<Stack>,
+}
+
+/// A place in a stack of matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stack {
+    pub index: usize,
+    pub count: usize,
 }
 
 /// Which rows of a module a rank holds.
@@ -131,6 +140,16 @@ impl Files<'_> {
         }
     }
 
+    /// Files of some formats have matrices of one row without that dimension.
+    fn plain_shape(&self, module: &Module) -> Vec<usize> {
+        let stored = self.tensors.get(&module.tensor("weight")).map(|info| info.shape.len());
+        match (module.stack, module.rows, stored) {
+            (Some(stack), ..) => vec![stack.count, module.rows, module.cols],
+            (None, 1, Some(1)) => vec![module.cols],
+            _ => vec![module.rows, module.cols],
+        }
+    }
+
     /// The tensors that the module consists of, with their shapes; those that may be missing are
     /// only there where they are.
     ///
@@ -139,7 +158,7 @@ impl Files<'_> {
     pub fn tensors_of(&self, module: &Module) -> Result<Vec<(String, Vec<usize>)>, ModelError> {
         let Module { rows, cols, .. } = *module;
         Ok(match self.storage(module)? {
-            Storage::Plain(_) => vec![(module.tensor("weight"), vec![rows, cols])],
+            Storage::Plain(_) => vec![(module.tensor("weight"), self.plain_shape(module))],
             Storage::Integers(packing) => quantised::integer_tensors(self.tensors, module, packing),
             Storage::Fp8Blocks { rows: block_rows, cols: block_cols } => {
                 let scales = vec![rows.div_ceil(block_rows), cols.div_ceil(block_cols)];
@@ -151,6 +170,10 @@ impl Files<'_> {
 }
 
 impl Module {
+    pub fn new(stem: String, (rows, cols): (usize, usize)) -> Self {
+        Self { stem, rows, cols, stack: None }
+    }
+
     /// The name of one of its tensors.
     pub fn tensor(&self, ending: &str) -> String {
         format!("{}.{ending}", self.stem)

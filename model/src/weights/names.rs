@@ -22,16 +22,37 @@ pub(crate) struct TensorNames {
     pub k_norm: &'static str,
     /// [H, q D].
     pub attn_out: &'static str,
+    pub ffn: FfnNames,
+    pub experts: ExpertNames,
+    /// Rows of Q and K are stored in the order of an interleaved rotation.
+    pub interleaved_rope: bool,
+    /// Ends of names that carry nothing the forward pass needs.
+    pub ignored: &'static [&'static str],
+}
+
+/// The matrices of a feed-forward block.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FfnNames {
     /// [I, H].
     pub gate: &'static str,
     /// [I, H].
     pub up: &'static str,
     /// [H, I].
     pub down: &'static str,
-    /// Rows of Q and K are stored in the order of an interleaved rotation.
-    pub interleaved_rope: bool,
-    /// Ends of names that carry nothing the forward pass needs.
-    pub ignored: &'static [&'static str],
+}
+
+/// A mixture of experts.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ExpertNames {
+    /// [E, H].
+    pub router: &'static str,
+    /// [1, H], or [H].
+    pub shared_gate: &'static str,
+    pub shared: FfnNames,
+    /// What an expert's number and a dot follow, before the names of its matrices; `None` where the
+    /// matrices of all experts are one tensor [E, N, K].
+    pub folder: Option<&'static str>,
+    pub each: FfnNames,
 }
 
 /// Stems that `.weight` and `.bias` are added to.
@@ -55,15 +76,20 @@ pub(crate) const GGUF: TensorNames = TensorNames {
     q_norm: "attn_q_norm.weight",
     k_norm: "attn_k_norm.weight",
     attn_out: "attn_output",
-    gate: "ffn_gate",
-    up: "ffn_up",
-    down: "ffn_down",
+    ffn: FfnNames { gate: "ffn_gate", up: "ffn_up", down: "ffn_down" },
+    experts: ExpertNames {
+        router: "ffn_gate_inp",
+        shared_gate: "ffn_gate_inp_shexp",
+        shared: FfnNames { gate: "ffn_gate_shexp", up: "ffn_up_shexp", down: "ffn_down_shexp" },
+        folder: None,
+        each: FfnNames { gate: "ffn_gate_exps", up: "ffn_up_exps", down: "ffn_down_exps" },
+    },
     interleaved_rope: false,
     ignored: &["rope_freqs.weight"],
 };
 
 impl TensorNames {
-    pub(super) fn of_layer(&self, layer: usize, name: &str) -> String {
+    pub(crate) fn of_layer(&self, layer: usize, name: &str) -> String {
         format!("{}{layer}.{name}", self.layer)
     }
 }

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub const NAMES: [&str; 14] = [
+pub const NAMES: [&str; 16] = [
     "llama_smollm2",
     "qwen1_ntk_logn",
     "qwen1_plain_hd128",
@@ -17,11 +17,13 @@ pub const NAMES: [&str; 14] = [
     "qwen2_gqa2_hd128",
     "qwen2_gqa4_tied_sharded",
     "qwen2_mha_hd64",
+    "qwen2_moe",
     "qwen2_swa_off",
     "qwen2_swa_on",
     "qwen2_yarn4",
     "qwen3_fp8_block128",
     "qwen3_gqa4_hd128_tied",
+    "qwen3_moe",
 ];
 
 /// Where they lie, from the repository's root.

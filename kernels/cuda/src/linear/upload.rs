@@ -14,10 +14,21 @@ pub(super) fn bf16<D: Driver>(
 ) -> Result<Array<D>, KernelError> {
     let row_bytes = cols * Element::Bf16.bytes();
     let values = Array::zeroed(device.driver(), "a weight", rows.saturating_mul(row_bytes))?;
-    pieces(parts, cols, |first, piece| {
-        device.driver().write(&values.memory, first * row_bytes, piece)
-    })?;
+    bf16_at(device, parts, cols, (&values, 0))?;
     Ok(values)
+}
+
+/// Writes `parts` from row `first_row` of an array of bf16 on.
+pub(crate) fn bf16_at<D: Driver>(
+    device: &Cuda<D>,
+    parts: &[WeightPart<'_>],
+    cols: usize,
+    (to, first_row): (&Array<D>, usize),
+) -> Result<(), KernelError> {
+    let row_bytes = cols * Element::Bf16.bytes();
+    pieces(parts, cols, |first, piece| {
+        device.driver().write(&to.memory, (first_row + first) * row_bytes, piece)
+    })
 }
 
 /// [N, K] in e4m3, rounded on the device.

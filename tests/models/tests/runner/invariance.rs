@@ -149,12 +149,17 @@ fn check_sharding<B: Backend>(name: &str, device: fn() -> B) {
     }
 }
 
-const FAMILIES: [&str; 5] = [
+const FAMILIES: [&str; 10] = [
     "qwen1_ntk_logn",
     "qwen2_gqa4_tied_sharded",
     "qwen2_swa_on",
     "qwen3_gqa4_hd128_tied",
     "llama_smollm2",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen2_gptq_int4",
+    "qwen2_awq_int4",
+    "qwen3_fp8_block128",
 ];
 
 #[test]
@@ -168,12 +173,13 @@ fn a_sequence_is_the_same_alone_and_in_company() {
 
 #[test]
 fn a_sequence_is_the_same_whatever_the_instructions_and_ranks() {
-    let name = "llama_smollm2";
-    check_invariance(name, 2, || Plain);
-    check_invariance(name, 3, exact);
-    check_invariance(name, 2, fast);
-    check_invariance(name, 1, fast_avx2);
-    check_invariance(name, 1, fast_portable);
+    for name in ["llama_smollm2", "qwen2_gptq_int4", "qwen2_moe"] {
+        check_invariance(name, 2, || Plain);
+        check_invariance(name, 3, exact);
+        check_invariance(name, 2, fast);
+        check_invariance(name, 1, fast_avx2);
+        check_invariance(name, 1, fast_portable);
+    }
 }
 
 #[test]
