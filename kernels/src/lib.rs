@@ -208,32 +208,16 @@ pub trait Backend: Send + Sync + Sized + 'static {
         weight: &Self::Weight,
         bias: Option<&Tensor<Self>>,
     ) -> Result<(), KernelError>;
-    /// Root-mean-square norm of each query head with `q` [1, D] and each key head with `k` [1, D],
-    /// in place.
-    fn qk_norm(
-        &self,
-        qkv: &mut Tensor<Self>,
-        q: &Tensor<Self>,
-        k: &Tensor<Self>,
-        eps: f32,
-        heads: Heads,
-    ) -> Result<(), KernelError>;
-    /// Rotates query and key heads in place (rotate-half), then scales queries by `batch.q_scale`.
-    /// cos_sin [P, D]: D/2 cosines, then D/2 sines.
-    fn rope(
-        &self,
-        qkv: &mut Tensor<Self>,
-        cos_sin: &Tensor<Self>,
-        batch: &Batch<Self>,
-        heads: Heads,
-    ) -> Result<(), KernelError>;
-    /// Copies the key and value heads of qkv [T, (q + 2 kv) D] to `batch.slots`.
-    fn store_kv(
+    /// Norms (where there are weights), then rotates the query and key heads of qkv
+    /// [T, (q + 2 kv) D] (rotate-half), queries times `batch.q_scale`. Queries stay in place, keys
+    /// go to `batch.slots` of the cache with the values. What is left of the key heads in qkv is
+    /// the device's own affair: attention takes them from the cache.
+    fn rotate_and_store(
         &self,
         kv: &mut Self::Kv,
-        qkv: &Tensor<Self>,
+        qkv: &mut Tensor<Self>,
+        rotation: &Rotation<'_, Self>,
         batch: &Batch<Self>,
-        heads: Heads,
     ) -> Result<(), KernelError>;
     /// out [T, q D] = softmax(q kᵀ / sqrt(D)) v over the sequence's cached keys at positions ≤ the
     /// row's own, and > position − `window` where there is one. This step's K and V are already
@@ -263,23 +247,6 @@ pub trait Backend: Send + Sync + Sized + 'static {
     ) -> Result<(), KernelError> {
         self.add(x, delta)?;
         self.rms_norm(out, x, weight, eps)
-    }
-    /// Norms (where there are weights) and rotates the query heads of qkv in place and its key
-    /// heads on their way to `batch.slots`, where values go too. What it leaves of the key heads in
-    /// qkv is the device's own affair: attention takes them from the cache.
-    fn rotate_and_store(
-        &self,
-        kv: &mut Self::Kv,
-        qkv: &mut Tensor<Self>,
-        rotation: &Rotation<'_, Self>,
-        batch: &Batch<Self>,
-    ) -> Result<(), KernelError> {
-        let heads = rotation.heads;
-        if let Some((q, k, eps)) = rotation.norm {
-            self.qk_norm(qkv, q, k, eps, heads)?;
-        }
-        self.rope(qkv, rotation.cos_sin, batch, heads)?;
-        self.store_kv(kv, qkv, batch, heads)
     }
     /// out [len, H] = rows `batch.logit_rows[first..first + len]` of x.
     fn gather_rows(
