@@ -145,44 +145,10 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// What choosing tokens on the device takes; `Infallible` where the host chooses them.
     type Sampling: Send;
 
-    /// Zeroed.
-    fn floats(&self, len: usize) -> Result<Self::Floats, KernelError>;
-    /// As [`Self::floats`], in f32 whatever the device's activations are: for tables and logits.
-    fn exact_floats(&self, len: usize) -> Result<Self::Floats, KernelError> {
-        self.floats(len)
-    }
-    /// Zeroed.
-    fn ints(&self, len: usize) -> Result<Self::Ints, KernelError>;
-    /// Writes the first `values.len()` elements.
-    fn write_floats(&self, to: &mut Self::Floats, values: &[f32]) -> Result<(), KernelError>;
-    /// Writes the first `values.len()` elements.
-    fn write_ints(&self, to: &mut Self::Ints, values: &[i32]) -> Result<(), KernelError>;
-    /// Reads the first `to.len()` elements.
-    fn read_floats(&self, to: &mut [f32], from: &Self::Floats) -> Result<(), KernelError>;
-    /// The elements themselves where they are f32 in host memory: spares an exchange two copies.
-    fn host_floats<'a>(&self, _floats: &'a mut Self::Floats) -> Option<&'a mut [f32]> {
-        None
-    }
-    /// As [`Self::host_floats`], for reading.
-    fn host_view<'a>(&self, _floats: &'a Self::Floats) -> Option<&'a [f32]> {
-        None
-    }
-    /// Repacks `parts`, stacked by rows: part 0's outputs come first. All share K.
-    fn weight(&self, parts: &[WeightPart<'_>]) -> Result<Self::Weight, KernelError>;
-    /// As [`Self::weight`], for a matrix whose rows are looked up or make logits, and which devices
-    /// that round weights further leave as it is.
-    fn table(&self, parts: &[WeightPart<'_>]) -> Result<Self::Weight, KernelError> {
-        self.weight(parts)
-    }
-    /// Room for the K and V of `blocks` blocks. Zeroed.
-    fn kv(&self, blocks: usize, heads: Heads) -> Result<Self::Kv, KernelError>;
-    /// Bytes that `kv` takes for one block of one layer.
-    fn kv_block_bytes(&self, heads: Heads) -> usize;
-    /// Room for the cuts of steps of up to `tokens_max` tokens of `sequences_max` sequences.
-    fn cuts(&self, tokens_max: usize, sequences_max: usize) -> Result<Self::Cuts, KernelError>;
+    // A step, in the order of its ops.
+
     /// Makes `batch.cuts` of the rest of the batch, once for all layers of a step.
     fn cut(&self, batch: &mut Batch<Self>) -> Result<(), KernelError>;
-
     /// out [T, H] = row `ids[t] - first_id` of `table` [V_local, H]; zeros where that is outside
     /// the table.
     fn embed(
@@ -231,8 +197,6 @@ pub trait Backend: Send + Sync + Sized + 'static {
         heads: Heads,
         window: Option<usize>,
     ) -> Result<(), KernelError>;
-    /// out [T, I] = silu(gate) · up, where x [T, 2 I] is gate, then up.
-    fn silu_mul(&self, out: &mut Tensor<Self>, x: &Tensor<Self>) -> Result<(), KernelError>;
     /// x [T, H] += delta [T, H].
     fn add(&self, x: &mut Tensor<Self>, delta: &Tensor<Self>) -> Result<(), KernelError>;
     /// x [T, H] += delta [T, H], then out [T, H] = x / sqrt(mean(x²) + eps) · weight [1, H]: what
@@ -248,6 +212,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
         self.add(x, delta)?;
         self.rms_norm(out, x, weight, eps)
     }
+    /// out [T, I] = silu(gate) · up, where x [T, 2 I] is gate, then up.
+    fn silu_mul(&self, out: &mut Tensor<Self>, x: &Tensor<Self>) -> Result<(), KernelError>;
     /// out [len, H] = rows `batch.logit_rows[first..first + len]` of x.
     fn gather_rows(
         &self,
@@ -257,7 +223,53 @@ pub trait Backend: Send + Sync + Sized + 'static {
         first: usize,
         len: usize,
     ) -> Result<(), KernelError>;
+    /// What each request asks of the row of `logits` [R, V], in f32, with its index. The logits are
+    /// changed meanwhile, and are as before when the call returns without error. A refused row says
+    /// why, and is no error for the others.
+    fn sample(
+        &self,
+        room: &mut Self::Sampling,
+        logits: &mut Tensor<Self>,
+        requests: &[SampleRequest<'_>],
+    ) -> Result<Vec<Result<Sampled, Refused>>, KernelError>;
 
+    // What is taken before the first step, and what the host writes and reads.
+
+    /// Zeroed.
+    fn floats(&self, len: usize) -> Result<Self::Floats, KernelError>;
+    /// As [`Self::floats`], in f32 whatever the device's activations are: for tables and logits.
+    fn exact_floats(&self, len: usize) -> Result<Self::Floats, KernelError> {
+        self.floats(len)
+    }
+    /// Zeroed.
+    fn ints(&self, len: usize) -> Result<Self::Ints, KernelError>;
+    /// Writes the first `values.len()` elements.
+    fn write_floats(&self, to: &mut Self::Floats, values: &[f32]) -> Result<(), KernelError>;
+    /// Writes the first `values.len()` elements.
+    fn write_ints(&self, to: &mut Self::Ints, values: &[i32]) -> Result<(), KernelError>;
+    /// Reads the first `to.len()` elements.
+    fn read_floats(&self, to: &mut [f32], from: &Self::Floats) -> Result<(), KernelError>;
+    /// The elements themselves where they are f32 in host memory: spares an exchange two copies.
+    fn host_floats<'a>(&self, _floats: &'a mut Self::Floats) -> Option<&'a mut [f32]> {
+        None
+    }
+    /// As [`Self::host_floats`], for reading.
+    fn host_view<'a>(&self, _floats: &'a Self::Floats) -> Option<&'a [f32]> {
+        None
+    }
+    /// Repacks `parts`, stacked by rows: part 0's outputs come first. All share K.
+    fn weight(&self, parts: &[WeightPart<'_>]) -> Result<Self::Weight, KernelError>;
+    /// As [`Self::weight`], for a matrix whose rows are looked up or make logits, and which devices
+    /// that round weights further leave as it is.
+    fn table(&self, parts: &[WeightPart<'_>]) -> Result<Self::Weight, KernelError> {
+        self.weight(parts)
+    }
+    /// Room for the K and V of `blocks` blocks. Zeroed.
+    fn kv(&self, blocks: usize, heads: Heads) -> Result<Self::Kv, KernelError>;
+    /// Bytes that `kv` takes for one block of one layer.
+    fn kv_block_bytes(&self, heads: Heads) -> usize;
+    /// Room for the cuts of steps of up to `tokens_max` tokens of `sequences_max` sequences.
+    fn cuts(&self, tokens_max: usize, sequences_max: usize) -> Result<Self::Cuts, KernelError>;
     /// Room for choosing tokens from up to `rows_max` rows of `vocab` logits, of which the first
     /// `drawable` stand for tokens; `None` where the host had better read the logits.
     fn sampling(
@@ -268,13 +280,4 @@ pub trait Backend: Send + Sync + Sized + 'static {
     ) -> Result<Option<Self::Sampling>, KernelError> {
         Ok(None)
     }
-    /// What each request asks of the row of `logits` [R, V], in f32, with its index. The logits are
-    /// changed meanwhile, and are as before when the call returns without error. A refused row says
-    /// why, and is no error for the others.
-    fn sample(
-        &self,
-        room: &mut Self::Sampling,
-        logits: &mut Tensor<Self>,
-        requests: &[SampleRequest<'_>],
-    ) -> Result<Vec<Result<Sampled, Refused>>, KernelError>;
 }
