@@ -7,8 +7,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use kernels::{WeightPart, plain::dequant::part_row};
-use model::{Checkpoint, ModelError, Shard};
+use collective::{Staged, Threads};
+use kernels::{
+    WeightPart,
+    plain::{Plain, dequant::part_row},
+};
+use model::{Checkpoint, ModelError, Runner, RunnerOptions, Shard};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -91,24 +95,27 @@ impl Files {
         folder
     }
 
-    /// What opening and reading layer 0 says.
-    fn outcome(&self) -> Result<(), String> {
+    /// What opening and loading says, and how many bytes of weights had been taken by then.
+    fn outcome(&self) -> Result<(), (String, u64)> {
+        const OPTIONS: RunnerOptions =
+            RunnerOptions { blocks: 1, step_tokens_max: 1, sequences_max: 1, context_max: 16 };
         let folder = self.write();
-        let read = || -> Result<(), ModelError> {
+        let mut taken = 0;
+        let mut load = || -> Result<(), ModelError> {
             let checkpoint = Checkpoint::open(folder.path())?;
-            let shard = checkpoint.shard(0, 1)?;
-            checkpoint.qkv(0, &shard)?;
-            checkpoint.gate_up(0, &shard)?;
-            checkpoint.down(0, &shard)?;
+            let alone = Staged::new(Threads::group(1).remove(0));
+            Runner::load(Plain, alone, &checkpoint, OPTIONS, &mut |done, _| taken = done)?;
             Ok(())
         };
-        read().map_err(|error| error.to_string())
+        load().map_err(|error| (error.to_string(), taken))
     }
 
+    /// Refused with this in the message, before any memory is taken.
     #[track_caller]
     fn refused(&self, named: &str) {
-        let error = self.outcome().expect_err("refused");
+        let (error, taken) = self.outcome().expect_err("refused");
         assert!(error.contains(named), "{error}");
+        assert_eq!(taken, 0, "bytes were loaded before: {error}");
     }
 }
 
@@ -145,6 +152,26 @@ fn integers_that_contradict_themselves_are_refused_by_name() {
         files.bytes(&format!("{DOWN}.scales"))[8..10].copy_from_slice(&scale.to_le_bytes());
         files.refused(&format!("tensor {DOWN}.scales has a scale that is zero"));
     }
+}
+
+#[test]
+fn scales_may_be_stored_in_other_formats_that_f16_holds() {
+    let with = |dtype: &str, number: f32| {
+        let mut files = Files::of("qwen2_gptq_int4");
+        let scales = files.tensors.get_mut(&format!("{DOWN}.scales")).unwrap();
+        let bytes = number.to_le_bytes();
+        // bf16 is the upper half of f32.
+        let bytes = if dtype == "F32" { &bytes[..] } else { &bytes[2..] };
+        *scales = (dtype.to_owned(), vec![3, 256], bytes.repeat(3 * 256));
+        files
+    };
+    for dtype in ["F32", "BF16"] {
+        with(dtype, 0.375).outcome().unwrap();
+        for number in [-0.0, 1e9, 1e-9, f32::NAN] {
+            with(dtype, number).refused("or no f16");
+        }
+    }
+    with("F32", 0.1).refused("or no f16");
 }
 
 #[test]
@@ -187,7 +214,10 @@ fn fp8_that_contradicts_itself_is_refused_by_name() {
     files.refused("down_proj.weight is stored as F8_E4M3");
     let mut files = Files::of("qwen3_fp8_block128");
     files.bytes(&format!("{DOWN}.weight"))[7] = 0xff;
-    files.refused(&format!("tensor {DOWN}.weight has values that are no numbers"));
+    // The weights themselves are looked at as they are read.
+    let (error, taken) = files.outcome().expect_err("refused");
+    let named = format!("tensor {DOWN}.weight has values that are no numbers");
+    assert!(error.contains(&named) && taken > 0, "{error}");
     let mut files = Files::of("qwen3_fp8_block128");
     files.bytes(&format!("{DOWN}.weight_scale_inv"))[..2].copy_from_slice(&[0x80, 0x7f]);
     files.refused("weight_scale_inv has a scale of inf");
