@@ -63,8 +63,8 @@ pub fn rope_rows<B: Backend<Ints: AsRef<[i32]>>>(
     batch: &Batch<B>,
     table_rows: usize,
 ) -> Result<&[i32], ShapeError> {
-    let rows = first("rope", "rope_rows", batch.rope_rows.as_ref(), batch.tokens)?;
-    below("rope", "table row", rows, table_rows)?;
+    let rows = first("rotate_and_store", "rope_rows", batch.rope_rows.as_ref(), batch.tokens)?;
+    below("rotate_and_store", "table row", rows, table_rows)?;
     Ok(rows)
 }
 
@@ -73,7 +73,7 @@ pub fn q_scale<B: Backend<Floats: AsRef<[f32]>>>(
     batch: &Batch<B>,
 ) -> Result<Option<&[f32]>, ShapeError> {
     let scale = batch.q_scale.as_ref();
-    scale.map(|s| first("rope", "q_scale", s.as_ref(), batch.tokens)).transpose()
+    scale.map(|s| first("rotate_and_store", "q_scale", s.as_ref(), batch.tokens)).transpose()
 }
 
 /// [T] slots of a cache with `blocks` blocks.
@@ -81,8 +81,8 @@ pub fn slots<B: Backend<Ints: AsRef<[i32]>>>(
     batch: &Batch<B>,
     blocks: usize,
 ) -> Result<&[i32], ShapeError> {
-    let slots = first("store_kv", "slots", batch.slots.as_ref(), batch.tokens)?;
-    below("store_kv", "slot", slots, blocks * BLOCK_TOKENS)?;
+    let slots = first("rotate_and_store", "slots", batch.slots.as_ref(), batch.tokens)?;
+    below("rotate_and_store", "slot", slots, blocks * BLOCK_TOKENS)?;
     Ok(slots)
 }
 

@@ -149,6 +149,118 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// What choosing tokens on the device takes; `Infallible` where the host chooses them.
     type Sampling: Send;
 
+    // A step, in the order of its ops.
+
+    /// Makes `batch.cuts` of the rest of the batch, once for all layers of a step.
+    fn cut(&self, batch: &mut Batch<Self>) -> Result<(), KernelError>;
+    /// out [T, H] = row `ids[t] - first_id` of `table` [V_local, H]; zeros where that is outside
+    /// the table.
+    fn embed(
+        &self,
+        out: &mut Tensor<Self>,
+        table: &Self::Weight,
+        first_id: usize,
+        batch: &Batch<Self>,
+    ) -> Result<(), KernelError>;
+    /// out [T, H] = x / sqrt(mean(x²) + eps) · weight [1, H].
+    fn rms_norm(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        weight: &Tensor<Self>,
+        eps: f32,
+    ) -> Result<(), KernelError>;
+    /// out [T, N] = x [T, K] · weight [N, K]ᵀ + bias [1, N].
+    fn linear(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        weight: &Self::Weight,
+        bias: Option<&Tensor<Self>>,
+    ) -> Result<(), KernelError>;
+    /// Norms (where there are weights), then rotates the query and key heads of qkv
+    /// [T, (q + 2 kv) D] (rotate-half), queries times `batch.q_scale`. Queries stay in place, keys
+    /// go to `batch.slots` of the cache with the values. What is left of the key heads in qkv is
+    /// the device's own affair: attention takes them from the cache.
+    fn rotate_and_store(
+        &self,
+        kv: &mut Self::Kv,
+        qkv: &mut Tensor<Self>,
+        rotation: &Rotation<'_, Self>,
+        batch: &Batch<Self>,
+    ) -> Result<(), KernelError>;
+    /// out [T, q D] = softmax(q kᵀ / sqrt(D)) v over the sequence's cached keys at positions ≤ the
+    /// row's own, and > position − `window` where there is one. This step's K and V are already
+    /// stored.
+    fn attention(
+        &self,
+        out: &mut Tensor<Self>,
+        qkv: &Tensor<Self>,
+        kv: &Self::Kv,
+        batch: &Batch<Self>,
+        heads: Heads,
+        window: Option<usize>,
+    ) -> Result<(), KernelError>;
+    /// x [T, H] += delta [T, H].
+    fn add(&self, x: &mut Tensor<Self>, delta: &Tensor<Self>) -> Result<(), KernelError>;
+    /// x [T, H] += delta [T, H], then out [T, H] = x / sqrt(mean(x²) + eps) · weight [1, H]: what
+    /// ends one half of a layer and begins the next.
+    fn add_rms_norm(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &mut Tensor<Self>,
+        delta: &Tensor<Self>,
+        weight: &Tensor<Self>,
+        eps: f32,
+    ) -> Result<(), KernelError> {
+        self.add(x, delta)?;
+        self.rms_norm(out, x, weight, eps)
+    }
+    /// out [T, I] = silu(gate) · up, where x [T, 2 I] is gate, then up.
+    fn silu_mul(&self, out: &mut Tensor<Self>, x: &Tensor<Self>) -> Result<(), KernelError>;
+    /// Chooses the experts of every row of logits [T, E], in f32: the k largest of their softmax
+    /// (the first of equals), which are their weights. Column E, where there is a shared expert, is
+    /// its gate; its weight is the sigmoid of that.
+    fn route(&self, routes: &mut Routes<Self>, logits: &Tensor<Self>) -> Result<(), KernelError>;
+    /// out [T k, N] by place = x · W [N, K]ᵀ of each pair's expert; `rows` tells what x holds.
+    fn expert_linear(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        rows: ExpertRows,
+        experts: &Self::Experts,
+        routes: &Routes<Self>,
+    ) -> Result<(), KernelError>;
+    /// out [T, N] = the results of each token's experts, x [T k, N] by place, times their weights,
+    /// and `shared` [T, N] times its own. Summed in the order of the pairs, `shared` last.
+    fn combine(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        shared: Option<&Tensor<Self>>,
+        routes: &Routes<Self>,
+    ) -> Result<(), KernelError>;
+    /// out [len, H] = rows `batch.logit_rows[first..first + len]` of x.
+    fn gather_rows(
+        &self,
+        out: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        batch: &Batch<Self>,
+        first: usize,
+        len: usize,
+    ) -> Result<(), KernelError>;
+    /// What each request asks of the row of `logits` [R, V], in f32, with its index. The logits are
+    /// changed meanwhile, and are as before when the call returns without error. A refused row says
+    /// why, and is no error for the others.
+    fn sample(
+        &self,
+        room: &mut Self::Sampling,
+        logits: &mut Tensor<Self>,
+        requests: &[SampleRequest<'_>],
+    ) -> Result<Vec<Result<Sampled, Refused>>, KernelError>;
+
+    // What is taken before the first step, and what the host writes and reads.
+
     /// Zeroed.
     fn floats(&self, len: usize) -> Result<Self::Floats, KernelError>;
     /// As [`Self::floats`], in f32 whatever the device's activations are: for tables and logits.
@@ -192,139 +304,6 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn kv_block_bytes(&self, heads: Heads) -> usize;
     /// Room for the cuts of steps of up to `tokens_max` tokens of `sequences_max` sequences.
     fn cuts(&self, tokens_max: usize, sequences_max: usize) -> Result<Self::Cuts, KernelError>;
-    /// Makes `batch.cuts` of the rest of the batch, once for all layers of a step.
-    fn cut(&self, batch: &mut Batch<Self>) -> Result<(), KernelError>;
-
-    /// out [T, H] = row `ids[t] - first_id` of `table` [V_local, H]; zeros where that is outside
-    /// the table.
-    fn embed(
-        &self,
-        out: &mut Tensor<Self>,
-        table: &Self::Weight,
-        first_id: usize,
-        batch: &Batch<Self>,
-    ) -> Result<(), KernelError>;
-    /// out [T, H] = x / sqrt(mean(x²) + eps) · weight [1, H].
-    fn rms_norm(
-        &self,
-        out: &mut Tensor<Self>,
-        x: &Tensor<Self>,
-        weight: &Tensor<Self>,
-        eps: f32,
-    ) -> Result<(), KernelError>;
-    /// out [T, N] = x [T, K] · weight [N, K]ᵀ + bias [1, N]. The only op that sees weight formats.
-    fn linear(
-        &self,
-        out: &mut Tensor<Self>,
-        x: &Tensor<Self>,
-        weight: &Self::Weight,
-        bias: Option<&Tensor<Self>>,
-    ) -> Result<(), KernelError>;
-    /// Root-mean-square norm of each query head with `q` [1, D] and each key head with `k` [1, D],
-    /// in place.
-    fn qk_norm(
-        &self,
-        qkv: &mut Tensor<Self>,
-        q: &Tensor<Self>,
-        k: &Tensor<Self>,
-        eps: f32,
-        heads: Heads,
-    ) -> Result<(), KernelError>;
-    /// Rotates query and key heads in place (rotate-half), then scales queries by `batch.q_scale`.
-    /// cos_sin [P, D]: D/2 cosines, then D/2 sines.
-    fn rope(
-        &self,
-        qkv: &mut Tensor<Self>,
-        cos_sin: &Tensor<Self>,
-        batch: &Batch<Self>,
-        heads: Heads,
-    ) -> Result<(), KernelError>;
-    /// Copies the key and value heads of qkv [T, (q + 2 kv) D] to `batch.slots`.
-    fn store_kv(
-        &self,
-        kv: &mut Self::Kv,
-        qkv: &Tensor<Self>,
-        batch: &Batch<Self>,
-        heads: Heads,
-    ) -> Result<(), KernelError>;
-    /// out [T, q D] = softmax(q kᵀ / sqrt(D)) v over the sequence's cached keys at positions ≤ the
-    /// row's own, and > position − `window` where there is one. This step's K and V are already
-    /// stored.
-    fn attention(
-        &self,
-        out: &mut Tensor<Self>,
-        qkv: &Tensor<Self>,
-        kv: &Self::Kv,
-        batch: &Batch<Self>,
-        heads: Heads,
-        window: Option<usize>,
-    ) -> Result<(), KernelError>;
-    /// out [T, I] = silu(gate) · up, where x [T, 2 I] is gate, then up.
-    fn silu_mul(&self, out: &mut Tensor<Self>, x: &Tensor<Self>) -> Result<(), KernelError>;
-    /// Chooses the experts of every row of logits [T, E], in f32: the k largest of their softmax
-    /// (the first of equals), which are their weights. Column E, where there is a shared expert, is
-    /// its gate; its weight is the sigmoid of that.
-    fn route(&self, routes: &mut Routes<Self>, logits: &Tensor<Self>) -> Result<(), KernelError>;
-    /// out [T k, N] by place = x · W [N, K]ᵀ of each pair's expert; `rows` tells what x holds.
-    fn expert_linear(
-        &self,
-        out: &mut Tensor<Self>,
-        x: &Tensor<Self>,
-        rows: ExpertRows,
-        experts: &Self::Experts,
-        routes: &Routes<Self>,
-    ) -> Result<(), KernelError>;
-    /// out [T, N] = the results of each token's experts, x [T k, N] by place, times their weights,
-    /// and `shared` [T, N] times its own. Summed in the order of the pairs, `shared` last.
-    fn combine(
-        &self,
-        out: &mut Tensor<Self>,
-        x: &Tensor<Self>,
-        shared: Option<&Tensor<Self>>,
-        routes: &Routes<Self>,
-    ) -> Result<(), KernelError>;
-    /// x [T, H] += delta [T, H].
-    fn add(&self, x: &mut Tensor<Self>, delta: &Tensor<Self>) -> Result<(), KernelError>;
-    /// x [T, H] += delta [T, H], then out [T, H] = x / sqrt(mean(x²) + eps) · weight [1, H]: what
-    /// ends one half of a layer and begins the next.
-    fn add_rms_norm(
-        &self,
-        out: &mut Tensor<Self>,
-        x: &mut Tensor<Self>,
-        delta: &Tensor<Self>,
-        weight: &Tensor<Self>,
-        eps: f32,
-    ) -> Result<(), KernelError> {
-        self.add(x, delta)?;
-        self.rms_norm(out, x, weight, eps)
-    }
-    /// Norms (where there are weights) and rotates the query heads of qkv in place and its key
-    /// heads on their way to `batch.slots`, where values go too. What it leaves of the key heads in
-    /// qkv is the device's own affair: attention takes them from the cache.
-    fn rotate_and_store(
-        &self,
-        kv: &mut Self::Kv,
-        qkv: &mut Tensor<Self>,
-        rotation: &Rotation<'_, Self>,
-        batch: &Batch<Self>,
-    ) -> Result<(), KernelError> {
-        let heads = rotation.heads;
-        if let Some((q, k, eps)) = rotation.norm {
-            self.qk_norm(qkv, q, k, eps, heads)?;
-        }
-        self.rope(qkv, rotation.cos_sin, batch, heads)?;
-        self.store_kv(kv, qkv, batch, heads)
-    }
-    /// out [len, H] = rows `batch.logit_rows[first..first + len]` of x.
-    fn gather_rows(
-        &self,
-        out: &mut Tensor<Self>,
-        x: &Tensor<Self>,
-        batch: &Batch<Self>,
-        first: usize,
-        len: usize,
-    ) -> Result<(), KernelError>;
-
     /// Room for choosing tokens from up to `rows_max` rows of `vocab` logits, of which the first
     /// `drawable` stand for tokens; `None` where the host had better read the logits.
     fn sampling(
@@ -335,13 +314,4 @@ pub trait Backend: Send + Sync + Sized + 'static {
     ) -> Result<Option<Self::Sampling>, KernelError> {
         Ok(None)
     }
-    /// What each request asks of the row of `logits` [R, V], in f32, with its index. The logits are
-    /// changed meanwhile, and are as before when the call returns without error. A refused row says
-    /// why, and is no error for the others.
-    fn sample(
-        &self,
-        room: &mut Self::Sampling,
-        logits: &mut Tensor<Self>,
-        requests: &[SampleRequest<'_>],
-    ) -> Result<Vec<Result<Sampled, Refused>>, KernelError>;
 }

@@ -7,7 +7,8 @@ pub mod dequant;
 mod experts;
 
 use crate::{
-    BLOCK_TOKENS, Backend, Batch, ExpertRows, Heads, KernelError, Routes, Tensor, WeightPart,
+    BLOCK_TOKENS, Backend, Batch, ExpertRows, Heads, KernelError, Rotation, Routes, Tensor,
+    WeightPart,
     host::{self, BatchSequence},
     sampling::{Refused, SampleRequest, Sampled},
     shape,
@@ -91,6 +92,42 @@ fn attend(
         let value = |p| f64::from(kv.values[kv.at(PlainKv::slot(sequence, p), head)][d]);
         let sum: f64 = positions.clone().zip(&weights).map(|(p, w)| w * value(p)).sum();
         *out = (sum / total) as f32;
+    }
+}
+
+/// Norms the query heads of a packed row with `q` [D] and its key heads with `k` [D].
+fn norm_heads(qkv: &mut [f32], (q, k): (&[f32], &[f32]), eps: f32, heads: Heads) {
+    for (h, x) in qkv.chunks_exact_mut(heads.dim).take(heads.q + heads.kv).enumerate() {
+        let weight = if h < heads.q { q } else { k };
+        let factor = inverse_rms(x, eps);
+        for (x, &w) in x.iter_mut().zip(weight) {
+            *x = (f64::from(*x) * factor * f64::from(w)) as f32;
+        }
+    }
+}
+
+/// Rotates the query and key heads of a packed row, queries times `q_scale`.
+fn rotate(qkv: &mut [f32], cos_sin: &[f32], q_scale: f32, heads: Heads) {
+    let (cos, sin) = cos_sin.split_at(heads.dim / 2);
+    for (h, x) in qkv.chunks_exact_mut(heads.dim).take(heads.q + heads.kv).enumerate() {
+        let scale = if h < heads.q { q_scale } else { 1.0 };
+        let (low, high) = x.split_at_mut(heads.dim / 2);
+        for i in 0..low.len() {
+            let (a, b) = (low[i], high[i]);
+            low[i] = (a * cos[i] - b * sin[i]) * scale;
+            high[i] = (b * cos[i] + a * sin[i]) * scale;
+        }
+    }
+}
+
+/// Copies the key and value heads of a packed row to `slot`.
+fn store(kv: &mut PlainKv, qkv: &[f32], slot: usize, heads: Heads) {
+    for head in 0..heads.kv {
+        let to = kv.at(slot, head);
+        let from = &qkv[(heads.q + head) * heads.dim..];
+        kv.keys[to.clone()].copy_from_slice(&from[..heads.dim]);
+        let from = &from[heads.kv * heads.dim..];
+        kv.values[to].copy_from_slice(&from[..heads.dim]);
     }
 }
 
@@ -227,70 +264,25 @@ impl Backend for Plain {
         Ok(())
     }
 
-    fn qk_norm(
-        &self,
-        qkv: &mut Tensor<Self>,
-        q: &Tensor<Self>,
-        k: &Tensor<Self>,
-        eps: f32,
-        heads: Heads,
-    ) -> Result<(), KernelError> {
-        shape::qk_norm(qkv, q, k, heads)?;
-        for t in 0..qkv.rows {
-            let rotated = row_mut(qkv, t).chunks_exact_mut(heads.dim).take(heads.q + heads.kv);
-            for (h, x) in rotated.enumerate() {
-                let weight = if h < heads.q { &q.data } else { &k.data };
-                let factor = inverse_rms(x, eps);
-                for (x, &w) in x.iter_mut().zip(weight) {
-                    *x = (f64::from(*x) * factor * f64::from(w)) as f32;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn rope(
-        &self,
-        qkv: &mut Tensor<Self>,
-        cos_sin: &Tensor<Self>,
-        batch: &Batch<Self>,
-        heads: Heads,
-    ) -> Result<(), KernelError> {
-        shape::rope(qkv, cos_sin, batch, heads)?;
-        let table_rows = host::rope_rows(batch, cos_sin.rows)?;
-        let q_scale = host::q_scale(batch)?;
-        for (t, &table_row) in table_rows.iter().enumerate() {
-            let (cos, sin) = row(cos_sin, table_row as usize).split_at(heads.dim / 2);
-            let rotated = row_mut(qkv, t).chunks_exact_mut(heads.dim).take(heads.q + heads.kv);
-            for (h, x) in rotated.enumerate() {
-                let scale = if h < heads.q { q_scale.map_or(1.0, |s| s[t]) } else { 1.0 };
-                let (low, high) = x.split_at_mut(heads.dim / 2);
-                for i in 0..low.len() {
-                    let (a, b) = (low[i], high[i]);
-                    low[i] = (a * cos[i] - b * sin[i]) * scale;
-                    high[i] = (b * cos[i] + a * sin[i]) * scale;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn store_kv(
+    fn rotate_and_store(
         &self,
         kv: &mut PlainKv,
-        qkv: &Tensor<Self>,
+        qkv: &mut Tensor<Self>,
+        rotation: &Rotation<'_, Self>,
         batch: &Batch<Self>,
-        heads: Heads,
     ) -> Result<(), KernelError> {
-        shape::store_kv(qkv, kv.heads, batch, heads)?;
-        for (t, &slot) in host::slots(batch, kv.blocks)?.iter().enumerate() {
-            for head in 0..heads.kv {
-                let to = kv.at(slot as usize, head);
-                let from = &row(qkv, t)[(heads.q + head) * heads.dim..];
-                kv.keys[to.clone()].copy_from_slice(&from[..heads.dim]);
-                let from = &from[heads.kv * heads.dim..];
-                kv.values[to].copy_from_slice(&from[..heads.dim]);
+        shape::rotate_and_store(qkv, kv.heads, rotation, batch)?;
+        let table_rows = host::rope_rows(batch, rotation.cos_sin.rows)?;
+        let q_scale = host::q_scale(batch)?;
+        let slots = host::slots(batch, kv.blocks)?;
+        for t in 0..qkv.rows {
+            let x = row_mut(qkv, t);
+            if let Some((q, k, eps)) = rotation.norm {
+                norm_heads(x, (&q.data, &k.data), eps, rotation.heads);
             }
+            let cos_sin = row(rotation.cos_sin, table_rows[t] as usize);
+            rotate(x, cos_sin, q_scale.map_or(1.0, |scale| scale[t]), rotation.heads);
+            store(kv, x, slots[t] as usize, rotation.heads);
         }
         Ok(())
     }

@@ -4,7 +4,7 @@
 //! buffers (token ids, slots, block tables) is checked by backends whose buffers the host can read.
 
 use crate::{
-    Backend, Batch, ExpertRows, Heads, Routes, Routing, Tensor,
+    Backend, Batch, ExpertRows, Heads, Rotation, Routes, Routing, Tensor,
     routing::{EXPERTS_MAX, EXPERTS_PER_TOKEN_MAX},
 };
 
@@ -95,38 +95,22 @@ pub fn linear<B: Backend>(
     bias.map_or(Ok(()), |bias| extents("linear", "bias", bias, 1, weight_rows))
 }
 
-/// qkv [T, (q + 2 kv) D], q and k [1, D].
-pub fn qk_norm<B: Backend>(
-    qkv: &Tensor<B>,
-    q: &Tensor<B>,
-    k: &Tensor<B>,
-    shape: Heads,
-) -> Result<(), ShapeError> {
-    packed_qkv("qk_norm", qkv, qkv.rows, shape)?;
-    extents("qk_norm", "q", q, 1, shape.dim)?;
-    extents("qk_norm", "k", k, 1, shape.dim)
-}
-
-/// qkv [T, (q + 2 kv) D], cos_sin [P, D].
-pub fn rope<B: Backend>(
-    qkv: &Tensor<B>,
-    cos_sin: &Tensor<B>,
-    batch: &Batch<B>,
-    shape: Heads,
-) -> Result<(), ShapeError> {
-    packed_qkv("rope", qkv, batch.tokens, shape)?;
-    extents("rope", "cos_sin", cos_sin, cos_sin.rows, shape.dim)
-}
-
-/// qkv [T, (q + 2 kv) D] into a cache made for `cached`.
-pub fn store_kv<B: Backend>(
+/// qkv [T, (q + 2 kv) D] into a cache made for `cached`; the norms' weights [1, D], cos_sin [P, D].
+pub fn rotate_and_store<B: Backend>(
     qkv: &Tensor<B>,
     cached: Heads,
+    rotation: &Rotation<'_, B>,
     batch: &Batch<B>,
-    shape: Heads,
 ) -> Result<(), ShapeError> {
-    packed_qkv("store_kv", qkv, batch.tokens, shape)?;
-    same_cache("store_kv", cached, shape)
+    const OP: &str = "rotate_and_store";
+    let Rotation { norm, cos_sin, heads } = *rotation;
+    packed_qkv(OP, qkv, batch.tokens, heads)?;
+    if let Some((q, k, _)) = norm {
+        extents(OP, "the query heads' norm", q, 1, heads.dim)?;
+        extents(OP, "the key heads' norm", k, 1, heads.dim)?;
+    }
+    extents(OP, "cos_sin", cos_sin, cos_sin.rows, heads.dim)?;
+    same_cache(OP, cached, heads)
 }
 
 /// out [T, q D], qkv [T, (q + 2 kv) D], a cache made for `cached`.

@@ -9,8 +9,8 @@ mod metadata;
 mod quantisation;
 
 use crate::{ModelError, families::Family};
-pub(crate) use json::Fields;
 use json::architecture;
+pub(crate) use json::{Fields, shown};
 use kernels::{Routing, shape};
 pub(crate) use quantisation::Quantisation;
 

@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::{
     DecoderConfig, ModelError,
-    config::Fields,
+    config::{Fields, shown},
     llama, moe, qwen1, qwen2, qwen3,
     weights::{GGUF, Qkv, TensorNames},
 };
@@ -106,7 +106,7 @@ impl Family {
             let known: Vec<&str> = FAMILIES.iter().map(name).collect();
             let (last, others) = known.split_last().unwrap_or((&"none", &[]));
             let known = format!("{} and {last}", others.join(", "));
-            ModelError::Unsupported(format!("{what} {wanted:?}; supported are {known}"))
+            ModelError::Unsupported(format!("{what} {:?}; supported are {known}", shown(wanted)))
         })
     }
 }

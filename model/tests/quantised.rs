@@ -1,23 +1,15 @@
 //! Checkpoints in GPTQ, AWQ and fp8: the slices of all ranks are the whole, and what contradicts
 //! itself is refused by name. What their numbers mean, the reference logits prove elsewhere.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::{Path, PathBuf},
-};
+mod files;
 
+use files::{Files, golden};
 use kernels::{WeightPart, plain::dequant::part_row};
 use model::{Checkpoint, FfnBlock, ModelError, Shard};
-use serde_json::{Value, json};
-use tempfile::TempDir;
+use serde_json::json;
 
 const NAMES: [&str; 4] =
     ["qwen2_awq_int4", "qwen2_fp8_channel", "qwen2_gptq_int4", "qwen3_fp8_block128"];
-
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/public").join(name)
-}
 
 fn rows(parts: Vec<WeightPart<'static>>) -> Vec<Vec<f32>> {
     let mut rows = Vec::new();
@@ -53,64 +45,9 @@ fn slices_of_all_ranks_are_the_whole() {
     }
 }
 
-/// A checkpoint in memory, to be damaged.
-struct Files {
-    config: Value,
-    /// Dtype, shape and bytes by name.
-    tensors: BTreeMap<String, (String, Vec<u64>, Vec<u8>)>,
-}
-
-impl Files {
-    fn of(name: &str) -> Self {
-        let config = fs::read(golden(name).join("config.json")).unwrap();
-        let file = fs::read(golden(name).join("model.safetensors")).unwrap();
-        let parsed = formats::safetensors::parse(&file).unwrap();
-        let tensors = parsed.into_iter().map(|tensor| {
-            let bytes = file[tensor.offset as usize..][..tensor.bytes as usize].to_vec();
-            (tensor.name, (tensor.dtype.name.to_owned(), tensor.shape, bytes))
-        });
-        Self { config: serde_json::from_slice(&config).unwrap(), tensors: tensors.collect() }
-    }
-
-    fn bytes(&mut self, name: &str) -> &mut Vec<u8> {
-        &mut self.tensors.get_mut(name).unwrap_or_else(|| panic!("no {name}")).2
-    }
-
-    fn write(&self) -> TempDir {
-        let folder = tempfile::tempdir().unwrap();
-        let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
-        for (name, (dtype, shape, bytes)) in &self.tensors {
-            let offsets = [data.len(), data.len() + bytes.len()];
-            let entry = json!({ "dtype": dtype, "shape": shape, "data_offsets": offsets });
-            header.insert(name.clone(), entry);
-            data.extend_from_slice(bytes);
-        }
-        let header = serde_json::to_vec(&header).unwrap();
-        let file = [&(header.len() as u64).to_le_bytes()[..], &header, &data].concat();
-        fs::write(folder.path().join("model.safetensors"), file).unwrap();
-        fs::write(folder.path().join("config.json"), self.config.to_string()).unwrap();
-        folder
-    }
-
-    /// What opening and reading layer 0 says.
-    fn outcome(&self) -> Result<(), String> {
-        let folder = self.write();
-        let read = || -> Result<(), ModelError> {
-            let checkpoint = Checkpoint::open(folder.path())?;
-            let shard = checkpoint.shard(0, 1)?;
-            checkpoint.qkv(0, &shard)?;
-            checkpoint.gate_up(0, FfnBlock::Dense, &shard)?;
-            checkpoint.down(0, FfnBlock::Dense, &shard)?;
-            Ok(())
-        };
-        read().map_err(|error| error.to_string())
-    }
-
-    #[track_caller]
-    fn refused(&self, named: &str) {
-        let error = self.outcome().expect_err("refused");
-        assert!(error.contains(named), "{error}");
-    }
+/// The bytes of a tensor.
+fn bytes<'a>(files: &'a mut Files, name: &str) -> &'a mut Vec<u8> {
+    &mut files.tensors.get_mut(name).unwrap_or_else(|| panic!("no {name}")).2
 }
 
 const DOWN: &str = "model.layers.0.mlp.down_proj";
@@ -136,16 +73,36 @@ fn integers_that_contradict_themselves_are_refused_by_name() {
     files.tensors.get_mut(&format!("{DOWN}.qzeros")).unwrap().0 = "F32".into();
     files.refused("qzeros is stored as F32, not I32");
     let mut files = gptq();
-    files.bytes(&format!("{DOWN}.g_idx"))[4..8].copy_from_slice(&3i32.to_le_bytes());
+    bytes(&mut files, &format!("{DOWN}.g_idx"))[4..8].copy_from_slice(&3i32.to_le_bytes());
     files.refused(&format!("{DOWN}.g_idx names group 3 of 3"));
     let mut files = gptq();
-    files.bytes(&format!("{DOWN}.g_idx"))[4..8].copy_from_slice(&(-1i32).to_le_bytes());
+    bytes(&mut files, &format!("{DOWN}.g_idx"))[4..8].copy_from_slice(&(-1i32).to_le_bytes());
     files.refused("names group -1 of 3");
     for scale in [0u16, 0x7e00, 0x7c00] {
         let mut files = gptq();
-        files.bytes(&format!("{DOWN}.scales"))[8..10].copy_from_slice(&scale.to_le_bytes());
+        bytes(&mut files, &format!("{DOWN}.scales"))[8..10].copy_from_slice(&scale.to_le_bytes());
         files.refused(&format!("tensor {DOWN}.scales has a scale that is zero"));
     }
+}
+
+#[test]
+fn scales_may_be_stored_in_other_formats_that_f16_holds() {
+    let with = |dtype: &str, number: f32| {
+        let mut files = Files::of("qwen2_gptq_int4");
+        let scales = files.tensors.get_mut(&format!("{DOWN}.scales")).unwrap();
+        let bytes = number.to_le_bytes();
+        // bf16 is the upper half of f32.
+        let bytes = if dtype == "F32" { &bytes[..] } else { &bytes[2..] };
+        *scales = (dtype.to_owned(), vec![3, 256], bytes.repeat(3 * 256));
+        files
+    };
+    for dtype in ["F32", "BF16"] {
+        with(dtype, 0.375).outcome().unwrap();
+        for number in [-0.0, 1e9, 1e-9, f32::NAN] {
+            with(dtype, number).refused("or no f16");
+        }
+    }
+    with("F32", 0.1).refused("or no f16");
 }
 
 #[test]
@@ -168,7 +125,7 @@ fn columns_may_be_of_any_group() {
     let mut files = Files::of("qwen2_gptq_int4");
     let before = whole(&files);
     // Columns 0 and 200 change their groups, 0 and 1, and so their scales.
-    let order = files.bytes(&format!("{DOWN}.g_idx"));
+    let order = bytes(&mut files, &format!("{DOWN}.g_idx"));
     order[..4].copy_from_slice(&1i32.to_le_bytes());
     order[800..804].copy_from_slice(&0i32.to_le_bytes());
     let after = whole(&files);
@@ -187,14 +144,17 @@ fn fp8_that_contradicts_itself_is_refused_by_name() {
     files.tensors.remove(&format!("{DOWN}.weight_scale_inv"));
     files.refused("down_proj.weight is stored as F8_E4M3");
     let mut files = Files::of("qwen3_fp8_block128");
-    files.bytes(&format!("{DOWN}.weight"))[7] = 0xff;
-    files.refused(&format!("tensor {DOWN}.weight has values that are no numbers"));
+    bytes(&mut files, &format!("{DOWN}.weight"))[7] = 0xff;
+    // The weights themselves are looked at as they are read.
+    let (error, taken) = files.outcome().expect_err("refused");
+    let named = format!("tensor {DOWN}.weight has values that are no numbers");
+    assert!(error.contains(&named) && taken > 0, "{error}");
     let mut files = Files::of("qwen3_fp8_block128");
-    files.bytes(&format!("{DOWN}.weight_scale_inv"))[..2].copy_from_slice(&[0x80, 0x7f]);
+    bytes(&mut files, &format!("{DOWN}.weight_scale_inv"))[..2].copy_from_slice(&[0x80, 0x7f]);
     files.refused("weight_scale_inv has a scale of inf");
     let mut files = Files::of("qwen2_fp8_channel");
     files.outcome().unwrap();
-    files.bytes(&format!("{DOWN}.weight_scale"))[..2].fill(0);
+    bytes(&mut files, &format!("{DOWN}.weight_scale"))[..2].fill(0);
     files.refused("weight_scale has a scale of 0");
     // One scale for all, without dimensions.
     let mut files = Files::of("qwen2_fp8_channel");

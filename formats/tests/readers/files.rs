@@ -8,7 +8,7 @@ use formats::{Layout, Tensors, gguf, locate, text_files};
 const ENTRY: &str = r#"{"dtype":"U8","shape":[4],"data_offsets":[0,4]}"#;
 
 fn one(name: &str, data: [u8; 4]) -> Vec<u8> {
-    safetensors(&format!(r#"{{"{name}":{ENTRY}}}"#), &data)
+    safetensors(format!(r#"{{"{name}":{ENTRY}}}"#), &data)
 }
 
 fn write(folder: &Path, name: &str, bytes: impl AsRef<[u8]>) {

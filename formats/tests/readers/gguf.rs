@@ -1,6 +1,6 @@
 //! GGUF headers: what is read, and what is refused.
 
-use crate::common::{GgufFile, string};
+use crate::common::{GgufFile, gguf::string};
 use formats::{
     FormatError,
     gguf::{self, Array, Value},

@@ -46,6 +46,16 @@ impl Indices {
     }
 }
 
+/// A table [1, D] of a turn by nothing: rows are stored as they are.
+///
+/// # Errors
+/// The device's own.
+pub fn no_turn<B: Backend>(device: &B, dim: usize) -> Result<Tensor<B>, KernelError> {
+    let half = dim / 2;
+    let cos_sin: Vec<f32> = (0..dim).map(|i| if i < half { 1.0 } else { 0.0 }).collect();
+    Tensor::exact_from_host(device, dim, &cos_sin)
+}
+
 /// Rows behind an output's own, which no op may write.
 const GUARD: usize = 2;
 

@@ -4,9 +4,9 @@
 //! go on with numbers that are no blocks. A sequence's numbers depend on its seed and positions
 //! alone, so that cases which cut or mix sequences otherwise can be compared.
 
-use crate::{e4m3, noise, rounded};
+use crate::{e4m3, flat::no_turn, noise, rounded};
 use cuda::{Cuda, CudaKv, Driver, KvFormat};
-use kernels::{BLOCK_TOKENS, Backend, Batch, Heads, KernelError, Tensor, plain::Plain};
+use kernels::{BLOCK_TOKENS, Backend, Batch, Heads, KernelError, Rotation, Tensor, plain::Plain};
 
 /// Queries are as much larger than keys and values, so that few keys have most of the weight and
 /// the loss of one shows.
@@ -110,8 +110,10 @@ impl Case {
         let mut kv = Plain.kv(self.layout().1, self.heads)?;
         let all: Vec<Rows> = self.sequences.iter().map(|s| self.whole(s)).collect();
         let whole = Self { sequences: all, ..self.clone() };
-        let qkv = Tensor::from_host(&Plain, self.heads.qkv_cols(), &whole.qkv())?;
-        Plain.store_kv(&mut kv, &qkv, &whole.batch(&Plain)?, self.heads)?;
+        let mut qkv = Tensor::from_host(&Plain, self.heads.qkv_cols(), &whole.qkv())?;
+        let cos_sin = no_turn(&Plain, self.heads.dim)?;
+        let rotation = Rotation { norm: None, cos_sin: &cos_sin, heads: self.heads };
+        Plain.rotate_and_store(&mut kv, &mut qkv, &rotation, &whole.batch(&Plain)?)?;
         self.attend(&Plain, &kv)
     }
 
@@ -227,7 +229,7 @@ impl Case {
             logit_rows_len: 0,
             ids: device.ints(tokens)?,
             positions: ints(&positions)?,
-            rope_rows: ints(&positions)?,
+            rope_rows: ints(&vec![0; tokens])?,
             slots: ints(&slots)?,
             row_starts: ints(&starts)?,
             context_lens: ints(&lens)?,

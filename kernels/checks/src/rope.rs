@@ -1,6 +1,6 @@
-//! qk_norm, rope, store_kv, and the three in one.
+//! rotate_and_store: what becomes of the rows, and what lies in the cache.
 
-use crate::flat::{Indices, guarded, refused, text, written};
+use crate::flat::{Indices, guarded, no_turn, refused, text, written};
 use crate::{BF16, Check, Device, Tolerance, compare, e4m3, noise, rounded};
 use cuda::{Array, Cuda, CudaConfig, CudaKv, Driver, KvFormat};
 use kernels::{BLOCK_TOKENS, Backend, Heads, KernelError, Rotation, Tensor, plain::Plain};
@@ -10,7 +10,6 @@ pub fn checks<D: Driver>() -> Vec<Check<D>> {
     vec![
         Check { name: "rotate_and_store", run: rotate_and_store },
         Check { name: "rotate_and_store to e4m3", run: to_fp8 },
-        Check { name: "qk_norm, rope and store_kv alone", run: alone },
         Check { name: "rotate_and_store: a token in other company", run: company },
         Check { name: "rotate_and_store: NaN", run: nan },
         Check { name: "rotate_and_store: what is refused", run: refusals },
@@ -256,47 +255,6 @@ fn to_fp8<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     Ok(())
 }
 
-/// The separate ops agree with the oracle's, and rope, then store_kv leaves what both in one do.
-fn alone<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
-    fn normed<B: Backend>(device: &B, case: &Case) -> Result<Tensor<B>, KernelError> {
-        let dim = case.heads.dim;
-        let [q, k] = case.norms();
-        let (q, k) = (Tensor::from_host(device, dim, &q)?, Tensor::from_host(device, dim, &k)?);
-        let mut qkv = guarded(device, case.cols(), &case.qkv())?;
-        device.qk_norm(&mut qkv, &q, &k, EPS, case.heads)?;
-        Ok(qkv)
-    }
-    fn rotated<B: Backend>(device: &B, case: &Case) -> Result<Tensor<B>, KernelError> {
-        let cos_sin = Tensor::exact_from_host(device, case.heads.dim, &case.cos_sin())?;
-        let mut qkv = guarded(device, case.cols(), &case.qkv())?;
-        device.rope(&mut qkv, &cos_sin, &case.indices().batch(device)?, case.heads)?;
-        Ok(qkv)
-    }
-    for (at, heads) in HEADS.into_iter().enumerate() {
-        let mut case = Case::new(heads, &[5, 2, 30]);
-        case.q_scale = at % 2 == 0;
-        case.format = if at % 3 == 0 { KvFormat::Fp8 } else { KvFormat::Bf16 };
-        let there = case.device(device);
-        let got = written(&there, &normed(&there, &case).map_err(text)?)?;
-        let wanted = written(&Plain, &normed(&Plain, &case).map_err(text)?)?;
-        compare(&format!("qk_norm, {case:?}"), &got, &wanted, Tolerance::Ulps(1))?;
-        let qkv = rotated(&there, &case).map_err(text)?;
-        let wanted = written(&Plain, &rotated(&Plain, &case).map_err(text)?)?;
-        compare(&format!("rope, {case:?}"), &written(&there, &qkv)?, &wanted, NEAR)?;
-        let mut kv = case.cache(&there).map_err(text)?;
-        let batch = case.indices().batch(&there).map_err(text)?;
-        there.store_kv(&mut kv, &qkv, &batch, case.heads).map_err(text)?;
-        let apart = left(&there, written(&there, &qkv)?, &kv)?;
-        case.cached(&apart).map_err(|error| format!("store_kv, {case:?}: {error}"))?;
-        let whole = case.run(device)?;
-        if (apart.keys, apart.values) != (whole.keys, whole.values) {
-            return Err(format!("{case:?}: rope, then store_kv leaves other bytes"));
-        }
-        compare("rows of both", &apart.qkv, &whole.qkv, Tolerance::Rounded)?;
-    }
-    Ok(())
-}
-
 /// Bit for bit: a row does not depend on those beside it.
 fn company<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     for heads in [(9, 3, 64), (7, 1, 128)] {
@@ -313,7 +271,7 @@ fn company<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     Ok(())
 }
 
-/// A NaN in a head stays in it, and goes to the cache.
+/// A NaN in a head stays in the pair that is turned with it, and goes to the cache.
 fn nan<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     for format in [KvFormat::Bf16, KvFormat::Fp8] {
         let mut case = Case::new((4, 2, 64), &[1]);
@@ -321,12 +279,17 @@ fn nan<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
         let Heads { q, dim, .. } = case.heads;
         let there = case.device(device);
         let mut values = case.qkv();
-        values[(q + 1) * dim + 3] = f32::NAN;
+        let at = (q + 1) * dim + 3;
+        values[at] = f32::NAN;
         let mut kv = case.cache(&there).map_err(text)?;
         // Nothing behind the row: a read there is an address fault.
-        let qkv = Tensor::from_host(&there, case.cols(), &values).map_err(text)?;
-        let batch = case.indices().batch(&there).map_err(text)?;
-        there.store_kv(&mut kv, &qkv, &batch, case.heads).map_err(text)?;
+        let mut qkv = Tensor::from_host(&there, case.cols(), &values).map_err(text)?;
+        let indices = Indices { rope_rows: vec![0], ..case.indices() };
+        let batch = indices.batch(&there).map_err(text)?;
+        let cos_sin = no_turn(&there, dim).map_err(text)?;
+        let rotation = Rotation { norm: None, cos_sin: &cos_sin, heads: case.heads };
+        there.rotate_and_store(&mut kv, &mut qkv, &rotation, &batch).map_err(text)?;
+        values[at + dim / 2] = f32::NAN;
         case.cached(&left(&there, values, &kv)?)?;
     }
     Ok(())

@@ -4,7 +4,7 @@
 
 use collective::{HostCollective, Threads};
 use cpu::{Cpu, CpuConfig, Isa, Pool, Precision};
-use kernels::{BLOCK_TOKENS, Backend, Batch, Heads, KernelError, Tensor};
+use kernels::{BLOCK_TOKENS, Backend, Batch, Heads, KernelError, Rotation, Tensor};
 use std::{
     hint::black_box,
     thread,
@@ -68,18 +68,20 @@ fn tensor(d: &Cpu, rows: usize, cols: usize) -> Result<Tensor<Cpu>, KernelError>
 fn attention(d: &Cpu, heads: Heads) -> Result<(), KernelError> {
     println!("\nattention, {} query and {} key heads of {}", heads.q, heads.kv, heads.dim);
     println!(
-        "{:>9} {:>6} {:>8} {:>10} {:>9} {:>12}",
-        "sequences", "rows", "context", "µs", "GFLOP/s", "store_kv µs"
+        "{:>9} {:>6} {:>8} {:>10} {:>9} {:>19}",
+        "sequences", "rows", "context", "µs", "GFLOP/s", "rotate and store µs"
     );
     let shapes =
         [(1, 1, 128), (1, 1, 1024), (1, 1, 8192), (16, 1, 512), (1, 512, 512), (1, 256, 4096)];
     for (sequences, rows, context) in shapes {
         let batch = batch(d, sequences, rows, context)?;
         let mut kv = d.kv(sequences * context.div_ceil(BLOCK_TOKENS), heads)?;
-        let qkv = tensor(d, batch.tokens, heads.qkv_cols())?;
+        let mut qkv = tensor(d, batch.tokens, heads.qkv_cols())?;
+        let cos_sin = tensor(d, context, heads.dim)?;
         let mut out = Tensor::zeros(d, batch.tokens, heads.q * heads.dim)?;
         let mut outcome = Ok(());
-        let store = best(|| outcome = d.store_kv(&mut kv, &qkv, &batch, heads));
+        let rotation = Rotation { norm: None, cos_sin: &cos_sin, heads };
+        let store = best(|| outcome = d.rotate_and_store(&mut kv, &mut qkv, &rotation, &batch));
         outcome?;
         let mut outcome = Ok(());
         let micros = best(|| outcome = d.attention(&mut out, &qkv, &kv, &batch, heads, None));
@@ -87,7 +89,7 @@ fn attention(d: &Cpu, heads: Heads) -> Result<(), KernelError> {
         let pairs = rows * (context - rows) + rows * (rows + 1) / 2;
         let flop = (4 * sequences * pairs * heads.q * heads.dim) as f64;
         let rate = flop / micros / 1e3;
-        println!("{sequences:>9} {rows:>6} {context:>8} {micros:>10.1} {rate:>9.1} {store:>12.1}");
+        println!("{sequences:>9} {rows:>6} {context:>8} {micros:>10.1} {rate:>9.1} {store:>19.1}");
     }
     Ok(())
 }
@@ -95,21 +97,24 @@ fn attention(d: &Cpu, heads: Heads) -> Result<(), KernelError> {
 fn small_ops(d: &Cpu) -> Result<(), KernelError> {
     let (hidden, ffn, heads) = (576, 1536, Heads { q: 9, kv: 3, dim: 64 });
     println!("\nops of one layer, hidden {hidden}, FFN {ffn}: µs");
-    println!("{:>6} {:>9} {:>9} {:>9} {:>9}", "rows", "rms_norm", "rope", "silu_mul", "add");
+    println!("{:>6} {:>9} {:>9} {:>9} {:>9}", "rows", "rms_norm", "rotate", "silu_mul", "add");
     for rows in [1, 16, 512] {
         let batch = batch(d, 1, rows, rows)?;
         let (x, weight) = (tensor(d, rows, hidden)?, tensor(d, 1, hidden)?);
         let (mut sum, gate_up) = (tensor(d, rows, hidden)?, tensor(d, rows, 2 * ffn)?);
         let mut qkv = tensor(d, rows, heads.qkv_cols())?;
         let table = tensor(d, rows, heads.dim)?;
+        let mut kv = d.kv(rows.div_ceil(BLOCK_TOKENS), heads)?;
         let mut out = Tensor::zeros(d, rows, ffn)?;
         let mut outcomes = [Ok(()), Ok(()), Ok(()), Ok(())];
         let norm = best(|| outcomes[0] = d.rms_norm(&mut sum, &x, &weight, 1e-5));
-        let rope = best(|| outcomes[1] = d.rope(&mut qkv, &table, &batch, heads));
+        let rotation = Rotation { norm: None, cos_sin: &table, heads };
+        let rotate =
+            best(|| outcomes[1] = d.rotate_and_store(&mut kv, &mut qkv, &rotation, &batch));
         let silu = best(|| outcomes[2] = d.silu_mul(&mut out, &gate_up));
         let add = best(|| outcomes[3] = d.add(&mut sum, &x));
         outcomes.into_iter().collect::<Result<(), _>>()?;
-        println!("{rows:>6} {norm:>9.2} {rope:>9.2} {silu:>9.2} {add:>9.2}");
+        println!("{rows:>6} {norm:>9.2} {rotate:>9.2} {silu:>9.2} {add:>9.2}");
     }
     Ok(())
 }

@@ -23,7 +23,7 @@ pub use pool::Pool;
 
 use attention::{Attention, Scratch};
 use kernels::{
-    Backend, Batch, ExpertRows, Heads, KernelError, Routes, Tensor, WeightPart, host,
+    Backend, Batch, ExpertRows, Heads, KernelError, Rotation, Routes, Tensor, WeightPart, host,
     sampling::{Refused, SampleRequest, Sampled},
     shape,
 };
@@ -97,6 +97,36 @@ impl Cpu {
         }
         call.run(&self.pool, self.level, &self.attention, out);
         Ok(())
+    }
+
+    /// Norms query heads with the first weight and key heads with the second.
+    fn norm_heads(
+        &self,
+        qkv: &mut Tensor<Self>,
+        (q, k, eps): (&Tensor<Self>, &Tensor<Self>, f32),
+        heads: Heads,
+    ) {
+        const COST: usize = 3;
+        let (cols, q, k) = (qkv.cols, used(q), used(k));
+        rows::split(&self.pool, used_mut(qkv), (cols, COST), &|_, qkv| {
+            dispatch(self.level, QkNorm { qkv, q, k, eps, heads });
+        });
+    }
+
+    /// Rotates each row by its row of `cos_sin`, queries times their factors.
+    fn rotate(
+        &self,
+        qkv: &mut Tensor<Self>,
+        cos_sin: &[f32],
+        (table_rows, q_scale): (&[i32], Option<&[f32]>),
+        heads: Heads,
+    ) {
+        const COST: usize = 2;
+        let cols = qkv.cols;
+        rows::split(&self.pool, used_mut(qkv), (cols, COST), &|first, qkv| {
+            let (table_rows, q_scale) = (&table_rows[first..], q_scale.map(|s| &s[first..]));
+            dispatch(self.level, Rope { qkv, cos_sin, table_rows, q_scale, heads });
+        });
     }
 
     fn store<E: Element>(&self, blocks: &mut Blocks<E>, qkv: &[f32], slots: &[i32], heads: Heads) {
@@ -256,51 +286,22 @@ impl Backend for Cpu {
         linear::linear(&self.pool, self.isa(), &mut scratch, used_mut(out), product)
     }
 
-    fn qk_norm(
-        &self,
-        qkv: &mut Tensor<Self>,
-        q: &Tensor<Self>,
-        k: &Tensor<Self>,
-        eps: f32,
-        heads: Heads,
-    ) -> Result<(), KernelError> {
-        const COST: usize = 3;
-        shape::qk_norm(qkv, q, k, heads)?;
-        let (cols, q, k) = (qkv.cols, used(q), used(k));
-        rows::split(&self.pool, used_mut(qkv), (cols, COST), &|_, qkv| {
-            dispatch(self.level, QkNorm { qkv, q, k, eps, heads });
-        });
-        Ok(())
-    }
-
-    fn rope(
-        &self,
-        qkv: &mut Tensor<Self>,
-        cos_sin: &Tensor<Self>,
-        batch: &Batch<Self>,
-        heads: Heads,
-    ) -> Result<(), KernelError> {
-        const COST: usize = 2;
-        shape::rope(qkv, cos_sin, batch, heads)?;
-        let table_rows = host::rope_rows(batch, cos_sin.rows)?;
-        let q_scale = host::q_scale(batch)?;
-        let (cols, cos_sin) = (qkv.cols, used(cos_sin));
-        rows::split(&self.pool, used_mut(qkv), (cols, COST), &|first, qkv| {
-            let (table_rows, q_scale) = (&table_rows[first..], q_scale.map(|s| &s[first..]));
-            dispatch(self.level, Rope { qkv, cos_sin, table_rows, q_scale, heads });
-        });
-        Ok(())
-    }
-
-    fn store_kv(
+    fn rotate_and_store(
         &self,
         kv: &mut CpuKv,
-        qkv: &Tensor<Self>,
+        qkv: &mut Tensor<Self>,
+        rotation: &Rotation<'_, Self>,
         batch: &Batch<Self>,
-        heads: Heads,
     ) -> Result<(), KernelError> {
-        shape::store_kv(qkv, kv.heads(), batch, heads)?;
+        shape::rotate_and_store(qkv, kv.heads(), rotation, batch)?;
+        let table_rows = host::rope_rows(batch, rotation.cos_sin.rows)?;
+        let q_scale = host::q_scale(batch)?;
         let slots = host::slots(batch, kv.blocks())?;
+        let Rotation { norm, cos_sin, heads } = *rotation;
+        if let Some(norm) = norm {
+            self.norm_heads(qkv, norm, heads);
+        }
+        self.rotate(qkv, used(cos_sin), (table_rows, q_scale), heads);
         match &mut kv.0 {
             Stored::Half(blocks) => self.store(blocks, used(qkv), slots, heads),
             Stored::Full(blocks) => self.store(blocks, used(qkv), slots, heads),

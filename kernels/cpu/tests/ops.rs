@@ -2,7 +2,8 @@
 
 use cpu::{Cpu, CpuConfig, Isa, Precision};
 use kernels::{
-    BLOCK_TOKENS, Backend, Batch, Format, Heads, KernelError, Tensor, WeightPart, plain::Plain,
+    BLOCK_TOKENS, Backend, Batch, Format, Heads, KernelError, Rotation, Tensor, WeightPart,
+    plain::Plain,
 };
 
 /// Multiples of 1/1024 in [-1, 1): exact in half precision, so that both precisions agree on
@@ -99,6 +100,12 @@ fn f32_weight<B: Backend>(device: &B, cols: usize, values: &[f32]) -> B::Weight 
     device.weight(&[WeightPart::plain(Format::F32, rows, cols, data)]).unwrap()
 }
 
+/// A table [1, D] of a turn by nothing: rows are stored as they are.
+fn no_turn<B: Backend>(device: &B, dim: usize) -> Tensor<B> {
+    let cos_sin: Vec<f32> = (0..dim).map(|i| if i < dim / 2 { 1.0 } else { 0.0 }).collect();
+    Tensor::from_host(device, dim, &cos_sin).unwrap()
+}
+
 /// Sequences in one cache whose unused slots hold NaN.
 struct Paged {
     heads: Heads,
@@ -146,6 +153,7 @@ impl Paged {
             tokens: positions.len(),
             sequences: rows.len(),
             positions: ints(device, &positions),
+            rope_rows: ints(device, &vec![0; positions.len()]),
             slots: ints(device, &slots),
             row_starts: ints(device, &starts),
             context_lens: ints(device, &contexts),
@@ -170,16 +178,23 @@ impl Paged {
         let heads = self.heads;
         let mut kv = device.kv(self.blocks, heads).unwrap();
         let slots: Vec<i32> = (0..(self.blocks * BLOCK_TOKENS) as i32).collect();
-        let batch = Batch { tokens: slots.len(), slots: ints(device, &slots), ..no_batch(device) };
+        let batch = Batch {
+            tokens: slots.len(),
+            slots: ints(device, &slots),
+            rope_rows: ints(device, &vec![0; slots.len()]),
+            ..no_batch(device)
+        };
+        let cos_sin = no_turn(device, heads.dim);
+        let rotation = Rotation { norm: None, cos_sin: &cos_sin, heads };
         let nan = vec![f32::NAN; slots.len() * heads.qkv_cols()];
-        let nan = Tensor::from_host(device, heads.qkv_cols(), &nan).unwrap();
-        device.store_kv(&mut kv, &nan, &batch, heads).unwrap();
+        let mut nan = Tensor::from_host(device, heads.qkv_cols(), &nan).unwrap();
+        device.rotate_and_store(&mut kv, &mut nan, &rotation, &batch).unwrap();
         for (sequence, &end) in ends.iter().enumerate() {
             // In uneven pieces, so that whole blocks and parts of them are stored.
             for piece in (0..end).step_by(21) {
                 let rows = [(sequence, piece..end.min(piece + 21))];
-                let batch = self.batch(device, &rows);
-                device.store_kv(&mut kv, &self.rows(device, &rows), &batch, heads).unwrap();
+                let (batch, mut qkv) = (self.batch(device, &rows), self.rows(device, &rows));
+                device.rotate_and_store(&mut kv, &mut qkv, &rotation, &batch).unwrap();
             }
         }
         kv
@@ -336,45 +351,75 @@ fn rms_norm_is_the_plain_one() {
     }
 }
 
-#[test]
-fn qk_norm_is_the_plain_one() {
-    for (heads, rows) in [(heads(4, 2, 128), 3), (heads(3, 1, 48), 1), (heads(16, 8, 64), 70)] {
-        let mut random = Random(1);
-        let cols = heads.qkv_cols();
-        let (x, q, k) = (random.floats(rows * cols), random.floats(64), random.floats(64));
-        let (q, k) = (q.repeat(2), k.repeat(2));
-        same_as_plain!(3e-6, |d| {
-            let mut x = Tensor::from_host(d, cols, &x).unwrap();
-            let q = Tensor::from_host(d, heads.dim, &q[..heads.dim]).unwrap();
-            let k = Tensor::from_host(d, heads.dim, &k[..heads.dim]).unwrap();
-            d.qk_norm(&mut x, &q, &k, 1e-6, heads).unwrap();
-            host(d, &x)
-        });
+/// One sequence's rows, and how they are turned.
+struct Turned {
+    heads: Heads,
+    x: Vec<f32>,
+    norm: Option<[Vec<f32>; 2]>,
+    /// Rows of a table, and which is each token's.
+    cos_sin: Vec<f32>,
+    rope_rows: Vec<i32>,
+    q_scale: Option<Vec<f32>>,
+}
+
+impl Turned {
+    /// The query heads that are left, and attention over the keys and values that were stored.
+    fn run<B: Backend>(&self, d: &B) -> [Vec<f32>; 2] {
+        let (heads, tokens) = (self.heads, self.rope_rows.len());
+        let blocks = tokens.div_ceil(BLOCK_TOKENS);
+        let each: Vec<i32> = (0..tokens as i32).collect();
+        let batch = Batch {
+            tokens,
+            sequences: 1,
+            positions: ints(d, &each),
+            rope_rows: ints(d, &self.rope_rows),
+            slots: ints(d, &each),
+            row_starts: ints(d, &[0, tokens as i32]),
+            context_lens: ints(d, &[tokens as i32]),
+            block_tables: ints(d, &each[..blocks]),
+            block_table_cols: blocks,
+            q_scale: self.q_scale.as_ref().map(|scale| floats(d, scale)),
+            ..no_batch(d)
+        };
+        let vector = |values: &Vec<f32>| Tensor::from_host(d, heads.dim, values).unwrap();
+        let (cos_sin, norm) = (vector(&self.cos_sin), self.norm.as_ref());
+        let norm = norm.map(|[q, k]| (vector(q), vector(k)));
+        let norm = norm.as_ref().map(|(q, k)| (q, k, 1e-6));
+        let rotation = Rotation { norm, cos_sin: &cos_sin, heads };
+        let mut kv = d.kv(blocks, heads).unwrap();
+        let mut qkv = Tensor::from_host(d, heads.qkv_cols(), &self.x).unwrap();
+        d.rotate_and_store(&mut kv, &mut qkv, &rotation, &batch).unwrap();
+        let mut out = Tensor::zeros(d, tokens, heads.q * heads.dim).unwrap();
+        d.attention(&mut out, &qkv, &kv, &batch, heads, None).unwrap();
+        let qkv = host(d, &qkv);
+        let queries = qkv.chunks_exact(heads.qkv_cols()).map(|row| &row[..heads.q * heads.dim]);
+        [queries.flatten().copied().collect(), host(d, &out)]
     }
 }
 
 #[test]
-fn rope_is_the_plain_one() {
-    for (heads, rows) in [(heads(9, 3, 64), 1), (heads(2, 1, 128), 90), (heads(1, 1, 6), 4)] {
-        let mut random = Random(rows as u64);
-        let cols = heads.qkv_cols();
-        let x = random.floats(rows * cols);
-        let table = random.floats(50 * heads.dim);
-        let at: Vec<i32> = (0..rows).map(|_| (random.next() % 50) as i32).collect();
-        let scale = random.floats(rows);
-        for scaled in [false, true] {
-            same_as_plain!(1e-6, |d| {
-                let mut x = Tensor::from_host(d, cols, &x).unwrap();
-                let table = Tensor::from_host(d, heads.dim, &table).unwrap();
-                let batch = Batch {
-                    tokens: rows,
-                    rope_rows: ints(d, &at),
-                    q_scale: scaled.then(|| floats(d, &scale)),
-                    ..no_batch(d)
-                };
-                d.rope(&mut x, &table, &batch, heads).unwrap();
-                host(d, &x)
-            });
+fn rotate_and_store_is_the_plain_one() {
+    let shapes =
+        [(heads(9, 3, 64), 1), (heads(2, 1, 128), 90), (heads(1, 1, 6), 4), (heads(16, 8, 48), 70)];
+    for (heads, tokens) in shapes {
+        for (normed, scaled) in [(false, false), (false, true), (true, false), (true, true)] {
+            let mut random = Random(tokens as u64);
+            let turned = Turned {
+                heads,
+                x: random.floats(tokens * heads.qkv_cols()),
+                norm: normed.then(|| [random.floats(heads.dim), random.floats(heads.dim)]),
+                cos_sin: random.floats(50 * heads.dim),
+                rope_rows: (0..tokens).map(|_| (random.next() % 50) as i32).collect(),
+                q_scale: scaled.then(|| random.floats(tokens)),
+            };
+            let want = turned.run(&Plain);
+            for (name, device) in devices() {
+                let got = turned.run(&device);
+                assert_close(&name, &got[0], &want[0], 3e-6);
+                // Fast keeps keys and values in half precision.
+                let fast = device.precision() == Precision::Fast;
+                assert_close(&name, &got[1], &want[1], if fast { 2e-3 } else { 5e-6 });
+            }
         }
     }
 }
@@ -473,13 +518,16 @@ fn wrong_plans_are_errors_on<B: Backend>(d: &B) {
     let mut out = Tensor::zeros(d, 2, 32).unwrap();
     let batch = || paged.batch(d, &rows);
 
+    let cos_sin = no_turn(d, heads.dim);
+    let rotation = Rotation { norm: None, cos_sin: &cos_sin, heads };
+    let mut rotate =
+        |batch| d.rotate_and_store(&mut kv, &mut paged.rows(d, &rows), &rotation, &batch);
     let bad = Batch { slots: ints(d, &[0, 16 * paged.blocks as i32]), ..batch() };
-    let message = refused(d.store_kv(&mut kv, &qkv, &bad, heads));
-    assert_eq!(message, "store_kv: slot 80 is outside 0..80");
-    let bad = Batch { slots: ints(d, &[-1, 0]), ..batch() };
-    refused(d.store_kv(&mut kv, &qkv, &bad, heads));
-    let bad = Batch { slots: ints(d, &[1]), ..batch() };
-    refused(d.store_kv(&mut kv, &qkv, &bad, heads));
+    assert_eq!(refused(rotate(bad)), "rotate_and_store: slot 80 is outside 0..80");
+    refused(rotate(Batch { slots: ints(d, &[-1, 0]), ..batch() }));
+    refused(rotate(Batch { slots: ints(d, &[1]), ..batch() }));
+    let bad = Batch { rope_rows: ints(d, &[0, 1]), ..batch() };
+    assert_eq!(refused(rotate(bad)), "rotate_and_store: table row 1 is outside 0..1");
 
     let mut attend = |batch: Batch<B>| d.attention(&mut out, &qkv, &kv, &batch, heads, None);
     attend(batch()).unwrap();
@@ -499,9 +547,6 @@ fn wrong_plans_are_errors_on<B: Backend>(d: &B) {
     refused(d.kv(1, Heads { q: 2, kv: 2, dim: 7 }).map(|_| ()));
 
     let mut x = Tensor::from_host(d, cols, &vec![0.0; 2 * cols]).unwrap();
-    let table = Tensor::zeros(d, 4, 16).unwrap();
-    let bad = Batch { rope_rows: ints(d, &[0, 4]), ..batch() };
-    assert_eq!(refused(d.rope(&mut x, &table, &bad, heads)), "rope: table row 4 is outside 0..4");
     let bad = Batch { logit_rows: ints(d, &[0, 2]), logit_rows_len: 2, ..batch() };
     let mut picked = Tensor::zeros(d, 2, cols).unwrap();
     refused(d.gather_rows(&mut picked, &x, &bad, 0, 2));

@@ -6,12 +6,11 @@
 //      `rope_rows[t]`: pairs are element i and i + D/2 (rotate-half, as Qwen is trained). YaRN and
 //      dynamic NTK are in the table
 //   3. query heads · q_scale[t] (logn attention)
-//   4. query heads back in place, in bf16, rounded once; key heads too where nothing is stored
+//   4. query heads back in place, in bf16, rounded once
 //   5. keys and values to slot `slots[t]` of the cache, keys and values each [blocks, kv, 16, D],
 //      bf16 or e4m3 (value · 1/scale); keys as the rounded bf16 has them
 //
-// Each part is left out where its pointer is null, and heads outside first_head..end_head are not
-// looked at: rope, qk_norm and store_kv alone are the same kernel.
+// The norm and the factors are left out where their pointers are null.
 //
 // Moves 4 bytes for each element (3 of k and v with e4m3). Bound by memory.
 // A head has D / 16 lanes; a lane holds 8 elements of the lower half and the 8 they are paired
@@ -31,15 +30,13 @@ struct RopeArgs {
     const bf16* k_norm;  // [D]
     const float* cos_sin;
     const int32_t* rope_rows;  // [tokens]
-    const float* q_scale;      // [tokens]
+    const float* q_scale;      // [tokens], or null
     const int32_t* slots;      // [tokens]
-    void* keys;                // null: nothing is stored
+    void* keys;
     void* values;
     uint32_t tokens;
     uint32_t q_heads;
     uint32_t kv_heads;
-    uint32_t first_head;
-    uint32_t end_head;
     uint32_t token_warps;  // those that share a token
     uint32_t fp8;          // whether the cache is e4m3
     float key_factor;      // 1 / scale of the cached keys
@@ -116,33 +113,30 @@ DEVICE void rotate_and_store(const RopeArgs& args) {
     const uint32_t token = warp / args.token_warps;
     if (token >= args.tokens) return;
     const uint32_t lane = threadIdx.x % WARP;
-    const uint32_t first = args.first_head + lane / LANES +
-                           (warp - token * args.token_warps) * (TOGETHER * DEPTH);
+    const uint32_t first =
+        lane / LANES + (warp - token * args.token_warps) * (TOGETHER * DEPTH);
     const int at = static_cast<int>(lane % LANES) * VECTOR;
-    const uint32_t rotated = args.q_heads + args.kv_heads;
-    bf16* const row =
-        args.qkv + static_cast<uint64_t>(token) * (rotated + args.kv_heads) * D + at;
+    const uint32_t rotated = args.q_heads + args.kv_heads, heads = rotated + args.kv_heads;
+    bf16* const row = args.qkv + static_cast<uint64_t>(token) * heads * D + at;
 
     Bytes16 low[DEPTH] = {}, high[DEPTH] = {};
     for (int i = 0; i < DEPTH; ++i) {
         const uint32_t head = first + i * TOGETHER;
-        if (head >= args.end_head) break;
+        if (head >= heads) break;
         low[i] = load16(row + head * D);
         high[i] = load16(row + head * D + D / 2);
     }
-    float cos[VECTOR] = {}, sin[VECTOR] = {};
-    if (args.cos_sin != nullptr) {
-        const float* table = args.cos_sin + static_cast<uint64_t>(args.rope_rows[token]) * D + at;
-        load_floats(table, cos);
-        load_floats(table + D / 2, sin);
-    }
+    float cos[VECTOR], sin[VECTOR];
+    const float* table = args.cos_sin + static_cast<uint64_t>(args.rope_rows[token]) * D + at;
+    load_floats(table, cos);
+    load_floats(table + D / 2, sin);
     const float q_scale = args.q_scale != nullptr ? args.q_scale[token] : 1.0f;
-    const uint32_t slot = args.keys != nullptr ? static_cast<uint32_t>(args.slots[token]) : 0;
+    const uint32_t slot = static_cast<uint32_t>(args.slots[token]);
 
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i) {
         const uint32_t head = first + i * TOGETHER;
-        const bool is_query = head < args.q_heads, turns = head < min(rotated, args.end_head);
+        const bool is_query = head < args.q_heads, turns = head < rotated;
         float x[2 * VECTOR];
         unpack(low[i], x);
         unpack(high[i], x + VECTOR);
@@ -150,24 +144,22 @@ DEVICE void rotate_and_store(const RopeArgs& args) {
             const bf16* weight = is_query ? args.q_norm : args.k_norm;
             norm_head<D>(x, turns ? weight : nullptr, at, args.eps);
         }
-        if (args.cos_sin != nullptr && turns) {
+        if (turns) {
             const float scale = is_query ? q_scale : 1.0f;
             for (int j = 0; j < VECTOR; ++j) {
                 const float a = x[j], b = x[VECTOR + j];
                 x[j] = fmaf(a, cos[j], -(b * sin[j])) * scale;
                 x[VECTOR + j] = fmaf(b, cos[j], a * sin[j]) * scale;
             }
-        }
-        if (turns && (args.q_norm != nullptr || args.cos_sin != nullptr)) {
             low[i] = pack(x);
             high[i] = pack(x + VECTOR);
-            // Stored keys are read from the cache alone.
-            if (is_query || args.keys == nullptr) {
-                store16_global(row + head * D, low[i]);
-                store16_global(row + head * D + D / 2, high[i]);
-            }
         }
-        if (args.keys == nullptr || is_query || head >= args.end_head) continue;
+        if (is_query) {
+            store16_global(row + head * D, low[i]);
+            store16_global(row + head * D + D / 2, high[i]);
+        }
+        // Keys are read from the cache alone.
+        if (is_query || head >= heads) continue;
         const bool is_key = head < rotated;
         const uint32_t kv_head = head - (is_key ? args.q_heads : rotated);
         const uint64_t block = slot / BLOCK_TOKENS * static_cast<uint64_t>(args.kv_heads) + kv_head;

@@ -171,39 +171,15 @@ impl<D: Driver> Backend for Cuda<D> {
         self.product(out, x, weight, bias)
     }
 
-    fn qk_norm(
-        &self,
-        qkv: &mut Tensor<Self>,
-        q: &Tensor<Self>,
-        k: &Tensor<Self>,
-        eps: f32,
-        heads: Heads,
-    ) -> Result<(), KernelError> {
-        shape::qk_norm(qkv, q, k, heads)?;
-        self.norm_heads(qkv, (q, k, eps), heads)
-    }
-
-    fn rope(
-        &self,
-        qkv: &mut Tensor<Self>,
-        cos_sin: &Tensor<Self>,
-        batch: &Batch<Self>,
-        heads: Heads,
-    ) -> Result<(), KernelError> {
-        shape::rope(qkv, cos_sin, batch, heads)?;
-        let rotation = Rotation { norm: None, cos_sin, heads };
-        self.rotate(None, qkv, &rotation, batch)
-    }
-
-    fn store_kv(
+    fn rotate_and_store(
         &self,
         kv: &mut CudaKv<D>,
-        qkv: &Tensor<Self>,
+        qkv: &mut Tensor<Self>,
+        rotation: &Rotation<'_, Self>,
         batch: &Batch<Self>,
-        heads: Heads,
     ) -> Result<(), KernelError> {
-        shape::store_kv(qkv, kv.heads(), batch, heads)?;
-        self.store(kv, qkv, batch, heads)
+        shape::rotate_and_store(qkv, kv.heads(), rotation, batch)?;
+        self.rotate(kv, qkv, rotation, batch)
     }
 
     fn attention(
@@ -266,22 +242,6 @@ impl<D: Driver> Backend for Cuda<D> {
         shape::add(x, delta)?;
         shape::rms_norm(out, x, weight)?;
         self.add_norm(out, (x, delta), weight, eps)
-    }
-
-    fn rotate_and_store(
-        &self,
-        kv: &mut CudaKv<D>,
-        qkv: &mut Tensor<Self>,
-        rotation: &Rotation<'_, Self>,
-        batch: &Batch<Self>,
-    ) -> Result<(), KernelError> {
-        let heads = rotation.heads;
-        if let Some((q, k, _)) = rotation.norm {
-            shape::qk_norm(qkv, q, k, heads)?;
-        }
-        shape::rope(qkv, rotation.cos_sin, batch, heads)?;
-        shape::store_kv(qkv, kv.heads(), batch, heads)?;
-        self.rotate(Some(kv), qkv, rotation, batch)
     }
 
     fn gather_rows(

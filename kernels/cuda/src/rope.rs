@@ -106,13 +106,14 @@ impl<D: Driver> CudaKv<D> {
     }
 }
 
+const OP: &str = "rotate_and_store";
 /// Threads in a block of the kernel.
 const THREADS: u32 = 128;
 /// Heads of a lane.
 const DEPTH: usize = 2;
 
 #[repr(C)]
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct RopeArgs {
     qkv: u64,
     q_norm: u64,
@@ -126,8 +127,6 @@ struct RopeArgs {
     tokens: u32,
     q_heads: u32,
     kv_heads: u32,
-    first_head: u32,
-    end_head: u32,
     token_warps: u32,
     fp8: u32,
     key_factor: f32,
@@ -135,106 +134,58 @@ struct RopeArgs {
     eps: f32,
 }
 
-/// Where the heads of a packed row are that a launch works on, of `heads` in all.
-#[derive(Clone, Copy)]
-struct Range {
-    heads: Heads,
-    first: usize,
-    end: usize,
-}
-
-impl Range {
-    /// Query and key heads.
-    fn rotated(heads: Heads) -> Self {
-        Self { heads, first: 0, end: heads.q + heads.kv }
-    }
-
-    /// Key and value heads.
-    fn stored(heads: Heads) -> Self {
-        Self { heads, first: heads.q, end: heads.q + 2 * heads.kv }
-    }
-
-    fn all(heads: Heads) -> Self {
-        Self { heads, first: 0, end: heads.q + 2 * heads.kv }
-    }
-}
-
 impl<D: Driver> Cuda<D> {
-    /// Norms the query and key heads.
-    pub(super) fn norm_heads(
-        &self,
-        qkv: &mut Tensor<Self>,
-        norm: (&Tensor<Self>, &Tensor<Self>, f32),
-        heads: Heads,
-    ) -> Result<(), KernelError> {
-        let args = self.with_norm(RopeArgs::default(), norm)?;
-        self.launch_heads("qk_norm", qkv, Range::rotated(heads), args)
-    }
-
-    /// Norms, rotates and, where there is a cache, stores.
+    /// Norms where there are weights, rotates, and stores.
     pub(super) fn rotate(
         &self,
-        kv: Option<&mut CudaKv<D>>,
+        kv: &mut CudaKv<D>,
         qkv: &mut Tensor<Self>,
         rotation: &Rotation<'_, Self>,
         batch: &Batch<Self>,
     ) -> Result<(), KernelError> {
-        let Rotation { norm, cos_sin, heads } = *rotation;
+        let Rotation { norm, cos_sin, heads: Heads { q, kv: kv_heads, dim } } = *rotation;
         host::rope_rows(batch, cos_sin.rows)?;
+        host::slots(batch, kv.blocks)?;
         f32s("cos_sin", cos_sin.data.element())?;
-        let mut args = RopeArgs {
+        bf16_vectors(OP, &[qkv])?;
+        if let Some((q, k, _)) = norm {
+            bf16_vectors(OP, &[q, k])?;
+        }
+        let kernel = match dim {
+            64 => "rope_d64",
+            128 => "rope_d128",
+            _ => return Err(unsupported(dim).into()),
+        };
+        let together = 32 / (dim / 16) * DEPTH;
+        let token_warps = (q + 2 * kv_heads).div_ceil(together);
+        let warps = qkv.rows * token_warps;
+        ensure(OP, warps <= i32::MAX as usize, || {
+            format!("{} rows of {} heads, {} at most", qkv.rows, q + 2 * kv_heads, i32::MAX)
+        })?;
+        if warps == 0 {
+            return Ok(());
+        }
+        let args = RopeArgs {
+            qkv: self.at(qkv),
+            q_norm: norm.map_or(0, |(q, ..)| self.at(q)),
+            k_norm: norm.map_or(0, |(_, k, _)| self.at(k)),
             cos_sin: self.at(cos_sin),
             rope_rows: batch.rope_rows.address(&self.driver),
             q_scale: self.q_scale(batch)?,
-            ..RopeArgs::default()
-        };
-        if let Some(norm) = norm {
-            args = self.with_norm(args, norm)?;
-        }
-        let Some(kv) = kv else {
-            return self.launch_heads("rope", qkv, Range::rotated(heads), args);
-        };
-        let args = self.with_cache(args, kv, batch)?;
-        self.launch_heads("rotate_and_store", qkv, Range::all(heads), args)
-    }
-
-    /// Stores keys and values as they are.
-    pub(super) fn store(
-        &self,
-        kv: &mut CudaKv<D>,
-        qkv: &Tensor<Self>,
-        batch: &Batch<Self>,
-        heads: Heads,
-    ) -> Result<(), KernelError> {
-        let args = self.with_cache(RopeArgs::default(), kv, batch)?;
-        self.launch_heads("store_kv", qkv, Range::stored(heads), args)
-    }
-
-    fn with_norm(
-        &self,
-        args: RopeArgs,
-        (q, k, eps): (&Tensor<Self>, &Tensor<Self>, f32),
-    ) -> Result<RopeArgs, KernelError> {
-        bf16_vectors("qk_norm", &[q, k])?;
-        Ok(RopeArgs { q_norm: self.at(q), k_norm: self.at(k), eps, ..args })
-    }
-
-    fn with_cache(
-        &self,
-        args: RopeArgs,
-        kv: &CudaKv<D>,
-        batch: &Batch<Self>,
-    ) -> Result<RopeArgs, KernelError> {
-        host::slots(batch, kv.blocks)?;
-        Ok(RopeArgs {
             slots: batch.slots.address(&self.driver),
             keys: kv.keys.address(&self.driver),
             values: kv.values.address(&self.driver),
+            tokens: qkv.rows as u32,
+            q_heads: q as u32,
+            kv_heads: kv_heads as u32,
+            token_warps: token_warps as u32,
             fp8: u32::from(kv.format == KvFormat::Fp8),
             key_factor: kv.key_scale.recip(),
             value_factor: kv.value_scale.recip(),
-            ..args
-        })
+            eps: norm.map_or(0.0, |(.., eps)| eps),
+        };
+        let blocks = warps.div_ceil(THREADS as usize / 32) as u32;
+        self.driver.launch(Launch::new(kernel, [blocks, 1, 1], THREADS, &args))
     }
 
     /// The address of the batch's factors on queries, or 0.
@@ -242,54 +193,17 @@ impl<D: Driver> Cuda<D> {
         let Some(scale) = &batch.q_scale else { return Ok(0) };
         f32s("q_scale", scale.element())?;
         let (room, tokens) = (scale.len(), batch.tokens);
-        ensure("rope", room >= tokens, || {
+        ensure(OP, room >= tokens, || {
             format!("q_scale needs {tokens} elements, its buffer has {room}")
         })?;
         Ok(scale.address(&self.driver))
     }
-
-    fn launch_heads(
-        &self,
-        op: &'static str,
-        qkv: &Tensor<Self>,
-        range: Range,
-        args: RopeArgs,
-    ) -> Result<(), KernelError> {
-        bf16_vectors(op, &[qkv])?;
-        let Heads { q, kv, dim } = range.heads;
-        let kernel = match dim {
-            64 => "rope_d64",
-            128 => "rope_d128",
-            _ => return Err(unsupported(op, dim).into()),
-        };
-        let together = 32 / (dim / 16) * DEPTH;
-        let token_warps = (range.end - range.first).div_ceil(together);
-        let warps = qkv.rows * token_warps;
-        ensure(op, warps <= i32::MAX as usize, || {
-            format!("{} rows of {} heads, {} at most", qkv.rows, q + 2 * kv, i32::MAX)
-        })?;
-        if warps == 0 {
-            return Ok(());
-        }
-        let args = RopeArgs {
-            qkv: self.at(qkv),
-            tokens: qkv.rows as u32,
-            q_heads: q as u32,
-            kv_heads: kv as u32,
-            first_head: range.first as u32,
-            end_head: range.end as u32,
-            token_warps: token_warps as u32,
-            ..args
-        };
-        let blocks = warps.div_ceil(THREADS as usize / 32) as u32;
-        self.driver.launch(Launch::new(kernel, [blocks, 1, 1], THREADS, &args))
-    }
 }
 
 fn f32s(name: &str, element: Element) -> Result<(), ShapeError> {
-    ensure("rope", element == Element::F32, || format!("{name} is {element:?}, not f32"))
+    ensure(OP, element == Element::F32, || format!("{name} is {element:?}, not f32"))
 }
 
-fn unsupported(op: &'static str, dim: usize) -> ShapeError {
-    ShapeError { op, detail: format!("no kernel for head_dim {dim}, only for 64 and 128") }
+fn unsupported(dim: usize) -> ShapeError {
+    ShapeError { op: OP, detail: format!("no kernel for head_dim {dim}, only for 64 and 128") }
 }

@@ -31,7 +31,7 @@ impl Fields {
         self.find(keys)
             .map(|(key, value)| {
                 read(value).ok_or_else(|| {
-                    let found: String = value.to_string().chars().take(80).collect();
+                    let found = shown(&value.to_string());
                     ModelError::Checkpoint(format!("config.json: {key} is {found}, not {wanted}"))
                 })
             })
@@ -63,7 +63,7 @@ impl Fields {
     }
 
     pub(crate) fn text(&self, keys: &[&str]) -> Result<Option<String>, ModelError> {
-        self.typed(keys, "a string", |v| v.as_str().map(str::to_owned))
+        self.typed(keys, "a name", name)
     }
 
     pub(crate) fn object(&self, key: &str) -> Result<Option<Self>, ModelError> {
@@ -79,8 +79,9 @@ impl Fields {
     }
 
     pub(crate) fn sizes(&self, key: &str) -> Result<Option<Vec<usize>>, ModelError> {
-        self.typed(&[key], "a list of whole numbers", |v| {
-            v.as_array()?.iter().map(|v| usize::try_from(whole(v)?).ok()).collect()
+        self.typed(&[key], "a list of few whole numbers", |v| {
+            let list = v.as_array().filter(|list| list.len() <= NAME_MAX)?;
+            list.iter().map(|v| usize::try_from(whole(v)?).ok()).collect()
         })
     }
 
@@ -88,7 +89,8 @@ impl Fields {
     pub(crate) fn require(&self, key: &str, wanted: &Value) -> Result<(), ModelError> {
         match self.find(&[key]) {
             Some((_, found)) if found != wanted => Err(ModelError::Unsupported(format!(
-                "{key} = {found} in config.json; only {wanted} is supported"
+                "{key} = {} in config.json; only {wanted} is supported",
+                shown(&found.to_string())
             ))),
             _ => Ok(()),
         }
@@ -178,8 +180,8 @@ impl Fields {
             true => self.size_or_none(&["sliding_window"])?,
             false => None,
         };
-        let kinds = self.typed(&["layer_types"], "a list of strings", |v| {
-            v.as_array()?.iter().map(|kind| kind.as_str().map(str::to_owned)).collect()
+        let kinds = self.typed(&["layer_types"], "a list of names", |v| {
+            v.as_array()?.iter().map(name).collect()
         })?;
         let Some(kinds): Option<Vec<String>> = kinds else {
             let first = self.size_or_none(&["max_window_layers"])?.unwrap_or(0);
@@ -198,6 +200,18 @@ impl Fields {
         };
         kinds.iter().map(of_kind).collect()
     }
+}
+
+/// Names and lists of sizes longer than this are none: messages repeat them.
+const NAME_MAX: usize = 80;
+
+/// The start of what a file says, for a message.
+pub(crate) fn shown(found: &str) -> String {
+    found.chars().take(NAME_MAX).collect()
+}
+
+fn name(value: &Value) -> Option<String> {
+    value.as_str().filter(|name| name.len() <= NAME_MAX).map(str::to_owned)
 }
 
 /// A size or an id; Python does not tell 50.0 from 50 everywhere, so files hold either.

@@ -2,7 +2,10 @@
 
 use formats::{Tensors, gguf::Metadata};
 
-use super::{DecoderConfig, Experts, Rope, RopeScaling, check_layers, json::yarn_attention};
+use super::{
+    DecoderConfig, Experts, Rope, RopeScaling, check_layers,
+    json::{shown, yarn_attention},
+};
 use crate::{ModelError, families::Family, weights::GGUF};
 
 impl DecoderConfig {
@@ -143,7 +146,8 @@ impl Keys<'_> {
             }
             other => {
                 return Err(ModelError::Unsupported(format!(
-                    "{key} = {other:?}; supported are linear and yarn"
+                    "{key} = {:?}; supported are linear and yarn",
+                    shown(other)
                 )));
             }
         };

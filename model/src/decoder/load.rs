@@ -61,6 +61,8 @@ impl<B: Backend> Decoder<B> {
         rope: &RopeTables,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, ModelError> {
+        // Before any memory is taken, and long before the last layer.
+        checkpoint.check_scales()?;
         let config = checkpoint.config();
         let total = checkpoint.weight_bytes(shard)?;
         let mut upload = Upload { device, done: 0, total, progress };

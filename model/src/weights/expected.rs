@@ -1,6 +1,6 @@
 //! The tensors that a checkpoint of a given configuration must have, and no others.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, iter};
 
 use formats::TensorInfo;
 
@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{DecoderConfig, ModelError, Shard};
 
-/// What a configuration asks for.
+/// What a configuration asks for: in a layer, or beside them.
 pub(super) struct Expected {
     /// Matrices, in order of use.
     pub modules: Vec<Module>,
@@ -21,33 +21,43 @@ pub(super) struct Expected {
 }
 
 impl Expected {
+    /// One after another, so that a configuration which asks for millions of tensors is refused at
+    /// the first one that is not there.
+    ///
     /// # Errors
     /// A configuration that not even one rank can run.
-    pub fn new(config: &DecoderConfig, names: &TensorNames) -> Result<Self, ModelError> {
-        let DecoderConfig { hidden, head_dim, .. } = *config;
+    pub fn each<'a>(
+        config: &'a DecoderConfig,
+        names: &'a TensorNames,
+    ) -> Result<impl Iterator<Item = Self> + 'a, ModelError> {
         let (all, whole) = (Modules { config, names }, Shard::new(config, 0, 1)?);
-        // Parts of one packed matrix follow each other.
-        let once = |cuts: Vec<(Module, Cut)>| {
-            let mut modules: Vec<Module> = cuts.into_iter().map(|(module, _)| module).collect();
-            modules.dedup();
-            modules
-        };
-        let mut vectors = vec![(names.final_norm.to_owned(), hidden)];
-        for layer in 0..config.layers {
-            let named = |name: &str| names.of_layer(layer, name);
-            if config.qkv_bias {
-                let biased = once(all.qkv(layer, &whole).into());
-                vectors.extend(biased.iter().map(|module| (module.tensor("bias"), module.rows)));
-            }
-            vectors.push((named(names.input_norm), hidden));
-            vectors.push((named(names.post_norm), hidden));
-            if config.qk_norm {
-                vectors.push((named(names.q_norm), head_dim));
-                vectors.push((named(names.k_norm), head_dim));
-            }
-        }
-        Ok(Self { modules: once(all.all(&whole)), vectors })
+        let vectors = vec![(names.final_norm.to_owned(), config.hidden)];
+        let tables = Self { modules: once(all.tables(&whole)), vectors };
+        let layers = (0..config.layers).map(move |layer| Self::of_layer(all, layer, &whole));
+        Ok(iter::once(tables).chain(layers))
     }
+
+    fn of_layer(all: Modules<'_>, layer: usize, whole: &Shard) -> Self {
+        let (config, names) = (all.config, all.names);
+        let named = |name: &str| names.of_layer(layer, name);
+        let norms = [names.input_norm, names.post_norm];
+        let mut vectors: Vec<_> = norms.map(|norm| (named(norm), config.hidden)).into();
+        if config.qkv_bias {
+            let biased = once(all.qkv(layer, whole).into());
+            vectors.extend(biased.iter().map(|module| (module.tensor("bias"), module.rows)));
+        }
+        if config.qk_norm {
+            vectors.extend([names.q_norm, names.k_norm].map(|norm| (named(norm), config.head_dim)));
+        }
+        Self { modules: once(all.layer(layer, whole)), vectors }
+    }
+}
+
+/// Parts of one packed matrix, which follow each other, count once.
+fn once(cuts: Vec<(Module, Cut)>) -> Vec<Module> {
+    let mut modules: Vec<Module> = cuts.into_iter().map(|(module, _)| module).collect();
+    modules.dedup();
+    modules
 }
 
 /// Refuses missing, superfluous and misshapen tensors, and formats that nothing here multiplies.
@@ -56,31 +66,23 @@ pub(super) fn check(
     config: &DecoderConfig,
     names: &TensorNames,
 ) -> Result<(), ModelError> {
-    let Expected { modules, vectors } = Expected::new(config, names)?;
     let (mut expected, mut quantised) = (BTreeSet::new(), BTreeSet::new());
-    for module in &modules {
-        let storage = files.storage(module)?;
-        for (name, shape) in files.tensors_of(module)? {
-            let info = shaped(files, &name, &shape)?;
-            check_dtype(storage, info)?;
-            expected.insert(name);
-        }
-        if !matches!(storage, Storage::Plain(_)) {
-            quantised.insert(module.stem.as_str());
-        }
-    }
-    for (name, len) in vectors {
-        let info = shaped(files, &name, &[len])?;
-        match slice::format(info.dtype) {
-            Some(format) if format.block_elements() == 1 => {}
-            _ => {
-                return Err(ModelError::Unsupported(format!(
-                    "vector {name} is stored as {}, not F32, F16 or BF16",
-                    info.dtype.name
-                )));
+    for Expected { modules, vectors } in Expected::each(config, names)? {
+        for module in modules {
+            let storage = files.storage(&module)?;
+            for (name, shape) in files.tensors_of(&module)? {
+                let info = shaped(files, &name, &shape)?;
+                check_dtype(storage, info)?;
+                expected.insert(name);
+            }
+            if !matches!(storage, Storage::Plain(_)) {
+                quantised.insert(module.stem);
             }
         }
-        expected.insert(name);
+        for (name, len) in vectors {
+            check_vector(shaped(files, &name, &[len])?)?;
+            expected.insert(name);
+        }
     }
     let head = format!("{}.", names.lm_head);
     for name in files.tensors.names().filter(|name| !expected.contains(*name)) {
@@ -115,6 +117,16 @@ fn shaped<'a>(files: Files<'a>, name: &str, shape: &[usize]) -> Result<&'a Tenso
         )));
     }
     Ok(info)
+}
+
+fn check_vector(info: &TensorInfo) -> Result<(), ModelError> {
+    match slice::format(info.dtype) {
+        Some(format) if format.block_elements() == 1 => Ok(()),
+        _ => Err(ModelError::Unsupported(format!(
+            "vector {} is stored as {}, not F32, F16 or BF16",
+            info.name, info.dtype.name
+        ))),
+    }
 }
 
 /// Tensors of a quantised matrix have the number formats of its method.

@@ -123,7 +123,7 @@ impl Files<'_> {
     /// Reads some rows of a module, and no other numbers of the files.
     ///
     /// # Errors
-    /// The files cannot be read, the rows are not the module's, or what scales the numbers is none.
+    /// The files cannot be read, the rows are not the module's, or its numbers are none.
     pub fn read(&self, module: &Module, cut: &Cut) -> Result<WeightPart<'static>, ModelError> {
         if cut.rows().end > module.rows {
             return Err(ModelError::Checkpoint(format!("{cut:?} is no part of {module:?}")));
@@ -147,6 +147,18 @@ impl Files<'_> {
             (Some(stack), ..) => vec![stack.count, module.rows, module.cols],
             (None, 1, Some(1)) => vec![module.cols],
             _ => vec![module.rows, module.cols],
+        }
+    }
+
+    /// Refuses a module whose numbers would be scaled by what is no scale.
+    ///
+    /// # Errors
+    /// `Checkpoint` names the tensor; the files cannot be read.
+    pub fn check_scales(&self, module: &Module) -> Result<(), ModelError> {
+        match self.storage(module)? {
+            Storage::Plain(_) => Ok(()),
+            Storage::Integers(packing) => quantised::check_integers(self.tensors, module, packing),
+            Storage::Fp8Blocks { .. } | Storage::Fp8 => quantised::check_fp8(self.tensors, module),
         }
     }
 

@@ -27,15 +27,18 @@ pub(super) struct Modules<'a> {
 impl Modules<'_> {
     /// Every matrix of a shard, in the order of use.
     pub fn all(self, shard: &Shard) -> Vec<(Module, Cut)> {
-        let mut cuts = self.tables(shard);
-        for layer in 0..self.config.layers {
-            cuts.extend(self.qkv(layer, shard));
-            cuts.push(self.attn_out(layer, shard));
-            cuts.extend(self.router(layer));
-            for block in self.ffn_blocks(layer) {
-                cuts.extend(self.gate_up(layer, block, shard));
-                cuts.push(self.down(layer, block, shard));
-            }
+        let layers = (0..self.config.layers).flat_map(|layer| self.layer(layer, shard));
+        self.tables(shard).into_iter().chain(layers).collect()
+    }
+
+    /// Every matrix of a layer.
+    pub fn layer(self, layer: usize, shard: &Shard) -> Vec<(Module, Cut)> {
+        let mut cuts: Vec<_> = self.qkv(layer, shard).into();
+        cuts.push(self.attn_out(layer, shard));
+        cuts.extend(self.router(layer));
+        for block in self.ffn_blocks(layer) {
+            cuts.extend(self.gate_up(layer, block, shard));
+            cuts.push(self.down(layer, block, shard));
         }
         cuts
     }

@@ -128,21 +128,57 @@ fn scale_name(tensors: &Tensors, module: &Module) -> String {
     }
 }
 
-/// Reads rows of a module of integers.
+/// Refuses scales of integers that are zero, no number or no f16, and columns of groups that are
+/// not there.
+pub(super) fn check_integers(
+    tensors: &Tensors,
+    module: &Module,
+    packing: Packing,
+) -> Result<(), ModelError> {
+    let usable = |scale: &f16| scale.is_finite() && scale.to_bits() << 1 != 0;
+    if !integer_scales(tensors, module, packing)?.iter().all(usable) {
+        return Err(ModelError::Checkpoint(format!(
+            "tensor {} has a scale that is zero, no number, or no f16",
+            module.tensor("scales")
+        )));
+    }
+    let count = group_count(module, packing);
+    let listed = listed_groups(tensors, module, packing)?.unwrap_or_default();
+    match listed.iter().find(|group| **group as usize >= count) {
+        None => Ok(()),
+        Some(group) => Err(ModelError::Checkpoint(format!(
+            "tensor {} names group {} of {count}",
+            module.tensor("g_idx"),
+            *group as i32
+        ))),
+    }
+}
+
+/// Refuses scales of e4m3 that are zero or no numbers.
+pub(super) fn check_fp8(tensors: &Tensors, module: &Module) -> Result<(), ModelError> {
+    let scales = fp8_scales(tensors, module)?;
+    match scales.iter().find(|scale| !scale.is_finite() || **scale == 0.0) {
+        None => Ok(()),
+        Some(bad) => {
+            let name = scale_name(tensors, module);
+            Err(ModelError::Checkpoint(format!("tensor {name} has a scale of {bad}")))
+        }
+    }
+}
+
+/// Reads rows of a module of integers that [`check_integers`] has seen.
 pub(super) fn integers(
     tensors: &Tensors,
     module: &Module,
     packing: Packing,
     rows: &Range<usize>,
 ) -> Result<WeightPart<'static>, ModelError> {
-    let groups = groups(tensors, module, packing)?;
     let values = match packing {
         Packing::Gptq { .. } => along_inputs(tensors, module, packing, rows)?,
         Packing::Awq { .. } => along_outputs(tensors, module, packing, rows)?,
     };
-    let count = module.cols.div_ceil(packing.group(module.cols));
-    let name = module.tensor("scales");
-    let stored = slice::vector(tensors, &name, 0..count * module.rows, None)?;
+    let count = group_count(module, packing);
+    let stored = integer_scales(tensors, module, packing)?;
     let scale = |row: usize, group: usize| stored[group * module.rows + row];
     let zero_words =
         words(tensors, &module.tensor("qzeros"), 0, count * word_cols(module, packing))?;
@@ -155,36 +191,51 @@ pub(super) fn integers(
         _ => 0,
     };
     let each = || rows.clone().flat_map(|row| (0..count).map(move |group| (row, group)));
-    let scales: Vec<f16> = each().map(|(row, group)| f16::from_f32(scale(row, group))).collect();
-    let exact = each().zip(&scales).all(|((row, group), half)| half.to_f32() == scale(row, group));
-    if !exact || scales.iter().any(|scale| !scale.is_finite() || scale.to_f32() == 0.0) {
-        return Err(ModelError::Checkpoint(format!(
-            "tensor {name} has a scale that is zero, no number, or no f16"
-        )));
+    let grouped = Grouped {
+        bits: packing.bits(),
+        values: values.into(),
+        groups: groups(tensors, module, packing)?,
+        scales: each().map(|(row, group)| scale(row, group)).collect(),
+        zeros: each().map(|(row, group)| zero(row, group) + offset).collect(),
+    };
+    Ok(WeightPart { rows: rows.len(), cols: module.cols, stored: Stored::Grouped(grouped) })
+}
+
+/// G.
+fn group_count(module: &Module, packing: Packing) -> usize {
+    module.cols.div_ceil(packing.group(module.cols))
+}
+
+/// [G, N]; NaN where the number in the file is no f16.
+fn integer_scales(
+    tensors: &Tensors,
+    module: &Module,
+    packing: Packing,
+) -> Result<Vec<f16>, ModelError> {
+    let len = group_count(module, packing) * module.rows;
+    slice::halves(tensors, &module.tensor("scales"), len)
+}
+
+/// [K] the group of each column, where the files list them.
+fn listed_groups(
+    tensors: &Tensors,
+    module: &Module,
+    packing: Packing,
+) -> Result<Option<Vec<u32>>, ModelError> {
+    let name = module.tensor("g_idx");
+    if matches!(packing, Packing::Awq { .. }) || tensors.get(&name).is_none() {
+        return Ok(None);
     }
-    let zeros = each().map(|(row, group)| zero(row, group) + offset).collect();
-    let bits = packing.bits();
-    let stored = Stored::Grouped(Grouped { bits, values: values.into(), groups, scales, zeros });
-    Ok(WeightPart { rows: rows.len(), cols: module.cols, stored })
+    words(tensors, &name, 0, module.cols).map(Some)
 }
 
 /// The group of every column.
 fn groups(tensors: &Tensors, module: &Module, packing: Packing) -> Result<Groups, ModelError> {
     let size = packing.group(module.cols);
-    let name = module.tensor("g_idx");
-    if matches!(packing, Packing::Awq { .. }) || tensors.get(&name).is_none() {
-        return Ok(Groups::Runs { size, first: 0 });
-    }
-    let listed = words(tensors, &name, 0, module.cols)?;
-    let count = module.cols.div_ceil(size);
-    if let Some(group) = listed.iter().find(|group| **group as usize >= count) {
-        let group = *group as i32;
-        return Err(ModelError::Checkpoint(format!(
-            "tensor {name} names group {group} of {count}"
-        )));
-    }
+    let runs = Groups::Runs { size, first: 0 };
+    let Some(listed) = listed_groups(tensors, module, packing)? else { return Ok(runs) };
     let in_runs = listed.iter().enumerate().all(|(k, group)| *group as usize == k / size);
-    Ok(if in_runs { Groups::Runs { size, first: 0 } } else { Groups::Listed(listed) })
+    Ok(if in_runs { runs } else { Groups::Listed(listed) })
 }
 
 /// Words in a row of zero points.
@@ -235,7 +286,9 @@ fn along_outputs(
     Ok(values)
 }
 
-/// Reads rows of a module in e4m3, whose scales are those of `block` rows and columns.
+/// Reads rows of a module in e4m3 that [`check_fp8`] has seen, whose scales are those of `block`
+/// rows and columns. The numbers are the weights themselves, so it is only here that they are read
+/// and can be found to be none.
 pub(super) fn fp8(
     tensors: &Tensors,
     module: &Module,
@@ -252,21 +305,23 @@ pub(super) fn fp8(
         )));
     }
     let (block_rows, run) = block;
-    let name = scale_name(tensors, module);
-    let count = tensors.get(&name).map_or(1, |info| info.shape.iter().product::<u64>()) as usize;
-    let stored = slice::vector(tensors, &name, 0..count, None)?;
-    if let Some(bad) = stored.iter().find(|scale| !scale.is_finite() || **scale == 0.0) {
-        return Err(ModelError::Checkpoint(format!("tensor {name} has a scale of {bad}")));
-    }
+    let stored = fp8_scales(tensors, module)?;
     let runs = cols.div_ceil(run);
-    let scale = |row: usize, at: usize| match count {
-        1 => stored[0],
+    let scale = |row: usize, at: usize| match stored[..] {
+        [one] => one,
         _ => stored[row / block_rows * runs + at],
     };
     let scales = rows.clone().flat_map(|row| (0..runs).map(move |at| (row, at)));
     let scales = scales.map(|(row, at)| scale(row, at)).collect();
     let stored = Stored::Scaled(Scaled { values: values.into(), run, scales });
     Ok(WeightPart { rows: rows.len(), cols, stored })
+}
+
+/// Those of all rows and runs, or one.
+fn fp8_scales(tensors: &Tensors, module: &Module) -> Result<Vec<f32>, ModelError> {
+    let name = scale_name(tensors, module);
+    let count = slice::find(tensors, &name)?.shape.iter().product::<u64>() as usize;
+    slice::vector(tensors, &name, 0..count, None)
 }
 
 /// `len` words of a tensor of int32.

@@ -73,6 +73,21 @@ pub(super) fn vector(
     }
 }
 
+/// The first `len` numbers of a vector as f16; NaN where they are none that f16 holds.
+pub(super) fn halves(tensors: &Tensors, name: &str, len: usize) -> Result<Vec<f16>, ModelError> {
+    // A large model has half a billion of these: those stored as f16 are not converted twice.
+    if format(find(tensors, name)?.dtype) == Some(Format::F16) {
+        let mut bytes = vec![0; len * 2];
+        tensors.read_at(name, 0, &mut bytes)?;
+        return Ok(bytes.as_chunks().0.iter().map(|half| f16::from_le_bytes(*half)).collect());
+    }
+    let half = |number: f32| {
+        let half = f16::from_f32(number);
+        if half.to_f32() == number { half } else { f16::NAN }
+    };
+    Ok(vector(tensors, name, 0..len, None)?.into_iter().map(half).collect())
+}
+
 /// Whether every number of a plain tensor is zero.
 pub(super) fn is_zero(tensors: &Tensors, name: &str) -> Result<bool, ModelError> {
     let mut bytes = vec![0; find(tensors, name)?.bytes as usize];
