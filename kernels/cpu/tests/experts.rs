@@ -17,7 +17,7 @@ fn noise(seed: u64, len: usize) -> Vec<f32> {
 }
 
 fn routing(experts: usize, per_token: usize) -> Routing {
-    Routing { experts, per_token, normalise: experts % 2 == 1, shared: per_token % 2 == 0 }
+    Routing { experts, per_token, normalise: experts % 2 == 1, shared: per_token.is_multiple_of(2) }
 }
 
 const HIDDEN: usize = 40;

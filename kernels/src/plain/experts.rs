@@ -56,9 +56,10 @@ pub(super) fn expert_linear(
     shape::expert_linear(out, x, rows, [experts.each.len(), n, k], routes)?;
     let (pairs, starts) = host::expert_pairs(routes)?;
     for (expert, weight) in experts.each.iter().enumerate() {
-        for place in starts[expert] as usize..starts[expert + 1] as usize {
+        let (first, end) = (starts[expert] as usize, starts[expert + 1] as usize);
+        for (place, &pair) in pairs.iter().enumerate().take(end).skip(first) {
             let from = match rows {
-                ExpertRows::Tokens => pairs[place] as usize / routes.routing.per_token,
+                ExpertRows::Tokens => pair as usize / routes.routing.per_token,
                 ExpertRows::Pairs => place,
             };
             for (n, out) in row_mut(out, place).iter_mut().enumerate() {
