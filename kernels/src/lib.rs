@@ -131,9 +131,21 @@ pub struct Rotation<'a, B: Backend> {
     pub heads: Heads,
 }
 
+/// How ranks make one result of a product whose inputs are spread over them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Join {
+    /// Inputs are gathered, and each rank computes some columns of all of them. No sum is cut: bits
+    /// are the same on any number of ranks.
+    Gather,
+    /// Each rank multiplies its own inputs, and the results are summed: fewer bytes on the way.
+    Sum,
+}
+
 /// What one device can do. A row's result never depends on the batch's other rows, on how a prompt
 /// was cut into chunks, nor on the number of threads: every sum runs in one fixed order.
 pub trait Backend: Send + Sync + Sized + 'static {
+    /// How ranks join the results of attention and of feed-forward blocks.
+    const JOIN: Join = Join::Gather;
     /// A device buffer of activations (f32 on the CPU, bf16 on CUDA).
     type Floats: Send + Sync;
     /// A device buffer of 32-bit integers.

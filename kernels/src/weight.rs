@@ -1,6 +1,8 @@
 //! Weight matrices as checkpoints store them: numbers, GGUF blocks, integers in groups, scaled
 //! e4m3. Readers bring every file's own layout into one of these; backends pack these as they like.
 
+mod columns;
+
 use crate::KernelError;
 use half::f16;
 use std::borrow::Cow;

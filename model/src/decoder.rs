@@ -1,9 +1,10 @@
 //! The one forward pass of the Qwen family, on one rank of a tensor-parallel group.
 //!
-//! Families differ by what is there: biases (Qwen1, Qwen2), head norms (Qwen3), windows, the rows
-//! of the rope table. Every rank holds whole rows of every matrix and computes those columns of its
-//! result; before the next product ranks gather the columns. No sum over K is ever cut, so the
-//! numbers are the same, bit for bit, on any number of ranks.
+//! Families differ by what is there: biases (Qwen1, Qwen2), head norms (Qwen3), windows, experts,
+//! the rows of the rope table. Every rank holds whole rows of every matrix and computes those
+//! columns of its result; before the next product ranks gather the columns. No sum over K is ever
+//! cut, so the numbers are the same, bit for bit, on any number of ranks. Devices that say so
+//! (`Backend::JOIN`) hold columns of the matrices that end half a layer instead, and sum.
 
 mod feed_forward;
 mod load;
@@ -12,7 +13,7 @@ mod scratch;
 use crate::ModelError;
 use collective::Collective;
 use feed_forward::FeedForward;
-use kernels::{Backend, Batch, Heads, Rotation, Tensor};
+use kernels::{Backend, Batch, Heads, Join, Rotation, Tensor};
 pub use scratch::{ExpertsShape, Scratch, ScratchShape, Width};
 
 /// This rank's part of a model.
@@ -31,6 +32,7 @@ pub struct Decoder<B: Backend> {
     heads: Heads,
     norm_eps: f32,
     shares: Shares,
+    join: Join,
 }
 
 /// How many columns of each exchanged matrix every rank computes.
@@ -95,6 +97,15 @@ impl<B: Backend> Decoder<B> {
         Ok(cx.device.add(hidden, delta.gathered())?)
     }
 
+    /// delta [T, H] of every rank's part of it.
+    fn join_delta<C: Collective<B>>(&self, cx: &mut Context<'_, B, C>) -> Result<(), ModelError> {
+        let delta = &mut cx.scratch.delta;
+        match self.join {
+            Join::Gather => delta.gather(cx.device, cx.group, &self.shares.hidden).map(|_| ()),
+            Join::Sum => Ok(cx.group.all_reduce_sum(cx.device, &mut delta.local)?),
+        }
+    }
+
     /// Logits [len, V] of the batch's wanted rows `first..first + len`, after [`Self::forward`].
     pub fn logits<C: Collective<B>>(
         &self,
@@ -136,8 +147,7 @@ impl<B: Backend> Layer<B> {
         d.attention(&mut s.attention.local, &s.qkv, kv, batch, heads, self.window)?;
         let attention = s.attention.gather(d, cx.group, &model.shares.attention)?;
         d.linear(&mut s.delta.local, attention, &self.attention_out, None)?;
-        s.delta.gather(d, cx.group, &model.shares.hidden)?;
-        Ok(())
+        model.join_delta(cx)
     }
 
     /// delta [T, H] = feed_forward(norm(hidden)), once hidden has taken up the delta before it.

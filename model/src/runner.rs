@@ -127,19 +127,17 @@ pub fn prefix_reuse_max(config: &DecoderConfig) -> Option<usize> {
 
 fn scratch_shape(config: &DecoderConfig, shard: &Shard, options: &RunnerOptions) -> ScratchShape {
     let (heads, dim) = (shard.heads(), config.head_dim);
+    let intermediate = if config.has_dense_layers() { config.intermediate } else { 0 };
     ScratchShape {
         tokens_max: options.step_tokens_max,
         heads,
-        attention: Width { local: heads.q * dim, whole: config.q_heads * dim },
+        attention: shard.gathered(heads.q * dim, config.q_heads * dim),
         hidden: Width { local: shard.hidden.len(), whole: config.hidden },
-        intermediate: Width {
-            local: shard.ffn.len(),
-            whole: if config.has_dense_layers() { config.intermediate } else { 0 },
-        },
+        intermediate: shard.gathered(shard.ffn.len(), intermediate),
         experts: config.experts.as_ref().map(|experts| ExpertsShape {
             routing: experts.routing(),
-            expert: Width { local: shard.expert.len(), whole: experts.intermediate },
-            shared: experts.shared.map(|whole| Width { local: shard.shared_expert.len(), whole }),
+            expert: shard.gathered(shard.expert.len(), experts.intermediate),
+            shared: experts.shared.map(|whole| shard.gathered(shard.shared_expert.len(), whole)),
         }),
         vocab: Width { local: shard.vocab.len(), whole: config.vocab },
     }
@@ -161,6 +159,7 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         let tables = RopeTables::new(&config.rope, options.context_max);
         check_options(&options, &tables)?;
         let shard = checkpoint.shard(group.rank(), group.world_size())?;
+        let shard = shard.joined_by(B::JOIN, config);
         let decoder = Decoder::load(&device, checkpoint, &shard, &tables, progress)?;
         let kv = (0..config.layers).map(|_| device.kv(options.blocks, shard.heads()));
         let kv = kv.collect::<Result<_, _>>()?;

@@ -6,9 +6,9 @@
 
 use std::ops::Range;
 
-use kernels::Heads;
+use kernels::{Heads, Join};
 
-use crate::{DecoderConfig, ModelError};
+use crate::{DecoderConfig, ModelError, decoder::Width};
 
 /// One rank's part of every layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,7 +20,7 @@ pub struct Shard {
     /// KV heads of the model; other ranks may hold the same one.
     pub kv_heads: Range<usize>,
     /// Columns of the hidden state that the rank's rows of the attention output and down matrices
-    /// compute.
+    /// compute: all of them where results are summed.
     pub hidden: Range<usize>,
     /// Columns of the feed-forward layer.
     pub ffn: Range<usize>,
@@ -30,6 +30,8 @@ pub struct Shard {
     pub shared_expert: Range<usize>,
     /// Rows of the embedding table and of the output matrix.
     pub vocab: Range<usize>,
+    /// How the ranks join the results of attention and of feed-forward blocks.
+    pub join: Join,
     head_dim: usize,
 }
 
@@ -49,6 +51,25 @@ impl Shard {
                 let max = (1..=config.q_heads).rev().find(works).unwrap_or(1);
                 Err(ModelError::Ranks { world_size, max, reason })
             }
+        }
+    }
+
+    /// The same share of the model for ranks that join results otherwise.
+    #[must_use]
+    pub fn joined_by(self, join: Join, config: &DecoderConfig) -> Self {
+        let hidden = match join {
+            Join::Gather => run_share(config.hidden, self.rank, self.world_size),
+            Join::Sum => 0..config.hidden,
+        };
+        Self { hidden, join, ..self }
+    }
+
+    /// How many columns of an input of the products that end half a layer there are here, of
+    /// `whole` in all, of which `local` are this rank's own.
+    pub(crate) fn gathered(&self, local: usize, whole: usize) -> Width {
+        match self.join {
+            Join::Gather => Width { local, whole },
+            Join::Sum => Width { local, whole: local },
         }
     }
 
@@ -89,6 +110,7 @@ fn split(config: &DecoderConfig, world_size: usize) -> Result<Vec<Shard>, String
             expert: ffn(expert),
             shared_expert: ffn(shared_expert),
             vocab: run_share(vocab, rank, world_size),
+            join: Join::Gather,
             head_dim,
         }
     };

@@ -178,10 +178,11 @@ impl Checkpoint {
         }
         let mut bias = Vec::new();
         for (module, cut) in self.modules().qkv(layer, shard) {
-            let (rows, heads_of) = match cut {
-                Cut::Heads { rows, head_dim } => (rows, Some(head_dim)),
-                Cut::Rows(range) => (range, None),
+            let heads_of = match cut {
+                Cut::Heads { head_dim, .. } => Some(head_dim),
+                Cut::Rows(_) | Cut::Columns { .. } => None,
             };
+            let rows = cut.rows().clone();
             bias.extend(slice::vector(&self.tensors, &module.tensor("bias"), rows, heads_of)?);
         }
         Ok(Some(bias))
@@ -199,7 +200,7 @@ impl Checkpoint {
         self.config.qk_norm.then(norm).transpose()
     }
 
-    /// [H_local, q D]: the rows of `shard.hidden`.
+    /// [H_local, q D]: the rows of `shard.hidden`; where results are summed, [H, q D_local].
     pub fn attn_out(
         &self,
         layer: usize,
@@ -224,7 +225,7 @@ impl Checkpoint {
         self.read(&self.modules().gate_up(layer, block, shard))
     }
 
-    /// [H_local, I]: the rows of `shard.hidden`.
+    /// [H_local, I]: the rows of `shard.hidden`; where results are summed, [H, I_local].
     pub fn down(
         &self,
         layer: usize,
@@ -245,7 +246,8 @@ impl Checkpoint {
 
 /// Numbers in cuts of matrices.
 fn elements(cuts: &[(Module, Cut)]) -> u64 {
-    cuts.iter().map(|(module, cut)| cut.rows().len() as u64 * module.cols as u64).sum()
+    let each = |(module, cut): &(Module, Cut)| cut.rows().len() * cut.cols(module).len();
+    cuts.iter().map(|cut| each(cut) as u64).sum()
 }
 
 /// Elements of all tensors that a Hugging Face checkpoint of this configuration has.

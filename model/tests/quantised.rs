@@ -4,7 +4,7 @@
 mod files;
 
 use files::{Files, golden};
-use kernels::{WeightPart, plain::dequant::part_row};
+use kernels::{Join, WeightPart, plain::dequant::part_row};
 use model::{Checkpoint, FfnBlock, ModelError, Shard};
 use serde_json::json;
 
@@ -41,6 +41,39 @@ fn slices_of_all_ranks_are_the_whole() {
             assert!(whole.iter().flatten().any(|value| *value != 0.0));
             assert_eq!(of(2), whole, "{name}");
             assert_eq!(of(3), whole, "{name}");
+        }
+    }
+}
+
+/// Where results are summed, ranks hold columns: side by side, they are the whole.
+#[test]
+fn columns_of_all_ranks_are_the_whole() {
+    for name in NAMES.into_iter().chain(["qwen2_gqa2_hd128", "qwen1_plain_hd128"]) {
+        let checkpoint = Checkpoint::open(&golden(name)).unwrap();
+        let config = checkpoint.config();
+        let down: Read = |checkpoint, layer, shard| checkpoint.down(layer, FfnBlock::Dense, shard);
+        for read in [Checkpoint::attn_out, down] {
+            let of = |world_size: usize| -> Vec<Vec<f32>> {
+                let shard = |rank| {
+                    let shard = checkpoint.shard(rank, world_size).unwrap();
+                    shard.joined_by(Join::Sum, config)
+                };
+                let part = |rank| rows(read(&checkpoint, 1, &shard(rank)).unwrap());
+                let parts: Vec<Vec<Vec<f32>>> = (0..world_size).map(part).collect();
+                let row = |n: usize| parts.iter().flat_map(|part| part[n].clone()).collect();
+                (0..config.hidden).map(row).collect()
+            };
+            let bytes = |world_size: usize| -> u64 {
+                let shard = |rank| checkpoint.shard(rank, world_size).unwrap();
+                let shards = (0..world_size).map(|rank| shard(rank).joined_by(Join::Sum, config));
+                shards.map(|shard| checkpoint.weight_bytes(&shard).unwrap()).sum()
+            };
+            let whole = of(1);
+            assert_eq!(of(2), whole, "{name}");
+            assert!(bytes(2) >= bytes(1), "{name}");
+            if checkpoint.shard(0, 3).is_ok() {
+                assert_eq!(of(3), whole, "{name}");
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ use super::{
     WeightFormat, attention, linear,
 };
 use kernels::{
-    Backend, Batch, ExpertRows, Heads, KernelError, Rotation, Routes, Tensor, WeightPart,
+    Backend, Batch, ExpertRows, Heads, Join, KernelError, Rotation, Routes, Tensor, WeightPart,
     sampling::{Refused, SampleRequest, Sampled},
     shape,
 };
@@ -70,6 +70,7 @@ impl<D: Driver> Cuda<D> {
 }
 
 impl<D: Driver> Backend for Cuda<D> {
+    const JOIN: Join = Join::Sum;
     type Floats = Floats<D>;
     type Ints = Ints<D>;
     type Weight = linear::Weight<D>;

@@ -46,8 +46,7 @@ impl<B: Backend> FeedForward<B> {
             }
             Self::Experts(experts) => experts.run(cx, &model.shares)?,
         }
-        cx.scratch.delta.gather(cx.device, cx.group, &model.shares.hidden)?;
-        Ok(())
+        model.join_delta(cx)
     }
 }
 

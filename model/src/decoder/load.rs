@@ -84,6 +84,7 @@ impl<B: Backend> Decoder<B> {
             heads: shard.heads(),
             norm_eps: config.norm_eps,
             shares: Shares::of_ranks(checkpoint, shard.world_size)?,
+            join: shard.join,
         })
     }
 }
@@ -145,7 +146,8 @@ impl<B: Backend> FeedForward<B> {
         let (count, device) = (experts.count, upload.device);
         let router = upload.table(checkpoint.router(layer)?)?;
         let mut gate_up = device.experts([count, 2 * shard.expert.len(), hidden])?;
-        let mut down = device.experts([count, shard.hidden.len(), width])?;
+        let inputs = shard.gathered(shard.expert.len(), width).whole;
+        let mut down = device.experts([count, shard.hidden.len(), inputs])?;
         for expert in (0..count).map(FfnBlock::Expert) {
             upload.push_expert(&mut gate_up, checkpoint.gate_up(layer, expert, shard)?)?;
             upload.push_expert(&mut down, checkpoint.down(layer, expert, shard)?)?;

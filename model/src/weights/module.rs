@@ -25,7 +25,7 @@ pub(super) struct Stack {
     pub count: usize,
 }
 
-/// Which rows of a module a rank holds.
+/// Which rows or columns of a module a rank holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Cut {
     Rows(Range<usize>),
@@ -34,12 +34,25 @@ pub(super) enum Cut {
         rows: Range<usize>,
         head_dim: usize,
     },
+    /// Some columns of all rows.
+    Columns {
+        rows: Range<usize>,
+        cols: Range<usize>,
+    },
 }
 
 impl Cut {
     pub fn rows(&self) -> &Range<usize> {
-        let (Self::Rows(rows) | Self::Heads { rows, .. }) = self;
+        let (Self::Rows(rows) | Self::Heads { rows, .. } | Self::Columns { rows, .. }) = self;
         rows
+    }
+
+    /// Of `module`.
+    pub fn cols(&self, module: &Module) -> Range<usize> {
+        match self {
+            Self::Columns { cols, .. } => cols.clone(),
+            Self::Rows(_) | Self::Heads { .. } => 0..module.cols,
+        }
     }
 }
 
@@ -111,11 +124,11 @@ impl Files<'_> {
 
     /// Bytes of the numbers that [`Self::read`] would read.
     pub fn bytes(&self, module: &Module, cut: &Cut) -> Result<u64, ModelError> {
-        let rows = cut.rows().len();
+        let (rows, cols) = (cut.rows().len(), cut.cols(module).len());
         let bytes = match self.storage(module)? {
-            Storage::Plain(format) => rows * format.row_bytes(module.cols),
-            Storage::Integers(packing) => rows * module.cols * packing.bits() / 8,
-            Storage::Fp8Blocks { .. } | Storage::Fp8 => rows * module.cols,
+            Storage::Plain(format) => rows * format.row_bytes(cols),
+            Storage::Integers(packing) => rows * cols * packing.bits() / 8,
+            Storage::Fp8Blocks { .. } | Storage::Fp8 => rows * cols,
         };
         Ok(bytes as u64)
     }
@@ -125,10 +138,10 @@ impl Files<'_> {
     /// # Errors
     /// The files cannot be read, the rows are not the module's, or its numbers are none.
     pub fn read(&self, module: &Module, cut: &Cut) -> Result<WeightPart<'static>, ModelError> {
-        if cut.rows().end > module.rows {
+        if cut.rows().end > module.rows || cut.cols(module).end > module.cols {
             return Err(ModelError::Checkpoint(format!("{cut:?} is no part of {module:?}")));
         }
-        match self.storage(module)? {
+        let part = match self.storage(module)? {
             Storage::Plain(format) => slice::plain(self.tensors, module, format, cut),
             Storage::Integers(packing) => {
                 quantised::integers(self.tensors, module, packing, cut.rows())
@@ -137,7 +150,11 @@ impl Files<'_> {
                 quantised::fp8(self.tensors, module, (rows, cols), cut.rows())
             }
             Storage::Fp8 => quantised::fp8(self.tensors, module, (1, module.cols), cut.rows()),
-        }
+        }?;
+        Ok(match cut {
+            Cut::Columns { cols, .. } => part.columns(cols),
+            Cut::Rows(_) | Cut::Heads { .. } => part,
+        })
     }
 
     /// Files of some formats have matrices of one row without that dimension.

@@ -1,5 +1,9 @@
 //! The matrices of a model, and which rows of each a rank holds.
 
+use std::ops::Range;
+
+use kernels::Join;
+
 use super::{
     Qkv, TensorNames,
     module::{Cut, Module, Stack},
@@ -92,8 +96,9 @@ impl Modules<'_> {
 
     pub fn attn_out(self, layer: usize, shard: &Shard) -> (Module, Cut) {
         let shape = (self.config.hidden, self.config.q_heads * self.config.head_dim);
-        let module = self.of_layer(layer, self.names.attn_out, shape);
-        (module, Cut::Rows(shard.hidden.clone()))
+        let dim = self.config.head_dim;
+        let own = shard.q_heads.start * dim..shard.q_heads.end * dim;
+        (self.of_layer(layer, self.names.attn_out, shape), self.joined(shard, own))
     }
 
     /// What chooses experts, then the shared expert's gate: whole on every rank. None in a layer
@@ -118,12 +123,7 @@ impl Modules<'_> {
 
     pub fn gate_up(self, layer: usize, block: FfnBlock, shard: &Shard) -> [(Module, Cut); 2] {
         let (names, width) = self.ffn(layer, block);
-        let rows = match block {
-            FfnBlock::Dense => &shard.ffn,
-            FfnBlock::Expert(_) => &shard.expert,
-            FfnBlock::SharedExpert => &shard.shared_expert,
-        };
-        let shape = (width, self.config.hidden);
+        let (shape, rows) = ((width, self.config.hidden), own_cols(block, shard));
         [names.gate, names.up]
             .map(|name| (self.of_block(layer, block, name, shape), Cut::Rows(rows.clone())))
     }
@@ -131,7 +131,16 @@ impl Modules<'_> {
     pub fn down(self, layer: usize, block: FfnBlock, shard: &Shard) -> (Module, Cut) {
         let (names, width) = self.ffn(layer, block);
         let shape = (self.config.hidden, width);
-        (self.of_block(layer, block, names.down, shape), Cut::Rows(shard.hidden.clone()))
+        let cut = self.joined(shard, own_cols(block, shard).clone());
+        (self.of_block(layer, block, names.down, shape), cut)
+    }
+
+    /// What a rank holds of a matrix whose inputs are spread over the ranks, `own` being here.
+    fn joined(self, shard: &Shard, own: Range<usize>) -> Cut {
+        match shard.join {
+            Join::Gather => Cut::Rows(shard.hidden.clone()),
+            Join::Sum => Cut::Columns { rows: 0..self.config.hidden, cols: own },
+        }
     }
 
     /// Names of a block's matrices and its width: 0 where the layer has no such block.
@@ -159,5 +168,14 @@ impl Modules<'_> {
             }
             _ => self.of_layer(layer, name, shape),
         }
+    }
+}
+
+/// Which columns of a block's activations are a rank's own.
+fn own_cols(block: FfnBlock, shard: &Shard) -> &Range<usize> {
+    match block {
+        FfnBlock::Dense => &shard.ffn,
+        FfnBlock::Expert(_) => &shard.expert,
+        FfnBlock::SharedExpert => &shard.shared_expert,
     }
 }
