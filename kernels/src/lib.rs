@@ -15,7 +15,7 @@ pub mod weight;
 
 use sampling::{Refused, SampleRequest, Sampled};
 pub use shape::ShapeError;
-pub use weight::{Format, Grouped, Groups, Scaled, Stored, WeightPart};
+pub use weight::{Format, Grouped, Groups, IntegerShape, PartShape, Scaled, Stored, WeightPart};
 
 /// Tokens in one KV block.
 pub const BLOCK_TOKENS: usize = 16;

@@ -20,6 +20,7 @@ use crate::{
     DecoderConfig, ModelError, Shard,
     config::{Quantisation, RopeScaling},
 };
+pub use module::Stack;
 use module::{Cut, Files, Module};
 pub(crate) use names::{GGUF, Qkv, TensorNames};
 
@@ -106,44 +107,43 @@ impl Checkpoint {
     /// A shard of another model.
     pub fn weight_bytes(&self, shard: &Shard) -> Result<u64, ModelError> {
         let files = self.files();
-        self.weight_cuts(shard).iter().map(|(module, cut)| files.bytes(module, cut)).sum()
+        let cuts = self.stack_cuts(shard).into_iter().flatten().flatten();
+        cuts.map(|(module, cut)| files.bytes(&module, &cut)).sum()
     }
 
-    /// The embedding, and what makes logits where that is another matrix.
-    fn table_cuts(&self, shard: &Shard) -> Vec<(Module, Cut)> {
-        let mut cuts = vec![self.table(self.names.embed, shard)];
+    /// What `shard` holds, weight by weight, without reading it.
+    ///
+    /// # Errors
+    /// The files cannot be read; a shard of another model.
+    pub fn stacks(&self, shard: &Shard) -> Result<Vec<Stack>, ModelError> {
+        let files = self.files();
+        let shape = |(module, cut): &(Module, Cut)| files.shape(module, cut);
+        let [tables, layers] = self.stack_cuts(shard);
+        let tables = tables.iter().map(|cuts| (true, cuts));
+        let stacks = tables.chain(layers.iter().map(|cuts| (false, cuts)));
+        let stack = |(is_table, cuts): (bool, &Vec<(Module, Cut)>)| {
+            let parts = cuts.iter().map(shape).collect::<Result<_, ModelError>>()?;
+            Ok(Stack { is_table, parts })
+        };
+        stacks.map(stack).collect()
+    }
+
+    /// The tables (the embedding, and what makes logits where that is another matrix), then the
+    /// layers' matrices; those that become one weight together.
+    fn stack_cuts(&self, shard: &Shard) -> [Vec<Vec<(Module, Cut)>>; 2] {
+        let mut tables = vec![vec![self.table(self.names.embed, shard)]];
         if !self.config.tied {
-            cuts.push(self.table(self.names.lm_head, shard));
+            tables.push(vec![self.table(self.names.lm_head, shard)]);
         }
-        cuts
-    }
-
-    /// Every matrix of a shard.
-    fn weight_cuts(&self, shard: &Shard) -> Vec<(Module, Cut)> {
-        let mut cuts = self.table_cuts(shard);
-        for layer in 0..self.config.layers {
-            cuts.extend(self.qkv_cuts(layer, shard));
-            cuts.push(self.attn_out_cut(layer, shard));
-            cuts.extend(self.gate_up_cuts(layer, shard));
-            cuts.push(self.down_cut(layer, shard));
-        }
-        cuts
-    }
-
-    /// Numbers in the matrices that `shard` reads.
-    ///
-    /// # Errors
-    /// A shard of another model.
-    pub fn weight_elements(&self, shard: &Shard) -> Result<u64, ModelError> {
-        Ok(elements(&self.weight_cuts(shard)))
-    }
-
-    /// As [`Self::weight_elements`], of the embedding and output tables alone.
-    ///
-    /// # Errors
-    /// A shard of another model.
-    pub fn table_elements(&self, shard: &Shard) -> Result<u64, ModelError> {
-        Ok(elements(&self.table_cuts(shard)))
+        let of_layer = |layer| {
+            [
+                self.qkv_cuts(layer, shard).to_vec(),
+                vec![self.attn_out_cut(layer, shard)],
+                self.gate_up_cuts(layer, shard).to_vec(),
+                vec![self.down_cut(layer, shard)],
+            ]
+        };
+        [tables, (0..self.config.layers).flat_map(of_layer).collect()]
     }
 
     fn files(&self) -> Files<'_> {
@@ -293,11 +293,6 @@ impl Checkpoint {
         let shape = (self.config.hidden, self.config.intermediate);
         (self.of_layer(layer, self.names.down, shape), Cut::Rows(shard.hidden.clone()))
     }
-}
-
-/// Numbers in cuts of matrices.
-fn elements(cuts: &[(Module, Cut)]) -> u64 {
-    cuts.iter().map(|(module, cut)| cut.rows().len() as u64 * module.cols as u64).sum()
 }
 
 /// Elements of all tensors that a Hugging Face checkpoint of this configuration has.

@@ -5,9 +5,9 @@ mod upload;
 use super::{
     Array, Cuda, Driver, Element, Floats, Fp8, Gemm, Scales,
     fp8::{SCALED_COLS_MAX, ScaledRows},
-    int4::Int4,
+    int4::{self, Int4},
 };
-use kernels::{KernelError, Tensor, WeightPart, shape::ensure};
+use kernels::{KernelError, PartShape, Tensor, WeightPart, shape::ensure};
 use serde::{Deserialize, Serialize};
 
 /// How the matrices of a model's layers are kept on the device, but for those that a checkpoint
@@ -26,6 +26,26 @@ impl WeightFormat {
     fn is_fp8(self, rows: usize, cols: usize) -> bool {
         let even = rows.is_multiple_of(16) && cols.is_multiple_of(16);
         self == Self::Fp8 && even && cols <= SCALED_COLS_MAX
+    }
+
+    /// Bytes that the device holds of matrices, stacked by rows, that are uploaded as one weight.
+    pub fn bytes(self, stack: &[PartShape]) -> u64 {
+        int4::bytes(stack).map_or_else(|| self.rounded_bytes(stack), |bytes| bytes as u64)
+    }
+
+    /// As [`Self::bytes`], of a table (`Backend::table`).
+    pub fn table_bytes(stack: &[PartShape]) -> u64 {
+        Self::Bf16.rounded_bytes(stack)
+    }
+
+    fn rounded_bytes(self, stack: &[PartShape]) -> u64 {
+        let rows: usize = stack.iter().map(|part| part.rows).sum();
+        let cols = stack.first().map_or(0, |part| part.cols);
+        let row_bytes = match self.is_fp8(rows, cols) {
+            true => cols + size_of::<f32>(),
+            false => cols * Element::Bf16.bytes(),
+        };
+        (rows * row_bytes) as u64
     }
 }
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use formats::{TensorInfo, Tensors};
-use kernels::{Format, WeightPart};
+use kernels::{Format, PartShape, WeightPart};
 
 use super::{quantised, slice};
 use crate::{ModelError, config::Quantisation};
@@ -32,6 +32,14 @@ impl Cut {
         let (Self::Rows(rows) | Self::Heads { rows, .. }) = self;
         rows
     }
+}
+
+/// Matrices that are one weight on a device, stacked by rows, without their numbers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stack {
+    /// Whether its rows are looked up or make logits.
+    pub is_table: bool,
+    pub parts: Vec<PartShape>,
 }
 
 /// How a module is stored.
@@ -109,6 +117,17 @@ impl Files<'_> {
             Storage::Fp8Blocks { .. } | Storage::Fp8 => rows * module.cols,
         };
         Ok(bytes as u64)
+    }
+
+    /// The shape of what [`Self::read`] would read.
+    pub fn shape(&self, module: &Module, cut: &Cut) -> Result<PartShape, ModelError> {
+        let integers = match self.storage(module)? {
+            Storage::Integers(packing) => {
+                Some(quantised::integer_shape(self.tensors, module, packing)?)
+            }
+            Storage::Plain(_) | Storage::Fp8Blocks { .. } | Storage::Fp8 => None,
+        };
+        Ok(PartShape { rows: cut.rows().len(), cols: module.cols, integers })
     }
 
     /// Reads some rows of a module, and no other numbers of the files.
