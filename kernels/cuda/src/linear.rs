@@ -76,17 +76,26 @@ impl<D: Driver> Weight<D> {
         let (rows, cols) = WeightPart::check(parts)?;
         match Int4::new(&device.driver, parts)? {
             Some(values) => Ok(Self { rows, cols, stored: Stored::Int4(values) }),
-            None => Self::rounded(device, parts, format),
+            None => Self::rounded(device, parts, (rows, cols), format),
         }
     }
 
-    /// Every stored format, rounded to what `format` says.
-    pub(super) fn rounded(
+    /// Every stored format, rounded to bf16.
+    pub(super) fn upload_table(
         device: &Cuda<D>,
         parts: &[WeightPart<'_>],
+    ) -> Result<Self, KernelError> {
+        let shape = WeightPart::check(parts)?;
+        Self::rounded(device, parts, shape, WeightFormat::Bf16)
+    }
+
+    /// Parts that were found to be of one shape, rounded to what `format` says.
+    fn rounded(
+        device: &Cuda<D>,
+        parts: &[WeightPart<'_>],
+        (rows, cols): (usize, usize),
         format: WeightFormat,
     ) -> Result<Self, KernelError> {
-        let (rows, cols) = WeightPart::check(parts)?;
         let stored = if format.is_fp8(rows, cols) {
             Stored::Fp8(upload::fp8(device, parts, (rows, cols))?)
         } else {
