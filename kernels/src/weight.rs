@@ -111,6 +111,27 @@ pub struct Scaled<'a> {
     pub scales: Vec<f32>,
 }
 
+/// A part without its numbers: enough to reckon what a device takes for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PartShape {
+    /// N.
+    pub rows: usize,
+    /// K.
+    pub cols: usize,
+    /// How integers in groups lie, where the numbers are such.
+    pub integers: Option<IntegerShape>,
+}
+
+/// What [`Grouped`] integers are, without the integers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IntegerShape {
+    /// 4 or 8.
+    pub bits: usize,
+    pub groups: Groups,
+    /// G.
+    pub count: usize,
+}
+
 impl Groups {
     /// The group of column `k`.
     pub fn of(&self, k: usize) -> usize {

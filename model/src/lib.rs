@@ -23,4 +23,4 @@ pub use families::{FAMILIES, Family};
 pub use runner::{Runner, RunnerOptions, activation_bytes, prefix_reuse_max};
 pub use sampler::{Sampler, Seen, next_token};
 pub use shard::Shard;
-pub use weights::{Checkpoint, FfnBlock};
+pub use weights::{Checkpoint, FfnBlock, Stack};

@@ -22,6 +22,7 @@ use crate::{
     config::{Quantisation, RopeScaling},
 };
 use expected::Expected;
+pub use module::Stack;
 use module::{Cut, Files, Module};
 pub use modules::FfnBlock;
 use modules::Modules;
@@ -117,20 +118,17 @@ impl Checkpoint {
         Modules { config: &self.config, names: &self.names }
     }
 
-    /// Numbers in the matrices that `shard` reads.
+    /// What `shard` holds, weight by weight, without reading it.
     ///
     /// # Errors
-    /// A shard of another model.
-    pub fn weight_elements(&self, shard: &Shard) -> Result<u64, ModelError> {
-        Ok(elements(&self.modules().all(shard)))
-    }
-
-    /// As [`Self::weight_elements`], of the embedding and output tables alone.
-    ///
-    /// # Errors
-    /// A shard of another model.
-    pub fn table_elements(&self, shard: &Shard) -> Result<u64, ModelError> {
-        Ok(elements(&self.modules().tables(shard)))
+    /// The files cannot be read; a shard of another model.
+    pub fn stacks(&self, shard: &Shard) -> Result<Vec<Stack>, ModelError> {
+        let files = self.files();
+        let stack = |(is_table, cuts): (bool, Vec<(Module, Cut)>)| {
+            let parts = cuts.iter().map(|(module, cut)| files.shape(module, cut));
+            Ok(Stack { is_table, parts: parts.collect::<Result<_, ModelError>>()? })
+        };
+        self.modules().stacks(shard).map(stack).collect()
     }
 
     fn files(&self) -> Files<'_> {
@@ -242,12 +240,6 @@ impl Checkpoint {
     fn layer_vector(&self, layer: usize, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
         slice::vector(&self.tensors, &self.names.of_layer(layer, name), 0..len, None)
     }
-}
-
-/// Numbers in cuts of matrices.
-fn elements(cuts: &[(Module, Cut)]) -> u64 {
-    let each = |(module, cut): &(Module, Cut)| cut.rows().len() * cut.cols(module).len();
-    cuts.iter().map(|cut| each(cut) as u64).sum()
 }
 
 /// Elements of all tensors that a Hugging Face checkpoint of this configuration has.

@@ -3,10 +3,11 @@
 //! The levels are ordered: a machine that has one has all below it. A caller may ask for less than
 //! the machine has, never for more.
 
+use serde::{Deserialize, Serialize};
 use std::sync::OnceLock;
 
 /// A level of vector instructions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Isa {
     /// Whatever the compiler's baseline is.
     Portable,

@@ -30,6 +30,7 @@ use kernels::{
 use kv::{Blocks, Element, Store, Stored};
 use linear::{LinearScratch, Product};
 use rows::{Add, QkNorm, RmsNorm, Rope, SiluMul};
+use serde::{Deserialize, Serialize};
 use simd::{Level, dispatch};
 use std::{
     convert::Infallible,
@@ -37,7 +38,7 @@ use std::{
 };
 
 /// How a `Cpu` computes.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct CpuConfig {
     /// Threads of every op, the caller's among them; at least 1.
     pub threads: usize,

@@ -30,10 +30,11 @@ use super::{isa::Isa, pool::Pool};
 use activations::{Rounded, Source};
 use kernels::{KernelError, ShapeError, WeightPart};
 use packed::{BLOCK, LANES, Lanes, Part, TileFormat, quantised, with_block_format};
+use serde::{Deserialize, Serialize};
 use std::{marker::PhantomData, ops::Range};
 
 /// What a product may round besides its f32 sums.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Precision {
     /// Activations to int8 blocks of 32 against quantised weights, and to bf16 against bf16 ones
     /// where the machine has tiles for it.

@@ -108,7 +108,7 @@ impl<D: Driver> Backend for Cuda<D> {
     }
 
     fn table(&self, parts: &[WeightPart<'_>]) -> Result<linear::Weight<D>, KernelError> {
-        linear::Weight::rounded(self, parts, WeightFormat::Bf16)
+        linear::Weight::upload_table(self, parts)
     }
 
     fn experts(&self, shape: [usize; 3]) -> Result<CudaExperts<D>, KernelError> {

@@ -8,9 +8,9 @@ mod pack;
 mod part;
 
 use super::{Array, Cuda, Driver, Element, Gemm, Launch};
-use kernels::{KernelError, Tensor, WeightPart, shape::ensure};
+use kernels::{KernelError, PartShape, Tensor, WeightPart, shape::ensure};
 use pack::{Plan, STAGE_COLS, STRIP};
-use part::Int4Part;
+use part::{Columns, Int4Part};
 
 /// Rows of x that the fused kernel takes.
 pub const FUSED_ROWS_MAX: usize = 64;
@@ -59,35 +59,34 @@ impl<D: Driver> Int4<D> {
     pub(super) fn new(driver: &D, parts: &[WeightPart<'_>]) -> Result<Option<Self>, KernelError> {
         let Some(parts) = Int4Part::all(parts) else { return Ok(None) };
         let (rows, cols) = (parts.iter().map(|part| part.rows).sum::<usize>(), parts[0].cols);
-        let plan = Plan::of(&parts[0]);
-        let (strips, tiles) = (rows.div_ceil(STRIP), rows.div_ceil(TILE));
-        let (stages, strip_bytes) = (plan.stages(), plan.stages() * plan.record_bytes());
-        let records = Array::zeroed(driver, "a weight", strips * strip_bytes)?;
+        let plan = Plan::of(&parts[0].columns());
+        let bytes = Bytes::of(rows, &plan);
+        let (strips, stages) = (rows.div_ceil(STRIP), plan.stages());
+        let records = Array::zeroed(driver, "a weight", bytes.records)?;
         for strip in 0..strips {
             let packed = pack::strip(&parts, &plan, strip);
-            driver.write(&records.memory, strip * strip_bytes, &packed)?;
+            driver.write(&records.memory, strip * stages * plan.record_bytes(), &packed)?;
         }
         let order = match plan.lead {
             Some(_) => None,
             None => {
                 let place = |column: &Option<usize>| column.map_or(-1, |column| column as i32);
-                let bytes: Vec<u8> =
+                let places: Vec<u8> =
                     plan.columns.iter().flat_map(|column| place(column).to_le_bytes()).collect();
-                let order = Array::zeroed(driver, "an order of columns", bytes.len())?;
-                order.write(driver, &bytes)?;
+                let order = Array::zeroed(driver, "an order of columns", bytes.order)?;
+                order.write(driver, &places)?;
                 Some(order)
             }
         };
-        let token_tiles = FUSED_ROWS_MAX / TOKEN_TILES[0];
         Ok(Some(Self {
             rows,
             cols,
             lead: plan.lead.unwrap_or(0),
             stages,
             unit: plan.unit,
-            splits: splits(tiles, stages),
+            splits: splits(rows.div_ceil(TILE), stages),
             records,
-            arrived: Array::zeroed(driver, "counters", tiles * token_tiles * size_of::<u32>())?,
+            arrived: Array::zeroed(driver, "counters", bytes.arrived)?,
             order,
         }))
     }
@@ -96,6 +95,33 @@ impl<D: Driver> Int4<D> {
     fn inputs(&self) -> usize {
         if self.order.is_some() { self.stages * STAGE_COLS } else { self.cols }
     }
+}
+
+/// Bytes of a weight's parts on the device.
+struct Bytes {
+    records: usize,
+    order: usize,
+    arrived: usize,
+}
+
+impl Bytes {
+    fn of(rows: usize, plan: &Plan) -> Self {
+        let order = if plan.lead.is_none() { plan.columns.len() * size_of::<i32>() } else { 0 };
+        let token_tiles = FUSED_ROWS_MAX / TOKEN_TILES[0];
+        Self {
+            records: rows.div_ceil(STRIP) * plan.stages() * plan.record_bytes(),
+            order,
+            arrived: rows.div_ceil(TILE) * token_tiles * size_of::<u32>(),
+        }
+    }
+}
+
+/// Bytes that the device holds of a stack; `None` where the kernels cannot take it.
+pub(super) fn bytes(stack: &[PartShape]) -> Option<usize> {
+    let plan = Plan::of(&Columns::of(stack)?);
+    let Bytes { records, order, arrived } =
+        Bytes::of(stack.iter().map(|part| part.rows).sum(), &plan);
+    Some(records + order + arrived)
 }
 
 /// Parts of the columns that are summed apart: by the weight's shape alone.

@@ -5,9 +5,9 @@ pub(super) mod upload;
 use super::{
     Array, Cuda, Driver, Element, Floats, Fp8, Gemm, Scales,
     fp8::{SCALED_COLS_MAX, ScaledRows},
-    int4::Int4,
+    int4::{self, Int4},
 };
-use kernels::{KernelError, Tensor, WeightPart, shape::ensure};
+use kernels::{KernelError, PartShape, Tensor, WeightPart, shape::ensure};
 use serde::{Deserialize, Serialize};
 
 /// How the matrices of a model's layers are kept on the device, but for those that a checkpoint
@@ -26,6 +26,26 @@ impl WeightFormat {
     fn is_fp8(self, rows: usize, cols: usize) -> bool {
         let even = rows.is_multiple_of(16) && cols.is_multiple_of(16);
         self == Self::Fp8 && even && cols <= SCALED_COLS_MAX
+    }
+
+    /// Bytes that the device holds of matrices, stacked by rows, that are uploaded as one weight.
+    pub fn bytes(self, stack: &[PartShape]) -> u64 {
+        int4::bytes(stack).map_or_else(|| self.rounded_bytes(stack), |bytes| bytes as u64)
+    }
+
+    /// As [`Self::bytes`], of a table (`Backend::table`).
+    pub fn table_bytes(stack: &[PartShape]) -> u64 {
+        Self::Bf16.rounded_bytes(stack)
+    }
+
+    fn rounded_bytes(self, stack: &[PartShape]) -> u64 {
+        let rows: usize = stack.iter().map(|part| part.rows).sum();
+        let cols = stack.first().map_or(0, |part| part.cols);
+        let row_bytes = match self.is_fp8(rows, cols) {
+            true => cols + size_of::<f32>(),
+            false => cols * Element::Bf16.bytes(),
+        };
+        (rows * row_bytes) as u64
     }
 }
 
@@ -56,17 +76,26 @@ impl<D: Driver> Weight<D> {
         let (rows, cols) = WeightPart::check(parts)?;
         match Int4::new(&device.driver, parts)? {
             Some(values) => Ok(Self { rows, cols, stored: Stored::Int4(values) }),
-            None => Self::rounded(device, parts, format),
+            None => Self::rounded(device, parts, (rows, cols), format),
         }
     }
 
-    /// Every stored format, rounded to what `format` says.
-    pub(super) fn rounded(
+    /// Every stored format, rounded to bf16.
+    pub(super) fn upload_table(
         device: &Cuda<D>,
         parts: &[WeightPart<'_>],
+    ) -> Result<Self, KernelError> {
+        let shape = WeightPart::check(parts)?;
+        Self::rounded(device, parts, shape, WeightFormat::Bf16)
+    }
+
+    /// Parts that were found to be of one shape, rounded to what `format` says.
+    fn rounded(
+        device: &Cuda<D>,
+        parts: &[WeightPart<'_>],
+        (rows, cols): (usize, usize),
         format: WeightFormat,
     ) -> Result<Self, KernelError> {
-        let (rows, cols) = WeightPart::check(parts)?;
         let stored = if format.is_fp8(rows, cols) {
             Stored::Fp8(upload::fp8(device, parts, (rows, cols))?)
         } else {

@@ -1,6 +1,6 @@
 //! Some columns of a stored matrix, as the rank that multiplies them alone wants them.
 
-use super::{Format, Grouped, Groups, Scaled, Stored, WeightPart};
+use super::{Format, Grouped, Groups, IntegerShape, Scaled, Stored, WeightPart};
 use crate::plain::dequant;
 use std::{borrow::Cow, ops::Range};
 
@@ -36,18 +36,34 @@ impl WeightPart<'_> {
     }
 }
 
+impl Groups {
+    /// The groups of some columns, and which those are of `count`.
+    fn columns(&self, count: usize, cols: &Range<usize>) -> (Self, Range<usize>) {
+        match self {
+            Self::Runs { size, first } => {
+                let (start, end) = (first + cols.start, first + cols.end);
+                let groups = Self::Runs { size: *size, first: start % size };
+                (groups, start / size..end.div_ceil(*size))
+            }
+            // Any group may have columns here.
+            Self::Listed(listed) => (Self::Listed(listed[cols.clone()].into()), 0..count),
+        }
+    }
+}
+
+impl IntegerShape {
+    /// Of some columns, as [`WeightPart::columns`] leaves them.
+    #[must_use]
+    pub fn columns(&self, cols: &Range<usize>) -> Self {
+        let (groups, kept) = self.groups.columns(self.count, cols);
+        Self { bits: self.bits, groups, count: kept.len() }
+    }
+}
+
 impl Grouped<'_> {
     fn columns(&self, part: &WeightPart<'_>, cols: &Range<usize>) -> Grouped<'static> {
         let count = self.count(part.rows);
-        let (groups, kept) = match &self.groups {
-            Groups::Runs { size, first } => {
-                let first_group = (first + cols.start) / size;
-                let groups = Groups::Runs { size: *size, first: (first + cols.start) % size };
-                (groups, first_group..(first + cols.end).div_ceil(*size))
-            }
-            // Any group may have columns here.
-            Groups::Listed(listed) => (Groups::Listed(listed[cols.clone()].into()), 0..count),
-        };
+        let (groups, kept) = self.groups.columns(count, cols);
         Grouped {
             bits: self.bits,
             values: Cow::Owned(cut_rows(&self.values, part.cols, cols.clone())),

@@ -49,7 +49,8 @@ impl Expected {
         if config.qk_norm {
             vectors.extend([names.q_norm, names.k_norm].map(|norm| (named(norm), config.head_dim)));
         }
-        Self { modules: once(all.layer(layer, whole)), vectors }
+        let cuts = all.layer(layer, whole).into_iter().flat_map(|(_, cuts)| cuts);
+        Self { modules: once(cuts.collect()), vectors }
     }
 }
 

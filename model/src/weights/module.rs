@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use formats::{TensorInfo, Tensors};
-use kernels::{Format, WeightPart};
+use kernels::{Format, PartShape, WeightPart};
 
 use super::{quantised, slice};
 use crate::{ModelError, config::Quantisation};
@@ -15,12 +15,12 @@ pub(super) struct Module {
     pub rows: usize,
     pub cols: usize,
     /// Where the matrix is one of several in a tensor [count, N, K].
-    pub stack: Option<Stack>,
+    pub place: Option<Place>,
 }
 
-/// A place in a stack of matrices.
+/// A place among the matrices of one tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Stack {
+pub(super) struct Place {
     pub index: usize,
     pub count: usize,
 }
@@ -54,6 +54,15 @@ impl Cut {
             Self::Rows(_) | Self::Heads { .. } => 0..module.cols,
         }
     }
+}
+
+/// Matrices that are one weight on a device, stacked by rows, without their numbers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stack {
+    /// Whether devices that round weights further leave it as it is: what is looked up or makes
+    /// logits, and experts.
+    pub is_table: bool,
+    pub parts: Vec<PartShape>,
 }
 
 /// How a module is stored.
@@ -133,6 +142,18 @@ impl Files<'_> {
         Ok(bytes as u64)
     }
 
+    /// The shape of what [`Self::read`] would read.
+    pub fn shape(&self, module: &Module, cut: &Cut) -> Result<PartShape, ModelError> {
+        let integers = match self.storage(module)? {
+            Storage::Integers(packing) => {
+                let shape = quantised::integer_shape(self.tensors, module, packing)?;
+                Some(shape.columns(&cut.cols(module)))
+            }
+            Storage::Plain(_) | Storage::Fp8Blocks { .. } | Storage::Fp8 => None,
+        };
+        Ok(PartShape { rows: cut.rows().len(), cols: cut.cols(module).len(), integers })
+    }
+
     /// Reads some rows of a module, and no other numbers of the files.
     ///
     /// # Errors
@@ -160,8 +181,8 @@ impl Files<'_> {
     /// Files of some formats have matrices of one row without that dimension.
     fn plain_shape(&self, module: &Module) -> Vec<usize> {
         let stored = self.tensors.get(&module.tensor("weight")).map(|info| info.shape.len());
-        match (module.stack, module.rows, stored) {
-            (Some(stack), ..) => vec![stack.count, module.rows, module.cols],
+        match (module.place, module.rows, stored) {
+            (Some(place), ..) => vec![place.count, module.rows, module.cols],
             (None, 1, Some(1)) => vec![module.cols],
             _ => vec![module.rows, module.cols],
         }
@@ -200,7 +221,7 @@ impl Files<'_> {
 
 impl Module {
     pub fn new(stem: String, (rows, cols): (usize, usize)) -> Self {
-        Self { stem, rows, cols, stack: None }
+        Self { stem, rows, cols, place: None }
     }
 
     /// The name of one of its tensors.

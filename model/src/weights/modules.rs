@@ -6,7 +6,7 @@ use kernels::Join;
 
 use super::{
     Qkv, TensorNames,
-    module::{Cut, Module, Stack},
+    module::{Cut, Module, Place},
 };
 use crate::{DecoderConfig, Shard};
 
@@ -31,20 +31,31 @@ pub(super) struct Modules<'a> {
 impl Modules<'_> {
     /// Every matrix of a shard, in the order of use.
     pub fn all(self, shard: &Shard) -> Vec<(Module, Cut)> {
-        let layers = (0..self.config.layers).flat_map(|layer| self.layer(layer, shard));
-        self.tables(shard).into_iter().chain(layers).collect()
+        self.stacks(shard).flat_map(|(_, cuts)| cuts).collect()
     }
 
-    /// Every matrix of a layer.
-    pub fn layer(self, layer: usize, shard: &Shard) -> Vec<(Module, Cut)> {
-        let mut cuts: Vec<_> = self.qkv(layer, shard).into();
-        cuts.push(self.attn_out(layer, shard));
-        cuts.extend(self.router(layer));
+    /// Matrices that become one weight together, and whether that is a table ([`Stack::is_table`]).
+    ///
+    /// [`Stack::is_table`]: super::Stack::is_table
+    pub fn stacks(self, shard: &Shard) -> impl Iterator<Item = (bool, Vec<(Module, Cut)>)> {
+        let tables = self.tables(shard).into_iter().map(|cut| (true, vec![cut]));
+        tables.chain((0..self.config.layers).flat_map(move |layer| self.layer(layer, shard)))
+    }
+
+    /// Those of a layer.
+    pub fn layer(self, layer: usize, shard: &Shard) -> Vec<(bool, Vec<(Module, Cut)>)> {
+        let mut stacks = vec![
+            (false, self.qkv(layer, shard).into()),
+            (false, vec![self.attn_out(layer, shard)]),
+        ];
+        let router = self.router(layer);
+        stacks.extend((!router.is_empty()).then_some((true, router)));
         for block in self.ffn_blocks(layer) {
-            cuts.extend(self.gate_up(layer, block, shard));
-            cuts.push(self.down(layer, block, shard));
+            let is_expert = matches!(block, FfnBlock::Expert(_));
+            stacks.push((is_expert, self.gate_up(layer, block, shard).into()));
+            stacks.push((is_expert, vec![self.down(layer, block, shard)]));
         }
-        cuts
+        stacks
     }
 
     /// The embedding, and what makes logits where that is another matrix.
@@ -163,8 +174,8 @@ impl Modules<'_> {
             }
             (FfnBlock::Expert(index), None) => {
                 let count = self.config.experts_of(layer).map_or(0, |experts| experts.count);
-                let stack = Some(Stack { index, count });
-                Module { stack, ..self.of_layer(layer, name, shape) }
+                let place = Some(Place { index, count });
+                Module { place, ..self.of_layer(layer, name, shape) }
             }
             _ => self.of_layer(layer, name, shape),
         }

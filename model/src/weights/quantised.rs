@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use formats::Tensors;
 use half::f16;
-use kernels::{Grouped, Groups, Scaled, Stored, WeightPart};
+use kernels::{Grouped, Groups, IntegerShape, Scaled, Stored, WeightPart};
 
 use super::{module::Module, slice};
 use crate::{ModelError, config::Quantisation};
@@ -142,16 +142,7 @@ pub(super) fn check_integers(
             module.tensor("scales")
         )));
     }
-    let count = group_count(module, packing);
-    let listed = listed_groups(tensors, module, packing)?.unwrap_or_default();
-    match listed.iter().find(|group| **group as usize >= count) {
-        None => Ok(()),
-        Some(group) => Err(ModelError::Checkpoint(format!(
-            "tensor {} names group {} of {count}",
-            module.tensor("g_idx"),
-            *group as i32
-        ))),
-    }
+    listed_groups(tensors, module, packing).map(|_| ())
 }
 
 /// Refuses scales of e4m3 that are zero or no numbers.
@@ -201,6 +192,17 @@ pub(super) fn integers(
     Ok(WeightPart { rows: rows.len(), cols: module.cols, stored: Stored::Grouped(grouped) })
 }
 
+/// How the integers of a module lie. Of the files only the columns' groups are read, where they are
+/// listed.
+pub(super) fn integer_shape(
+    tensors: &Tensors,
+    module: &Module,
+    packing: Packing,
+) -> Result<IntegerShape, ModelError> {
+    let groups = groups(tensors, module, packing)?;
+    Ok(IntegerShape { bits: packing.bits(), groups, count: group_count(module, packing) })
+}
+
 /// G.
 fn group_count(module: &Module, packing: Packing) -> usize {
     module.cols.div_ceil(packing.group(module.cols))
@@ -216,7 +218,7 @@ fn integer_scales(
     slice::halves(tensors, &module.tensor("scales"), len)
 }
 
-/// [K] the group of each column, where the files list them.
+/// [K] the group of each column, where the files list them; each is one that there is.
 fn listed_groups(
     tensors: &Tensors,
     module: &Module,
@@ -226,7 +228,14 @@ fn listed_groups(
     if matches!(packing, Packing::Awq { .. }) || tensors.get(&name).is_none() {
         return Ok(None);
     }
-    words(tensors, &name, 0, module.cols).map(Some)
+    let (listed, count) = (words(tensors, &name, 0, module.cols)?, group_count(module, packing));
+    match listed.iter().find(|group| **group as usize >= count) {
+        None => Ok(Some(listed)),
+        Some(group) => Err(ModelError::Checkpoint(format!(
+            "tensor {name} names group {} of {count}",
+            *group as i32
+        ))),
+    }
 }
 
 /// The group of every column.

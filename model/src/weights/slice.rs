@@ -38,7 +38,7 @@ pub(super) fn plain(
     let row_bytes = format.row_bytes(module.cols);
     let rows = cut.rows();
     let mut data = vec![0; rows.len() * row_bytes];
-    let first = module.stack.map_or(0, |stack| stack.index * module.rows) + rows.start;
+    let first = module.place.map_or(0, |place| place.index * module.rows) + rows.start;
     tensors.read_at(&module.tensor("weight"), (first * row_bytes) as u64, &mut data)?;
     if let Cut::Heads { head_dim, .. } = cut {
         data = to_rotate_half(&data, *head_dim, row_bytes);

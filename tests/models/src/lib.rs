@@ -36,14 +36,19 @@ const IN_BF16: Closeness = Closeness { logits: 0.2, rms: 0.035, margin: 0.06 };
 /// As `IN_BF16`, for checkpoints in f16, whose tables lose three of their bits to bf16. Measured:
 /// 0.173 and 0.0358.
 const F16_IN_BF16: Closeness = Closeness { rms: 0.04, ..IN_BF16 };
-/// Those checkpoints.
-const F16: [&str; 2] = ["qwen2_awq_int4", "qwen2_gptq_int4"];
 /// As `IN_BF16`, where a token's experts may be others: at one token of the continuations the logits
 /// of the last expert chosen and of the next are 0.0036 apart, where rounding decides, and another
 /// token of margin 0.3234 follows. Everywhere else the bounds of `IN_BF16` hold.
 const ROUTED_IN_BF16: Closeness = Closeness { margin: 0.35, ..IN_BF16 };
-/// Those checkpoints.
-const ROUTED: [&str; 1] = ["qwen3_moe"];
+/// Checkpoints whose matrices are no plain numbers, or several: attention in them is as in others.
+const OF_MODULES: [(&str, Closeness); 6] = [
+    ("qwen2_awq_int4", F16_IN_BF16),
+    ("qwen2_fp8_channel", IN_BF16),
+    ("qwen2_gptq_int4", F16_IN_BF16),
+    ("qwen2_moe", IN_BF16),
+    ("qwen3_fp8_block128", IN_BF16),
+    ("qwen3_moe", ROUTED_IN_BF16),
+];
 /// Weights, and activations where they meet them, in e4m3: rounded to 4 bits. Measured: 1.65 and
 /// 0.318; other tokens up to 0.457. Sixteen times bf16's rounding, and about as much further off.
 const WEIGHTS_IN_FP8: Closeness = Closeness { logits: 1.8, rms: 0.35, margin: 0.5 };
@@ -55,17 +60,20 @@ const FAMILIES: [&str; 3] = ["qwen1_plain_hd128", "qwen2_gqa2_hd128", "qwen3_gqa
 pub fn checks<D: Driver>() -> Vec<Check<D>> {
     vec![
         Check { name: "models in bf16", run: in_bf16 },
+        Check { name: "quantised models and mixtures of experts", run: of_modules },
         Check { name: "models with weights in fp8", run: weights_in_fp8 },
         Check { name: "models with caches in fp8", run: cache_in_fp8 },
     ]
 }
 
 fn in_bf16<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
-    let apart = [&F16[..], &ROUTED].concat();
-    let others: Vec<&str> = NAMES.into_iter().filter(|name| !apart.contains(name)).collect();
-    check(&F16, &|| device(BF16), F16_IN_BF16)?;
-    check(&ROUTED, &|| device(BF16), ROUTED_IN_BF16)?;
-    check(&others, &|| device(BF16), IN_BF16)
+    let apart = |name: &&str| OF_MODULES.iter().any(|(other, _)| name == other);
+    let names: Vec<&str> = NAMES.into_iter().filter(|name| !apart(name)).collect();
+    check(&names, &|| device(BF16), IN_BF16)
+}
+
+fn of_modules<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    OF_MODULES.into_iter().try_for_each(|(name, close)| check(&[name], &|| device(BF16), close))
 }
 
 fn weights_in_fp8<D: Driver>(device: Device<'_, D>) -> Result<(), String> {

@@ -29,6 +29,11 @@ fn models_agree_with_them_by_wgmma_too() {
 }
 
 #[test]
+fn quantised_models_and_mixtures_of_experts_agree_with_them() {
+    models("quantised models and mixtures of experts", PrefillKernel::Mma);
+}
+
+#[test]
 fn models_with_weights_in_fp8_come_near_them() {
     models("models with weights in fp8", PrefillKernel::Wgmma);
 }

@@ -109,6 +109,7 @@ mod cuda {
     use super::{Available, Checkpoint, Devices, Heads, KvShare, ModelError, Shard, WorkerError};
     use cuda::{Cuda, CudaConfig, Driver, Gpu, GpuConfig, WeightFormat};
     use kernels::KernelError;
+    use model::Stack;
 
     /// The card of each rank: one each from the first on where there are as many, else the first
     /// for all.
@@ -156,18 +157,12 @@ mod cuda {
             Ok(self.config.kv_format.block_bytes(heads))
         }
 
-        /// Whatever a file stores.
         fn weight_bytes(&self, checkpoint: &Checkpoint, shard: &Shard) -> Result<u64, WorkerError> {
-            let all = checkpoint.weight_elements(shard)?;
-            Ok(match self.config.weights {
-                WeightFormat::Bf16 => 2 * all,
-                WeightFormat::Fp8 => {
-                    let tables = checkpoint.table_elements(shard)?;
-                    let matrices = all - tables;
-                    // Scales: 4 bytes for each row, which has 256 elements or more.
-                    2 * tables + matrices + matrices / 64
-                }
-            })
+            let bytes = |stack: Stack| match stack.is_table {
+                true => WeightFormat::table_bytes(&stack.parts),
+                false => self.config.weights.bytes(&stack.parts),
+            };
+            Ok(checkpoint.stacks(shard)?.into_iter().map(bytes).sum())
         }
 
         fn available(&self) -> Result<Option<Available>, WorkerError> {

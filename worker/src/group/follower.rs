@@ -23,28 +23,8 @@ pub(super) const LOAD_DEADLINE: Duration = Duration::from_secs(3600);
 pub(super) struct RankOptions {
     pub model: PathBuf,
     pub device: Device,
-    #[serde(with = "cpu_config")]
     pub cpu: CpuConfig,
     pub runner: RunnerOptions,
-}
-
-/// How a `CpuConfig` travels: its crate knows no serde.
-mod cpu_config {
-    use cpu::{CpuConfig, Isa, Precision};
-    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
-
-    pub fn serialize<S: Serializer>(config: &CpuConfig, to: S) -> Result<S::Ok, S::Error> {
-        let CpuConfig { threads, precision, isa } = *config;
-        (threads, precision == Precision::Exact, isa.name()).serialize(to)
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<CpuConfig, D::Error> {
-        let (threads, exact, name) = <(usize, bool, String)>::deserialize(from)?;
-        let known = Isa::ALL.into_iter().find(|isa| isa.name() == name);
-        let isa = known.ok_or_else(|| D::Error::custom(format!("unknown instructions: {name}")))?;
-        let precision = if exact { Precision::Exact } else { Precision::Fast };
-        Ok(CpuConfig { threads, precision, isa })
-    }
 }
 
 /// Loads this rank's share on its device.

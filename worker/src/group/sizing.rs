@@ -3,7 +3,7 @@
 use std::{sync::Arc, thread, time::Duration};
 
 use cpu::{CpuConfig, Isa, Precision};
-use kernels::BLOCK_TOKENS;
+use kernels::{BLOCK_TOKENS, Backend};
 use model::{Checkpoint, ModelError, RunnerOptions, Shard, activation_bytes, prefix_reuse_max};
 
 use super::{
@@ -29,13 +29,10 @@ impl Sizing {
     pub fn new(config: GroupConfig) -> Result<Self, WorkerError> {
         check(&config)?;
         let checkpoint = Checkpoint::open(&config.model)?;
-        let shards = (0..config.ranks)
-            .map(|rank| checkpoint.shard(rank, config.ranks))
-            .collect::<Result<Vec<_>, _>>()?;
         let isa = config.isa_cap.map_or(Isa::detect(), |cap| cap.min(Isa::detect()));
         let (threads, precision) = (threads(&config), config.precision);
         let cpu = CpuConfig { threads, precision, isa };
-        let survey = Survey { checkpoint: &checkpoint, shards: &shards };
+        let survey = Survey { checkpoint: &checkpoint, ranks: config.ranks };
         let survey = on_devices(config.device, config.ranks, cpu, survey)?;
         let options = |blocks, context_max| RunnerOptions {
             blocks,
@@ -45,7 +42,7 @@ impl Sizing {
         };
         let scratch = |options: &RunnerOptions| -> u64 {
             let of = |shard| activation_bytes(checkpoint.config(), shard, options) as u64;
-            shards.iter().map(of).sum()
+            survey.shards.iter().map(of).sum()
         };
         let context_most = config.context_max.unwrap_or(checkpoint.config().context_max);
         let reserved = survey.weights_bytes + scratch(&options(1, context_most));
@@ -114,6 +111,8 @@ fn threads(config: &GroupConfig) -> usize {
 /// What the devices hold and need, all ranks together.
 struct DeviceSurvey {
     device: String,
+    /// Of every rank.
+    shards: Vec<Shard>,
     weights_bytes: u64,
     /// One block on every rank.
     block_bytes: u64,
@@ -124,7 +123,7 @@ struct DeviceSurvey {
 /// Asks the devices.
 struct Survey<'a> {
     checkpoint: &'a Checkpoint,
-    shards: &'a [Shard],
+    ranks: usize,
 }
 
 impl Task for Survey<'_> {
@@ -132,14 +131,19 @@ impl Task for Survey<'_> {
 
     fn on<D: Devices>(self, devices: D) -> Result<DeviceSurvey, WorkerError> {
         let (mut weights_bytes, mut block_bytes) = (0, 0);
-        let layers = self.checkpoint.config().layers as u64;
-        for shard in self.shards {
-            weights_bytes += devices.weight_bytes(self.checkpoint, shard)?;
+        let (checkpoint, config) = (self.checkpoint, self.checkpoint.config());
+        let shard = |rank| checkpoint.shard(rank, self.ranks);
+        let shards = (0..self.ranks).map(shard).collect::<Result<Vec<Shard>, _>>()?;
+        let joined = |shard: Shard| shard.joined_by(D::Backend::JOIN, config);
+        let shards: Vec<Shard> = shards.into_iter().map(joined).collect();
+        let layers = config.layers as u64;
+        for shard in &shards {
+            weights_bytes += devices.weight_bytes(checkpoint, shard)?;
             block_bytes += layers * devices.kv_block_bytes(shard.heads())? as u64;
         }
         let (available, kv_share) = (devices.available()?, devices.kv_share());
         let device = devices.describe()?;
-        Ok(DeviceSurvey { device, weights_bytes, block_bytes, available, kv_share })
+        Ok(DeviceSurvey { device, shards, weights_bytes, block_bytes, available, kv_share })
     }
 }
 

@@ -4,7 +4,7 @@
 //! them, group by group. Places without a column are filled with zeros, so that a run of `unit`
 //! places is of one group and a stage is whole.
 
-use super::part::Int4Part;
+use super::part::{Columns, Int4Part};
 
 /// Rows that a warp multiplies.
 pub(super) const STRIP: usize = 64;
@@ -38,16 +38,16 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    pub(super) fn of(part: &Int4Part<'_>) -> Self {
+    pub(super) fn of(of: &Columns<'_>) -> Self {
         let plan = |unit| {
-            let lead = part.first_col().map(|first| first % unit);
+            let lead = of.first_col().map(|first| first % unit);
             let columns = match lead {
-                None => by_group(part, unit),
-                Some(lead) => (0..lead).map(|_| None).chain((0..part.cols).map(Some)).collect(),
+                None => by_group(of, unit),
+                Some(lead) => (0..lead).map(|_| None).chain((0..of.cols).map(Some)).collect(),
             };
-            Self::whole(part, unit, (lead, columns))
+            Self::whole(of, unit, (lead, columns))
         };
-        let larger = UNITS.into_iter().filter(|unit| part.allows(*unit)).map(plan);
+        let larger = UNITS.into_iter().filter(|unit| of.allows(*unit)).map(plan);
         larger.fold(
             plan(SLOT_COLS),
             |best, next| {
@@ -57,13 +57,13 @@ impl Plan {
     }
 
     fn whole(
-        part: &Int4Part<'_>,
+        of: &Columns<'_>,
         unit: usize,
         (lead, mut columns): (Option<usize>, Vec<Option<usize>>),
     ) -> Self {
         columns.resize(columns.len().next_multiple_of(STAGE_COLS), None);
         let group = |places: &[Option<usize>]| {
-            places.iter().flatten().next().map(|&column| part.group_of(column))
+            places.iter().flatten().next().map(|&column| of.groups.of(column))
         };
         let groups = columns.chunks(unit).map(group).collect();
         Self { unit, columns, groups, lead }
@@ -84,10 +84,10 @@ impl Plan {
 }
 
 /// Columns group by group, each group a whole number of units.
-fn by_group(part: &Int4Part<'_>, unit: usize) -> Vec<Option<usize>> {
-    let mut members = vec![Vec::new(); part.groups()];
-    for k in 0..part.cols {
-        members[part.group_of(k)].push(Some(k));
+fn by_group(of: &Columns<'_>, unit: usize) -> Vec<Option<usize>> {
+    let mut members = vec![Vec::new(); of.count];
+    for k in 0..of.cols {
+        members[of.groups.of(k)].push(Some(k));
     }
     for group in &mut members {
         group.resize(group.len().next_multiple_of(unit), None);
@@ -202,7 +202,7 @@ mod tests {
             let (rows, cols) = (72, 136);
             let stored = runs(rows, cols, group);
             let parts = [Int4Part { rows, cols, grouped: &stored }];
-            let plan = Plan::of(&parts[0]);
+            let plan = Plan::of(&parts[0].columns());
             assert_eq!((plan.stages(), plan.lead), (2, Some(0)));
             for n in 0..rows {
                 let strip = strip(&parts, &plan, n / STRIP);
@@ -223,7 +223,7 @@ mod tests {
         let (one, two) = (runs(24, 128, 128), runs(56, 128, 128));
         let part = |rows, grouped| Int4Part { rows, cols: 128, grouped };
         let parts = [part(24, &one), part(56, &two)];
-        let plan = Plan::of(&parts[0]);
+        let plan = Plan::of(&parts[0].columns());
         let strips = [strip(&parts, &plan, 0), strip(&parts, &plan, 1)];
         for (row, n) in [(23, 23), (24, 0), (63, 39), (64, 40), (79, 55)] {
             let got = unpacked(&strips[row / STRIP], 128, row % STRIP, 77);
@@ -238,14 +238,14 @@ mod tests {
     fn columns_that_begin_inside_a_group_keep_their_place_in_it() {
         let inside = |cols, first| stored(8, cols, Groups::Runs { size: 128, first });
         let grouped = inside(128, 72);
-        let plan = Plan::of(&Int4Part { rows: 8, cols: 128, grouped: &grouped });
+        let plan = Plan::of(&Int4Part { rows: 8, cols: 128, grouped: &grouped }.columns());
         // 72 places before and 56 after: the first stage is of one group, the second of the next.
         assert_eq!((plan.unit, plan.lead, plan.stages()), (128, Some(72), 2));
         assert_eq!(plan.columns[72], Some(0));
         assert_eq!(plan.groups, [Some(0), Some(1)]);
         // Units of 64 need no third stage either, and have more factors; none spare a stage.
         let grouped = inside(64, 120);
-        let plan = Plan::of(&Int4Part { rows: 8, cols: 64, grouped: &grouped });
+        let plan = Plan::of(&Int4Part { rows: 8, cols: 64, grouped: &grouped }.columns());
         assert_eq!((plan.unit, plan.lead, plan.stages()), (64, Some(56), 1));
         assert_eq!(plan.groups, [Some(0), Some(1)]);
     }
@@ -253,7 +253,7 @@ mod tests {
     #[test]
     fn permuted_columns_lie_group_by_group() {
         let grouped = stored(8, 128, Groups::Listed((0..128).map(|k| k % 2).collect()));
-        let plan = Plan::of(&Int4Part { rows: 8, cols: 128, grouped: &grouped });
+        let plan = Plan::of(&Int4Part { rows: 8, cols: 128, grouped: &grouped }.columns());
         assert_eq!((plan.unit, plan.lead, plan.stages()), (64, None, 1));
         assert_eq!(plan.columns[..3], [Some(0), Some(2), Some(4)]);
         assert_eq!(plan.columns[64..66], [Some(1), Some(3)]);

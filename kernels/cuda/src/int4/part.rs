@@ -1,10 +1,66 @@
 //! Integers of 4 bits in groups as the kernels can take them.
 
 use half::f16;
-use kernels::{Grouped, Groups, Stored, WeightPart};
+use kernels::{Grouped, Groups, IntegerShape, PartShape, Stored, WeightPart};
 
 /// Rows and columns come in eights: half a word of the device's.
 const EIGHT: usize = 8;
+
+/// Whether the kernels can take integers of these rows and columns as they are.
+fn takes((rows, cols): (usize, usize), bits: usize, groups: &Groups) -> bool {
+    let runs = match *groups {
+        Groups::Runs { size, first } => {
+            (size.is_multiple_of(32) || size >= first + cols) && first.is_multiple_of(EIGHT)
+        }
+        Groups::Listed(_) => true,
+    };
+    let eights = rows > 0 && rows.is_multiple_of(EIGHT) && cols.is_multiple_of(EIGHT);
+    bits == 4 && runs && eights
+}
+
+/// Which columns share a scale.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Columns<'a> {
+    /// K.
+    pub cols: usize,
+    pub groups: &'a Groups,
+    /// G.
+    pub count: usize,
+}
+
+impl<'a> Columns<'a> {
+    /// Those of a stack of which there are only shapes; `None` as for [`Int4Part::all`].
+    pub(super) fn of(stack: &'a [PartShape]) -> Option<Self> {
+        let of = |part: &'a PartShape| {
+            let PartShape { rows, cols, integers } = part;
+            let IntegerShape { bits, groups, count } = integers.as_ref()?;
+            takes((*rows, *cols), *bits, groups).then_some(Self {
+                cols: *cols,
+                groups,
+                count: *count,
+            })
+        };
+        let first = of(stack.first()?)?;
+        let same = |part: Self| part.cols == first.cols && part.groups == first.groups;
+        stack.iter().all(|part| of(part).is_some_and(same)).then_some(first)
+    }
+
+    /// Columns between the start of the first group and column 0, where groups are runs.
+    pub(super) fn first_col(&self) -> Option<usize> {
+        match self.groups {
+            Groups::Runs { first, .. } => Some(*first),
+            Groups::Listed(_) => None,
+        }
+    }
+
+    /// Whether runs of `unit` columns can be of one group.
+    pub(super) fn allows(&self, unit: usize) -> bool {
+        match self.groups {
+            Groups::Runs { size, .. } => size.is_multiple_of(unit) || self.count == 1,
+            Groups::Listed(_) => true,
+        }
+    }
+}
 
 /// A stored matrix [N, K] of 4-bit integers, or a rank's rows and columns of one.
 #[derive(Clone, Copy, Debug)]
@@ -30,40 +86,17 @@ impl<'a> Int4Part<'a> {
     fn of(part: &'a WeightPart<'a>) -> Option<Self> {
         let WeightPart { rows, cols, ref stored } = *part;
         let Stored::Grouped(grouped) = stored else { return None };
-        let runs = match grouped.groups {
-            Groups::Runs { size, first } => {
-                (size.is_multiple_of(32) || size >= first + cols) && first.is_multiple_of(EIGHT)
-            }
-            Groups::Listed(_) => true,
-        };
-        let eights = rows > 0 && rows.is_multiple_of(EIGHT) && cols.is_multiple_of(EIGHT);
-        (grouped.bits == 4 && runs && eights).then_some(Self { rows, cols, grouped })
+        let taken = takes((rows, cols), grouped.bits, &grouped.groups);
+        taken.then_some(Self { rows, cols, grouped })
     }
 
     /// G.
-    pub(super) fn groups(&self) -> usize {
+    fn groups(&self) -> usize {
         self.grouped.count(self.rows)
     }
 
-    /// The group of column `k`, wherever that lies.
-    pub(super) fn group_of(&self, k: usize) -> usize {
-        self.grouped.groups.of(k)
-    }
-
-    /// Columns between the start of the first group and column 0, where groups are runs.
-    pub(super) fn first_col(&self) -> Option<usize> {
-        match self.grouped.groups {
-            Groups::Runs { first, .. } => Some(first),
-            Groups::Listed(_) => None,
-        }
-    }
-
-    /// Whether runs of `unit` columns can be of one group.
-    pub(super) fn allows(&self, unit: usize) -> bool {
-        match self.grouped.groups {
-            Groups::Runs { size, .. } => size.is_multiple_of(unit) || self.groups() == 1,
-            Groups::Listed(_) => true,
-        }
+    pub(super) fn columns(&self) -> Columns<'a> {
+        Columns { cols: self.cols, groups: &self.grouped.groups, count: self.groups() }
     }
 
     /// The number of row `n`, column `k`.

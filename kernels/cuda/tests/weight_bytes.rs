@@ -1,0 +1,79 @@
+//! What a weight is said to take on the device is what it takes.
+
+#[path = "common/counting.rs"]
+mod counting;
+
+use counting::Counting;
+use cuda::{Cuda, CudaConfig, WeightFormat};
+use half::f16;
+use kernels::{
+    Backend, Format, Grouped, Groups, IntegerShape, PartShape, Scaled, Stored, WeightPart,
+};
+
+/// Matrices of one stack, of the shapes given.
+fn parts(shapes: &[PartShape]) -> Vec<WeightPart<'static>> {
+    let part = |shape: &PartShape| {
+        let PartShape { rows, cols, ref integers } = *shape;
+        let Some(IntegerShape { bits, groups, count }) = integers.clone() else {
+            return WeightPart::plain(Format::F16, rows, cols, vec![0; 2 * rows * cols]);
+        };
+        let scales = vec![f16::ONE; rows * count];
+        let values = vec![0; rows * cols].into();
+        let grouped = Grouped { bits, values, groups, scales, zeros: vec![1; rows * count] };
+        WeightPart { rows, cols, stored: Stored::Grouped(grouped) }
+    };
+    shapes.iter().map(part).collect()
+}
+
+fn integers(rows: usize, cols: usize, bits: usize, groups: Groups) -> PartShape {
+    let count = (0..cols).map(|k| groups.of(k)).max().unwrap_or(0) + 1;
+    PartShape { rows, cols, integers: Some(IntegerShape { bits, groups, count }) }
+}
+
+fn numbers(rows: usize, cols: usize) -> PartShape {
+    PartShape { rows, cols, integers: None }
+}
+
+fn held(weights: WeightFormat, parts: &[WeightPart<'_>], is_table: bool) -> u64 {
+    let device = Cuda::new(Counting::new(), CudaConfig { weights, ..CudaConfig::default() });
+    let weight = if is_table { device.table(parts) } else { device.weight(parts) };
+    let _weight = weight.expect("an upload");
+    device.driver().held() as u64
+}
+
+#[test]
+fn a_weight_takes_the_bytes_it_is_said_to() {
+    let runs = |size| Groups::Runs { size, first: 0 };
+    let turned = |k: usize| (k * 7 % 12) as u32;
+    let stacks = [
+        vec![numbers(48, 64)],
+        vec![numbers(40, 64), numbers(8, 64)],
+        vec![numbers(40, 72)],
+        vec![integers(512, 256, 4, runs(128))],
+        vec![integers(72, 136, 4, runs(32)), integers(24, 136, 4, runs(32))],
+        vec![integers(8, 512, 4, runs(512))],
+        vec![integers(64, 384, 4, Groups::Listed((0..384).map(turned).collect()))],
+        // What the kernels of integers do not take is rounded.
+        vec![integers(64, 256, 8, runs(128))],
+        vec![integers(12, 256, 4, runs(128))],
+        vec![integers(64, 96, 4, runs(96)), integers(64, 96, 4, runs(32))],
+    ];
+    for shapes in stacks {
+        let parts = parts(&shapes);
+        for format in [WeightFormat::Bf16, WeightFormat::Fp8] {
+            assert_eq!(held(format, &parts, false), format.bytes(&shapes), "{format:?} {shapes:?}");
+            assert_eq!(held(format, &parts, true), WeightFormat::table_bytes(&shapes), "a table");
+        }
+    }
+    let scaled = Scaled { values: vec![0; 64 * 32].into(), run: 32, scales: vec![1.0; 64] };
+    let scaled = [WeightPart { rows: 64, cols: 32, stored: Stored::Scaled(scaled) }];
+    assert_eq!(held(WeightFormat::Bf16, &scaled, false), 2 * 64 * 32);
+    assert_eq!(WeightFormat::Bf16.bytes(&[numbers(64, 32)]), 2 * 64 * 32);
+}
+
+#[test]
+fn integers_take_about_a_quarter_of_bf16() {
+    let stack = [integers(4096, 4096, 4, Groups::Runs { size: 128, first: 0 })];
+    let (packed, widened) = (WeightFormat::Bf16.bytes(&stack), WeightFormat::table_bytes(&stack));
+    assert!(packed < widened / 3 && packed > widened / 4, "{packed} of {widened}");
+}
