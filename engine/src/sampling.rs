@@ -2,8 +2,6 @@
 //!
 //! The bounds are those that OpenAI documents, where it does, and else what arithmetic can use.
 
-use std::ops::RangeInclusive;
-
 use serde::{Deserialize, Serialize};
 
 use crate::EngineError;
@@ -11,6 +9,39 @@ use crate::EngineError;
 /// The most likeliest tokens that are reported beside a chosen one.
 pub const LOGPROBS_MAX: u32 = 20;
 const LOGIT_BIAS_MAX: usize = 1024;
+
+/// The range of one number.
+struct Limit {
+    name: &'static str,
+    least: f32,
+    most: f32,
+    words: &'static str,
+}
+
+impl Limit {
+    const fn new(name: &'static str, (least, most): (f32, f32), words: &'static str) -> Self {
+        Self { name, least, most, words }
+    }
+
+    /// NaN is in no range.
+    fn check(&self, value: f32) -> Result<(), EngineError> {
+        match (self.least..=self.most).contains(&value) {
+            true => Ok(()),
+            false => Err(outside(self.name, value, format!("in {}", self.words))),
+        }
+    }
+}
+
+/// Subnormal divisors would overflow what they divide.
+const LIMITS: [Limit; 6] = [
+    Limit::new("temperature", (0.0, 2.0), "[0, 2]"),
+    Limit::new("top_p", (f32::MIN_POSITIVE, 1.0), "(0, 1]"),
+    Limit::new("min_p", (0.0, 1.0), "[0, 1]"),
+    Limit::new("repetition_penalty", (f32::MIN_POSITIVE, 100.0), "(0, 100]"),
+    Limit::new("presence_penalty", (-2.0, 2.0), "[-2, 2]"),
+    Limit::new("frequency_penalty", (-2.0, 2.0), "[-2, 2]"),
+];
+const LOGIT_BIAS: Limit = Limit::new("logit_bias", (-100.0, 100.0), "[-100, 100]");
 
 /// How the next token of a sequence is chosen. [`Self::check`] tells whether it can be.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -67,23 +98,58 @@ impl SamplingParams {
     /// # Errors
     /// `Parameter` and `Token`, for the first that does not.
     pub fn check(&self, vocab: usize) -> Result<(), EngineError> {
-        within("temperature", self.temperature, 0.0..=2.0, "[0, 2]")?;
-        // Subnormal divisors would overflow what they divide.
-        within("top_p", self.top_p, f32::MIN_POSITIVE..=1.0, "(0, 1]")?;
-        within("min_p", self.min_p, 0.0..=1.0, "[0, 1]")?;
-        let repetition = f32::MIN_POSITIVE..=100.0;
-        within("repetition_penalty", self.repetition_penalty, repetition, "(0, 100]")?;
-        within("presence_penalty", self.presence_penalty, -2.0..=2.0, "[-2, 2]")?;
-        within("frequency_penalty", self.frequency_penalty, -2.0..=2.0, "[-2, 2]")?;
+        LIMITS.iter().zip(self.numbers()).try_for_each(|(limit, value)| limit.check(value))?;
         check_count("logit_bias", self.logit_bias.len(), LOGIT_BIAS_MAX)?;
         for &(id, bias) in &self.logit_bias {
             check_ids("logit_bias", &[id], vocab)?;
-            within("logit_bias", bias, -100.0..=100.0, "[-100, 100]")?;
+            LOGIT_BIAS.check(bias)?;
         }
         match self.logprobs.filter(|&top| top > LOGPROBS_MAX) {
             Some(top) => Err(outside("logprobs", top, format!("in [0, {LOGPROBS_MAX}]"))),
             None => Ok(()),
         }
+    }
+
+    /// Brings what lies above its range to the end of it; what lies below, and NaN, becomes 0 where
+    /// that is in the range, else neutral. For settings that nobody can be asked to correct. What
+    /// was changed comes back: what [`Self::check`] would have said, and the value now.
+    pub fn clamp(&mut self) -> Vec<(EngineError, f32)> {
+        let (neutral, mut changed) = (Self::NEUTRAL.numbers(), Vec::new());
+        for ((limit, value), neutral) in LIMITS.iter().zip(self.numbers_mut()).zip(neutral) {
+            let Err(error) = limit.check(*value) else { continue };
+            *value = match *value > limit.most {
+                true => limit.most,
+                false if limit.least == 0.0 => 0.0,
+                false => neutral,
+            };
+            changed.push((error, *value));
+        }
+        changed
+    }
+
+    /// No mass at all still leaves the likeliest token, and only that.
+    pub fn settle_top_p(&mut self) {
+        if self.top_p == 0.0 {
+            (self.top_p, self.top_k) = (1.0, 1);
+        }
+    }
+
+    /// In the order of [`LIMITS`].
+    fn numbers(&self) -> [f32; 6] {
+        let Self { temperature, top_p, min_p, .. } = *self;
+        let Self { repetition_penalty, presence_penalty, frequency_penalty, .. } = *self;
+        [temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty]
+    }
+
+    fn numbers_mut(&mut self) -> [&mut f32; 6] {
+        [
+            &mut self.temperature,
+            &mut self.top_p,
+            &mut self.min_p,
+            &mut self.repetition_penalty,
+            &mut self.presence_penalty,
+            &mut self.frequency_penalty,
+        ]
     }
 
     /// Keeps `tokens` out of all positions below `before`.
@@ -137,19 +203,6 @@ pub fn check_ids(name: &'static str, ids: &[u32], vocab: usize) -> Result<(), En
     }
 }
 
-/// NaN is in no range.
-fn within(
-    name: &'static str,
-    value: f32,
-    range: RangeInclusive<f32>,
-    words: &str,
-) -> Result<(), EngineError> {
-    match range.contains(&value) {
-        true => Ok(()),
-        false => Err(outside(name, value, format!("in {words}"))),
-    }
-}
-
 fn outside(name: &'static str, value: impl ToString, allowed: String) -> EngineError {
     EngineError::Parameter { name, value: value.to_string(), allowed }
 }
@@ -199,6 +252,30 @@ mod tests {
         for (change, message) in table {
             assert_eq!(with(*change), Err((*message).to_owned()));
         }
+    }
+
+    #[test]
+    fn what_is_out_of_range_is_brought_into_it_and_told() {
+        let mut params = SamplingParams {
+            temperature: 2.5,
+            top_p: -0.5,
+            min_p: f32::NAN,
+            repetition_penalty: 0.0,
+            frequency_penalty: f32::INFINITY,
+            ..SamplingParams::NEUTRAL
+        };
+        let told: Vec<String> =
+            params.clamp().iter().map(|(error, now)| format!("{error}: {now}")).collect();
+        let wanted = [
+            "temperature must be in [0, 2], not 2.5: 2",
+            "top_p must be in (0, 1], not -0.5: 1",
+            "min_p must be in [0, 1], not NaN: 0",
+            "repetition_penalty must be in (0, 100], not 0: 1",
+            "frequency_penalty must be in [-2, 2], not inf: 2",
+        ];
+        assert_eq!(told, wanted);
+        assert_eq!(params.check(0), Ok(()));
+        assert!(params.clamp().is_empty());
     }
 
     #[test]

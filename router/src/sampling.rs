@@ -112,10 +112,7 @@ pub fn sampling_params(
         ban: None,
         logprobs: input.logprobs,
     };
-    // No mass at all still leaves the likeliest token, and only that.
-    if params.top_p == 0.0 {
-        (params.top_p, params.top_k) = (1.0, 1);
-    }
+    params.settle_top_p();
     params.check(vocab_size)?;
     Ok(params)
 }

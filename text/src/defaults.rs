@@ -1,7 +1,8 @@
 //! How a model wants to be sampled when the client does not say.
 //!
-//! From generation_config.json, else config.json, else GGUF metadata. Values that no sampler could
-//! use are refused by name when the model is loaded.
+//! From generation_config.json, else config.json, else GGUF metadata. What is no number at all is
+//! refused by name when the model is loaded; a number out of range, which published models have,
+//! is brought into it with a warning.
 
 use engine::plan::SamplingParams;
 use formats::gguf::Metadata;
@@ -10,6 +11,9 @@ use serde_json::{Map, Value};
 use crate::error::TextError;
 use crate::language::{Files, json};
 use crate::tokenizer::{Vocabulary, gguf};
+
+const GENERATION_CONFIG: &str = "generation_config.json";
+const METADATA: &str = "metadata.gguf";
 
 /// Tokens that end an answer wherever they are special, though some files forget to say so.
 const END_NAMES: [&str; 4] = ["<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>"];
@@ -41,14 +45,15 @@ struct Config {
 }
 
 impl GenerationDefaults {
+    /// With what is wrong with the settings, one sentence each.
     pub(crate) fn load(
         files: &Files,
         metadata: Option<&Metadata>,
         vocabulary: Option<&Vocabulary>,
-    ) -> Result<Self, TextError> {
-        let mut config = match metadata {
-            Some(metadata) => from_metadata(metadata)?,
-            None => from_json(files)?,
+    ) -> Result<(Self, Vec<String>), TextError> {
+        let (file, mut config) = match metadata {
+            Some(metadata) => (METADATA, from_metadata(metadata)?),
+            None => (GENERATION_CONFIG, from_json(files)?),
         };
         if config.eos_ids.is_none() && metadata.is_none() {
             config.eos_ids = Fields::read(files, "config.json")?.ids("eos_token_id")?;
@@ -63,19 +68,21 @@ impl GenerationDefaults {
         }
         eos_ids.sort_unstable();
         eos_ids.dedup();
-        config.checked(eos_ids)
+        let (params, warnings) = config.params(file);
+        Ok((Self { eos_ids, params }, warnings))
     }
 }
 
 impl Config {
-    fn checked(self, eos_ids: Vec<u32>) -> Result<GenerationDefaults, TextError> {
+    /// What a sampler can use of the settings, and one sentence for each that it cannot.
+    fn params(self, file: &str) -> (SamplingParams, Vec<String>) {
         let neutral = SamplingParams::NEUTRAL;
         let or = |value: Option<f64>, neutral: f32| value.map_or(neutral, |value| value as f32);
         let temperature = match self.do_sample {
             Some(false) => 0.0,
             _ => or(self.temperature, neutral.temperature),
         };
-        let params = SamplingParams {
+        let mut params = SamplingParams {
             temperature,
             top_p: or(self.top_p, neutral.top_p),
             // Negative is off, as 0 is.
@@ -84,14 +91,15 @@ impl Config {
             repetition_penalty: or(self.repetition_penalty, neutral.repetition_penalty),
             ..neutral
         };
-        let checked = params.check(usize::MAX);
-        checked.map_err(|error| TextError::file("generation_config.json", error))?;
-        Ok(GenerationDefaults { eos_ids, params })
+        params.settle_top_p();
+        let told = |(error, now)| format!("{file}: {error}; {now} is used instead");
+        let warnings = params.clamp().into_iter().map(told).collect();
+        (params, warnings)
     }
 }
 
 fn from_json(files: &Files) -> Result<Config, TextError> {
-    let fields = Fields::read(files, "generation_config.json")?;
+    let fields = Fields::read(files, GENERATION_CONFIG)?;
     Ok(Config {
         eos_ids: fields.ids("eos_token_id")?,
         do_sample: fields.typed("do_sample", "true or false", Value::as_bool)?,
@@ -147,7 +155,7 @@ fn whole(value: &Value) -> Option<i64> {
 }
 
 fn from_metadata(metadata: &Metadata) -> Result<Config, TextError> {
-    let broken = |error: formats::FormatError| TextError::file("metadata.gguf", error);
+    let broken = |error: formats::FormatError| TextError::file(METADATA, error);
     let number = |key: &str| metadata.number(key).map_err(broken);
     let mut ids = Vec::new();
     for name in ["eos", "eot", "eom"] {
@@ -170,7 +178,12 @@ mod tests {
 
     fn load(json: &str) -> Result<GenerationDefaults, TextError> {
         let files = Files::from([("generation_config.json".to_owned(), json.into())]);
-        GenerationDefaults::load(&files, None, None)
+        GenerationDefaults::load(&files, None, None).map(|(defaults, _)| defaults)
+    }
+
+    fn warnings(json: &str) -> Vec<String> {
+        let files = Files::from([("generation_config.json".to_owned(), json.into())]);
+        GenerationDefaults::load(&files, None, None).unwrap().1
     }
 
     #[test]
@@ -199,12 +212,29 @@ mod tests {
     }
 
     #[test]
+    fn numbers_out_of_range_are_brought_into_it_with_a_warning() {
+        let json = r#"{"temperature": 2.5, "top_p": 1.5, "min_p": -1, "repetition_penalty": 0}"#;
+        let SamplingParams { temperature, top_p, min_p, repetition_penalty, .. } =
+            load(json).unwrap().params;
+        assert_eq!((temperature, top_p, min_p, repetition_penalty), (2.0, 1.0, 0.0, 1.0));
+        assert_eq!(
+            warnings(json),
+            [
+                "generation_config.json: temperature must be in [0, 2], not 2.5; 2 is used instead",
+                "generation_config.json: top_p must be in (0, 1], not 1.5; 1 is used instead",
+                "generation_config.json: min_p must be in [0, 1], not -1; 0 is used instead",
+                "generation_config.json: repetition_penalty must be in (0, 100], not 0; 1 is used \
+                 instead",
+            ]
+        );
+        let likeliest = load(r#"{"top_p": 0}"#).unwrap().params;
+        assert_eq!((likeliest.top_p, likeliest.top_k), (1.0, 1));
+        assert!(warnings(r#"{"temperature": 2, "top_p": 0}"#).is_empty());
+    }
+
+    #[test]
     fn values_that_no_sampler_can_use_are_refused_by_name() {
         for (name, value) in [
-            ("temperature", "-1"),
-            ("top_p", "0"),
-            ("min_p", "1.5"),
-            ("repetition_penalty", "0"),
             ("temperature", "\"hot\""),
             ("top_k", "50.5"),
             ("eos_token_id", "-1"),

@@ -28,6 +28,8 @@ pub struct Language {
     vocabulary: Option<Vocabulary>,
     chat: ChatFormat,
     defaults: GenerationDefaults,
+    /// Of the settings.
+    warnings: Vec<String>,
     /// Shared with every running decoder.
     pieces: Arc<Pieces>,
 }
@@ -43,10 +45,10 @@ impl Language {
         let vocabulary = Vocabulary::load(files)?;
         let metadata = files.get("metadata.gguf").map(|bytes| gguf::parse(bytes)).transpose()?;
         let metadata = metadata.as_ref();
-        let defaults = GenerationDefaults::load(files, metadata, vocabulary.as_ref())?;
+        let (defaults, warnings) = GenerationDefaults::load(files, metadata, vocabulary.as_ref())?;
         let chat = ChatFormat::load(files, metadata, vocabulary.as_ref())?;
         let pieces = vocabulary.as_ref().map(|v| v.pieces.clone()).unwrap_or_default();
-        Ok(Self { vocabulary, chat, defaults, pieces })
+        Ok(Self { vocabulary, chat, defaults, warnings, pieces })
     }
 
     /// A raw prompt, which is the caller's own template: every added token of the vocabulary is
@@ -102,7 +104,7 @@ impl Language {
     /// What is wrong with the model's files without keeping it from being served, one sentence
     /// each, naming the file.
     pub fn warnings(&self) -> Vec<String> {
-        self.chat.warnings()
+        [self.warnings.clone(), self.chat.warnings()].concat()
     }
 
     /// The bytes that an id stands for; none for an id outside the vocabulary.

@@ -286,7 +286,6 @@ fn broken_and_foreign_files_are_refused_by_name() {
         (with("special_tokens_map.json", b"{"), "special_tokens_map.json"),
         (with("added_tokens.json", b"[]x"), "added_tokens.json"),
         (with("chat_template.jinja", b"\xff"), "chat_template.jinja"),
-        (with("generation_config.json", b"{\"top_p\": 7}"), "top_p"),
         (with("generation_config.json", b"{\"top_k\": 50.5}"), "top_k is 50.5, not a whole"),
         (metadata(&[("tokenizer.ggml.pre", json!("tekken"))]), "tekken"),
         (metadata(&[("tokenizer.ggml.model", json!("llama"))]), "llama"),
