@@ -16,6 +16,7 @@ pub mod weight;
 
 pub use routing::{ExpertRows, Routes, Routing};
 use sampling::{Refused, SampleRequest, Sampled};
+use serde::{Deserialize, Serialize};
 pub use shape::ShapeError;
 pub use weight::{Format, Grouped, Groups, IntegerShape, PartShape, Scaled, Stored, WeightPart};
 
@@ -132,7 +133,7 @@ pub struct Rotation<'a, B: Backend> {
 }
 
 /// How ranks make one result of a product whose inputs are spread over them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Join {
     /// Inputs are gathered, and each rank computes some columns of all of them. No sum is cut: bits
     /// are the same on any number of ranks.
@@ -144,8 +145,6 @@ pub enum Join {
 /// What one device can do. A row's result never depends on the batch's other rows, on how a prompt
 /// was cut into chunks, nor on the number of threads: every sum runs in one fixed order.
 pub trait Backend: Send + Sync + Sized + 'static {
-    /// How ranks join the results of attention and of feed-forward blocks.
-    const JOIN: Join = Join::Gather;
     /// A device buffer of activations (f32 on the CPU, bf16 on CUDA).
     type Floats: Send + Sync;
     /// A device buffer of 32-bit integers.
@@ -272,6 +271,11 @@ pub trait Backend: Send + Sync + Sized + 'static {
     ) -> Result<Vec<Result<Sampled, Refused>>, KernelError>;
 
     // What is taken before the first step, and what the host writes and reads.
+
+    /// How ranks join the results of attention and of feed-forward blocks.
+    fn join(&self) -> Join {
+        Join::Gather
+    }
 
     /// Zeroed.
     fn floats(&self, len: usize) -> Result<Self::Floats, KernelError>;

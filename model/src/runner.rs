@@ -159,7 +159,7 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         let tables = RopeTables::new(&config.rope, options.context_max);
         check_options(&options, &tables)?;
         let shard = checkpoint.shard(group.rank(), group.world_size())?;
-        let shard = shard.joined_by(B::JOIN, config);
+        let shard = shard.joined_by(device.join(), config);
         let decoder = Decoder::load(&device, checkpoint, &shard, &tables, progress)?;
         let kv = (0..config.layers).map(|_| device.kv(options.blocks, shard.heads()));
         let kv = kv.collect::<Result<_, _>>()?;

@@ -27,6 +27,7 @@ pub mod sampling;
 pub use compare::{Tolerance, compare};
 
 use cuda::{Cuda, CudaConfig, Driver, KvFormat, PrefillKernel, WeightFormat};
+use kernels::Join;
 
 /// One kernel on one family of shapes.
 pub struct Check<D: Driver> {
@@ -44,6 +45,7 @@ pub const BF16: CudaConfig = CudaConfig {
     kv_format: KvFormat::Bf16,
     prefill: PrefillKernel::Fastest,
     weights: WeightFormat::Bf16,
+    join: Join::Gather,
 };
 
 /// Every check that a sanitizer has time for.

@@ -18,6 +18,9 @@ pub struct CudaConfig {
     pub kv_format: KvFormat,
     pub prefill: PrefillKernel,
     pub weights: WeightFormat,
+    /// Summing rounds each rank's part to bf16 first, and saves no time while ranks exchange
+    /// through the host.
+    pub join: Join,
 }
 
 impl Default for CudaConfig {
@@ -27,6 +30,7 @@ impl Default for CudaConfig {
             kv_format: KvFormat::Bf16,
             prefill: PrefillKernel::Fastest,
             weights: WeightFormat::Bf16,
+            join: Join::Gather,
         }
     }
 }
@@ -70,7 +74,6 @@ impl<D: Driver> Cuda<D> {
 }
 
 impl<D: Driver> Backend for Cuda<D> {
-    const JOIN: Join = Join::Sum;
     type Floats = Floats<D>;
     type Ints = Ints<D>;
     type Weight = linear::Weight<D>;
@@ -78,6 +81,10 @@ impl<D: Driver> Backend for Cuda<D> {
     type Kv = CudaKv<D>;
     type Cuts = attention::Cuts<D>;
     type Sampling = SampleRoom<D>;
+
+    fn join(&self) -> Join {
+        self.config.join
+    }
 
     fn floats(&self, len: usize) -> Result<Floats<D>, KernelError> {
         Floats::zeroed(&self.driver, len, Element::Bf16)

@@ -34,6 +34,11 @@ fn quantised_models_and_mixtures_of_experts_agree_with_them() {
 }
 
 #[test]
+fn models_whose_ranks_sum_come_near_them() {
+    models("models whose ranks sum", PrefillKernel::Mma);
+}
+
+#[test]
 fn models_with_weights_in_fp8_come_near_them() {
     models("models with weights in fp8", PrefillKernel::Wgmma);
 }

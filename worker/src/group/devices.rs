@@ -2,7 +2,7 @@
 //! generic over it.
 
 use cpu::{Cpu, CpuConfig};
-use kernels::{Backend, Heads};
+use kernels::{Backend, Heads, Join};
 use model::{Checkpoint, ModelError, Shard};
 
 use super::{
@@ -22,6 +22,8 @@ pub(super) trait Devices: Clone + Send + Sync + 'static {
     fn compute_beside_the_host(&self) -> bool;
     /// Bytes of one KV block of one layer.
     fn kv_block_bytes(&self, heads: Heads) -> Result<usize, WorkerError>;
+    /// As their `Backend::join`.
+    fn join(&self) -> Join;
     /// Bytes of a rank's weights once they are on the device.
     fn weight_bytes(&self, checkpoint: &Checkpoint, shard: &Shard) -> Result<u64, WorkerError>;
     /// Memory that all ranks together may take; `None` where it is unknown.
@@ -81,6 +83,10 @@ impl Devices for CpuConfig {
         false
     }
 
+    fn join(&self) -> Join {
+        Join::Gather
+    }
+
     fn kv_block_bytes(&self, heads: Heads) -> Result<usize, WorkerError> {
         // Only asked for sizes: it never computes.
         let device = Cpu::new(CpuConfig { threads: 1, ..*self }).map_err(ModelError::from)?;
@@ -106,7 +112,9 @@ impl Devices for CpuConfig {
 
 #[cfg(feature = "cuda")]
 mod cuda {
-    use super::{Available, Checkpoint, Devices, Heads, KvShare, ModelError, Shard, WorkerError};
+    use super::{
+        Available, Checkpoint, Devices, Heads, Join, KvShare, ModelError, Shard, WorkerError,
+    };
     use cuda::{Cuda, CudaConfig, Driver, Gpu, GpuConfig, WeightFormat};
     use kernels::KernelError;
     use model::Stack;
@@ -151,6 +159,10 @@ mod cuda {
 
         fn compute_beside_the_host(&self) -> bool {
             true
+        }
+
+        fn join(&self) -> Join {
+            self.config.join
         }
 
         fn kv_block_bytes(&self, heads: Heads) -> Result<usize, WorkerError> {

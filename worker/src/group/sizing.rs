@@ -3,7 +3,7 @@
 use std::{sync::Arc, thread, time::Duration};
 
 use cpu::{CpuConfig, Isa, Precision};
-use kernels::{BLOCK_TOKENS, Backend};
+use kernels::BLOCK_TOKENS;
 use model::{Checkpoint, ModelError, RunnerOptions, Shard, activation_bytes, prefix_reuse_max};
 
 use super::{
@@ -134,7 +134,7 @@ impl Task for Survey<'_> {
         let (checkpoint, config) = (self.checkpoint, self.checkpoint.config());
         let shard = |rank| checkpoint.shard(rank, self.ranks);
         let shards = (0..self.ranks).map(shard).collect::<Result<Vec<Shard>, _>>()?;
-        let joined = |shard: Shard| shard.joined_by(D::Backend::JOIN, config);
+        let joined = |shard: Shard| shard.joined_by(devices.join(), config);
         let shards: Vec<Shard> = shards.into_iter().map(joined).collect();
         let layers = config.layers as u64;
         for shard in &shards {

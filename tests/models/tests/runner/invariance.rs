@@ -173,7 +173,7 @@ fn a_sequence_is_the_same_alone_and_in_company() {
 
 #[test]
 fn a_sequence_is_the_same_whatever_the_instructions_and_ranks() {
-    for name in ["llama_smollm2", "qwen2_gptq_int4", "qwen2_moe"] {
+    for name in ["llama_smollm2", "qwen2_gptq_int4", "qwen3_moe"] {
         check_invariance(name, 2, || Plain);
         check_invariance(name, 3, exact);
         check_invariance(name, 2, fast);
