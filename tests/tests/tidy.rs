@@ -146,7 +146,8 @@ fn tokio_stays_upstairs() {
 #[test]
 fn unsafe_lives_in_kernels_and_their_emulation_alone() {
     for member in crates().iter().filter(|member| !UNSAFE.contains(&member.as_str())) {
-        for file in ["src/lib.rs", "src/main.rs", "src/gpu_check/main.rs"] {
+        let bins = ["src/gpu_check/main.rs", "src/requantise/main.rs"];
+        for file in ["src/lib.rs", "src/main.rs"].into_iter().chain(bins) {
             if let Ok(text) = fs::read_to_string(root().join(member).join(file)) {
                 assert!(text.contains("#![forbid(unsafe_code)]"), "{member}/{file}");
             }

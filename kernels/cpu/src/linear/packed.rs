@@ -206,6 +206,12 @@ impl TileLayout {
             }
     }
 
+    /// Whether `block` has other scales than the one before it.
+    #[inline(always)]
+    pub fn begins_scales(&self, scales: Scales, block: usize) -> bool {
+        scales != Scales::GroupZero || block.is_multiple_of(1 << self.group_shift)
+    }
+
     /// Where the f32 scales of e4m3 start that `block` has.
     #[inline(always)]
     pub fn run_scales_of(&self, block: usize) -> usize {

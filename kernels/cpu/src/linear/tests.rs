@@ -338,6 +338,35 @@ fn extreme_values_stay_in_their_rows() {
     }
 }
 
+/// Every product as large as it can be, so that sums in 16 bits would show that they are too short.
+#[test]
+fn the_largest_products_fit_their_sums() {
+    const COLS: usize = 256;
+    for (bits, q) in [(4, 0), (4, 15), (8, 0), (8, 255)] {
+        let groups = Groups::Runs { size: 128, first: 0 };
+        let (scales, zeros) = (vec![f16::ONE; 16 * 2], vec![1; 16 * 2]);
+        let grouped = Grouped { bits, values: vec![q; 16 * COLS].into(), groups, scales, zeros };
+        let part = WeightPart { rows: 16, cols: COLS, stored: Stored::Grouped(grouped) };
+        let weight = CpuWeight::pack(&[part], Precision::Fast).unwrap();
+        // Rows of 1, of −1 and of both.
+        let sign =
+            |row: usize, k: usize| if row == 0 || row == 2 && k % 2 == 0 { 1.0 } else { -1.0 };
+        let x: Vec<f32> = (0..6 * COLS).map(|at| sign(at / COLS % 3, at % COLS)).collect();
+        for isa in isas() {
+            let out = product(1, isa, &weight, &x, None);
+            for (row, sums) in out.chunks(16).enumerate() {
+                let sum = [1.0, -1.0, 0.0][row % 3] * COLS as f32 * (f32::from(q) - 1.0);
+                let near = |found: &f32| (found - sum).abs() <= 1e-3 * (1.0 + sum.abs());
+                assert!(
+                    sums.iter().all(near),
+                    "{bits} bits of {q}, {isa:?}: {} for {sum}",
+                    sums[0]
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn empty_shapes_are_no_work() {
     let part = Numbers(7).plain(Format::Q4_0, 5, 64);
