@@ -9,7 +9,7 @@ use common::GgufFile;
 use cpu::{Cpu, CpuConfig, Isa, Precision};
 use engine::plan::Want;
 use kernels::{WeightPart, plain::dequant::part_row};
-use model::Checkpoint;
+use model::{Checkpoint, FfnBlock};
 use models::{Driven, GREEDY, Group, OPTIONS, folder};
 use std::{
     ffi::OsStr,
@@ -39,8 +39,8 @@ fn matrices(checkpoint: &Checkpoint) -> (Vec<WeightPart<'static>>, Vec<WeightPar
         let parts = [
             checkpoint.qkv(layer, &shard),
             checkpoint.attn_out(layer, &shard),
-            checkpoint.gate_up(layer, &shard),
-            checkpoint.down(layer, &shard),
+            checkpoint.gate_up(layer, FfnBlock::Dense, &shard),
+            checkpoint.down(layer, FfnBlock::Dense, &shard),
         ];
         parts.into_iter().flat_map(Result::unwrap)
     });

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use kernels::{WeightPart, plain::dequant::part_row};
-use model::{Checkpoint, DecoderConfig, Shard};
+use model::{Checkpoint, DecoderConfig, FfnBlock, Shard};
 
 use crate::Result;
 
@@ -61,6 +61,9 @@ impl Source {
         if family == "qwen1" {
             return Err("original Qwen has names of its own, which are not written".into());
         }
+        if checkpoint.config().experts.is_some() {
+            return Err("mixtures of experts are not written".into());
+        }
         let all = checkpoint.config().vocab;
         let vocab = vocab.unwrap_or(all);
         if vocab == 0 || vocab > all {
@@ -94,8 +97,8 @@ impl Source {
         let matrices = [
             (&Q_K_V[..], model.qkv(layer, shard)?),
             (&[OUT][..], model.attn_out(layer, shard)?),
-            (&GATE_UP[..], model.gate_up(layer, shard)?),
-            (&[DOWN][..], model.down(layer, shard)?),
+            (&GATE_UP[..], model.gate_up(layer, FfnBlock::Dense, shard)?),
+            (&[DOWN][..], model.down(layer, FfnBlock::Dense, shard)?),
         ];
         for (names, parts) in matrices {
             for (name, part) in names.iter().zip(parts) {
