@@ -49,9 +49,9 @@ const OF_MODULES: [(&str, Closeness); 6] = [
     ("qwen3_fp8_block128", IN_BF16),
     ("qwen3_moe", ROUTED_IN_BF16),
 ];
-/// As `IN_BF16`, where ranks sum their parts of a result, each rounded to bf16. Measured: other
+/// As `F16_IN_BF16`, where ranks sum their parts of a result, each rounded to bf16. Measured: other
 /// tokens at margins up to 0.091.
-const SUMMED_IN_BF16: Closeness = Closeness { margin: 0.1, ..IN_BF16 };
+const SUMMED_IN_BF16: Closeness = Closeness { margin: 0.1, ..F16_IN_BF16 };
 /// Weights, and activations where they meet them, in e4m3: rounded to 4 bits. Measured: 1.65 and
 /// 0.318; other tokens up to 0.457. Sixteen times bf16's rounding, and about as much further off.
 const WEIGHTS_IN_FP8: Closeness = Closeness { logits: 1.8, rms: 0.35, margin: 0.5 };
