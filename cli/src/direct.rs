@@ -12,6 +12,24 @@ use engine::{Driven, check_ids};
 use kept_alive::KeptAlive;
 use worker::{Group, ModelInfo};
 
+/// Refuses what a group cannot run: unknown ids, too many tokens.
+pub fn check(info: &ModelInfo, prompt: &[u32], new: usize) -> Result<()> {
+    if prompt.is_empty() {
+        bail!("the prompt has no tokens");
+    }
+    check_ids("prompt", prompt, info.vocab)?;
+    let blocks = (prompt.len() + new).div_ceil(BLOCK_TOKENS);
+    if prompt.len() + new > info.context_max || blocks > info.blocks {
+        let most = info.context_max.min(info.blocks * BLOCK_TOKENS);
+        bail!(
+            "a prompt of {} + {new} new tokens exceeds the context of {most}; raise --context or \
+             --kv-memory, or shorten it",
+            prompt.len()
+        );
+    }
+    Ok(())
+}
+
 /// A group with nobody else on it.
 pub struct Direct {
     executor: KeptAlive,
@@ -29,25 +47,6 @@ impl Direct {
         let Group { executor, info } = group;
         let executor = KeptAlive::new(executor, info.ranks)?;
         Ok(Self { executor, info, number: 0, id: 0, released: Vec::new() })
-    }
-
-    /// Refuses what the group cannot run: unknown ids, too many tokens.
-    pub fn check(&self, prompt: &[u32], new: usize) -> Result<()> {
-        let (vocab, context) = (self.info.vocab, self.info.context_max);
-        if prompt.is_empty() {
-            bail!("the prompt has no tokens");
-        }
-        check_ids("prompt", prompt, vocab)?;
-        let blocks = (prompt.len() + new).div_ceil(BLOCK_TOKENS);
-        if prompt.len() + new > context || blocks > self.info.blocks {
-            let most = context.min(self.info.blocks * BLOCK_TOKENS);
-            bail!(
-                "a prompt of {} + {new} new tokens exceeds the context of {most}; raise --context \
-                 or --kv-memory, or shorten it",
-                prompt.len()
-            );
-        }
-        Ok(())
     }
 
     fn step(&mut self, chunk: Chunk) -> Result<StepOutput> {
@@ -77,7 +76,7 @@ impl Direct {
 
     /// A new sequence in the first blocks of the pool, which the one before it no longer has.
     fn begin(&mut self, prompt: &[u32], params: &SamplingParams, new: usize) -> Result<Driven> {
-        self.check(prompt, new)?;
+        check(&self.info, prompt, new)?;
         let blocks = (prompt.len() + new).div_ceil(BLOCK_TOKENS);
         let blocks = (0..blocks).map(|block| block as u32).collect();
         let id = self.id;

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use cpu::Isa;
-use text::Language;
-use worker::{Group, GroupConfig, ModelInfo, RankMode};
+use text::{Files, Language};
+use worker::{Group, GroupConfig, GroupPlan, ModelInfo, RankMode};
 
 use crate::args::GroupArgs;
 use crate::progress::{ProgressReport, Unit};
@@ -38,17 +38,30 @@ pub async fn resolve(args: &GroupArgs, rank_mode: RankMode) -> Result<GroupConfi
 /// A model whose tokenizer or settings cannot be read is refused before its weights are loaded,
 /// not at the first request.
 fn check_text(model: &Path) -> Result<()> {
-    let language = Language::load(&formats::text_files(model)?)
+    language(model, &formats::text_files(model)?).map(|_| ())
+}
+
+/// What `files` of a model say, with a warning for each thing that is wrong with them.
+fn language(model: &Path, files: &Files) -> Result<Language> {
+    let language = Language::load(files)
         .with_context(|| format!("cannot read the model {}", model.display()))?;
     for warning in language.warnings() {
         tracing::warn!(model = %model.display(), "{warning}");
     }
-    Ok(())
+    Ok(language)
+}
+
+/// Sizes a group, and reads how its model speaks, before anything is loaded.
+pub fn plan(config: GroupConfig) -> Result<(GroupPlan, Language)> {
+    let model = config.model.clone();
+    let plan = GroupPlan::new(config)?;
+    let language = language(&model, &plan.info().text_files)?;
+    Ok((plan, language))
 }
 
 /// Loads a group in this process.
-pub fn group(config: GroupConfig) -> Result<Group> {
-    let group = Group::start(config, &mut shown())?;
+pub fn group(plan: GroupPlan) -> Result<Group> {
+    let group = plan.start(&mut shown())?;
     log_model(&group.info);
     Ok(group)
 }

@@ -36,11 +36,11 @@ pub fn main(args: PerplexityArgs) -> Result<()> {
     let mut config = args.group.resolve(RankMode::Threads)?;
     let context = config.context_max.unwrap_or(WINDOW);
     config.context_max = Some(context);
-    let mut direct = Direct::new(load::group(config)?)?;
-    let language = Language::load(&direct.info.text_files)?;
+    let (plan, language) = load::plan(config)?;
     let plain = language.encode_ordinary(&text)?;
     let (tokens, bos) = with_bos(&language, &text, plain)?;
     let windows = windows(&tokens, context, bos)?;
+    let mut direct = Direct::new(load::group(plan)?)?;
     let mut perplexity = Perplexity::new(context);
     let mut progress = ProgressReport::new("windows", Unit::Items, windows.len() as u64);
     // Only the distribution itself is wanted.

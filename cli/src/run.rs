@@ -15,7 +15,7 @@ use text::{FinishReason, Language, Piece, Reader, Stops};
 use worker::RankMode;
 
 use crate::args::GroupArgs;
-use crate::direct::Direct;
+use crate::direct::{self, Direct};
 use crate::load;
 use crate::logits::LogitsFile;
 use crate::sampling::SamplingArgs;
@@ -79,16 +79,22 @@ struct Logprob {
 }
 
 pub fn main(args: RunArgs) -> Result<()> {
-    let mut direct = Direct::new(load::group(args.group.resolve(RankMode::Threads)?)?)?;
-    let language = Language::load(&direct.info.text_files)?;
+    // Everything that can be refused is, before the weights are loaded.
+    let (plan, language) = load::plan(args.group.resolve(RankMode::Threads)?)?;
+    let info = plan.info();
     let prompt = match (&args.prompt.prompt, &args.prompt.prompt_ids) {
         (Some(text), _) => language
             .encode(text)
             .context("--prompt needs the model's tokenizer; --prompt-ids does without")?,
         (None, ids) => ids.clone().unwrap_or_default(),
     };
-    let params = args.sampling.resolve(&language.defaults().params, direct.info.vocab)?;
-    direct.check(&prompt, args.max_tokens)?;
+    let params = args.sampling.resolve(&language.defaults().params, info.vocab)?;
+    Stops::check(&args.stop, &args.stop_ids, info.vocab).map_err(|error| {
+        let flag = if error.parameter() == Some("stop") { "--stop" } else { "--stop-ids" };
+        anyhow::Error::new(error).context(flag)
+    })?;
+    direct::check(info, &prompt, args.max_tokens)?;
+    let mut direct = Direct::new(load::group(plan)?)?;
     if let Some(path) = &args.logits_out {
         let mut file = LogitsFile::create(path, prompt.len(), direct.info.vocab)?;
         direct.logits(&prompt, &params, |rows| file.write(rows))?;

@@ -4,15 +4,12 @@
 //! is given, here. A value outside its range is refused with its name and the range.
 
 use crate::RouterError;
-use engine::{EngineError, check_count, check_ids, plan::SamplingParams};
+use engine::{EngineError, plan::SamplingParams};
 use proto::v1;
 use text::{GenerationDefaults, Stops};
 
 /// Choices of one prompt.
 const N_MAX: u32 = 128;
-const STOPS_MAX: usize = 64;
-const STOP_BYTES_MAX: usize = 1024;
-const STOP_IDS_MAX: usize = 256;
 
 /// What is valid and complete, but for the seed of each choice.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,9 +45,7 @@ pub(crate) fn resolve(
     if let Some(max) = input.max_tokens.filter(|&max| max < input.min_tokens) {
         return Err(outside("min_tokens", input.min_tokens, &format!("0 to max_tokens, {max}")));
     }
-    check_stops(&input.stop)?;
-    check_count("stop_token_ids", input.stop_token_ids.len(), STOP_IDS_MAX)?;
-    check_ids("stop_token_ids", &input.stop_token_ids, vocab_size)?;
+    Stops::check(&input.stop, &input.stop_token_ids, vocab_size)?;
     let params = sampling_params(&input, &defaults.params, vocab_size)?;
     let mut stops = Stops::new(input.stop, special);
     stops.named.retain(|(id, _)| (*id as usize) < vocab_size);
@@ -136,20 +131,6 @@ pub(crate) fn wire(params: SamplingParams, min_tokens: u32) -> v1::SamplingParam
 
 fn outside(name: &str, value: impl std::fmt::Display, range: &str) -> RouterError {
     RouterError::invalid(name, format!("{name} must be in {range}, not {value}"))
-}
-
-fn check_stops(stops: &[String]) -> Result<(), RouterError> {
-    if stops.len() > STOPS_MAX {
-        let many = format!("stop takes at most {STOPS_MAX} strings, not {}", stops.len());
-        return Err(RouterError::invalid("stop", many));
-    }
-    for stop in stops {
-        if stop.is_empty() || stop.len() > STOP_BYTES_MAX {
-            let range = format!("1 to {STOP_BYTES_MAX} bytes each");
-            return Err(outside("stop", format!("{} bytes", stop.len()), &range));
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

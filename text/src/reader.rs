@@ -6,7 +6,13 @@
 
 use std::collections::VecDeque;
 
+use engine::{EngineError, check_count, check_ids};
+
 use crate::{Detokenizer, stop::StopStrings};
+
+const STOPS_MAX: usize = 64;
+const STOP_BYTES_MAX: usize = 1024;
+const STOP_IDS_MAX: usize = 256;
 
 /// What ends the text beside the stop ids that whoever samples looks for.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -27,6 +33,27 @@ impl Stops {
         let named = strings.iter().filter_map(|text| Some((special(text)?, text.clone())));
         let named = named.collect();
         Self { strings, named, ..Self::default() }
+    }
+
+    /// Whether so many stop strings as these, and ids of a vocabulary of `vocab`, may end an answer,
+    /// whichever way they came.
+    ///
+    /// # Errors
+    /// `Parameter` and `Token`, of `stop` or `stop_token_ids`.
+    pub fn check(strings: &[String], ids: &[u32], vocab: usize) -> Result<(), EngineError> {
+        let refuse = |value: String, allowed: String| {
+            Err(EngineError::Parameter { name: "stop", value, allowed })
+        };
+        if strings.len() > STOPS_MAX {
+            return refuse(strings.len().to_string(), format!("at most {STOPS_MAX} strings"));
+        }
+        let sound = |stop: &&String| (1..=STOP_BYTES_MAX).contains(&stop.len());
+        if let Some(stop) = strings.iter().find(|stop| !sound(stop)) {
+            let value = format!("{} bytes", stop.len());
+            return refuse(value, format!("in 1 to {STOP_BYTES_MAX} bytes each"));
+        }
+        check_count("stop_token_ids", ids.len(), STOP_IDS_MAX)?;
+        check_ids("stop_token_ids", ids, vocab)
     }
 }
 
