@@ -35,8 +35,8 @@ impl Stops {
         Self { strings, named, ..Self::default() }
     }
 
-    /// Whether so many stop strings as these, and ids of a vocabulary of `vocab`, may end an answer,
-    /// whichever way they came.
+    /// Whether so many stop strings as these, and ids of a vocabulary of `vocab`, may end an
+    /// answer, whichever way they came.
     ///
     /// # Errors
     /// `Parameter` and `Token`, of `stop` or `stop_token_ids`.

@@ -11,6 +11,7 @@ mod kv;
 pub mod linear;
 mod memory;
 pub mod pool;
+mod rotation;
 mod rows;
 mod simd;
 
@@ -27,9 +28,9 @@ use kernels::{
     sampling::{Refused, SampleRequest, Sampled},
     shape,
 };
-use kv::{Blocks, Element, Store, Stored};
+use kv::{Blocks, Element, Stored};
 use linear::{LinearScratch, Product};
-use rows::{Add, QkNorm, RmsNorm, Rope, SiluMul};
+use rows::{Add, RmsNorm, SiluMul};
 use serde::{Deserialize, Serialize};
 use simd::{Level, dispatch};
 use std::{
@@ -99,53 +100,7 @@ impl Cpu {
         call.run(&self.pool, self.level, &self.attention, out);
         Ok(())
     }
-
-    /// Norms query heads with the first weight and key heads with the second.
-    fn norm_heads(
-        &self,
-        qkv: &mut Tensor<Self>,
-        (q, k, eps): (&Tensor<Self>, &Tensor<Self>, f32),
-        heads: Heads,
-    ) {
-        const COST: usize = 3;
-        let (cols, q, k) = (qkv.cols, used(q), used(k));
-        rows::split(&self.pool, used_mut(qkv), (cols, COST), &|_, qkv| {
-            dispatch(self.level, QkNorm { qkv, q, k, eps, heads });
-        });
-    }
-
-    /// Rotates each row by its row of `cos_sin`, queries times their factors.
-    fn rotate(
-        &self,
-        qkv: &mut Tensor<Self>,
-        cos_sin: &[f32],
-        (table_rows, q_scale): (&[i32], Option<&[f32]>),
-        heads: Heads,
-    ) {
-        const COST: usize = 2;
-        let cols = qkv.cols;
-        rows::split(&self.pool, used_mut(qkv), (cols, COST), &|first, qkv| {
-            let (table_rows, q_scale) = (&table_rows[first..], q_scale.map(|s| &s[first..]));
-            dispatch(self.level, Rope { qkv, cos_sin, table_rows, q_scale, heads });
-        });
-    }
-
-    fn store<E: Element>(&self, blocks: &mut Blocks<E>, qkv: &[f32], slots: &[i32], heads: Heads) {
-        let (keys, values) = blocks.writers();
-        let (keys, values) = (&keys, &values);
-        let one = |_: usize, head: usize| {
-            dispatch(self.level, Store { keys, values, qkv, slots, heads, head });
-        };
-        if slots.len() < STORE_INLINE_ROWS {
-            (0..heads.kv).for_each(|head| one(0, head));
-        } else {
-            self.pool.for_each(heads.kv, &one);
-        }
-    }
 }
-
-/// Rows whose K and V one thread stores faster than several wake up.
-const STORE_INLINE_ROWS: usize = 32;
 
 /// The rows in use of a tensor.
 fn used(tensor: &Tensor<Cpu>) -> &[f32] {

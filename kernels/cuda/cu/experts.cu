@@ -7,9 +7,9 @@ constexpr int WARPS = THREADS / WARP;
 
 // ---- choosing ----------------------------------------------------------------------------------
 //
-// A warp for each token. The k largest logits are found one after another, each the largest of those
-// behind the one before, so nothing is marked and no list is held: k (E / 32) reads a lane, from the
-// L1 after the first round. Latency-bound, as all work on 100 numbers is.
+// A warp for each token. The k largest logits are found one after another, each the largest of
+// those behind the one before, so nothing is marked and no list is held: k (E / 32) reads a lane,
+// from the L1 after the first round. Latency-bound, as all work on 100 numbers is.
 
 struct RouteArgs {
     const float* logits;  // [tokens, logit_cols]
@@ -59,7 +59,8 @@ KERNEL(experts_choose, RouteArgs, THREADS) {
     }
     if (args.normalise == 0) {
         total = 0.0f;
-        for (uint32_t e = lane; e < args.experts; e += WARP) total += weight_of(logits[e] - largest);
+        for (uint32_t e = lane; e < args.experts; e += WARP)
+            total += weight_of(logits[e] - largest);
         total = warp_sum(total);
     }
     if (lane < args.per_token) weights[lane] = mine / total;

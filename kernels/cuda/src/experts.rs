@@ -1,7 +1,7 @@
 //! Mixtures of experts. Kernels: `experts.cu`.
 //!
-//! Experts' matrices are bf16, whatever the checkpoint and the other weights are stored as: products
-//! by expert have no other kernel.
+//! Experts' matrices are bf16, whatever the checkpoint and the other weights are stored as:
+//! products by expert have no other kernel.
 
 use super::{
     Array, Cuda, Driver, Element, Launch,

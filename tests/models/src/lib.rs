@@ -36,9 +36,9 @@ const IN_BF16: Closeness = Closeness { logits: 0.2, rms: 0.035, margin: 0.06 };
 /// As `IN_BF16`, for checkpoints in f16, whose tables lose three of their bits to bf16. Measured:
 /// 0.173 and 0.0358.
 const F16_IN_BF16: Closeness = Closeness { rms: 0.04, ..IN_BF16 };
-/// As `IN_BF16`, where a token's experts may be others: at one token of the continuations the logits
-/// of the last expert chosen and of the next are 0.0036 apart, where rounding decides, and another
-/// token of margin 0.3234 follows. Everywhere else the bounds of `IN_BF16` hold.
+/// As `IN_BF16`, where a token's experts may be others: at one token of the continuations the
+/// logits of the last expert chosen and of the next are 0.0036 apart, where rounding decides, and
+/// another token of margin 0.3234 follows. Everywhere else the bounds of `IN_BF16` hold.
 const ROUTED_IN_BF16: Closeness = Closeness { margin: 0.35, ..IN_BF16 };
 /// Checkpoints whose matrices are no plain numbers, or several: attention in them is as in others.
 const OF_MODULES: [(&str, Closeness); 6] = [

@@ -7,8 +7,8 @@
 //! one model differ in the layers' matrices alone. `f32` holds what the input's numbers stand for,
 //! so that of a quantised input it is the reference.
 //!
-//! The whole output is held in memory. Refused: original Qwen, mixtures of experts and stretched positions,
-//! and as GGUF files whose rows lie in another order (Llama).
+//! The whole output is held in memory. Refused: original Qwen, mixtures of experts and
+//! stretched positions, and as GGUF files whose rows lie in another order (Llama).
 
 mod folder;
 mod gguf;
