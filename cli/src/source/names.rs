@@ -79,6 +79,6 @@ pub fn listing() -> String {
     let demo = (super::demo::NAME, "SmolLM2-135M-Instruct Q4_1, 98 MB", "from PyPI");
     let lines = std::iter::once(&demo).chain(NAMES);
     let lines: Vec<_> =
-        lines.map(|(name, from, what)| format!("{name:<20} {from:<34} {what}")).collect();
+        lines.map(|(name, from, what)| format!("{name:<20} {from:<36} {what}")).collect();
     lines.join("\n")
 }
