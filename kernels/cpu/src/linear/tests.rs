@@ -349,8 +349,11 @@ fn the_largest_products_fit_their_sums() {
         let part = WeightPart { rows: 16, cols: COLS, stored: Stored::Grouped(grouped) };
         let weight = CpuWeight::pack(&[part], Precision::Fast).unwrap();
         // Rows of 1, of −1 and of both.
-        let sign =
-            |row: usize, k: usize| if row == 0 || row == 2 && k % 2 == 0 { 1.0 } else { -1.0 };
+        let sign = |row: usize, k: usize| match row {
+            0 => 1.0,
+            2 if k.is_multiple_of(2) => 1.0,
+            _ => -1.0,
+        };
         let x: Vec<f32> = (0..6 * COLS).map(|at| sign(at / COLS % 3, at % COLS)).collect();
         for isa in isas() {
             let out = product(1, isa, &weight, &x, None);
