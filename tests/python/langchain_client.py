@@ -34,7 +34,8 @@ class Langchain(unittest.TestCase):
 
     def test_chat_with_defaults(self):
         # By default draws differ each time, and a model this small may never come to an end.
-        answer = self.chat(max_tokens=64).invoke([SystemMessage("Be brief."), HumanMessage(CAPITAL)])
+        chat = self.chat(max_tokens=64)
+        answer = chat.invoke([SystemMessage("Be brief."), HumanMessage(CAPITAL)])
         self.assertTrue(answer.content)
         usage = answer.usage_metadata
         self.assertEqual(usage["total_tokens"], usage["input_tokens"] + usage["output_tokens"])
