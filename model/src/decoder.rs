@@ -4,7 +4,7 @@
 //! the rows of the rope table. Every rank holds whole rows of every matrix and computes those
 //! columns of its result; before the next product ranks gather the columns. No sum over K is ever
 //! cut, so the numbers are the same, bit for bit, on any number of ranks. Devices that say so
-//! (`Backend::JOIN`) hold columns of the matrices that end half a layer instead, and sum.
+//! (`Backend::join`) hold columns of the matrices that end half a layer instead, and sum.
 
 mod feed_forward;
 mod load;

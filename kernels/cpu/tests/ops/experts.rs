@@ -1,20 +1,11 @@
 //! Mixtures of experts on every CPU level against the plain backend, and bit for bit alone and
 //! among others.
 
-use cpu::{Cpu, CpuConfig, Isa, Precision};
 use kernels::{
     Backend, ExpertRows, Format, KernelError, Routes, Routing, Tensor, WeightPart, plain::Plain,
 };
 
-/// Reproducible values in [-1, 1), exact in half precision.
-fn noise(seed: u64, len: usize) -> Vec<f32> {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963);
-        (state >> 33) % 2048
-    };
-    (0..len).map(|_| next() as f32 / 1024.0 - 1.0).collect()
-}
+use crate::common::{Random, assert_close, assert_same_bits, devices, host};
 
 fn routing(experts: usize, per_token: usize) -> Routing {
     Routing { experts, per_token, normalise: experts % 2 == 1, shared: per_token.is_multiple_of(2) }
@@ -22,6 +13,8 @@ fn routing(experts: usize, per_token: usize) -> Routing {
 
 const HIDDEN: usize = 40;
 const WIDTH: usize = 24;
+/// Of results below 2.
+const NEAR: f32 = 5e-6;
 
 fn stack<B: Backend>(
     device: &B,
@@ -29,17 +22,11 @@ fn stack<B: Backend>(
     [n, k]: [usize; 2],
 ) -> Result<B::Experts, KernelError> {
     let mut stack = device.experts([experts, n, k])?;
-    for matrix in noise(seed, experts * n * k).chunks_exact(n * k) {
+    for matrix in Random(seed).floats(experts * n * k).chunks_exact(n * k) {
         let data: Vec<u8> = matrix.iter().flat_map(|v| (v / 8.0).to_le_bytes()).collect();
         device.push_expert(&mut stack, &[WeightPart::plain(Format::F32, n, k, data)])?;
     }
     Ok(stack)
-}
-
-fn host<B: Backend>(device: &B, tensor: &Tensor<B>) -> Vec<f32> {
-    let mut values = vec![0.0; tensor.rows * tensor.cols];
-    device.read_floats(&mut values, &tensor.data).unwrap();
-    values
 }
 
 /// Weights and results of the tokens in `x` [T, H], whose logits are `logits`.
@@ -65,40 +52,21 @@ fn run<B: Backend>(
     Ok((host(device, &routes.weights), host(device, &out)))
 }
 
-fn devices() -> impl Iterator<Item = Cpu> {
-    let levels = Isa::ALL.into_iter().filter(|&isa| isa <= Isa::detect());
-    let each = |isa| {
-        let precisions = [Precision::Exact, Precision::Fast].into_iter();
-        precisions.flat_map(move |precision| {
-            (1..=2).map(move |threads| Cpu::new(CpuConfig { threads, precision, isa }).unwrap())
-        })
-    };
-    levels.flat_map(each)
-}
-
-#[track_caller]
-fn assert_close(what: &str, got: &[f32], wanted: &[f32]) {
-    assert_eq!(got.len(), wanted.len());
-    for (at, (got, wanted)) in got.iter().zip(wanted).enumerate() {
-        assert!((got - wanted).abs() < 1e-5, "{what} [{at}]: {got}, wanted {wanted}");
-    }
-}
-
 #[test]
 fn every_level_agrees_with_the_oracle() {
     for (experts, per_token, tokens) in
         [(1, 1, 3), (4, 2, 0), (4, 2, 1), (8, 3, 20), (33, 8, 7), (64, 32, 2), (2, 1, 40)]
     {
         let routing = routing(experts, per_token);
-        let x = noise(3, tokens * HIDDEN);
+        let x = Random(3).floats(tokens * HIDDEN);
         let logits: Vec<f32> =
-            noise(4, tokens * routing.logits()).iter().map(|v| v * 4.0).collect();
+            Random(4).floats(tokens * routing.logits()).iter().map(|v| v * 4.0).collect();
         let wanted = run(&Plain, routing, &x, &logits).unwrap();
-        for device in devices() {
-            let what = format!("{routing:?} by {:?}", device.isa());
+        for (name, device) in devices() {
+            let what = format!("{routing:?} by {name}");
             let got = run(&device, routing, &x, &logits).unwrap();
-            assert_close(&what, &got.0, &wanted.0);
-            assert_close(&what, &got.1, &wanted.1);
+            assert_close(&what, &got.0, &wanted.0, NEAR);
+            assert_close(&what, &got.1, &wanted.1, NEAR);
         }
     }
 }
@@ -112,30 +80,31 @@ fn of_equal_logits_the_first_counts() {
         [f32::NEG_INFINITY, -1.0, f32::NEG_INFINITY, -1.0, -90.0, -90.0, -91.0],
         [-0.0, 0.0, -0.0, 0.0, -0.0, 0.0, -0.0],
     ];
-    let x = noise(5, rows.len() * HIDDEN);
+    let x = Random(5).floats(rows.len() * HIDDEN);
     let wanted = run(&Plain, routing, &x, rows.as_flattened()).unwrap();
-    for device in devices() {
+    for (name, device) in devices() {
         let got = run(&device, routing, &x, rows.as_flattened()).unwrap();
-        assert_close("weights", &got.0, &wanted.0);
-        assert_close("results", &got.1, &wanted.1);
+        assert_close(&name, &got.0, &wanted.0, NEAR);
+        assert_close(&name, &got.1, &wanted.1, NEAR);
     }
     // What is no number chooses some expert, and none that is not there.
-    let device = devices().next().unwrap();
+    let (_, device) = devices().swap_remove(0);
     run(&device, routing, &x[..HIDDEN], &[f32::NAN; 7]).unwrap();
 }
 
 #[test]
 fn a_token_is_the_same_alone_and_among_others() {
     let routing = routing(4, 2);
-    let (x, logits) = (noise(6, 50 * HIDDEN), noise(7, 50 * routing.logits()));
-    for device in devices() {
+    let (x, logits) = (Random(6).floats(50 * HIDDEN), Random(7).floats(50 * routing.logits()));
+    for (name, device) in devices() {
         let all = run(&device, routing, &x, &logits).unwrap().1;
         for some in [0..1, 49..50, 7..30] {
             let cut = |values: &[f32], cols: usize| -> Vec<f32> {
                 values[some.start * cols..some.end * cols].to_vec()
             };
             let got = run(&device, routing, &cut(&x, HIDDEN), &cut(&logits, routing.logits()));
-            assert_eq!(got.unwrap().1, cut(&all, HIDDEN), "tokens {some:?} by {:?}", device.isa());
+            let what = format!("tokens {some:?} by {name}");
+            assert_same_bits(&what, &got.unwrap().1, &cut(&all, HIDDEN));
         }
     }
 }
