@@ -72,10 +72,13 @@ pub struct GroupArgs {
     /// Compute threads of each rank [default: the machine's, shared evenly]
     #[arg(long, env = "LOCKSTEP_THREADS")]
     threads: Option<usize>,
-    /// What computes: cpu, cuda, or cuda:N for cards from N on, one for each rank where there are
-    /// as many
+    /// What computes: cpu, cuda, or cuda:N for cards from N on, one for each rank
     #[arg(long, value_parser = device, default_value = "cpu", env = "LOCKSTEP_DEVICE")]
     device: Device,
+    /// Lets all ranks take the first CUDA card where there are fewer cards than ranks: slow, for
+    /// tests
+    #[arg(long, env = "LOCKSTEP_SHARE_CARDS")]
+    share_cards: bool,
     /// How CUDA cards keep the layers' weights, whatever the file stores; fp8 halves their memory,
     /// rounded with a scale for each row as they are loaded [default: bf16]
     #[arg(long, value_enum, env = "LOCKSTEP_WEIGHTS")]
@@ -150,14 +153,20 @@ impl GroupArgs {
 
     fn device(&self) -> Result<Device> {
         let mut device = self.device;
-        let Device::Cuda { config, .. } = &mut device else {
-            for (flag, given) in [("--weights", self.weights), ("--kv-cache", self.kv_cache)] {
-                if given.is_some() {
+        let Device::Cuda { config, share, .. } = &mut device else {
+            let given = [
+                ("--weights", self.weights.is_some()),
+                ("--kv-cache", self.kv_cache.is_some()),
+                ("--share-cards", self.share_cards),
+            ];
+            for (flag, given) in given {
+                if given {
                     bail!("{flag} is for CUDA cards; add --device cuda, or leave it out");
                 }
             }
             return Ok(device);
         };
+        *share = self.share_cards;
         if let Some(FloatName::Fp8) = self.weights {
             config.weights = WeightFormat::Fp8;
         }
@@ -171,7 +180,8 @@ impl GroupArgs {
 /// `cpu`, `cuda` or `cuda:N`.
 fn device(text: &str) -> Result<Device, String> {
     let wrong = || format!("{text:?} is no device; write cpu, cuda or cuda:N");
-    let cuda = |first| Device::Cuda { first, config: CudaConfig::default() };
+    let config = CudaConfig::default();
+    let cuda = |first| Device::Cuda { first, config, share: false };
     match text.split_once(':') {
         None if text == "cpu" => Ok(Device::Cpu),
         None if text == "cuda" => Ok(cuda(0)),
@@ -210,7 +220,8 @@ mod tests {
 
     #[test]
     fn devices_are_read_with_their_number() {
-        let cuda = |first| Device::Cuda { first, config: CudaConfig::default() };
+        let config = CudaConfig::default();
+        let cuda = |first| Device::Cuda { first, config, share: false };
         assert_eq!(device("cpu"), Ok(Device::Cpu));
         assert_eq!(device("cuda"), Ok(cuda(0)));
         assert_eq!(device("cuda:3"), Ok(cuda(3)));
@@ -233,7 +244,8 @@ mod tests {
     #[test]
     fn formats_are_for_cards() {
         let config = |weights, kv_format| CudaConfig { weights, kv_format, ..Default::default() };
-        let cuda = |first, weights, kv| Device::Cuda { first, config: config(weights, kv) };
+        let cuda =
+            |first, weights, kv| Device::Cuda { first, config: config(weights, kv), share: false };
         for (line, wanted) in [
             ("x", Device::Cpu),
             ("x --device cuda:2", cuda(2, WeightFormat::Bf16, KvFormat::Bf16)),

@@ -223,7 +223,9 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
             scratch: &mut self.scratch,
         };
         self.decoder.forward(&mut cx, &self.batch.batch)?;
-        self.read_logits(plan)
+        let output = self.read_logits(plan)?;
+        self.group.check(&self.device)?;
+        Ok(output)
     }
 
     fn update_sequences(&mut self, plan: &StepPlan) {

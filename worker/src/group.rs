@@ -31,10 +31,12 @@ use sizing::Sizing;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Device {
     Cpu,
-    /// Cards from `first` on, one a rank where there are as many, else `first` for all ranks.
+    /// Cards from `first` on, one a rank.
     Cuda {
         first: usize,
         config: CudaConfig,
+        /// Where there are fewer cards than ranks, all ranks take the first: for tests.
+        share: bool,
     },
 }
 

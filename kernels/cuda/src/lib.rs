@@ -18,6 +18,7 @@ mod fp8;
 mod int4;
 mod linear;
 mod norm;
+mod peers;
 mod rope;
 mod rows;
 mod sampling;
@@ -32,6 +33,7 @@ pub use experts::CudaExperts;
 pub use fp8::{Fp8, Fp8Scaling};
 pub use int4::FUSED_ROWS_MAX;
 pub use linear::WeightFormat;
+pub use peers::{PEERS_MAX, PeerConfig, PeerRegion, Peers};
 pub use rope::{CudaKv, KvFormat};
 pub use sampling::SampleRoom;
 

@@ -144,6 +144,17 @@ impl<B: Backend> Gathered<B> {
         group.all_gather_cols(device, whole, &self.local, cols)?;
         Ok(whole)
     }
+
+    /// As [`Self::gather`], where rank 0 alone needs them.
+    pub fn gather_to_first<C: Collective<B>>(
+        &mut self,
+        device: &B,
+        group: &mut C,
+        cols: &[usize],
+    ) -> Result<(), ModelError> {
+        let Some(whole) = &mut self.whole else { return Ok(()) };
+        Ok(group.gather_cols(device, whole, &self.local, cols)?)
+    }
 }
 
 impl<B: Backend> Scratch<B> {

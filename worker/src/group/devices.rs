@@ -1,6 +1,7 @@
 //! What the ranks of a group compute on. The one place that chooses a backend; everything else is
 //! generic over it.
 
+use collective::{Collective, HostCollective, Staged};
 use cpu::{Cpu, CpuConfig};
 use kernels::{Backend, Heads, Join};
 use model::{Checkpoint, ModelError, Shard};
@@ -14,9 +15,17 @@ use crate::WorkerError;
 /// The devices of a group's ranks.
 pub(super) trait Devices: Clone + Send + Sync + 'static {
     type Backend: Backend;
+    /// How ranks exchange tensors.
+    type Link<H: HostCollective>: Collective<Self::Backend>;
 
     /// Opens the device of one rank.
     fn open(&self, rank: usize) -> Result<Self::Backend, WorkerError>;
+    /// Meets the other ranks, which `host` reaches; all do so at once.
+    fn link<H: HostCollective>(
+        &self,
+        device: &Self::Backend,
+        host: H,
+    ) -> Result<Self::Link<H>, WorkerError>;
     /// Whether a step leaves the host free to plan the next one. Where both compute on the same
     /// cores, one plan at a time is faster.
     fn compute_beside_the_host(&self) -> bool;
@@ -59,7 +68,9 @@ pub(super) fn on_devices<T: Task>(
     match device {
         Device::Cpu => task.on(cpu),
         #[cfg(feature = "cuda")]
-        Device::Cuda { first, config } => task.on(cuda::Cards::find(first, config, ranks)?),
+        Device::Cuda { first, config, share } => {
+            task.on(cuda::Cards::find((first, share), config, ranks)?)
+        }
         #[cfg(not(feature = "cuda"))]
         Device::Cuda { .. } => {
             let ranks = if ranks == 1 { "1 rank".to_owned() } else { format!("{ranks} ranks") };
@@ -74,9 +85,14 @@ pub(super) fn on_devices<T: Task>(
 /// Ranks on the CPU share the machine.
 impl Devices for CpuConfig {
     type Backend = Cpu;
+    type Link<H: HostCollective> = Staged<H>;
 
     fn open(&self, _rank: usize) -> Result<Cpu, WorkerError> {
         Ok(Cpu::new(*self).map_err(ModelError::from)?)
+    }
+
+    fn link<H: HostCollective>(&self, _device: &Cpu, host: H) -> Result<Staged<H>, WorkerError> {
+        Ok(Staged::new(host))
     }
 
     fn compute_beside_the_host(&self) -> bool {
@@ -113,14 +129,15 @@ impl Devices for CpuConfig {
 #[cfg(feature = "cuda")]
 mod cuda {
     use super::{
-        Available, Checkpoint, Devices, Heads, Join, KvShare, ModelError, Shard, WorkerError,
+        Available, Checkpoint, Devices, Heads, HostCollective, Join, KvShare, ModelError, Shard,
+        WorkerError,
     };
-    use cuda::{Cuda, CudaConfig, Driver, Gpu, GpuConfig, WeightFormat};
+    use collective::PeerMemory;
+    use cuda::{Cuda, CudaConfig, Driver, Gpu, GpuConfig, PeerConfig, WeightFormat};
     use kernels::KernelError;
     use model::Stack;
 
-    /// The card of each rank: one each from the first on where there are as many, else the first
-    /// for all.
+    /// The card of each rank: one each from the first on, or the first for all.
     #[derive(Clone, Debug)]
     pub struct Cards {
         of_ranks: Vec<usize>,
@@ -128,9 +145,22 @@ mod cuda {
     }
 
     impl Cards {
-        pub fn find(first: usize, config: CudaConfig, ranks: usize) -> Result<Self, WorkerError> {
+        /// Where `share` says so, ranks share the first card if there are fewer cards than ranks.
+        pub fn find(
+            (first, share): (usize, bool),
+            config: CudaConfig,
+            ranks: usize,
+        ) -> Result<Self, WorkerError> {
             let count = Gpu::count().map_err(ModelError::from)?;
             let spread = first.saturating_add(ranks) <= count;
+            if !spread && ranks > 1 && !share {
+                let from = count.saturating_sub(first);
+                return Err(WorkerError::Config(format!(
+                    "{ranks} ranks and {from} cards from cuda:{first} on: each rank takes a card \
+                     of its own; lower --tp, choose other cards, or let the ranks share one with \
+                     --share-cards, which is slow and for tests"
+                )));
+            }
             let card = |rank| if spread { first + rank } else { first };
             Ok(Self { of_ranks: (0..ranks).map(card).collect(), config })
         }
@@ -152,9 +182,20 @@ mod cuda {
 
     impl Devices for Cards {
         type Backend = Cuda<Gpu>;
+        type Link<H: HostCollective> = PeerMemory<Gpu, H>;
 
         fn open(&self, rank: usize) -> Result<Cuda<Gpu>, WorkerError> {
             Ok(Cuda::new(self.card(rank)?, self.config))
+        }
+
+        fn link<H: HostCollective>(
+            &self,
+            device: &Cuda<Gpu>,
+            host: H,
+        ) -> Result<PeerMemory<Gpu, H>, WorkerError> {
+            let limit = GpuConfig::new(0).wait_limit;
+            let config = PeerConfig::new(host.world_size(), limit);
+            Ok(PeerMemory::new(device, host, config).map_err(ModelError::from)?)
         }
 
         fn compute_beside_the_host(&self) -> bool {
@@ -162,7 +203,7 @@ mod cuda {
         }
 
         fn join(&self) -> Join {
-            self.config.join
+            Join::Sum
         }
 
         fn kv_block_bytes(&self, heads: Heads) -> Result<usize, WorkerError> {

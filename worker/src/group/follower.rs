@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use collective::{Collective, HostCollective, Staged};
+use collective::{Collective, HostCollective};
 use cpu::CpuConfig;
 use kernels::Backend;
 use model::{Checkpoint, ModelError, Runner, RunnerOptions};
@@ -34,9 +34,10 @@ pub(super) fn load<D: Devices, H: HostCollective>(
     checkpoint: &Checkpoint,
     options: RunnerOptions,
     progress: LoadProgress<'_>,
-) -> Result<Runner<D::Backend, Staged<H>>, WorkerError> {
+) -> Result<Runner<D::Backend, D::Link<H>>, WorkerError> {
     let device = devices.open(data.rank())?;
-    Ok(Runner::load(device, Staged::new(data), checkpoint, options, progress)?)
+    let link = devices.link(&device, data)?;
+    Ok(Runner::load(device, link, checkpoint, options, progress)?)
 }
 
 /// Waits until every rank has loaded.
@@ -77,11 +78,10 @@ mod tests {
             kv_format: KvFormat::Fp8,
             prefill: PrefillKernel::Mma,
             weights: WeightFormat::Fp8,
-            join: kernels::Join::Sum,
         };
         let runner =
             RunnerOptions { blocks: 1, step_tokens_max: 2, sequences_max: 3, context_max: 4 };
-        for device in [Device::Cpu, Device::Cuda { first: 5, config }] {
+        for device in [Device::Cpu, Device::Cuda { first: 5, config, share: true }] {
             for isa in Isa::ALL {
                 for precision in [Precision::Fast, Precision::Exact] {
                     let cpu = CpuConfig { threads: 6, precision, isa };

@@ -184,6 +184,15 @@ impl Context {
         Ok((context, facts))
     }
 
+    /// As the driver counts devices.
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
+    pub fn device(&self) -> sys::CUdevice {
+        self.device
+    }
+
     pub fn stream(&self) -> sys::CUstream {
         self.stream
     }
