@@ -1,4 +1,4 @@
-//! The code that talks to NVIDIA's driver, against one in host memory (`driver/libcuda.c`): what
+//! The code that talks to NVIDIA's driver, against one in host memory (`emulate::machine`): what
 //! goes there comes back, what is wrong is refused in words, and nothing waits for ever.
 #![cfg(feature = "cuda")]
 
@@ -6,7 +6,6 @@ use cuda::{Driver, Gpu, GpuConfig, Launch};
 use kernels::KernelError;
 use std::{
     env,
-    path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
 };
@@ -14,33 +13,18 @@ use std::{
 /// Set for the process that runs on the fake driver.
 const ON_THE_FAKE: &str = "LOCKSTEP_ON_THE_FAKE_DRIVER";
 
-/// Compiles the fake driver for one test; the folder that it is in.
-fn fake(test: &str) -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/driver/libcuda.c");
-    let name = format!("{test}.{}", std::process::id());
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-    std::fs::create_dir_all(&folder).expect("a writable folder");
-    let mut command = Command::new("cc");
-    command.args(["-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o"]);
-    let done = command.arg(folder.join("libcuda.so")).arg(source).status();
-    assert!(done.expect("cc runs").success(), "the fake driver does not compile");
-    folder
-}
-
 /// Runs `body` in a process of its own that finds the fake driver.
 fn on_the_fake(test: &str, settings: &[(&str, &str)], body: impl FnOnce()) {
     if env::var_os(ON_THE_FAKE).is_some() {
         return body();
     }
-    let folder = fake(test);
     let done = Command::new(env::current_exe().expect("the test's own path"))
         .args(["--exact", test, "--nocapture"])
+        .envs(emulate::machine(1))
         .envs(settings.iter().copied())
         .env(ON_THE_FAKE, "1")
-        .env("LD_LIBRARY_PATH", &folder)
         .output()
         .expect("the test runs again");
-    std::fs::remove_dir_all(folder).expect("the fake driver goes");
     let out = String::from_utf8_lossy(&done.stdout);
     let errors = String::from_utf8_lossy(&done.stderr);
     assert!(done.status.success() && out.contains("1 passed"), "{errors}{out}");
@@ -135,7 +119,7 @@ fn a_device_without_memory_is_told_and_goes_on() {
 
 #[test]
 fn a_device_that_hangs_is_given_up_in_time() {
-    let settings = [("FAKE_END", "600")];
+    let settings = [("FAKE_HANG", "add_bf16")];
     on_the_fake("a_device_that_hangs_is_given_up_in_time", &settings, || {
         let gpu = open().unwrap();
         let memory = gpu.zeroed("a test", 64).unwrap();
@@ -152,7 +136,7 @@ fn a_device_that_hangs_is_given_up_in_time() {
 
 #[test]
 fn giving_back_what_a_hung_device_uses_does_not_wait_for_ever() {
-    let settings = [("FAKE_END", "600")];
+    let settings = [("FAKE_HANG", "add_bf16")];
     on_the_fake("giving_back_what_a_hung_device_uses_does_not_wait_for_ever", &settings, || {
         let gpu = open().unwrap();
         let memory = gpu.zeroed("a test", 64).unwrap();
@@ -166,7 +150,7 @@ fn giving_back_what_a_hung_device_uses_does_not_wait_for_ever() {
 
 #[test]
 fn a_fault_names_itself_and_the_last_kernel() {
-    let settings = [("FAKE_END", "700")];
+    let settings = [("FAKE_FAULT", "add_bf16")];
     on_the_fake("a_fault_names_itself_and_the_last_kernel", &settings, || {
         let gpu = open().unwrap();
         let memory = gpu.zeroed("a test", 64).unwrap();
