@@ -4,30 +4,10 @@
 
 use cuda::{Driver, Gpu, GpuConfig, Launch};
 use kernels::KernelError;
-use std::{
-    env,
-    process::Command,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
-/// Set for the process that runs on the fake driver.
-const ON_THE_FAKE: &str = "LOCKSTEP_ON_THE_FAKE_DRIVER";
-
-/// Runs `body` in a process of its own that finds the fake driver.
 fn on_the_fake(test: &str, settings: &[(&str, &str)], body: impl FnOnce()) {
-    if env::var_os(ON_THE_FAKE).is_some() {
-        return body();
-    }
-    let done = Command::new(env::current_exe().expect("the test's own path"))
-        .args(["--exact", test, "--nocapture"])
-        .envs(emulate::machine(1))
-        .envs(settings.iter().copied())
-        .env(ON_THE_FAKE, "1")
-        .output()
-        .expect("the test runs again");
-    let out = String::from_utf8_lossy(&done.stdout);
-    let errors = String::from_utf8_lossy(&done.stderr);
-    assert!(done.status.success() && out.contains("1 passed"), "{errors}{out}");
+    emulate::on_machine(test, 1, settings, body);
 }
 
 fn open() -> Result<Gpu, KernelError> {

@@ -40,7 +40,7 @@ mod machine;
 mod product;
 
 pub use compile::{ASAN, PLAIN, RACES, Variant, libasan, library};
-pub use machine::machine;
+pub use machine::{machine, on_machine};
 
 type LaunchFn = unsafe extern "C" fn(
     *const c_char,

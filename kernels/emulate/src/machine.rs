@@ -4,6 +4,7 @@
 
 use crate::compile::{self, COMPILER, PLAIN, digest, here, text};
 use std::{
+    env,
     ffi::OsString,
     fs::{self, File},
     path::{Path, PathBuf},
@@ -31,6 +32,29 @@ pub fn machine(cards: usize) -> Vec<(&'static str, OsString)> {
         ("LOCKSTEP_FAKE_KERNELS", compile::library(PLAIN).into()),
         ("FAKE_DEVICES", cards.to_string().into()),
     ]
+}
+
+/// Runs `body`, which is all of the test called `test`, in a process of its own on a machine of
+/// `cards` cards, with `settings` in its environment.
+///
+/// # Panics
+/// Where the body does, and as [`machine`].
+pub fn on_machine(test: &str, cards: usize, settings: &[(&str, &str)], body: impl FnOnce()) {
+    /// Set for the process that runs there.
+    const THERE: &str = "LOCKSTEP_ON_THE_FAKE_MACHINE";
+    if env::var_os(THERE).is_some() {
+        return body();
+    }
+    let done = Command::new(env::current_exe().expect("the test's own path"))
+        .args(["--exact", test, "--nocapture", "--include-ignored"])
+        .envs(machine(cards))
+        .envs(settings.iter().copied())
+        .env(THERE, "1")
+        .output()
+        .expect("the test runs again");
+    let out = String::from_utf8_lossy(&done.stdout);
+    let errors = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success() && out.contains("1 passed"), "{errors}{out}");
 }
 
 /// The folder of both libraries, named after what they are made of.
