@@ -4,7 +4,8 @@
 //
 // The environment says how it misbehaves: FAKE_ALGORITHMS=exact makes an algorithm good for no other
 // number of rows than it was chosen for; FAKE_REFUSES lists, with commas between, what there are no
-// algorithms for: "bias", "scales" (vectors of them), "fp8", "rows:N" (products of N rows).
+// algorithms for: "bias", "scales" (vectors of them), "fp8", "rows:N" (products of N rows);
+// FAKE_CANDIDATES (1) is how many algorithms there are, all alike.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -288,7 +289,9 @@ EXPORTED int cublasLtMatmulAlgoGetHeuristic(void*, Desc* desc, Layout* a, Layout
     const Product product{desc, a, b, c, d};
     *count = 0;
     if (const int status = check(product)) return status;
-    for (; *count < asked && *count < 3; ++*count) {
+    const char* candidates = getenv("FAKE_CANDIDATES");
+    const int all = candidates ? std::atoi(candidates) : 1;
+    for (; *count < asked && *count < all; ++*count) {
         const auto candidate = static_cast<uint64_t>(*count);
         found[*count] = {{MARK, candidate, product.m(), product.n(), product.k(), product.kind(),
                           {}}, 0, SUCCESS, 1.0f, {}};

@@ -21,7 +21,7 @@ use std::{
 /// - `FAKE_ALGORITHMS=exact`: cuBLASLt's algorithms fit no other number of rows than they were
 ///   chosen for;
 /// - `FAKE_REFUSES`: with commas between, what cuBLASLt has no algorithm for: `bias`, `scales`,
-///   `fp8`, `rows:5`.
+///   `fp8`, `rows:5`; `FAKE_CANDIDATES`: how many algorithms it knows, 1.
 ///
 /// # Panics
 /// Where the C++ compiler is missing or refuses the sources: there is nothing to test with.

@@ -108,6 +108,10 @@ impl Driver for Card {
     fn gemm(&self, gemm: Gemm) -> Result<(), KernelError> {
         self.gpu.gemm(gemm)
     }
+
+    fn expect_products(&self, n_k: (usize, usize), is_fp8: bool) -> Result<(), KernelError> {
+        self.gpu.expect_products(n_k, is_fp8)
+    }
 }
 
 /// Empties the device's caches and times a run by the device's own clock.
