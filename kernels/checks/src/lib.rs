@@ -12,6 +12,7 @@ mod cuts;
 pub mod decode;
 mod e4m3;
 pub mod elementwise;
+pub mod every_rows;
 pub mod experts;
 mod flat;
 pub mod fp8;
@@ -51,6 +52,7 @@ pub const BF16: CudaConfig = CudaConfig {
 pub fn all<D: Driver>() -> Vec<Check<D>> {
     [
         elementwise::checks(),
+        every_rows::checks(),
         experts::checks(),
         fp8::checks(),
         int4::checks(),
@@ -68,6 +70,12 @@ pub fn all<D: Driver>() -> Vec<Check<D>> {
     .into_iter()
     .flatten()
     .collect()
+}
+
+/// The checks of what reading alone expects to fail on a device first, in that order.
+pub fn risks<D: Driver>() -> Vec<Check<D>> {
+    let rooms = [every_rows::checks(), prefill_sm90::checks(), int4::checks(), decode::checks()];
+    rooms.into_iter().flatten().collect()
 }
 
 /// Reproducible values, about evenly spread over (-1, 1).

@@ -10,6 +10,7 @@ mod functions;
 mod handles;
 mod mapping;
 mod memory;
+mod patience;
 
 use super::{Driver, Facts, Gemm, Launch};
 use blas::Blas;
@@ -20,7 +21,7 @@ use kernels::KernelError;
 pub use memory::Memory;
 use memory::{Downloads, Uploads};
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -46,8 +47,7 @@ pub struct Gpu {
     functions: Functions,
     uploads: Mutex<Uploads>,
     downloads: Mutex<Downloads>,
-    /// Opened by the first product.
-    blas: Mutex<Option<Blas>>,
+    blas: Mutex<Blas>,
     timers: (Event, Event),
     facts: Facts,
     context: Arc<Context>,
@@ -62,11 +62,11 @@ impl Gpu {
         context::count()
     }
 
-    /// Opens a device and loads every kernel's name.
+    /// Opens a device, loads every kernel and opens cuBLASLt: nothing of it is left to a step.
     ///
     /// # Errors
-    /// `KernelError::Device` says what is missing: the driver, a newer one, the device, or kernels
-    /// for it.
+    /// `KernelError::Device` says what is missing: the driver, a newer one, the device, kernels for
+    /// it, or cuBLASLt; `KernelError::Memory` where there is none for its workspace.
     pub fn open(config: GpuConfig) -> Result<Self, KernelError> {
         let (context, facts) = Context::open(config)?;
         let context = Arc::new(context);
@@ -74,7 +74,8 @@ impl Gpu {
             functions: Functions::load(&context)?,
             uploads: Mutex::new(Uploads::new(&context)?),
             downloads: Mutex::new(Downloads::new(&context)?),
-            blas: Mutex::new(None),
+            // With its workspace, so that memory said to be free is.
+            blas: Mutex::new(Blas::open(&context)?),
             timers: (Event::timed(&context)?, Event::timed(&context)?),
             facts,
             context,
@@ -131,6 +132,22 @@ impl Gpu {
     /// `KernelError::Device` where some of it failed, or the device hangs.
     pub fn settle(&self) -> Result<(), KernelError> {
         self.context.settle()
+    }
+
+    fn blas(&self) -> MutexGuard<'_, Blas> {
+        self.blas.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// cuBLASLt's version, e.g. 13.0.2, and what its products were led around, in words.
+    pub fn products(&self) -> (String, Vec<String>) {
+        let version = Blas::version();
+        let release = format!("{}.{}.{}", version / 10000, version / 100 % 100, version % 100);
+        (release, self.blas().told())
+    }
+
+    /// How many kernels were loaded when it was opened.
+    pub fn kernels(&self) -> usize {
+        self.functions.len()
     }
 
     /// Versions, for reports.
@@ -191,11 +208,12 @@ impl Driver for Gpu {
 
     fn gemm(&self, gemm: Gemm) -> Result<(), KernelError> {
         self.context.enter()?;
-        let mut blas = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
-        let blas = match &mut *blas {
-            Some(blas) => blas,
-            none => none.insert(Blas::open(&self.context)?),
-        };
-        blas.product(&self.context, gemm)
+        let launch = |launch: Launch<'_>| self.launch(launch);
+        self.blas().product(&launch, &gemm)
+    }
+
+    fn expect_products(&self, n_k: (usize, usize), is_fp8: bool) -> Result<(), KernelError> {
+        self.context.enter()?;
+        self.blas().choose(n_k, is_fp8)
     }
 }

@@ -17,6 +17,7 @@ mod experts;
 mod fp8;
 mod int4;
 mod linear;
+mod measure;
 mod norm;
 mod peers;
 mod rope;

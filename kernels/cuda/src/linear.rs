@@ -76,7 +76,12 @@ impl<D: Driver> Weight<D> {
         let (rows, cols) = WeightPart::check(parts)?;
         match Int4::new(&device.driver, parts)? {
             Some(values) => Ok(Self { rows, cols, stored: Stored::Int4(values) }),
-            None => Self::rounded(device, parts, (rows, cols), format),
+            None => {
+                let driver = &device.driver;
+                let is_fp8 = format.is_fp8(rows, cols) && driver.facts().fp8_products();
+                driver.expect_products((rows, cols), is_fp8)?;
+                Self::rounded(device, parts, (rows, cols), format)
+            }
         }
     }
 

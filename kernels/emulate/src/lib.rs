@@ -2,6 +2,9 @@
 //! scheduler of fibers (`simt.cpp`). A tool for tests, not shipped: slow and exact.
 //!
 //! Device memory is host memory, so that AddressSanitizer sees each access outside it.
+//!
+//! [`Emulator`] stands in for the driver code of the product; [`machine()`] stands in for NVIDIA's
+//! libraries beneath it, for whole processes.
 
 use cuda::{Driver, Facts, Gemm, Launch};
 use kernels::KernelError;
@@ -38,9 +41,11 @@ impl Schedule {
 }
 
 pub mod compile;
+mod machine;
 mod product;
 
 pub use compile::{ASAN, PLAIN, RACES, Variant, libasan, library};
+pub use machine::{machine, on_machine};
 
 type LaunchFn = unsafe extern "C" fn(
     *const c_char,

@@ -70,15 +70,27 @@ pub fn checks<D: Driver>() -> Vec<Check<D>> {
     ]
 }
 
+/// A card's tensor cores add in another order than the emulation, whose worst logit is within 14 %
+/// of its limit: one of some hundred thousand may well be past it there, and says nothing. On a card
+/// the root of the mean square and the margins judge, as tightly as in the emulation; the limit for
+/// a single logit is 0.3, which a wrong kernel passes by far (weights in e4m3 are 1.65 off).
+fn on<D: Driver>(device: Device<'_, D>, close: Closeness) -> Closeness {
+    match device(BF16).driver().facts().name == "emulated" {
+        true => close,
+        false => Closeness { logits: close.logits.max(0.3), ..close },
+    }
+}
+
 fn in_bf16<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let apart = |name: &&str| OF_MODULES.iter().any(|(other, _)| name == other);
     let names: Vec<&str> = NAMES.into_iter().filter(|name| !apart(name)).collect();
-    check(&names, &|| device(BF16), peer_memory, IN_BF16)
+    check(&names, &|| device(BF16), peer_memory, on(device, IN_BF16))
 }
 
 fn of_modules<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
-    let mut each = OF_MODULES.into_iter();
-    each.try_for_each(|(name, close)| check(&[name], &|| device(BF16), peer_memory, close))
+    OF_MODULES.into_iter().try_for_each(|(name, close)| {
+        check(&[name], &|| device(BF16), peer_memory, on(device, close))
+    })
 }
 
 fn weights_in_fp8<D: Driver>(device: Device<'_, D>) -> Result<(), String> {

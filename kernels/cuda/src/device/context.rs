@@ -1,13 +1,20 @@
 //! The driver, one device's context, and everything that waits for it.
 
-use super::{GpuConfig, sys};
+use super::{
+    GpuConfig,
+    patience::{self, Next, Patience},
+    sys,
+};
 use crate::Facts;
 use kernels::KernelError;
 use std::{
     ffi::{CStr, c_char, c_int},
     fmt::Display,
     ptr,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -15,9 +22,6 @@ use sys::{CUdevice_attribute_enum as Attribute, CUresult};
 
 /// What the calls here need from the driver, whatever compiled the kernels: 12.8.
 const VERSION_MIN: c_int = 12080;
-/// A wait yields for this long, then sleeps between looks.
-const YIELD_LIMIT: Duration = Duration::from_millis(2);
-const POLL: Duration = Duration::from_micros(50);
 
 /// Calls the driver: `call!(context, what, function(arguments))`.
 macro_rules! call {
@@ -143,6 +147,9 @@ pub(super) struct Context {
     broken: OnceLock<String>,
     /// The last kernel launched, for messages: failures come later than their cause.
     launched: Mutex<Option<Arc<str>>>,
+    /// Kernels launched since the last wait.
+    kernels: AtomicU32,
+    patience: Mutex<Patience>,
 }
 
 // SAFETY: the driver's handles may be used from any thread, each call making the context current.
@@ -175,7 +182,18 @@ impl Context {
         started("making the device's context", result)?;
         let (broken, launched) = (OnceLock::new(), Mutex::new(None));
         let stream = ptr::null_mut();
-        let mut context = Self { ordinal, device, handle, stream, wait_limit, broken, launched };
+        let (kernels, patience) = (AtomicU32::new(0), Mutex::default());
+        let mut context = Self {
+            ordinal,
+            device,
+            handle,
+            stream,
+            wait_limit,
+            broken,
+            launched,
+            kernels,
+            patience,
+        };
         context.enter()?;
         let mut stream = ptr::null_mut();
         let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
@@ -225,6 +243,7 @@ impl Context {
     }
 
     pub fn launched(&self, kernel: &Arc<str>) {
+        self.kernels.fetch_add(1, Ordering::Relaxed);
         let mut last = self.launched.lock().unwrap_or_else(PoisonError::into_inner);
         *last = Some(Arc::clone(kernel));
     }
@@ -245,10 +264,16 @@ impl Context {
 
     /// Asks until the answer is another than "not ready".
     fn poll(&self, query: impl Fn() -> CUresult) -> Result<(), KernelError> {
+        let kernels = self.kernels.swap(0, Ordering::Relaxed);
+        let known = || self.patience.lock().unwrap_or_else(PoisonError::into_inner);
+        let expected = known().expected(kernels);
         let start = Instant::now();
         loop {
             match query() {
-                CUresult::CUDA_SUCCESS => return Ok(()),
+                CUresult::CUDA_SUCCESS => {
+                    known().learn(kernels, start.elapsed());
+                    return Ok(());
+                }
                 CUresult::CUDA_ERROR_NOT_READY => {}
                 result => return self.check("running kernels", result),
             }
@@ -257,9 +282,9 @@ impl Context {
                 let limit = self.wait_limit.as_secs_f64();
                 return Err(self.fail(format!("the device has not finished within {limit} s")));
             }
-            match waited < YIELD_LIMIT {
-                true => thread::yield_now(),
-                false => thread::sleep(POLL),
+            match patience::next(waited, expected) {
+                Next::Yield => thread::yield_now(),
+                Next::Sleep(time) => thread::sleep(time.min(self.wait_limit)),
             }
         }
     }

@@ -113,8 +113,8 @@ const PAUSE: Duration = Duration::from_secs(2);
 
 /// Has all work done, by as many processes as it takes. `command` makes one that leaves out so many
 /// of the first pieces and ends at the limit by itself; `each` gets every line, and one with an
-/// error for work that its process did not survive. Answers how a process ended that should not
-/// have ended so, though its work was done.
+/// error for work that its process did not survive. Answers why not all was done, or how a process
+/// ended that should not have ended so, though its work was.
 pub fn every(
     command: impl Fn(usize) -> Command,
     limits: Limits,
@@ -147,7 +147,7 @@ pub fn every(
             done += 1;
         }
         if Instant::now() >= limits.end {
-            return Ok(None);
+            return Ok(Some("its time was over".into()));
         }
         // The device may still be busy with the end of the process before.
         idle = if done == before { idle + 1 } else { 0 };
@@ -254,7 +254,8 @@ mod tests {
         let (result, done) = told(work("2) sleep 100 & sleep 100;;"), limits(20_000, 300));
         assert_eq!((result, names(&done)), (Ok(None), "012!34".into()));
         let (result, done) = told(work("0) sleep 100 & exec sleep 100;;"), limits(300, 20_000));
-        assert_eq!((result, names(&done)), (Ok(None), "0!".into()));
+        let over = Ok(Some("its time was over".to_owned()));
+        assert_eq!((result, names(&done)), (over, "0!".into()));
         assert!(start.elapsed() < Duration::from_secs(15));
     }
 
