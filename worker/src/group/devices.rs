@@ -2,14 +2,17 @@
 //! generic over it.
 
 use cpu::{Cpu, CpuConfig};
-use kernels::{Backend, Heads, Join};
-use model::{Checkpoint, ModelError, Shard};
+use kernels::{Backend, Join};
+use model::{Checkpoint, DecoderConfig, ModelError, RunnerOptions, Shard};
 
 use super::{
     Device,
     memory::{Available, available},
 };
-use crate::WorkerError;
+use crate::{
+    WorkerError,
+    plan::layout::{KvShare, Place, RankCost},
+};
 
 /// The devices of a group's ranks.
 pub(super) trait Devices: Clone + Send + Sync + 'static {
@@ -20,27 +23,27 @@ pub(super) trait Devices: Clone + Send + Sync + 'static {
     /// Whether a step leaves the host free to plan the next one. Where both compute on the same
     /// cores, one plan at a time is faster.
     fn compute_beside_the_host(&self) -> bool;
-    /// Bytes of one KV block of one layer.
-    fn kv_block_bytes(&self, heads: Heads) -> Result<usize, WorkerError>;
     /// As their `Backend::join`.
     fn join(&self) -> Join;
-    /// Bytes of a rank's weights once they are on the device.
-    fn weight_bytes(&self, checkpoint: &Checkpoint, shard: &Shard) -> Result<u64, WorkerError>;
-    /// Memory that all ranks together may take; `None` where it is unknown.
-    fn available(&self) -> Result<Option<Available>, WorkerError>;
+    /// What a rank holds of a model.
+    fn cost(
+        &self,
+        checkpoint: &Checkpoint,
+        shard: &Shard,
+        step_tokens_max: usize,
+    ) -> Result<RankCost, WorkerError>;
+    /// Bytes that a rank takes beside weights and KV cache.
+    fn scratch(
+        &self,
+        config: &DecoderConfig,
+        shard: &Shard,
+        cost: &RankCost,
+        options: &RunnerOptions,
+    ) -> u64;
+    /// The memory that the ranks take from.
+    fn places(&self, ranks: usize) -> Result<Vec<Place>, WorkerError>;
     /// How much of what is left the KV pool takes by default.
     fn kv_share(&self) -> KvShare;
-    /// For people.
-    fn describe(&self) -> Result<String, WorkerError>;
-}
-
-/// The default KV pool's part of the memory that weights and scratch leave.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct KvShare {
-    /// One of so many parts.
-    pub part: u64,
-    /// Contexts that are enough.
-    pub contexts_max: u64,
 }
 
 /// Work that is generic over the devices, run once they are chosen.
@@ -87,37 +90,49 @@ impl Devices for CpuConfig {
         Join::Gather
     }
 
-    fn kv_block_bytes(&self, heads: Heads) -> Result<usize, WorkerError> {
+    fn cost(
+        &self,
+        checkpoint: &Checkpoint,
+        shard: &Shard,
+        _step_tokens_max: usize,
+    ) -> Result<RankCost, WorkerError> {
         // Only asked for sizes: it never computes.
         let device = Cpu::new(CpuConfig { threads: 1, ..*self }).map_err(ModelError::from)?;
-        Ok(device.kv_block_bytes(heads))
+        let block = device.kv_block_bytes(shard.heads()) * checkpoint.config().layers;
+        let weights = checkpoint.weight_bytes(shard)?;
+        Ok(RankCost { weights, block: block as u64, products: 0 })
     }
 
-    fn weight_bytes(&self, checkpoint: &Checkpoint, shard: &Shard) -> Result<u64, WorkerError> {
-        Ok(checkpoint.weight_bytes(shard)?)
+    fn scratch(
+        &self,
+        config: &DecoderConfig,
+        shard: &Shard,
+        _cost: &RankCost,
+        options: &RunnerOptions,
+    ) -> u64 {
+        model::elements(config, shard, options).bytes(size_of::<f32>())
     }
 
-    fn available(&self) -> Result<Option<Available>, WorkerError> {
-        Ok(available())
+    fn places(&self, ranks: usize) -> Result<Vec<Place>, WorkerError> {
+        let available = available().unwrap_or(Available { bytes: u64::MAX, source: "unknown" });
+        let (bytes, source) = (available.bytes, available.source.to_owned());
+        Ok(vec![Place { ranks: 0..ranks, name: "cpu".into(), bytes, source }])
     }
 
     fn kv_share(&self) -> KvShare {
         KvShare { part: 4, contexts_max: 16 }
-    }
-
-    fn describe(&self) -> Result<String, WorkerError> {
-        Ok("cpu".into())
     }
 }
 
 #[cfg(feature = "cuda")]
 mod cuda {
     use super::{
-        Available, Checkpoint, Devices, Heads, Join, KvShare, ModelError, Shard, WorkerError,
+        Checkpoint, DecoderConfig, Devices, Join, KvShare, ModelError, Place, RankCost,
+        RunnerOptions, Shard, WorkerError,
     };
-    use cuda::{Cuda, CudaConfig, Driver, Gpu, GpuConfig, WeightFormat};
+    use crate::plan::{card, human};
+    use cuda::{Cuda, CudaConfig, Driver, Gpu, GpuConfig};
     use kernels::KernelError;
-    use model::Stack;
 
     /// The card of each rank: one each from the first on where there are as many, else the first
     /// for all.
@@ -141,13 +156,6 @@ mod cuda {
             let opened = card.and_then(|card| Gpu::open(GpuConfig::new(card)));
             Ok(opened.map_err(ModelError::from)?)
         }
-
-        /// The distinct cards, by their first ranks.
-        fn firsts(&self) -> impl Iterator<Item = usize> {
-            let cards = &self.of_ranks;
-            let spread = cards.first() != cards.last();
-            0..if spread { cards.len() } else { cards.len().min(1) }
-        }
     }
 
     impl Devices for Cards {
@@ -165,39 +173,45 @@ mod cuda {
             self.config.join
         }
 
-        fn kv_block_bytes(&self, heads: Heads) -> Result<usize, WorkerError> {
-            Ok(self.config.kv_format.block_bytes(heads))
+        fn cost(
+            &self,
+            checkpoint: &Checkpoint,
+            shard: &Shard,
+            step_tokens_max: usize,
+        ) -> Result<RankCost, WorkerError> {
+            let fp8_products = self.card(shard.rank)?.facts().fp8_products();
+            Ok(card::cost(self.config, fp8_products, checkpoint, shard, step_tokens_max)?)
         }
 
-        fn weight_bytes(&self, checkpoint: &Checkpoint, shard: &Shard) -> Result<u64, WorkerError> {
-            let bytes = |stack: Stack| match stack.is_table {
-                true => WeightFormat::table_bytes(&stack.parts),
-                false => self.config.weights.bytes(&stack.parts),
+        fn scratch(
+            &self,
+            config: &DecoderConfig,
+            shard: &Shard,
+            cost: &RankCost,
+            options: &RunnerOptions,
+        ) -> u64 {
+            card::scratch(self.config, config, shard, cost, options)
+        }
+
+        fn places(&self, ranks: usize) -> Result<Vec<Place>, WorkerError> {
+            // Ranks have cards of their own, or all have one.
+            let shared = self.of_ranks.first() == self.of_ranks.last();
+            let each = if shared { ranks } else { 1 };
+            let place = |first: usize| -> Result<Place, WorkerError> {
+                let card = self.card(first)?;
+                let free = card.free_bytes().map_err(ModelError::from)?;
+                Ok(Place {
+                    ranks: first..first + each,
+                    name: format!("cuda:{} {}", self.of_ranks[first], card.facts().name),
+                    bytes: card::usable(free, each),
+                    source: format!("of {} free, less 1.1 GB a rank for the driver", human(free)),
+                })
             };
-            Ok(checkpoint.stacks(shard)?.into_iter().map(bytes).sum())
-        }
-
-        fn available(&self) -> Result<Option<Available>, WorkerError> {
-            // Ranks take about the same, so the fullest card bounds them all.
-            let (mut least, mut cards) = (u64::MAX, 0);
-            for rank in self.firsts() {
-                let free = self.card(rank)?.free_bytes().map_err(ModelError::from)?;
-                (least, cards) = (least.min(free), cards + 1);
-            }
-            // The rest is for the driver, workspaces and fragments.
-            let bytes = least / 10 * 9 * cards;
-            Ok(Some(Available { bytes, source: "90 % of the devices' free memory" }))
+            (0..ranks).step_by(each).map(place).collect()
         }
 
         fn kv_share(&self) -> KvShare {
-            KvShare { part: 1, contexts_max: u64::MAX }
-        }
-
-        fn describe(&self) -> Result<String, WorkerError> {
-            let name = |rank| -> Result<String, WorkerError> {
-                Ok(format!("cuda:{} {}", self.of_ranks[rank], self.card(rank)?.facts().name))
-            };
-            Ok(self.firsts().map(name).collect::<Result<Vec<_>, _>>()?.join(", "))
+            card::KV_SHARE
         }
     }
 }

@@ -8,7 +8,7 @@
 //! not asked for.
 
 use super::{context::Context, memory::Memory};
-use crate::{Element, Gemm, Scales};
+use crate::{Element, GEMM_WORKSPACE_BYTES, Gemm, Scales};
 use cudarc::cublaslt::sys as lt;
 use kernels::KernelError;
 use lt::cublasLtMatmulDescAttributes_t as DescAttribute;
@@ -21,8 +21,6 @@ use std::{
     sync::Arc,
 };
 
-/// What NVIDIA advises for Hopper.
-const WORKSPACE_BYTES: usize = 32 << 20;
 /// cuBLAS's word for a transposed operand.
 const TRANSPOSED: i32 = 1;
 /// Plans are small; a model has a dozen shapes.
@@ -101,7 +99,7 @@ impl Blas {
                     .into(),
             ));
         }
-        let workspace = Memory::zeroed(context, "the matrix product", WORKSPACE_BYTES)?;
+        let workspace = Memory::zeroed(context, "the matrix product", GEMM_WORKSPACE_BYTES)?;
         let mut handle = ptr::null_mut();
         blas!(context, "opening", cublasLtCreate(&mut handle))?;
         Ok(Self { handle, workspace, plans: HashMap::new(), context: Arc::clone(context) })
@@ -151,7 +149,7 @@ impl Blas {
                 out,
                 &plan.algorithm,
                 workspace,
-                WORKSPACE_BYTES,
+                GEMM_WORKSPACE_BYTES,
                 context.stream().cast(),
             )
         )
@@ -224,7 +222,7 @@ impl Plan {
     ) -> Result<lt::cublasLtMatmulAlgo_t, KernelError> {
         use lt::cublasLtMatmulPreferenceAttributes_t as Attribute;
         let preference = Preference::new(context)?;
-        let bytes = WORKSPACE_BYTES;
+        let bytes = GEMM_WORKSPACE_BYTES;
         preference.set(context, Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, bytes)?;
         let none = 0u32;
         preference.set(context, Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, none)?;

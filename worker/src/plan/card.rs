@@ -1,0 +1,68 @@
+//! What a rank takes of a CUDA card. Needs no card: sizes follow from shapes.
+
+use cuda::{CudaConfig, Element, StepShape, WeightFormat};
+use model::{Checkpoint, DecoderConfig, ModelError, RunnerOptions, Shard, Stack, logit_rows_max};
+
+use super::layout::{KvShare, RankCost};
+
+/// Of a card's free memory, what is left alone for each rank: kernels that the driver and cuBLASLt
+/// load as they are first used, and the rest of the 2 MiB pages that larger allocations end in.
+const RESERVE_BYTES: u64 = 1 << 30;
+
+/// What ranks can use of `free` bytes.
+pub(crate) fn usable(free: u64, ranks: usize) -> u64 {
+    free.saturating_sub(RESERVE_BYTES * ranks as u64)
+}
+
+/// A card serves one model: the KV pool takes all that is left.
+pub(crate) const KV_SHARE: KvShare = KvShare { part: 1, contexts_max: u64::MAX };
+
+/// What a rank holds of a model on a card with `fp8_products`, as `cuda::Facts` tells it.
+///
+/// # Errors
+/// As [`Checkpoint::stacks`].
+pub(crate) fn cost(
+    cuda: CudaConfig,
+    fp8_products: bool,
+    checkpoint: &Checkpoint,
+    shard: &Shard,
+    step_tokens_max: usize,
+) -> Result<RankCost, ModelError> {
+    let layers = checkpoint.config().layers as u64;
+    let block = layers * cuda.kv_format.block_bytes(shard.heads()) as u64;
+    let mut cost = RankCost { weights: 0, block, products: 0 };
+    for Stack { is_table, parts } in checkpoint.stacks(shard)? {
+        if is_table {
+            cost.weights += WeightFormat::table_bytes(&parts);
+        } else {
+            cost.weights += cuda.weights.bytes(&parts);
+            let products = cuda.product_bytes(&parts, step_tokens_max, fp8_products);
+            cost.products = cost.products.max(products);
+        }
+    }
+    Ok(cost)
+}
+
+/// Bytes beside weights and KV cache.
+pub(crate) fn scratch(
+    cuda: CudaConfig,
+    config: &DecoderConfig,
+    shard: &Shard,
+    cost: &RankCost,
+    options: &RunnerOptions,
+) -> u64 {
+    let RunnerOptions { step_tokens_max, sequences_max, context_max, .. } = *options;
+    let sampled = (logit_rows_max(step_tokens_max), config.vocab);
+    let step = cuda.step_bytes(&StepShape {
+        tokens_max: step_tokens_max,
+        sequences_max,
+        context_max,
+        heads: shard.heads(),
+        sampled: (shard.rank == 0).then_some(sampled),
+        products: cost.products,
+    });
+    model::elements(config, shard, options).bytes(Element::Bf16.bytes()) + step
+}
+
+#[cfg(test)]
+mod tests;
