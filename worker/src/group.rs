@@ -64,7 +64,7 @@ pub struct GroupConfig {
     /// them.
     pub context_max: Option<usize>,
     /// Bytes of the KV pool, all ranks together. Default: of the memory that weights and scratch
-    /// leave, a quarter or 16 contexts, whichever is less, on the CPU; 90 % on CUDA devices.
+    /// leave, a quarter or 16 contexts, whichever is less, on the CPU; all of it on CUDA devices.
     pub kv_memory: Option<u64>,
     /// Tokens in one step, at most.
     pub step_tokens_max: usize,
@@ -128,6 +128,8 @@ pub struct ModelInfo {
     pub step_tokens_max: usize,
     /// How long a step with answers in it should take, where that bounds steps.
     pub step_target: Option<Duration>,
+    /// A step that takes longer has hung; `None` where nothing predicts it.
+    pub step_deadline: Option<Duration>,
     pub sequences_max: usize,
     /// What a router needs to speak the model's language, by file name.
     pub text_files: BTreeMap<String, Vec<u8>>,

@@ -8,7 +8,7 @@ mod handle;
 mod mailbox;
 mod metrics;
 mod places;
-mod plan;
+pub mod plan;
 mod server;
 mod service;
 mod validate;

@@ -1,6 +1,8 @@
 //! What the ranks of a group compute on. The one place that chooses a backend; everything else is
 //! generic over it.
 
+use std::time::Duration;
+
 use cpu::{Cpu, CpuConfig};
 use kernels::{Backend, Join};
 use model::{Checkpoint, DecoderConfig, ModelError, RunnerOptions, Shard};
@@ -11,7 +13,7 @@ use super::{
 };
 use crate::{
     WorkerError,
-    plan::layout::{KvShare, Place, RankCost},
+    plan::layout::{KvShare, Place, RankCost, Wanted},
 };
 
 /// The devices of a group's ranks.
@@ -44,6 +46,16 @@ pub(super) trait Devices: Clone + Send + Sync + 'static {
     fn places(&self, ranks: usize) -> Result<Vec<Place>, WorkerError>;
     /// How much of what is left the KV pool takes by default.
     fn kv_share(&self) -> KvShare;
+    /// What to do about a group that does not fit.
+    fn advice(&self, checkpoint: &Checkpoint, wanted: &Wanted, places: &[Place]) -> String;
+    /// When a step is taken for hung, where that is known.
+    fn step_deadline(
+        &self,
+        checkpoint: &Checkpoint,
+        shards: &[Shard],
+        places: &[Place],
+        options: &RunnerOptions,
+    ) -> Result<Option<Duration>, WorkerError>;
 }
 
 /// Work that is generic over the devices, run once they are chosen.
@@ -116,21 +128,41 @@ impl Devices for CpuConfig {
     fn places(&self, ranks: usize) -> Result<Vec<Place>, WorkerError> {
         let available = available().unwrap_or(Available { bytes: u64::MAX, source: "unknown" });
         let (bytes, source) = (available.bytes, available.source.to_owned());
-        Ok(vec![Place { ranks: 0..ranks, name: "cpu".into(), bytes, source }])
+        let (name, hardware) = ("cpu".to_owned(), None);
+        Ok(vec![Place { ranks: 0..ranks, name, hardware, bytes, source }])
     }
 
     fn kv_share(&self) -> KvShare {
         KvShare { part: 4, contexts_max: 16 }
+    }
+
+    fn advice(&self, _checkpoint: &Checkpoint, _wanted: &Wanted, _places: &[Place]) -> String {
+        "lower --kv-memory or --context, or choose a smaller model".into()
+    }
+
+    fn step_deadline(
+        &self,
+        _checkpoint: &Checkpoint,
+        _shards: &[Shard],
+        _places: &[Place],
+        _options: &RunnerOptions,
+    ) -> Result<Option<Duration>, WorkerError> {
+        // A machine's speed is not known before it has run.
+        Ok(None)
     }
 }
 
 #[cfg(feature = "cuda")]
 mod cuda {
     use super::{
-        Checkpoint, DecoderConfig, Devices, Join, KvShare, ModelError, Place, RankCost,
-        RunnerOptions, Shard, WorkerError,
+        Checkpoint, DecoderConfig, Devices, Duration, Join, KvShare, ModelError, Place, RankCost,
+        RunnerOptions, Shard, Wanted, WorkerError,
     };
-    use crate::plan::{card, human};
+    use crate::plan::{
+        Hardware, Times, card, human,
+        remedies::{OnCards, advice, that_fit},
+        step_deadline,
+    };
     use cuda::{Cuda, CudaConfig, Driver, Gpu, GpuConfig};
     use kernels::KernelError;
 
@@ -200,9 +232,11 @@ mod cuda {
             let place = |first: usize| -> Result<Place, WorkerError> {
                 let card = self.card(first)?;
                 let free = card.free_bytes().map_err(ModelError::from)?;
+                let facts = card.facts();
                 Ok(Place {
                     ranks: first..first + each,
-                    name: format!("cuda:{} {}", self.of_ranks[first], card.facts().name),
+                    name: format!("cuda:{} {}", self.of_ranks[first], facts.name),
+                    hardware: Hardware::of_card(&facts.name, facts.memory_bytes),
                     bytes: card::usable(free, each),
                     source: format!("of {} free, less 1.1 GB a rank for the driver", human(free)),
                 })
@@ -212,6 +246,34 @@ mod cuda {
 
         fn kv_share(&self) -> KvShare {
             card::KV_SHARE
+        }
+
+        fn advice(&self, checkpoint: &Checkpoint, wanted: &Wanted, places: &[Place]) -> String {
+            let Some(place) = places.first() else { return advice(&[]) };
+            let each = place.ranks.len().max(1);
+            advice(&that_fit(OnCards {
+                checkpoint,
+                cuda: self.config,
+                card: &place.name,
+                fp8_products: place.hardware.is_some_and(Hardware::fp8_products),
+                ranks: self.of_ranks.len(),
+                card_bytes: place.bytes / each as u64,
+                wanted: *wanted,
+            }))
+        }
+
+        fn step_deadline(
+            &self,
+            checkpoint: &Checkpoint,
+            shards: &[Shard],
+            places: &[Place],
+            options: &RunnerOptions,
+        ) -> Result<Option<Duration>, WorkerError> {
+            let Some(hardware) = places.iter().find_map(|place| place.hardware) else {
+                return Ok(None);
+            };
+            let times = Times::new(hardware, self.config, checkpoint, shards)?;
+            Ok(Some(step_deadline(&times.longest_step(options))))
         }
     }
 }

@@ -38,7 +38,8 @@ impl Sizing {
         let (threads, precision) = (threads(&config), config.precision);
         let cpu = CpuConfig { threads, precision, isa };
         let survey = Survey { checkpoint: &checkpoint, config: &config };
-        let DeviceSurvey { device, layout } = on_devices(config.device, config.ranks, cpu, survey)?;
+        let DeviceSurvey { device, layout, step_deadline } =
+            on_devices(config.device, config.ranks, cpu, survey)?;
         let runner = layout.options;
         let text_files = formats::text_files(&config.model)
             .map_err(|error| ModelError::Checkpoint(error.to_string()))?;
@@ -57,6 +58,7 @@ impl Sizing {
             prefix_reuse_max: prefix_reuse_max(checkpoint.config()),
             step_tokens_max: config.step_tokens_max,
             step_target: step_target(&config),
+            step_deadline,
             sequences_max: config.sequences_max,
             text_files,
         };
@@ -104,6 +106,7 @@ struct DeviceSurvey {
     /// For people.
     device: String,
     layout: Layout,
+    step_deadline: Option<Duration>,
 }
 
 /// Asks the devices, and shares their memory out.
@@ -136,9 +139,12 @@ impl Task for Survey<'_> {
             devices.scratch(model, &shards[rank], &costs[rank], options)
         });
         check_pool(&wanted, &costs, &layout)?;
-        check_memory(&places, &layout)?;
+        let advice = || devices.advice(checkpoint, &wanted, &places);
+        check_memory(&places, &layout, advice)?;
+        let options = &layout.options;
+        let step_deadline = devices.step_deadline(checkpoint, &shards, &places, options)?;
         let names: Vec<&str> = places.iter().map(|place| &*place.name).collect();
-        Ok(DeviceSurvey { device: names.join(", "), layout })
+        Ok(DeviceSurvey { device: names.join(", "), layout, step_deadline })
     }
 }
 
@@ -171,10 +177,13 @@ fn check_pool(wanted: &Wanted, costs: &[RankCost], layout: &Layout) -> Result<()
 }
 
 /// Tells the arithmetic, and refuses what cannot be.
-fn check_memory(places: &[Place], layout: &Layout) -> Result<(), WorkerError> {
+fn check_memory(
+    places: &[Place],
+    layout: &Layout,
+    advice: impl FnOnce() -> String,
+) -> Result<(), WorkerError> {
     if let Some(place) = layout.overfull(places) {
-        let remedy = "lower --kv-memory or --context, or choose a smaller model";
-        return Err(WorkerError::Memory(format!("{}; {remedy}", told(layout, place))));
+        return Err(WorkerError::Memory(format!("{}; {}", told(layout, place), advice())));
     }
     for place in places.iter().filter(|place| place.bytes < u64::MAX) {
         tracing::info!("memory: {}", told(layout, place));

@@ -14,6 +14,14 @@ pub(crate) fn usable(free: u64, ranks: usize) -> u64 {
     free.saturating_sub(RESERVE_BYTES * ranks as u64)
 }
 
+/// What the driver takes of a card before anything is allocated: its context, and the kernels.
+const CONTEXT_BYTES: u64 = 512 << 20;
+
+/// What one rank can use of a card that nobody else uses.
+pub(crate) fn usable_when_idle(memory: u64) -> u64 {
+    usable(memory.saturating_sub(CONTEXT_BYTES), 1)
+}
+
 /// A card serves one model: the KV pool takes all that is left.
 pub(crate) const KV_SHARE: KvShare = KvShare { part: 1, contexts_max: u64::MAX };
 

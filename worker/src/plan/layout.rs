@@ -7,6 +7,8 @@ use std::ops::Range;
 use kernels::BLOCK_TOKENS;
 use model::RunnerOptions;
 
+use super::Hardware;
+
 /// What one rank holds whatever the length of its sequences, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RankCost {
@@ -19,11 +21,13 @@ pub(crate) struct RankCost {
 }
 
 /// Memory of one device, and which ranks take from it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Place {
     pub ranks: Range<usize>,
     /// For people.
     pub name: String,
+    /// Where it is a card that is known.
+    pub hardware: Option<&'static Hardware>,
     /// `u64::MAX` where the system does not say.
     pub bytes: u64,
     /// Where the figure comes from, for messages.
@@ -178,7 +182,7 @@ mod tests {
     const COST: RankCost = RankCost { weights: 1000, block: 10, products: 0 };
 
     fn place(ranks: Range<usize>, bytes: u64) -> Place {
-        Place { ranks, name: "a card".into(), bytes, source: "free".into() }
+        Place { ranks, name: "a card".into(), hardware: None, bytes, source: "free".into() }
     }
 
     /// A byte for each token of context.
