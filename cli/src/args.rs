@@ -107,6 +107,10 @@ pub struct GroupArgs {
     /// --step-tokens alone]
     #[arg(long, value_parser = seconds, env = "LOCKSTEP_STEP_SECONDS")]
     step_seconds: Option<Duration>,
+    /// Seconds after which a card that has not finished a step is taken for hung [default: several
+    /// times the predicted time of the longest step, at least 1]
+    #[arg(long, value_parser = seconds, env = "LOCKSTEP_STEP_DEADLINE_SECONDS")]
+    step_deadline_seconds: Option<Duration>,
     /// Sequences that run at once, at most [default: 64, on CUDA cards 256]
     #[arg(long, env = "LOCKSTEP_SEQUENCES")]
     sequences: Option<usize>,
@@ -144,6 +148,7 @@ impl GroupArgs {
         config.kv_memory = self.kv_memory;
         config.step_tokens_max = self.step_tokens;
         config.step_target = self.step_seconds;
+        config.step_deadline = self.step_deadline_seconds;
         // A card's products are bound by the weights' bytes up to about this many rows.
         let many = if config.device == Device::Cpu { config.sequences_max } else { 256 };
         config.sequences_max = self.sequences.unwrap_or(many);

@@ -60,6 +60,9 @@ impl<'a> Launch<'a> {
     }
 }
 
+/// Bytes that a driver keeps for its matrix products: what NVIDIA advises for Hopper.
+pub const GEMM_WORKSPACE_BYTES: usize = 32 << 20;
+
 /// out [m, n] = x [m, k] · weight [n, k]ᵀ (+ bias [n]), row-major, f32 sums. Addresses are the
 /// device's.
 #[derive(Clone, Copy, Debug)]

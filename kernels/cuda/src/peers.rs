@@ -33,6 +33,11 @@ impl PeerConfig {
         let one_shot_bytes = if ranks <= 4 { 512 << 10 } else { 256 << 10 };
         Self { area_bytes: 17 << 20, one_shot_bytes, limit }
     }
+
+    /// What a rank's own region takes of its device.
+    pub fn region_bytes(&self) -> usize {
+        AREAS_START + 2 * self.area_bytes
+    }
 }
 
 /// A rank's own region, before the others know of it.
@@ -45,7 +50,7 @@ impl<D: Driver> PeerRegion<D> {
     /// # Errors
     /// `KernelError::Memory` where there is not enough; the driver's own.
     pub fn new(driver: &D, config: PeerConfig) -> Result<Self, KernelError> {
-        let bytes = AREAS_START + 2 * config.area_bytes;
+        let bytes = config.region_bytes();
         Ok(Self { memory: driver.shared("the exchange between ranks", bytes)?, config })
     }
 

@@ -25,6 +25,8 @@ pub(super) struct RankOptions {
     pub device: Device,
     pub cpu: CpuConfig,
     pub runner: RunnerOptions,
+    /// A step that takes longer has hung; `None` where nothing predicts it.
+    pub step_deadline: Option<Duration>,
 }
 
 /// Loads this rank's share on its device.
@@ -32,12 +34,12 @@ pub(super) fn load<D: Devices, H: HostCollective>(
     devices: &D,
     data: H,
     checkpoint: &Checkpoint,
-    options: RunnerOptions,
+    options: &RankOptions,
     progress: LoadProgress<'_>,
 ) -> Result<Runner<D::Backend, D::Link<H>>, WorkerError> {
-    let device = devices.open(data.rank())?;
-    let link = devices.link(&device, data)?;
-    Ok(Runner::load(device, link, checkpoint, options, progress)?)
+    let device = devices.open(data.rank(), options.step_deadline)?;
+    let link = devices.link(&device, data, options.step_deadline)?;
+    Ok(Runner::load(device, link, checkpoint, options.runner, progress)?)
 }
 
 /// Waits until every rank has loaded.
@@ -85,7 +87,13 @@ mod tests {
             for isa in Isa::ALL {
                 for precision in [Precision::Fast, Precision::Exact] {
                     let cpu = CpuConfig { threads: 6, precision, isa };
-                    let sent = RankOptions { model: "a b".into(), device, cpu, runner };
+                    let sent = RankOptions {
+                        model: "a b".into(),
+                        device,
+                        cpu,
+                        runner,
+                        step_deadline: Some(Duration::from_millis(1250)),
+                    };
                     let bytes = postcard::to_stdvec(&sent).unwrap();
                     let got: RankOptions = postcard::from_bytes(&bytes).unwrap();
                     assert_eq!(format!("{got:?}"), format!("{sent:?}"));

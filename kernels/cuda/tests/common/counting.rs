@@ -7,6 +7,7 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering::Relaxed},
 };
 
+#[derive(Clone)]
 pub struct Counting {
     facts: Facts,
     held: Arc<AtomicUsize>,
