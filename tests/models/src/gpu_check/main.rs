@@ -122,8 +122,12 @@ fn run(cli: &Cli) -> Result<ExitCode, String> {
             out: cli.out.clone(),
         };
         let begun = Instant::now();
-        let write = |report: &Report| write(cli, report);
-        let done = lines::run(*line, &order, &mut report, &write);
+        // Its name has the device's in it, which the first line finds out.
+        let told = |report: &Report| match report.about.device.as_str() {
+            "" => Ok(()),
+            _ => write(cli, report),
+        };
+        let done = lines::run(*line, &order, &mut report, &told);
         report.lines[at].took = begun.elapsed().as_secs_f64();
         report.lines[at].end = match done {
             Ok(()) => End::Done,
@@ -132,7 +136,7 @@ fn run(cli: &Cli) -> Result<ExitCode, String> {
                 End::Cut(why)
             }
         };
-        write(&report)?;
+        write(cli, &report)?;
     }
     print!("{}", report.markdown());
     Ok(if report.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
