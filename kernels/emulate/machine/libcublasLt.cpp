@@ -1,10 +1,10 @@
-// cuBLASLt's products in host memory, as `libcublasLt.so.13` is to the product: plain sums in f32 in
-// the order of K, as the emulation's own. It refuses what NVIDIA's documentation refuses, and
+// cuBLASLt's products in host memory, as `libcublasLt.so.13` is to the product: plain sums in f32
+// in the order of K, as the emulation's own. It refuses what NVIDIA's documentation refuses, and
 // computes where the stream comes to it.
 //
-// The environment says how it misbehaves: FAKE_ALGORITHMS=exact makes an algorithm good for no other
-// number of rows than it was chosen for; FAKE_REFUSES lists, with commas between, what there are no
-// algorithms for: "bias", "scales" (vectors of them), "fp8", "rows:N" (products of N rows);
+// The environment says how it misbehaves: FAKE_ALGORITHMS=exact makes an algorithm good for no
+// other number of rows than it was chosen for; FAKE_REFUSES lists, with commas between, what there
+// are no algorithms for: "bias", "scales" (vectors of them), "fp8", "rows:N" (products of N rows);
 // FAKE_CANDIDATES (1) is how many algorithms there are, all alike.
 #include <cstdint>
 #include <cstdio>

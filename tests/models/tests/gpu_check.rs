@@ -1,16 +1,25 @@
 //! `gpu-check` on a fake card with tiny shapes: the whole run, and what a hang costs.
 
 use serde_json::Value;
-use std::{path::Path, process::Command, time::Instant};
+use std::{ffi::OsString, path::Path, process::Command, time::Instant};
 
 /// Runs it; the report and how it looks, whatever it says.
-fn check(out: &Path, settings: &[(&str, &str)], flags: &[&str]) -> (Value, String) {
+fn check(out: &Path, settings: &[(&'static str, &str)], flags: &[&str]) -> (Value, String) {
+    let cards = emulate::machine(1);
+    let settings = settings.iter().map(|(name, value)| (*name, OsString::from(*value)));
+    run(out, cards.into_iter().chain(settings), flags)
+}
+
+fn run(
+    out: &Path,
+    environment: impl IntoIterator<Item = (&'static str, OsString)>,
+    flags: &[&str],
+) -> (Value, String) {
     let done = Command::new(env!("CARGO_BIN_EXE_gpu-check"))
         .args(["--tiny", "--date", "today", "--out"])
         .arg(out)
         .args(flags)
-        .envs(emulate::machine(1))
-        .envs(settings.iter().copied())
+        .envs(environment)
         .output()
         .expect("gpu-check runs");
     let said = String::from_utf8_lossy(&done.stderr).into_owned();
@@ -92,4 +101,18 @@ fn a_line_that_hangs_costs_its_own_time_alone() {
     assert!(report["lines"][1]["took"].as_f64() < Some(30.0), "{text}");
     assert!(text.contains("--lines ceilings"), "{text}");
     assert!(begun.elapsed().as_secs() < 200);
+}
+
+#[test]
+fn a_machine_without_a_driver_gets_a_report_that_says_so() {
+    let out = tempfile::tempdir().expect("a folder");
+    // A folder in which there is no driver; a machine that has one of its own finds that.
+    let nowhere = [("LD_LIBRARY_PATH", OsString::from(out.path()))];
+    let (report, text) = run(out.path(), nowhere, &["--lines", "machine,ceilings"]);
+    if report["device"] != "" {
+        eprintln!("SKIPPED: this machine has a CUDA device");
+        return;
+    }
+    assert!(text.contains("no CUDA driver"), "{text}");
+    assert!(text.contains("--lines ceilings: they did not come to their end"), "{text}");
 }
