@@ -74,6 +74,7 @@ fn lockstep(name: &str, cards: usize) -> serde_json::Value {
     let done = Command::new(lockstep)
         .args(["run", "--device", "cuda", "--max-tokens", "4", "--ignore-eos", "--json"])
         .args(["--prompt-ids", &ids.join(","), "--kv-memory", "64M"])
+        .args(["--temperature", "0", "--repetition-penalty", "1"])
         .args(["--tp", &cards.to_string(), "--model"])
         .arg(folder(name).unwrap())
         .envs(emulate::machine(cards))
