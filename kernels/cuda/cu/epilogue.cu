@@ -1,6 +1,6 @@
-// What a product's library does at its end where it can, for products that it refuses whole: scales
-// for the rows of both operands, and a bias, on sums in f32. A way around, not a fast path: bound by
-// memory, one element a thread.
+// What a product's library does at its end where it can, for products that it refuses whole:
+// scales for the rows of both operands, and a bias, on sums in f32. A way around, not a fast path:
+// bound by memory, one element a thread.
 //
 //   out [rows, cols] = sums [rows, cols] · x_scales [rows] · weight_scales [cols] + bias [cols]
 #include "common.cuh"

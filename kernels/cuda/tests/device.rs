@@ -11,7 +11,12 @@ fn on_the_fake(test: &str, settings: &[(&str, &str)], body: impl FnOnce()) {
 }
 
 fn open() -> Result<Gpu, KernelError> {
-    Gpu::open(GpuConfig { wait_limit: Duration::from_millis(100), ..GpuConfig::new(0) })
+    Gpu::open(GpuConfig { wait_limit: Duration::from_secs(60), ..GpuConfig::new(0) })
+}
+
+/// For devices that hang.
+fn impatient() -> Gpu {
+    Gpu::open(GpuConfig { wait_limit: Duration::from_millis(100), ..GpuConfig::new(0) }).unwrap()
 }
 
 fn refused<T>(result: Result<T, KernelError>) -> String {
@@ -101,7 +106,7 @@ fn a_device_without_memory_is_told_and_goes_on() {
 fn a_device_that_hangs_is_given_up_in_time() {
     let settings = [("FAKE_HANG", "add_bf16")];
     on_the_fake("a_device_that_hangs_is_given_up_in_time", &settings, || {
-        let gpu = open().unwrap();
+        let gpu = impatient();
         let memory = gpu.zeroed("a test", 64).unwrap();
         add(&gpu, 256, 0).unwrap();
         let start = Instant::now();
@@ -118,7 +123,7 @@ fn a_device_that_hangs_is_given_up_in_time() {
 fn giving_back_what_a_hung_device_uses_does_not_wait_for_ever() {
     let settings = [("FAKE_HANG", "add_bf16")];
     on_the_fake("giving_back_what_a_hung_device_uses_does_not_wait_for_ever", &settings, || {
-        let gpu = open().unwrap();
+        let gpu = impatient();
         let memory = gpu.zeroed("a test", 64).unwrap();
         add(&gpu, 256, 0).unwrap();
         let start = Instant::now();
@@ -309,6 +314,20 @@ fn refused_products_in_fp8_are_widened() {
         let told = products();
         let widened: Vec<_> = told.iter().filter(|line| line.contains("widened")).collect();
         assert!(!widened.is_empty() && widened.iter().all(|l| l.contains("in fp8")), "{told:?}");
+    });
+}
+
+/// Sums of 37 MB, and 144 rows of a weight of 256 KB each in bf16: more than the room there is for
+/// either at a time.
+#[test]
+fn ways_around_go_by_pieces_where_products_are_large() {
+    let settings = [("FAKE_REFUSES", "fp8,bias")];
+    on_the_fake("ways_around_go_by_pieces_where_products_are_large", &settings, || {
+        let gpu = open().unwrap();
+        let of = |shape, fp8, bias, out| Exact { shape, fp8, bias, out };
+        of((70, 131_072, 16), false, true, Element::Bf16).check(&gpu);
+        of((3, 144, 131_072), true, false, Element::F32).check(&gpu);
+        assert_eq!(gpu.products().1.len(), 2);
     });
 }
 

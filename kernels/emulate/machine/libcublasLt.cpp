@@ -1,10 +1,10 @@
-// cuBLASLt's products in host memory, as `libcublasLt.so.13` is to the product: plain sums in f32 in
-// the order of K, as the emulation's own. It refuses what NVIDIA's documentation refuses, and
+// cuBLASLt's products in host memory, as `libcublasLt.so.13` is to the product: plain sums in f32
+// in the order of K, as the emulation's own. It refuses what NVIDIA's documentation refuses, and
 // computes where the stream comes to it.
 //
-// The environment says how it misbehaves: FAKE_ALGORITHMS=exact makes an algorithm good for no other
-// number of rows than it was chosen for; FAKE_REFUSES lists, with commas between, what there are no
-// algorithms for: "bias", "scales" (vectors of them), "fp8", "rows:N" (products of N rows);
+// The environment says how it misbehaves: FAKE_ALGORITHMS=exact makes an algorithm good for no
+// other number of rows than it was chosen for; FAKE_REFUSES lists, with commas between, what there
+// are no algorithms for: "bias", "scales" (vectors of them), "fp8", "rows:N" (products of N rows);
 // FAKE_CANDIDATES (1) is how many algorithms there are, all alike.
 #include <cstdint>
 #include <cstdio>
@@ -212,7 +212,8 @@ bool on_device(Pointer at, uint64_t bytes) {
 bool on_device(Pointer at, const Layout& layout) {
     const uint64_t element = layout.type == E4M3 ? 1 : layout.type == BF16 ? 2 : 4;
     const uint64_t last = (layout.cols - 1) * static_cast<uint64_t>(layout.stride) + layout.rows;
-    return on_device(at, last * element) && reinterpret_cast<uintptr_t>(at) % 16 == 0;
+    // Without a word in the preference, algorithms count on so much.
+    return on_device(at, last * element) && reinterpret_cast<uintptr_t>(at) % 256 == 0;
 }
 
 template <typename T>

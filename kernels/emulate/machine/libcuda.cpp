@@ -8,7 +8,8 @@
 //
 // The environment says what the machine is and how it misbehaves (`src/machine.rs` has the list):
 // FAKE_VERSION, FAKE_DEVICES, FAKE_MAJOR, FAKE_MEMORY_MIB, FAKE_NO_PEERS, and names of kernels:
-// FAKE_HANG never ends, FAKE_FAULT ends with a fault.
+// FAKE_HANG never ends, FAKE_FAULT ends with a fault, the call that launches FAKE_STUCK does not
+// return.
 #include "mapping.h"
 
 namespace {
@@ -255,6 +256,7 @@ EXPORTED int cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned
     const bool fits = x && y && z && y < 65536 && z < 65536 && threads && threads <= 1024 &&
                       ty == 1 && tz == 1 && static_cast<int>(shared) <= function->shared_max;
     if (!fits || extra) return INVALID_VALUE;
+    while (named("FAKE_STUCK", function->name)) sleep(1);
     // Code that is loaded only now waits for the device.
     if (!function->loaded) finish(current);
     function->loaded = true;

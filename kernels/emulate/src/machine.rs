@@ -18,7 +18,8 @@ use std::{
 /// More variables, each left out for a machine that behaves:
 /// - `FAKE_MEMORY_MIB`, `FAKE_MAJOR` (compute capability), `FAKE_VERSION` (of the driver, 13000);
 /// - `FAKE_NO_PEERS=1`: no card reaches another's memory;
-/// - `FAKE_HANG` and `FAKE_FAULT`: the name of a kernel that never ends, or ends with a fault;
+/// - `FAKE_HANG`, `FAKE_FAULT` and `FAKE_STUCK`: the name of a kernel that never ends, or ends with
+///   a fault, or whose launch never returns;
 /// - `FAKE_ALGORITHMS=exact`: cuBLASLt's algorithms fit no other number of rows than they were
 ///   chosen for;
 /// - `FAKE_REFUSES`: with commas between, what cuBLASLt has no algorithm for: `bias`, `scales`,

@@ -66,26 +66,33 @@ fn models_answer_as_in_the_emulation() {
     });
 }
 
-/// The binary beside the tests' own folder; it must be built with the feature `cuda`.
-#[test]
-#[ignore = "needs the binary built with the feature cuda"]
-fn lockstep_runs_on_a_card() {
-    let name = "qwen2_gqa2_hd128";
+/// What the binary beside the tests' own folder answers; it must be built with the feature `cuda`.
+fn lockstep(name: &str, cards: usize) -> serde_json::Value {
     let this = std::env::current_exe().expect("the test's own path");
     let lockstep = this.ancestors().nth(2).expect("a build folder").join("lockstep");
     let ids: Vec<String> = prompt(name).iter().map(u32::to_string).collect();
     let done = Command::new(lockstep)
         .args(["run", "--device", "cuda", "--max-tokens", "4", "--ignore-eos", "--json"])
         .args(["--prompt-ids", &ids.join(","), "--kv-memory", "64M"])
-        .arg("--model")
+        .args(["--temperature", "0", "--repetition-penalty", "1"])
+        .args(["--tp", &cards.to_string(), "--model"])
         .arg(folder(name).unwrap())
-        .envs(emulate::machine(1))
+        .envs(emulate::machine(cards))
         .output()
         .expect("lockstep runs");
     let (out, errors) =
         (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
     assert!(done.status.success(), "{errors}");
     let answered: serde_json::Value = serde_json::from_str(&out).expect("an object of JSON");
+    answered["token_ids"].clone()
+}
+
+#[test]
+#[ignore = "needs the binary built with the feature cuda"]
+fn lockstep_answers_on_one_card_and_on_two_as_in_the_emulation() {
+    let name = "qwen2_gqa2_hd128";
     let (wanted, _) = answer(name, emulator(checks::BF16));
-    assert_eq!(answered["token_ids"], serde_json::json!(wanted), "{errors}");
+    for cards in [1, 2] {
+        assert_eq!(lockstep(name, cards), serde_json::json!(wanted), "{cards} cards");
+    }
 }

@@ -139,7 +139,10 @@ impl Report {
     }
 
     fn step(&self, name: &str, step: &StepOutcome) -> Value {
-        let kernel = |(name, seconds, bytes): &(String, f64, f64)| json!({ "kernel": name, "seconds": seconds, "bytes": bytes });
+        let kernel = |kernel: &(String, f64, f64)| {
+            let (name, seconds, bytes) = kernel;
+            json!({ "kernel": name, "seconds": seconds, "bytes": bytes })
+        };
         json!({
             "name": name,
             "layers": step.layers,

@@ -10,8 +10,6 @@ use cuda::{Cuda, CudaConfig, Driver, WeightFormat};
 use kernels::{BLOCK_TOKENS, Backend, Batch, Heads, KernelError, Rotation, Tensor};
 use std::time::Duration;
 
-/// Layers that are timed as one step.
-const LAYERS: usize = 20;
 /// Times that are taken of a step, and of each kernel; medians count.
 const STEPS: usize = 5;
 const KERNELS: usize = 3;
@@ -41,6 +39,8 @@ pub struct Step {
     pub of: Sized,
     pub sequences: usize,
     pub context: usize,
+    /// Layers that are timed as one step.
+    layers: usize,
 }
 
 /// What a step came to.
@@ -67,6 +67,7 @@ pub fn steps(scale: Scale) -> Vec<Step> {
     let models = [("Qwen-72B", q, qwen1), ("Qwen2.5-72B", few, qwen2)];
     let batches: &[usize] = scale.of(&[1, 8, 32, 128], &[1, 3]);
     let contexts: &[usize] = scale.of(&[1024, 8192], &[20]);
+    let layers = scale.of(20, 2);
     let mut all = Vec::new();
     for (model, kv, intermediate) in models {
         for form in [Form::Bf16OfFour, Form::Fp8, Form::Int4] {
@@ -74,7 +75,7 @@ pub fn steps(scale: Scale) -> Vec<Step> {
             let heads = Heads { q: q / part, kv: kv / part, dim };
             let of = Sized { model, form, hidden, heads, intermediate: intermediate / part };
             all.extend(contexts.iter().flat_map(|&context| {
-                batches.iter().map(move |&sequences| Step { of, sequences, context })
+                batches.iter().map(move |&sequences| Step { of, sequences, context, layers })
             }));
         }
     }
@@ -106,8 +107,11 @@ impl Step {
             let mut taken = Vec::new();
             // The first is not counted: it finds algorithms and makes room.
             for _ in 0..=times {
-                let mut work =
-                    || (0..LAYERS).flat_map(|_| ops).try_for_each(|op| run.one(device, layer, *op));
+                let mut work = || {
+                    (0..self.layers)
+                        .flat_map(|_| ops)
+                        .try_for_each(|op| run.one(device, layer, *op))
+                };
                 taken.push(timer(device, &mut work)?.as_secs_f64());
             }
             let taken = &mut taken[1..];
@@ -116,10 +120,10 @@ impl Step {
         };
         let seconds = median(&Op::ALL, STEPS)?;
         let each = |op: Op| {
-            Ok((op.name().to_owned(), median(&[op], KERNELS)? / LAYERS as f64, self.bytes(op)))
+            Ok((op.name().to_owned(), median(&[op], KERNELS)? / self.layers as f64, self.bytes(op)))
         };
         let kernels = Op::ALL.into_iter().map(each).collect::<Result<_, KernelError>>()?;
-        Ok(StepOutcome { layers: LAYERS, seconds, kernels })
+        Ok(StepOutcome { layers: self.layers, seconds, kernels })
     }
 
     /// Read and written by one op of a layer, as little as can be.
@@ -260,7 +264,7 @@ struct Running<D: Driver> {
 
 impl<D: Driver> Running<D> {
     fn new(device: &Cuda<D>, step: &Step) -> Result<Self, KernelError> {
-        let Step { of, sequences, context } = *step;
+        let Step { of, sequences, context, .. } = *step;
         let Sized { heads, hidden, intermediate, .. } = of;
         let noisy = |cols| noisy(device, sequences, cols);
         let mut batch = batch(device, sequences, 1, context)?;
@@ -300,6 +304,31 @@ impl<D: Driver> Running<D> {
             Op::GateUp => device.linear(&mut s.gate_up, &s.normed, &layer.gate_up, None),
             Op::Silu => device.silu_mul(&mut s.gated, &s.gate_up),
             Op::Down => device.linear(&mut s.delta, &s.gated, &layer.down, None),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Both have 72 billion weights, of which two tables of 1.25 are in no layer.
+    #[test]
+    fn eighty_layers_have_the_weights_of_the_models() {
+        let weights = |model: &str, form: Form| {
+            let steps = steps(Scale::Full);
+            let step = steps.iter().find(|step| step.of.model == model && step.of.form == form);
+            let step = Step { sequences: 0, ..*step.expect("a step") };
+            80.0 * Op::ALL.into_iter().map(|op| step.bytes(op)).sum::<f64>() / 1e9
+        };
+        let near = |got: f64, wanted: f64| (got - wanted).abs() < 0.02 * wanted;
+        for model in ["Qwen-72B", "Qwen2.5-72B"] {
+            let (fp8, int4) = (weights(model, Form::Fp8), weights(model, Form::Int4));
+            let of_four = weights(model, Form::Bf16OfFour);
+            assert!(near(fp8, 70.0), "{model}: {fp8}");
+            // Half a byte, and a 32nd for scales and zero points.
+            assert!(near(int4, 70.0 * 17.0 / 32.0), "{model}: {int4}");
+            assert!(near(of_four, 70.0 / 2.0), "{model}: {of_four}");
         }
     }
 }

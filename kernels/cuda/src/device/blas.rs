@@ -9,8 +9,8 @@
 //! slower, and told to whoever asks.
 //!
 //! Which of the library's guesses is fastest is measured before a weight is uploaded (`choice`),
-//! never in a step, and kept for the process. Products to f32 keep its first guess: every rank has those
-//! whole (logits, a mixture's router), and all must come to the same bits.
+//! never in a step, and kept for the process. Products to f32 keep its first guess: a mixture's
+//! router is one, which every rank has whole, and all must come to the same bits.
 //!
 //! Products in e4m3 add up in full f32: the tensor cores' own faster sums, which keep 14 bits, are
 //! not asked for.

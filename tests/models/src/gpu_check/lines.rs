@@ -102,7 +102,7 @@ impl Line {
             Self::Machine | Self::Risks | Self::Ceilings => 5,
             _ => 30,
         };
-        most.min((seconds / 4).max(1))
+        most.min((seconds / 4).max(5))
     }
 }
 

@@ -1,10 +1,11 @@
 #![forbid(unsafe_code)]
-//! `gpu-check`: what one call on a borrowed device is to find out, in the order of what it is worth:
-//! the machine, the checks that are likeliest to fail, the device's ceilings, every check, decode
-//! steps of large models, every bench, profiles, compute-sanitizer, and PyTorch on the same shapes.
+//! `gpu-check`: what one call on a borrowed device is to find out, in the order of what it is
+//! worth: the machine, the checks that are likeliest to fail, the device's ceilings, every check,
+//! decode steps of large models, every bench, profiles, compute-sanitizer, and PyTorch on the same
+//! shapes.
 //!
-//! Each line has a share of the budget and processes of its own: a kernel that faults or hangs costs
-//! its piece, and a line its own time at most. The report is whole at any moment.
+//! Each line has a share of the budget and processes of its own: a kernel that faults or hangs
+//! costs its piece, and a line its own time at most. The report is whole at any moment.
 
 mod device;
 mod lines;
@@ -95,7 +96,12 @@ fn pieces_of(cli: &Cli, pieces: &Pieces) -> Result<ExitCode, String> {
         only: &cli.only,
         scale: scale(cli),
     };
-    Ok(match work::run(pieces.line, &wanted)? {
+    let done = work::run(pieces.line, &wanted);
+    // What the report should say, beside what the process ends with.
+    if let Err(error) = &done {
+        println!("{}", serde_json::json!({ "facts": { "no device": error } }));
+    }
+    Ok(match done? {
         work::Done::All => ExitCode::SUCCESS,
         work::Done::Broken => ExitCode::from(process::BROKEN),
     })
@@ -122,8 +128,12 @@ fn run(cli: &Cli) -> Result<ExitCode, String> {
             out: cli.out.clone(),
         };
         let begun = Instant::now();
-        let write = |report: &Report| write(cli, report);
-        let done = lines::run(*line, &order, &mut report, &write);
+        // Its name has the device's in it, which the first line finds out.
+        let told = |report: &Report| match report.about.device.as_str() {
+            "" => Ok(()),
+            _ => write(cli, report),
+        };
+        let done = lines::run(*line, &order, &mut report, &told);
         report.lines[at].took = begun.elapsed().as_secs_f64();
         report.lines[at].end = match done {
             Ok(()) => End::Done,
@@ -132,7 +142,7 @@ fn run(cli: &Cli) -> Result<ExitCode, String> {
                 End::Cut(why)
             }
         };
-        write(&report)?;
+        write(cli, &report)?;
     }
     print!("{}", report.markdown());
     Ok(if report.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -37,7 +37,6 @@ pub fn run(
     limits: Limits,
     mut each: impl FnMut(&str),
 ) -> Result<Ended, String> {
-    let text = |error: std::io::Error| error.to_string();
     // A group of its own, so that what it starts ends with it.
     let command = command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
     let mut child =
@@ -63,7 +62,7 @@ pub fn run(
             }
         }
     };
-    child.wait().map_err(text)?;
+    reap(&mut child)?;
     // What it said last.
     lines.try_iter().for_each(|line| each(&line));
     Ok(ended)
@@ -86,15 +85,27 @@ fn lines(child: &mut Child) -> Result<Receiver<String>, String> {
 const END: Duration = Duration::from_secs(20);
 
 fn end(child: &mut Child) -> Result<Ended, String> {
-    let start = Instant::now();
-    while start.elapsed() < END {
-        if let Some(status) = child.try_wait().map_err(|error| error.to_string())? {
-            return Ok(Ended::By(status));
-        }
-        thread::sleep(Duration::from_millis(10));
+    if let Some(status) = ended(child, END)? {
+        return Ok(Ended::By(status));
     }
     kill(child)?;
     Ok(Ended::Killed("it hung at its end".into()))
+}
+
+fn ended(child: &mut Child, within: Duration) -> Result<Option<ExitStatus>, String> {
+    let start = Instant::now();
+    loop {
+        let status = child.try_wait().map_err(|error| error.to_string())?;
+        if status.is_some() || start.elapsed() > within {
+            return Ok(status);
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A process that was ended inside its driver may stay there: then it is left behind.
+fn reap(child: &mut Child) -> Result<(), String> {
+    ended(child, Duration::from_secs(3)).map(|_| ())
 }
 
 fn kill(child: &mut Child) -> Result<(), String> {

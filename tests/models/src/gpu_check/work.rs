@@ -165,9 +165,14 @@ fn smi() -> Value {
     const ASKED: &str = "name,driver_version,memory.total,clocks.max.sm,clocks.max.memory,\
                          clocks.sm,power.limit,temperature.gpu,ecc.mode.current,mig.mode.current";
     let asked = format!("--query-gpu={ASKED}");
-    let said = Command::new("nvidia-smi").args([&asked, "--format=csv,noheader"]).output();
+    // On a machine in trouble it may hang.
+    let said =
+        Command::new("timeout").args(["5", "nvidia-smi", &asked, "--format=csv,noheader"]).output();
     let said = match said {
-        Ok(done) => String::from_utf8_lossy(&done.stdout).trim().replace('\n', "; "),
+        Ok(done) if done.status.success() => {
+            String::from_utf8_lossy(&done.stdout).trim().replace('\n', "; ")
+        }
+        Ok(done) => format!("it does not answer ({})", done.status),
         Err(error) => error.to_string(),
     };
     json!({ "facts": { "nvidia-smi": said } })

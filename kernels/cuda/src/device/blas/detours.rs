@@ -20,6 +20,13 @@ const DEQUANTIZE_THREADS: u32 = 256;
 const DEQUANTIZE_VECTORS: usize = 512;
 const VECTOR: usize = 8;
 
+/// Rows of a piece where there is room for so many: as many as let the next piece begin at a multiple
+/// of 256 bytes, which the library's algorithms count on.
+fn pieces_of(rows: usize) -> usize {
+    const ALIGNED: usize = 128;
+    if rows < ALIGNED { rows } else { rows / ALIGNED * ALIGNED }
+}
+
 /// As the kernel's own.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -65,7 +72,7 @@ impl Blas {
 
     /// Sums first, rows as many at a time as there is room for, then the rest.
     fn apart(&mut self, launch: Launcher<'_>, product: &Product) -> Result<Asked, KernelError> {
-        let rows_each = REGION_BYTES / (product.n * Element::F32.bytes());
+        let rows_each = pieces_of(REGION_BYTES / (product.n * Element::F32.bytes()));
         if rows_each == 0 {
             return Ok(Asked::Refused);
         }
@@ -111,7 +118,7 @@ impl Blas {
     fn widened(&mut self, launch: Launcher<'_>, product: &Product) -> Result<Asked, KernelError> {
         let Input::Fp8(Some(scales)) = product.input else { return Ok(Asked::Refused) };
         let Product { m, n, k, .. } = *product;
-        let rows_each = REGION_BYTES / (k * Element::Bf16.bytes());
+        let rows_each = pieces_of(REGION_BYTES / (k * Element::Bf16.bytes()));
         if rows_each == 0 {
             return Ok(Asked::Refused);
         }
