@@ -1,7 +1,8 @@
 #![forbid(unsafe_code)]
 //! The binary `lockstep`: flags to configuration, configuration to running parts.
 //!
-//! No logic of its own beyond that and the tools (`run`, `perplexity`, `chat`, `pull`, `bench`, `plan`).
+//! No logic of its own beyond that and the tools (`run`, `perplexity`, `chat`, `pull`, `bench`,
+//! `plan`).
 
 mod address;
 mod args;
@@ -78,7 +79,7 @@ enum Command {
     Pull(pull::PullArgs),
     /// Load against a running router
     Bench(bench::BenchArgs),
-    /// What a model takes of cards, and how fast it will be on them; needs neither weights nor cards
+    /// What a model takes of cards, and how fast it will be; needs neither weights nor cards
     Plan(plan::PlanArgs),
     /// Prints the completions of a shell
     Completions(generated::CompletionsArgs),

@@ -21,6 +21,7 @@ pub mod norm;
 pub mod paged;
 pub mod prefill;
 pub mod prefill_sm90;
+pub mod random;
 pub mod rope;
 pub mod sampling;
 
@@ -61,6 +62,7 @@ pub fn all<D: Driver>() -> Vec<Check<D>> {
         accuracy::checks(),
         prefill::checks(),
         prefill_sm90::checks(),
+        random::checks(),
         decode::checks(),
         decode::long_checks(),
         sampling::checks(),

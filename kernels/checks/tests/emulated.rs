@@ -102,4 +102,4 @@ fn many_draws_follow_the_distribution() {
 }
 
 emulated!(elementwise, experts, fp8, int4, linear, norm);
-emulated!(rope, prefill, prefill_sm90, decode, sampling);
+emulated!(rope, prefill, prefill_sm90, decode, random, sampling);

@@ -19,6 +19,7 @@ mod fp8;
 mod int4;
 mod linear;
 mod norm;
+mod random;
 mod rope;
 mod rows;
 mod sampling;

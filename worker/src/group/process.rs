@@ -30,7 +30,7 @@ use super::{
     LoadProgress,
     devices::{Devices, Task, on_devices},
     failures::RankFailures,
-    follower::{LOAD_DEADLINE, RankOptions, follow, load, meet},
+    follower::{LOAD_DEADLINE, RankOptions, follow, load, meet, open},
     leader::{Followers, lead},
     sizing::Sizing,
 };
@@ -81,15 +81,16 @@ pub fn run_rank(config: RankConfig) -> Result<(), WorkerError> {
         .map_err(|error| WorkerError::Config(format!("the leader's options: {error}")))?;
     let data = Tcp::connect(&data.to_string(), place, &config.token, JOIN_DEADLINE)
         .map_err(ModelError::from)?;
-    let RankOptions { model, device, cpu, runner } = options;
-    on_devices(device, config.world_size, cpu, Follower { control, data, model, runner })
+    let RankOptions { model, random, device, cpu, runner } = options;
+    let checkpoint = open(&model, random)?;
+    on_devices(device, config.world_size, cpu, Follower { control, data, checkpoint, runner })
 }
 
 /// A rank that has joined, and has nothing loaded yet.
 struct Follower {
     control: Tcp,
     data: Tcp,
-    model: PathBuf,
+    checkpoint: Checkpoint,
     runner: RunnerOptions,
 }
 
@@ -97,9 +98,8 @@ impl Task for Follower {
     type Out = ();
 
     fn on<D: Devices>(mut self, devices: D) -> Result<(), WorkerError> {
-        let checkpoint = Checkpoint::open(&self.model)?;
         let progress: LoadProgress<'_> = &mut |_, _| {};
-        let mut runner = load(&devices, self.data, &checkpoint, self.runner, progress)?;
+        let mut runner = load(&devices, self.data, &self.checkpoint, self.runner, progress)?;
         meet(&mut self.control)?;
         follow(&mut runner, &mut self.control)
     }

@@ -9,7 +9,7 @@ use model::{Checkpoint, ModelError, RunnerOptions, Shard, prefix_reuse_max};
 use super::{
     Device, GroupConfig, ModelInfo,
     devices::{Devices, Task, on_devices},
-    follower::RankOptions,
+    follower::{RankOptions, open},
 };
 use crate::{
     WorkerError,
@@ -33,7 +33,7 @@ pub(super) struct Sizing {
 impl Sizing {
     pub fn new(config: GroupConfig) -> Result<Self, WorkerError> {
         check(&config)?;
-        let checkpoint = Checkpoint::open(&config.model)?;
+        let checkpoint = open(&config.model, config.random)?;
         let isa = config.isa_cap.map_or(Isa::detect(), |cap| cap.min(Isa::detect()));
         let (threads, precision) = (threads(&config), config.precision);
         let cpu = CpuConfig { threads, precision, isa };
@@ -63,7 +63,7 @@ impl Sizing {
             text_files,
         };
         let (model, device) = (config.model.clone(), config.device);
-        let options = RankOptions { model, device, cpu, runner };
+        let options = RankOptions { model, random: config.random, device, cpu, runner };
         Ok(Self { config, checkpoint: Arc::new(checkpoint), info, options })
     }
 }
