@@ -9,6 +9,7 @@ use clap::{Args, ValueEnum};
 use cluster::telemetry::LogFormat;
 use cpu::{Isa, Precision};
 use cuda::{CudaConfig, KvFormat, WeightFormat};
+use model::Numbers;
 use worker::{Device, GroupConfig, RankMode};
 
 use crate::source;
@@ -41,6 +42,31 @@ pub enum FloatName {
     Bf16,
     /// e4m3
     Fp8,
+}
+
+/// Where a model's weights come from, and how they are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WeightsName {
+    Bf16,
+    /// e4m3
+    Fp8,
+    /// Numbers from a seed, in bf16
+    Random,
+    /// Numbers from a seed, rounded to e4m3
+    RandomFp8,
+    /// Numbers from a seed, in 4 bits
+    RandomInt4,
+}
+
+impl WeightsName {
+    /// What a model without a checkpoint's numbers is stored as.
+    fn random(self) -> Option<Numbers> {
+        match self {
+            Self::Bf16 | Self::Fp8 => None,
+            Self::Random | Self::RandomFp8 => Some(Numbers::Bf16),
+            Self::RandomInt4 => Some(Numbers::INT4),
+        }
+    }
 }
 
 /// How the process logs; the filter comes from LOCKSTEP_LOG.
@@ -80,9 +106,10 @@ pub struct GroupArgs {
     #[arg(long, env = "LOCKSTEP_SHARE_CARDS")]
     share_cards: bool,
     /// How CUDA cards keep the layers' weights, whatever the file stores; fp8 halves their memory,
-    /// rounded with a scale for each row as they are loaded [default: bf16]
+    /// rounded with a scale for each row as they are loaded [default: bf16]; random takes numbers
+    /// from a seed instead of the file's, to measure speed: a folder with config.json is enough
     #[arg(long, value_enum, env = "LOCKSTEP_WEIGHTS")]
-    weights: Option<FloatName>,
+    weights: Option<WeightsName>,
     /// How CUDA cards keep keys and values; fp8 halves their memory, without a scale
     /// [default: bf16]
     #[arg(long, value_enum, env = "LOCKSTEP_KV_CACHE")]
@@ -130,7 +157,14 @@ impl GroupArgs {
                 bail!("{flag} must be at least 1");
             }
         }
-        let mut config = GroupConfig::new(source::resolve(&self.model)?);
+        let random = self.weights.and_then(WeightsName::random);
+        let model = match random {
+            // No weights are fetched that would not be read.
+            Some(_) => source::present(&self.model)?,
+            None => source::resolve(&self.model)?,
+        };
+        let mut config = GroupConfig::new(model);
+        config.random = random;
         config.ranks = self.tp;
         config.device = self.device()?;
         config.threads_per_rank = self.threads;
@@ -158,9 +192,10 @@ impl GroupArgs {
 
     fn device(&self) -> Result<Device> {
         let mut device = self.device;
+        use WeightsName::{Bf16, Fp8, RandomFp8};
         let Device::Cuda { config, share, .. } = &mut device else {
             let given = [
-                ("--weights", self.weights.is_some()),
+                ("--weights", matches!(self.weights, Some(Bf16 | Fp8 | RandomFp8))),
                 ("--kv-cache", self.kv_cache.is_some()),
                 ("--share-cards", self.share_cards),
             ];
@@ -172,7 +207,7 @@ impl GroupArgs {
             return Ok(device);
         };
         *share = self.share_cards;
-        if let Some(FloatName::Fp8) = self.weights {
+        if let Some(Fp8 | RandomFp8) = self.weights {
             config.weights = WeightFormat::Fp8;
         }
         if let Some(FloatName::Fp8) = self.kv_cache {
@@ -255,6 +290,9 @@ mod tests {
             ("x", Device::Cpu),
             ("x --device cuda:2", cuda(2, WeightFormat::Bf16, KvFormat::Bf16)),
             ("x --device cuda --weights fp8", cuda(0, WeightFormat::Fp8, KvFormat::Bf16)),
+            ("x --weights random-int4", Device::Cpu),
+            ("x --device cuda --weights random", cuda(0, WeightFormat::Bf16, KvFormat::Bf16)),
+            ("x --device cuda --weights random-fp8", cuda(0, WeightFormat::Fp8, KvFormat::Bf16)),
             ("x --device cuda --kv-cache fp8", cuda(0, WeightFormat::Bf16, KvFormat::Fp8)),
         ] {
             assert_eq!(parsed(line).expect(line), wanted, "{line}");

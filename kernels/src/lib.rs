@@ -17,7 +17,10 @@ pub mod weight;
 pub use routing::{ExpertRows, Routes, Routing};
 use sampling::{Refused, SampleRequest, Sampled};
 pub use shape::ShapeError;
-pub use weight::{Format, Grouped, Groups, IntegerShape, PartShape, Scaled, Stored, WeightPart};
+pub use weight::{
+    Format, Grouped, Groups, IntegerShape, PartShape, Random, RandomFormat, Scaled, Stored,
+    WeightPart,
+};
 
 /// Tokens in one KV block.
 pub const BLOCK_TOKENS: usize = 16;

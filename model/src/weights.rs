@@ -29,7 +29,7 @@ pub use modules::FfnBlock;
 use modules::Modules;
 pub(crate) use names::{ExpertNames, FfnNames, GGUF, Qkv, TensorNames};
 pub use outline::Numbers;
-use outline::no_numbers;
+use outline::{Seeded, no_numbers};
 
 /// Configurations beyond this are no configurations.
 const CONFIG_BYTES_MAX: u64 = 16 << 20;
@@ -50,6 +50,8 @@ enum Source {
     },
     /// Nowhere: there are shapes only.
     Outline(Numbers),
+    /// Made as they are read.
+    Seeded(Seeded),
 }
 
 impl Checkpoint {
@@ -81,45 +83,6 @@ impl Checkpoint {
         Ok(Self { config, name, names, source: Source::Files { tensors, quantisation } })
     }
 
-    /// A folder's `config.json` alone: sizes of what the model would be, and no numbers to read.
-    /// Matrices are stored as its `quantization_config` says, else in bf16.
-    ///
-    /// # Errors
-    /// `Io` where there is no `config.json`; otherwise as [`Self::open`] for what it says.
-    pub fn outline(folder: &Path) -> Result<Self, ModelError> {
-        let text = read_config(&folder.join("config.json"))?;
-        let config = DecoderConfig::from_json(&text)?;
-        let numbers = Numbers::of(Quantisation::from_json(&text)?);
-        let layout = Layout::Safetensors { folder: folder.into(), files: vec![], index: None };
-        let name = model_name(&layout, folder);
-        let names = config.family.names;
-        Ok(Self { config, name, names, source: Source::Outline(numbers) })
-    }
-
-    /// [`Self::outline`] of a folder with a `config.json` and no weights; otherwise [`Self::open`].
-    ///
-    /// # Errors
-    /// Of whichever it is.
-    pub fn open_or_outline(path: &Path) -> Result<Self, ModelError> {
-        let io = |source| ModelError::Io { path: path.display().to_string(), source };
-        if !path.join("config.json").is_file() {
-            return Self::open(path);
-        }
-        let mut has_weights = path.join("model.safetensors.index.json").is_file();
-        for entry in std::fs::read_dir(path).map_err(io)? {
-            let extension = entry.map_err(io)?.path().extension().map(|end| end.to_owned());
-            has_weights |= extension.is_some_and(|end| end.eq_ignore_ascii_case("safetensors"));
-        }
-        if has_weights { Self::open(path) } else { Self::outline(path) }
-    }
-
-    /// The outline of the same model with its matrices stored otherwise.
-    pub fn stored_as(&self, numbers: Numbers) -> Self {
-        let config = self.config.clone();
-        let source = Source::Outline(numbers);
-        Self { names: config.family.names, name: self.name.clone(), config, source }
-    }
-
     /// Refuses quantised matrices whose scales are zero, no numbers or out of range, or whose
     /// columns name groups that are not there: what is small beside the weights, and decides
     /// whether they mean anything.
@@ -130,6 +93,9 @@ impl Checkpoint {
     /// # Errors
     /// `Checkpoint` names the tensor; `Io` where the files cannot be read.
     pub(crate) fn check_scales(&self) -> Result<(), ModelError> {
+        if let Source::Seeded(_) = self.source {
+            return Ok(());
+        }
         let files = self.files()?;
         let mut modules = Expected::each(&self.config, &self.names)?.flat_map(|each| each.modules);
         modules.try_for_each(|module| files.check_scales(&module))
@@ -156,7 +122,7 @@ impl Checkpoint {
     pub fn total_bytes(&self) -> u64 {
         match &self.source {
             Source::Files { tensors, .. } => tensors.total_bytes(),
-            Source::Outline(_) => 0,
+            Source::Outline(_) | Source::Seeded(_) => 0,
         }
     }
 
@@ -175,7 +141,9 @@ impl Checkpoint {
     pub fn weight_bytes(&self, shard: &Shard) -> Result<u64, ModelError> {
         let bytes = |(module, cut): &(Module, Cut)| match &self.source {
             Source::Files { .. } => self.files()?.bytes(module, cut),
-            Source::Outline(numbers) => Ok(numbers.bytes(module, cut, &self.names)),
+            Source::Outline(numbers) | Source::Seeded(Seeded { numbers, .. }) => {
+                Ok(numbers.bytes(module, cut, &self.names))
+            }
         };
         self.modules().all(shard).iter().map(bytes).sum()
     }
@@ -191,7 +159,9 @@ impl Checkpoint {
     pub fn stacks(&self, shard: &Shard) -> Result<Vec<Stack>, ModelError> {
         let shape = |(module, cut): &(Module, Cut)| match &self.source {
             Source::Files { .. } => self.files()?.shape(module, cut),
-            Source::Outline(numbers) => Ok(numbers.shape(module, cut, &self.names)),
+            Source::Outline(numbers) | Source::Seeded(Seeded { numbers, .. }) => {
+                Ok(numbers.shape(module, cut, &self.names))
+            }
         };
         let stack = |(is_table, cuts): (bool, Vec<(Module, Cut)>)| {
             let parts = cuts.iter().map(shape);
@@ -205,7 +175,7 @@ impl Checkpoint {
             Source::Files { tensors, quantisation } => {
                 Ok(Files { tensors, quantisation: *quantisation })
             }
-            Source::Outline(_) => Err(no_numbers(&self.name)),
+            Source::Outline(_) | Source::Seeded(_) => Err(no_numbers(&self.name)),
         }
     }
 
@@ -225,7 +195,7 @@ impl Checkpoint {
 
     /// [H].
     pub fn final_norm(&self) -> Result<Vec<f32>, ModelError> {
-        slice::vector(self.files()?.tensors, self.names.final_norm, 0..self.config.hidden, None)
+        self.norm(self.names.final_norm, self.config.hidden)
     }
 
     /// [H]: the norm before attention.
@@ -250,6 +220,10 @@ impl Checkpoint {
         }
         let mut bias = Vec::new();
         for (module, cut) in self.modules().qkv(layer, shard) {
+            if let Source::Seeded(seeded) = self.source {
+                bias.extend(seeded.bias(&module, cut.rows().clone()));
+                continue;
+            }
             let heads_of = match cut {
                 Cut::Heads { head_dim, .. } => Some(head_dim),
                 Cut::Rows(_) | Cut::Columns { .. } => None,
@@ -309,13 +283,23 @@ impl Checkpoint {
     }
 
     fn read(&self, cuts: &[(Module, Cut)]) -> Result<Vec<WeightPart<'static>>, ModelError> {
+        if let Source::Seeded(seeded) = self.source {
+            let part = |(module, cut): &(Module, Cut)| seeded.part(module, cut, &self.names);
+            return cuts.iter().map(part).collect();
+        }
         let files = self.files()?;
         cuts.iter().map(|(module, cut)| files.read(module, cut)).collect()
     }
 
     fn layer_vector(&self, layer: usize, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
-        let tensors = self.files()?.tensors;
-        slice::vector(tensors, &self.names.of_layer(layer, name), 0..len, None)
+        self.norm(&self.names.of_layer(layer, name), len)
+    }
+
+    fn norm(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
+        match self.source {
+            Source::Seeded(_) => Ok(vec![1.0; len]),
+            _ => slice::vector(self.files()?.tensors, name, 0..len, None),
+        }
     }
 }
 

@@ -18,6 +18,7 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 use cpu::{Isa, Precision};
 use cuda::CudaConfig;
 use engine::{SchedulerConfig, plan::Executor};
+use model::Numbers;
 use serde::{Deserialize, Serialize};
 
 pub use process::{RANK_TOKEN_VARIABLE, RankConfig, run_rank};
@@ -54,6 +55,8 @@ pub enum RankMode {
 pub struct GroupConfig {
     /// A checkpoint folder or a GGUF file.
     pub model: PathBuf,
+    /// Numbers from a seed instead of the checkpoint's: a folder with a `config.json` is enough.
+    pub random: Option<Numbers>,
     /// Tensor-parallel ranks, at least 1.
     pub ranks: usize,
     pub device: Device,
@@ -90,6 +93,7 @@ impl GroupConfig {
     pub fn new(model: impl Into<PathBuf>) -> Self {
         Self {
             model: model.into(),
+            random: None,
             ranks: 1,
             device: Device::Cpu,
             threads_per_rank: None,

@@ -23,6 +23,7 @@ pub mod paged;
 pub mod peers;
 pub mod prefill;
 pub mod prefill_sm90;
+pub mod random;
 pub mod rope;
 pub mod sampling;
 
@@ -63,6 +64,7 @@ pub fn all<D: Driver>() -> Vec<Check<D>> {
         accuracy::checks(),
         prefill::checks(),
         prefill_sm90::checks(),
+        random::checks(),
         decode::checks(),
         decode::long_checks(),
         sampling::checks(),

@@ -102,4 +102,4 @@ fn many_draws_follow_the_distribution() {
 }
 
 emulated!(elementwise, every_rows, experts, fp8, int4, linear, norm, peers);
-emulated!(rope, prefill, prefill_sm90, decode, sampling);
+emulated!(rope, prefill, prefill_sm90, decode, random, sampling);

@@ -7,7 +7,10 @@
 mod pack;
 mod part;
 
-use super::{Array, Cuda, Driver, Element, Gemm, Launch};
+use super::{
+    Array, Cuda, Driver, Element, Gemm, Launch,
+    random::{PARTS as RANDOM_PARTS, RandomRecords, random},
+};
 use kernels::{KernelError, PartShape, Tensor, WeightPart, shape::ensure};
 use pack::{Plan, STAGE_COLS, STRIP};
 use part::{Columns, Int4Part};
@@ -56,39 +59,73 @@ pub(super) struct Int4<D: Driver> {
 
 impl<D: Driver> Int4<D> {
     /// Repacks `parts`, stacked by rows; `None` where the kernels cannot take them as they are.
-    pub(super) fn new(driver: &D, parts: &[WeightPart<'_>]) -> Result<Option<Self>, KernelError> {
+    pub(super) fn new(
+        device: &Cuda<D>,
+        parts: &[WeightPart<'_>],
+    ) -> Result<Option<Self>, KernelError> {
+        if parts.iter().all(|part| random(part).is_some()) {
+            return Self::random(device, parts);
+        }
+        let driver = &device.driver;
         let Some(parts) = Int4Part::all(parts) else { return Ok(None) };
         let (rows, cols) = (parts.iter().map(|part| part.rows).sum::<usize>(), parts[0].cols);
         let plan = Plan::of(&parts[0].columns());
-        let bytes = Bytes::of(rows, &plan);
-        let (strips, stages) = (rows.div_ceil(STRIP), plan.stages());
-        let records = Array::zeroed(driver, "a weight", bytes.records)?;
-        for strip in 0..strips {
+        let weight = Self::room(driver, &plan, (rows, cols))?;
+        for strip in 0..rows.div_ceil(STRIP) {
             let packed = pack::strip(&parts, &plan, strip);
-            driver.write(&records.memory, strip * stages * plan.record_bytes(), &packed)?;
+            let offset = strip * plan.stages() * plan.record_bytes();
+            driver.write(&weight.records.memory, offset, &packed)?;
         }
+        if let Some(order) = &weight.order {
+            let place = |column: &Option<usize>| column.map_or(-1, |column| column as i32);
+            let places: Vec<u8> =
+                plan.columns.iter().flat_map(|column| place(column).to_le_bytes()).collect();
+            order.write(driver, &places)?;
+        }
+        Ok(Some(weight))
+    }
+
+    /// As [`Self::new`], of parts whose integers the device makes.
+    fn random(device: &Cuda<D>, parts: &[WeightPart<'_>]) -> Result<Option<Self>, KernelError> {
+        let shapes: Option<Vec<PartShape>> = parts.iter().map(part::random_shape).collect();
+        let Some(shapes) = shapes.filter(|shapes| shapes.len() <= RANDOM_PARTS) else {
+            return Ok(None);
+        };
+        let Some(columns) = Columns::of(&shapes) else { return Ok(None) };
+        let plan = Plan::of(&columns);
+        let rows = shapes.iter().map(|part| part.rows).sum();
+        let weight = Self::room(&device.driver, &plan, (rows, columns.cols))?;
+        let records = RandomRecords {
+            address: weight.records.address(&device.driver),
+            bytes: weight.records.bytes(),
+            cols: weight.cols,
+            lead: weight.lead,
+            stages: weight.stages,
+            unit: weight.unit,
+        };
+        let seeds: Vec<_> =
+            parts.iter().filter_map(|part| Some((random(part)?, part.rows))).collect();
+        device.random_records(&records, &seeds)?;
+        Ok(Some(weight))
+    }
+
+    fn room(driver: &D, plan: &Plan, (rows, cols): (usize, usize)) -> Result<Self, KernelError> {
+        let bytes = Bytes::of(rows, plan);
         let order = match plan.lead {
             Some(_) => None,
-            None => {
-                let place = |column: &Option<usize>| column.map_or(-1, |column| column as i32);
-                let places: Vec<u8> =
-                    plan.columns.iter().flat_map(|column| place(column).to_le_bytes()).collect();
-                let order = Array::zeroed(driver, "an order of columns", bytes.order)?;
-                order.write(driver, &places)?;
-                Some(order)
-            }
+            None => Some(Array::zeroed(driver, "an order of columns", bytes.order)?),
         };
-        Ok(Some(Self {
+        Ok(Self {
             rows,
             cols,
             lead: plan.lead.unwrap_or(0),
-            stages,
+            stages: plan.stages(),
             unit: plan.unit,
-            splits: splits(rows.div_ceil(TILE), stages),
-            records,
+            splits: splits(rows.div_ceil(TILE), plan.stages()),
+            records: Array::zeroed(driver, "a weight", bytes.records)?,
             arrived: Array::zeroed(driver, "counters", bytes.arrived)?,
             order,
-        }))
+        })
     }
 
     /// Columns of what the kernels multiply: K, or every place where columns are permuted.

@@ -21,6 +21,7 @@ mod linear;
 mod measure;
 mod norm;
 mod peers;
+mod random;
 mod rope;
 mod rows;
 mod sampling;

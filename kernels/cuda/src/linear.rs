@@ -100,7 +100,7 @@ impl<D: Driver> Weight<D> {
         format: WeightFormat,
     ) -> Result<Self, KernelError> {
         let (rows, cols) = WeightPart::check(parts)?;
-        match Int4::new(&device.driver, parts)? {
+        match Int4::new(device, parts)? {
             Some(values) => Ok(Self { rows, cols, stored: Stored::Int4(values) }),
             None => {
                 let driver = &device.driver;

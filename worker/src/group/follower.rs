@@ -1,11 +1,14 @@
 //! What every rank does to take its place, and what the ranks other than 0 do from then on.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use collective::{Collective, HostCollective};
 use cpu::CpuConfig;
 use kernels::Backend;
-use model::{Checkpoint, ModelError, Runner, RunnerOptions};
+use model::{Checkpoint, ModelError, Numbers, Runner, RunnerOptions};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -22,11 +25,21 @@ pub(super) const LOAD_DEADLINE: Duration = Duration::from_secs(3600);
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct RankOptions {
     pub model: PathBuf,
+    pub random: Option<Numbers>,
     pub device: Device,
     pub cpu: CpuConfig,
     pub runner: RunnerOptions,
     /// A step that takes longer has hung; `None` where nothing predicts it.
     pub step_deadline: Option<Duration>,
+}
+
+/// The checkpoint at `path`, or its model with random numbers: the same on every rank.
+pub(super) fn open(path: &Path, random: Option<Numbers>) -> Result<Checkpoint, ModelError> {
+    const SEED: u64 = 1;
+    match random {
+        None => Checkpoint::open(path),
+        Some(numbers) => Checkpoint::random(path, numbers, SEED),
+    }
 }
 
 /// Loads this rank's share on its device.
@@ -89,6 +102,7 @@ mod tests {
                     let cpu = CpuConfig { threads: 6, precision, isa };
                     let sent = RankOptions {
                         model: "a b".into(),
+                        random: Some(Numbers::INT4),
                         device,
                         cpu,
                         runner,

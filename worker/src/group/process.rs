@@ -30,7 +30,7 @@ use super::{
     LoadProgress,
     devices::{Devices, Task, on_devices},
     failures::RankFailures,
-    follower::{LOAD_DEADLINE, RankOptions, follow, load, meet},
+    follower::{LOAD_DEADLINE, RankOptions, follow, load, meet, open},
     leader::{Followers, lead},
     sizing::Sizing,
 };
@@ -81,14 +81,17 @@ pub fn run_rank(config: RankConfig) -> Result<(), WorkerError> {
         .map_err(|error| WorkerError::Config(format!("the leader's options: {error}")))?;
     let data = Tcp::connect(&data.to_string(), place, &config.token, JOIN_DEADLINE)
         .map_err(ModelError::from)?;
-    let RankOptions { device, cpu, .. } = options;
-    on_devices(device, config.world_size, cpu, Follower { control, data, options })
+    let checkpoint = open(&options.model, options.random)?;
+    let (device, cpu) = (options.device, options.cpu);
+    let follower = Follower { control, data, checkpoint, options };
+    on_devices(device, config.world_size, cpu, follower)
 }
 
 /// A rank that has joined, and has nothing loaded yet.
 struct Follower {
     control: Tcp,
     data: Tcp,
+    checkpoint: Checkpoint,
     options: RankOptions,
 }
 
@@ -96,9 +99,8 @@ impl Task for Follower {
     type Out = ();
 
     fn on<D: Devices>(mut self, devices: D) -> Result<(), WorkerError> {
-        let checkpoint = Checkpoint::open(&self.options.model)?;
         let progress: LoadProgress<'_> = &mut |_, _| {};
-        let mut runner = load(&devices, self.data, &checkpoint, &self.options, progress)?;
+        let mut runner = load(&devices, self.data, &self.checkpoint, &self.options, progress)?;
         meet(&mut self.control)?;
         follow(&mut runner, &mut self.control)
     }

@@ -9,7 +9,7 @@ use model::{Checkpoint, ModelError, RunnerOptions, Shard, prefix_reuse_max};
 use super::{
     Device, GroupConfig, ModelInfo,
     devices::{Devices, Task, on_devices},
-    follower::RankOptions,
+    follower::{RankOptions, open},
 };
 use crate::{
     WorkerError,
@@ -34,7 +34,7 @@ pub(super) struct Sizing {
 impl Sizing {
     pub fn new(config: GroupConfig) -> Result<Self, WorkerError> {
         check(&config)?;
-        let checkpoint = Checkpoint::open(&config.model)?;
+        let checkpoint = open(&config.model, config.random)?;
         if let Device::Cuda { config, .. } = config.device {
             check_cache(config, checkpoint.config())?;
         }
@@ -68,7 +68,8 @@ impl Sizing {
             text_files,
         };
         let (model, device) = (config.model.clone(), config.device);
-        let options = RankOptions { model, device, cpu, runner, step_deadline };
+        let random = config.random;
+        let options = RankOptions { model, random, device, cpu, runner, step_deadline };
         Ok(Self { config, checkpoint: Arc::new(checkpoint), info, options })
     }
 }
