@@ -24,8 +24,12 @@ pub fn checks<D: Driver>() -> Vec<Check<D>> {
 const EPS: f32 = 1e-6;
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Small, so that few rows already take several calls.
-const CONFIG: PeerConfig =
-    PeerConfig { area_bytes: 512 << 10, one_shot_bytes: 16 << 10, limit: PATIENCE };
+const CONFIG: PeerConfig = PeerConfig {
+    area_bytes: 512 << 10,
+    one_shot_bytes: 16 << 10,
+    limit: PATIENCE,
+    first_limit: PATIENCE,
+};
 
 /// Ranks, rows and columns: one-shot and two-shot, about the ends of what a block holds, fewer
 /// rows than ranks, several calls.

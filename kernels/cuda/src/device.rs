@@ -32,12 +32,19 @@ pub struct GpuConfig {
     pub ordinal: usize,
     /// A device that has not finished after this is taken for hung.
     pub wait_limit: Duration,
+    /// The same for the first wait behind so many kernels, where code may have to be loaded.
+    pub first_wait_limit: Duration,
 }
 
 impl GpuConfig {
     /// The longest step takes seconds; 30 of them are a hang.
     pub fn new(ordinal: usize) -> Self {
-        Self { ordinal, wait_limit: Duration::from_secs(30) }
+        Self::with_limit(ordinal, Duration::from_secs(30))
+    }
+
+    /// With `limit` for every wait, the first too.
+    pub fn with_limit(ordinal: usize, limit: Duration) -> Self {
+        Self { ordinal, wait_limit: limit, first_wait_limit: limit }
     }
 }
 

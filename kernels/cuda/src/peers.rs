@@ -3,7 +3,10 @@
 
 use super::{Cuda, Driver, Element, Launch, elementwise::bf16_vectors};
 use kernels::{AddNorm, KernelError, Tensor, shape, shape::ensure};
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    time::Duration,
+};
 
 /// Ranks that can exchange so; `PEERS_MAX` of the kernels.
 pub const PEERS_MAX: usize = 8;
@@ -24,6 +27,8 @@ pub struct PeerConfig {
     pub one_shot_bytes: usize,
     /// How long a rank waits for another's part of a call, by its device's clock.
     pub limit: Duration,
+    /// The same in the first step, for which ranks may have to load code.
+    pub first_limit: Duration,
 }
 
 impl PeerConfig {
@@ -31,7 +36,7 @@ impl PeerConfig {
     /// meeting for: the sizes are where others have measured the two to be equal on NVLink.
     pub fn new(ranks: usize, limit: Duration) -> Self {
         let one_shot_bytes = if ranks <= 4 { 512 << 10 } else { 256 << 10 };
-        Self { area_bytes: 17 << 20, one_shot_bytes, limit }
+        Self { area_bytes: 17 << 20, one_shot_bytes, limit, first_limit: limit }
     }
 
     /// What a rank's own region takes of its device.
@@ -69,6 +74,8 @@ pub struct Peers<D: Driver> {
     regions: Vec<D::Memory>,
     rank: usize,
     config: PeerConfig,
+    /// Whether a step of exchanges has come about.
+    warm: AtomicBool,
 }
 
 #[repr(C)]
@@ -168,7 +175,7 @@ impl<D: Driver> Peers<D> {
             }
         };
         let regions = tickets.iter().enumerate().map(region).collect::<Result<_, _>>()?;
-        Ok(Self { regions, rank, config })
+        Ok(Self { regions, rank, config, warm: AtomicBool::new(false) })
     }
 
     pub fn rank(&self) -> usize {
@@ -187,13 +194,21 @@ impl<D: Driver> Peers<D> {
         const FAILED: usize = 12;
         let mut mark = [0; 4];
         driver.read(&mut mark, &self.regions[self.rank], FAILED)?;
+        let limit = self.limit().as_secs_f64();
         if mark == [0; 4] {
+            self.warm.store(true, Relaxed);
             return Ok(());
         }
-        let limit = self.config.limit.as_secs_f64();
         Err(KernelError::Device(format!(
             "another rank did not take part in an exchange within {limit} s"
         )))
+    }
+
+    fn limit(&self) -> Duration {
+        match self.warm.load(Relaxed) {
+            true => self.config.limit,
+            false => self.config.first_limit,
+        }
     }
 
     fn args(&self, driver: &D) -> RegionsArgs {
@@ -203,7 +218,7 @@ impl<D: Driver> Peers<D> {
         RegionsArgs {
             starts,
             area_bytes: self.config.area_bytes as u64,
-            limit_ns: u64::try_from(self.config.limit.as_nanos()).unwrap_or(u64::MAX),
+            limit_ns: u64::try_from(self.limit().as_nanos()).unwrap_or(u64::MAX),
             rank: self.rank as u32,
             ranks: self.ranks() as u32,
         }

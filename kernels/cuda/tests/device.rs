@@ -11,12 +11,12 @@ fn on_the_fake(test: &str, settings: &[(&str, &str)], body: impl FnOnce()) {
 }
 
 fn open() -> Result<Gpu, KernelError> {
-    Gpu::open(GpuConfig { wait_limit: Duration::from_secs(60), ..GpuConfig::new(0) })
+    Gpu::open(GpuConfig::with_limit(0, Duration::from_secs(60)))
 }
 
 /// For devices that hang.
 fn impatient() -> Gpu {
-    Gpu::open(GpuConfig { wait_limit: Duration::from_millis(100), ..GpuConfig::new(0) }).unwrap()
+    Gpu::open(GpuConfig::with_limit(0, Duration::from_millis(100))).unwrap()
 }
 
 fn refused<T>(result: Result<T, KernelError>) -> String {

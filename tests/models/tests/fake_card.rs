@@ -9,8 +9,7 @@ use models::{Driven, GREEDY, Group, OPTIONS, continuations, folder};
 use std::{process::Command, sync::Arc, time::Duration};
 
 fn card(config: CudaConfig) -> Cuda<Gpu> {
-    let wait_limit = Duration::from_secs(200);
-    let gpu = Gpu::open(GpuConfig { wait_limit, ..GpuConfig::new(0) });
+    let gpu = Gpu::open(GpuConfig::with_limit(0, Duration::from_secs(200)));
     Cuda::new(gpu.expect("a card"), config)
 }
 

@@ -241,6 +241,7 @@ mod cuda {
         fn open(&self, rank: usize, deadline: Option<Duration>) -> Result<Cuda<Gpu>, WorkerError> {
             let card = self.opened(rank, |config| GpuConfig {
                 wait_limit: deadline.unwrap_or(config.wait_limit),
+                first_wait_limit: deadline.unwrap_or_default().max(config.wait_limit),
                 ..config
             });
             Ok(Cuda::new(card?, self.config))
@@ -252,8 +253,13 @@ mod cuda {
             host: H,
             deadline: Option<Duration>,
         ) -> Result<PeerMemory<Gpu, H>, WorkerError> {
-            let limit = deadline.unwrap_or(GpuConfig::new(0).wait_limit);
-            let config = PeerConfig::new(host.world_size(), limit);
+            let usual = GpuConfig::new(0).wait_limit;
+            // Before the host's own patience ends: it knows less of the reason.
+            let limit = deadline.unwrap_or(usual) / 4 * 3;
+            let config = PeerConfig {
+                first_limit: limit.max(usual),
+                ..PeerConfig::new(host.world_size(), limit)
+            };
             Ok(PeerMemory::new(device, host, config).map_err(ModelError::from)?)
         }
 

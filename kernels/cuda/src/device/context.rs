@@ -143,6 +143,7 @@ pub(super) struct Context {
     handle: sys::CUcontext,
     stream: sys::CUstream,
     wait_limit: Duration,
+    first_wait_limit: Duration,
     /// The first failure: all that comes after is refused.
     broken: OnceLock<String>,
     /// The last kernel launched, for messages: failures come later than their cause.
@@ -160,7 +161,7 @@ unsafe impl Sync for Context {}
 impl Context {
     pub fn open(config: GpuConfig) -> Result<(Self, Facts), KernelError> {
         let count = count()?;
-        let GpuConfig { ordinal, wait_limit } = config;
+        let GpuConfig { ordinal, wait_limit, first_wait_limit } = config;
         let last = count - 1;
         let index = c_int::try_from(ordinal).ok().filter(|_| ordinal < count).ok_or_else(|| {
             KernelError::Device(format!("there is no device {ordinal}: they are 0 to {last}"))
@@ -189,6 +190,7 @@ impl Context {
             handle,
             stream,
             wait_limit,
+            first_wait_limit,
             broken,
             launched,
             kernels,
@@ -267,6 +269,7 @@ impl Context {
         let kernels = self.kernels.swap(0, Ordering::Relaxed);
         let known = || self.patience.lock().unwrap_or_else(PoisonError::into_inner);
         let expected = known().expected(kernels);
+        let limit = if expected.is_zero() { self.first_wait_limit } else { self.wait_limit };
         let start = Instant::now();
         loop {
             match query() {
@@ -278,13 +281,13 @@ impl Context {
                 result => return self.check("running kernels", result),
             }
             let waited = start.elapsed();
-            if waited > self.wait_limit {
-                let limit = self.wait_limit.as_secs_f64();
+            if waited > limit {
+                let limit = limit.as_secs_f64();
                 return Err(self.fail(format!("the device has not finished within {limit} s")));
             }
             match patience::next(waited, expected) {
                 Next::Yield => thread::yield_now(),
-                Next::Sleep(time) => thread::sleep(time.min(self.wait_limit)),
+                Next::Sleep(time) => thread::sleep(time.min(limit)),
             }
         }
     }

@@ -26,7 +26,7 @@ pub struct Card {
 
 impl Card {
     pub fn open(ordinal: usize, wait_limit: Duration) -> Result<Self, KernelError> {
-        Self::with(GpuConfig { wait_limit, ..GpuConfig::new(ordinal) })
+        Self::with(GpuConfig::with_limit(ordinal, wait_limit))
     }
 
     fn with(config: GpuConfig) -> Result<Self, KernelError> {
