@@ -72,10 +72,13 @@ pub struct GroupArgs {
     /// Compute threads of each rank [default: the machine's, shared evenly]
     #[arg(long, env = "LOCKSTEP_THREADS")]
     threads: Option<usize>,
-    /// What computes: cpu, cuda, or cuda:N for cards from N on, one for each rank where there are
-    /// as many
+    /// What computes: cpu, cuda, or cuda:N for cards from N on, one for each rank
     #[arg(long, value_parser = device, default_value = "cpu", env = "LOCKSTEP_DEVICE")]
     device: Device,
+    /// Lets all ranks take the first CUDA card where there are fewer cards than ranks: slow, for
+    /// tests
+    #[arg(long, env = "LOCKSTEP_SHARE_CARDS")]
+    share_cards: bool,
     /// How CUDA cards keep the layers' weights, whatever the file stores; fp8 halves their memory,
     /// rounded with a scale for each row as they are loaded [default: bf16]
     #[arg(long, value_enum, env = "LOCKSTEP_WEIGHTS")]
@@ -104,6 +107,10 @@ pub struct GroupArgs {
     /// --step-tokens alone]
     #[arg(long, value_parser = seconds, env = "LOCKSTEP_STEP_SECONDS")]
     step_seconds: Option<Duration>,
+    /// Seconds after which a card that has not finished a step is taken for hung [default: several
+    /// times the predicted time of the longest step, at least 1]
+    #[arg(long, value_parser = seconds, env = "LOCKSTEP_STEP_DEADLINE_SECONDS")]
+    step_deadline_seconds: Option<Duration>,
     /// Sequences that run at once, at most [default: 64, on CUDA cards 256]
     #[arg(long, env = "LOCKSTEP_SEQUENCES")]
     sequences: Option<usize>,
@@ -141,6 +148,7 @@ impl GroupArgs {
         config.kv_memory = self.kv_memory;
         config.step_tokens_max = self.step_tokens;
         config.step_target = self.step_seconds;
+        config.step_deadline = self.step_deadline_seconds;
         // A card's products are bound by the weights' bytes up to about this many rows.
         let many = if config.device == Device::Cpu { config.sequences_max } else { 256 };
         config.sequences_max = self.sequences.unwrap_or(many);
@@ -150,14 +158,20 @@ impl GroupArgs {
 
     fn device(&self) -> Result<Device> {
         let mut device = self.device;
-        let Device::Cuda { config, .. } = &mut device else {
-            for (flag, given) in [("--weights", self.weights), ("--kv-cache", self.kv_cache)] {
-                if given.is_some() {
+        let Device::Cuda { config, share, .. } = &mut device else {
+            let given = [
+                ("--weights", self.weights.is_some()),
+                ("--kv-cache", self.kv_cache.is_some()),
+                ("--share-cards", self.share_cards),
+            ];
+            for (flag, given) in given {
+                if given {
                     bail!("{flag} is for CUDA cards; add --device cuda, or leave it out");
                 }
             }
             return Ok(device);
         };
+        *share = self.share_cards;
         if let Some(FloatName::Fp8) = self.weights {
             config.weights = WeightFormat::Fp8;
         }
@@ -171,7 +185,8 @@ impl GroupArgs {
 /// `cpu`, `cuda` or `cuda:N`.
 fn device(text: &str) -> Result<Device, String> {
     let wrong = || format!("{text:?} is no device; write cpu, cuda or cuda:N");
-    let cuda = |first| Device::Cuda { first, config: CudaConfig::default() };
+    let config = CudaConfig::default();
+    let cuda = |first| Device::Cuda { first, config, share: false };
     match text.split_once(':') {
         None if text == "cpu" => Ok(Device::Cpu),
         None if text == "cuda" => Ok(cuda(0)),
@@ -210,7 +225,8 @@ mod tests {
 
     #[test]
     fn devices_are_read_with_their_number() {
-        let cuda = |first| Device::Cuda { first, config: CudaConfig::default() };
+        let config = CudaConfig::default();
+        let cuda = |first| Device::Cuda { first, config, share: false };
         assert_eq!(device("cpu"), Ok(Device::Cpu));
         assert_eq!(device("cuda"), Ok(cuda(0)));
         assert_eq!(device("cuda:3"), Ok(cuda(3)));
@@ -233,7 +249,8 @@ mod tests {
     #[test]
     fn formats_are_for_cards() {
         let config = |weights, kv_format| CudaConfig { weights, kv_format, ..Default::default() };
-        let cuda = |first, weights, kv| Device::Cuda { first, config: config(weights, kv) };
+        let cuda =
+            |first, weights, kv| Device::Cuda { first, config: config(weights, kv), share: false };
         for (line, wanted) in [
             ("x", Device::Cpu),
             ("x --device cuda:2", cuda(2, WeightFormat::Bf16, KvFormat::Bf16)),

@@ -9,6 +9,7 @@ mod expected;
 mod module;
 mod modules;
 mod names;
+mod outline;
 mod quantised;
 mod slice;
 
@@ -27,6 +28,8 @@ use module::{Cut, Files, Module};
 pub use modules::FfnBlock;
 use modules::Modules;
 pub(crate) use names::{ExpertNames, FfnNames, GGUF, Qkv, TensorNames};
+pub use outline::Numbers;
+use outline::no_numbers;
 
 /// Configurations beyond this are no configurations.
 const CONFIG_BYTES_MAX: u64 = 16 << 20;
@@ -36,8 +39,17 @@ pub struct Checkpoint {
     config: DecoderConfig,
     name: String,
     names: TensorNames,
-    quantisation: Quantisation,
-    tensors: Tensors,
+    source: Source,
+}
+
+/// Where the numbers are.
+enum Source {
+    Files {
+        tensors: Tensors,
+        quantisation: Quantisation,
+    },
+    /// Nowhere: there are shapes only.
+    Outline(Numbers),
 }
 
 impl Checkpoint {
@@ -66,7 +78,46 @@ impl Checkpoint {
         };
         expected::check(Files { tensors: &tensors, quantisation }, &config, &names)?;
         let name = model_name(&layout, path);
-        Ok(Self { config, name, names, quantisation, tensors })
+        Ok(Self { config, name, names, source: Source::Files { tensors, quantisation } })
+    }
+
+    /// A folder's `config.json` alone: sizes of what the model would be, and no numbers to read.
+    /// Matrices are stored as its `quantization_config` says, else in bf16.
+    ///
+    /// # Errors
+    /// `Io` where there is no `config.json`; otherwise as [`Self::open`] for what it says.
+    pub fn outline(folder: &Path) -> Result<Self, ModelError> {
+        let text = read_config(&folder.join("config.json"))?;
+        let config = DecoderConfig::from_json(&text)?;
+        let numbers = Numbers::of(Quantisation::from_json(&text)?);
+        let layout = Layout::Safetensors { folder: folder.into(), files: vec![], index: None };
+        let name = model_name(&layout, folder);
+        let names = config.family.names;
+        Ok(Self { config, name, names, source: Source::Outline(numbers) })
+    }
+
+    /// [`Self::outline`] of a folder with a `config.json` and no weights; otherwise [`Self::open`].
+    ///
+    /// # Errors
+    /// Of whichever it is.
+    pub fn open_or_outline(path: &Path) -> Result<Self, ModelError> {
+        let io = |source| ModelError::Io { path: path.display().to_string(), source };
+        if !path.join("config.json").is_file() {
+            return Self::open(path);
+        }
+        let mut has_weights = path.join("model.safetensors.index.json").is_file();
+        for entry in std::fs::read_dir(path).map_err(io)? {
+            let extension = entry.map_err(io)?.path().extension().map(|end| end.to_owned());
+            has_weights |= extension.is_some_and(|end| end.eq_ignore_ascii_case("safetensors"));
+        }
+        if has_weights { Self::open(path) } else { Self::outline(path) }
+    }
+
+    /// The outline of the same model with its matrices stored otherwise.
+    pub fn stored_as(&self, numbers: Numbers) -> Self {
+        let config = self.config.clone();
+        let source = Source::Outline(numbers);
+        Self { names: config.family.names, name: self.name.clone(), config, source }
     }
 
     /// Refuses quantised matrices whose scales are zero, no numbers or out of range, or whose
@@ -79,8 +130,9 @@ impl Checkpoint {
     /// # Errors
     /// `Checkpoint` names the tensor; `Io` where the files cannot be read.
     pub(crate) fn check_scales(&self) -> Result<(), ModelError> {
+        let files = self.files()?;
         let mut modules = Expected::each(&self.config, &self.names)?.flat_map(|each| each.modules);
-        modules.try_for_each(|module| self.files().check_scales(&module))
+        modules.try_for_each(|module| files.check_scales(&module))
     }
 
     pub fn config(&self) -> &DecoderConfig {
@@ -92,9 +144,20 @@ impl Checkpoint {
         &self.name
     }
 
-    /// Bytes of all tensors in the files.
+    /// Elements of all tensors.
+    ///
+    /// # Errors
+    /// A configuration that not even one rank can run.
+    pub fn parameters(&self) -> Result<u64, ModelError> {
+        parameters(&self.config)
+    }
+
+    /// Bytes of all tensors in the files, where there are any.
     pub fn total_bytes(&self) -> u64 {
-        self.tensors.total_bytes()
+        match &self.source {
+            Source::Files { tensors, .. } => tensors.total_bytes(),
+            Source::Outline(_) => 0,
+        }
     }
 
     /// What `rank` of `world_size` holds.
@@ -110,8 +173,11 @@ impl Checkpoint {
     /// # Errors
     /// A shard of another model.
     pub fn weight_bytes(&self, shard: &Shard) -> Result<u64, ModelError> {
-        let files = self.files();
-        self.modules().all(shard).iter().map(|(module, cut)| files.bytes(module, cut)).sum()
+        let bytes = |(module, cut): &(Module, Cut)| match &self.source {
+            Source::Files { .. } => self.files()?.bytes(module, cut),
+            Source::Outline(numbers) => Ok(numbers.bytes(module, cut, &self.names)),
+        };
+        self.modules().all(shard).iter().map(bytes).sum()
     }
 
     fn modules(&self) -> Modules<'_> {
@@ -123,16 +189,24 @@ impl Checkpoint {
     /// # Errors
     /// The files cannot be read; a shard of another model.
     pub fn stacks(&self, shard: &Shard) -> Result<Vec<Stack>, ModelError> {
-        let files = self.files();
+        let shape = |(module, cut): &(Module, Cut)| match &self.source {
+            Source::Files { .. } => self.files()?.shape(module, cut),
+            Source::Outline(numbers) => Ok(numbers.shape(module, cut, &self.names)),
+        };
         let stack = |(is_table, cuts): (bool, Vec<(Module, Cut)>)| {
-            let parts = cuts.iter().map(|(module, cut)| files.shape(module, cut));
+            let parts = cuts.iter().map(shape);
             Ok(Stack { is_table, parts: parts.collect::<Result<_, ModelError>>()? })
         };
         self.modules().stacks(shard).map(stack).collect()
     }
 
-    fn files(&self) -> Files<'_> {
-        Files { tensors: &self.tensors, quantisation: self.quantisation }
+    fn files(&self) -> Result<Files<'_>, ModelError> {
+        match &self.source {
+            Source::Files { tensors, quantisation } => {
+                Ok(Files { tensors, quantisation: *quantisation })
+            }
+            Source::Outline(_) => Err(no_numbers(&self.name)),
+        }
     }
 
     /// [V_local, H]: the embedding rows of `shard.vocab`.
@@ -151,7 +225,7 @@ impl Checkpoint {
 
     /// [H].
     pub fn final_norm(&self) -> Result<Vec<f32>, ModelError> {
-        slice::vector(&self.tensors, self.names.final_norm, 0..self.config.hidden, None)
+        slice::vector(self.files()?.tensors, self.names.final_norm, 0..self.config.hidden, None)
     }
 
     /// [H]: the norm before attention.
@@ -181,7 +255,8 @@ impl Checkpoint {
                 Cut::Rows(_) | Cut::Columns { .. } => None,
             };
             let rows = cut.rows().clone();
-            bias.extend(slice::vector(&self.tensors, &module.tensor("bias"), rows, heads_of)?);
+            let (tensors, name) = (self.files()?.tensors, module.tensor("bias"));
+            bias.extend(slice::vector(tensors, &name, rows, heads_of)?);
         }
         Ok(Some(bias))
     }
@@ -234,22 +309,23 @@ impl Checkpoint {
     }
 
     fn read(&self, cuts: &[(Module, Cut)]) -> Result<Vec<WeightPart<'static>>, ModelError> {
-        cuts.iter().map(|(module, cut)| self.files().read(module, cut)).collect()
+        let files = self.files()?;
+        cuts.iter().map(|(module, cut)| files.read(module, cut)).collect()
     }
 
     fn layer_vector(&self, layer: usize, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
-        slice::vector(&self.tensors, &self.names.of_layer(layer, name), 0..len, None)
+        let tensors = self.files()?.tensors;
+        slice::vector(tensors, &self.names.of_layer(layer, name), 0..len, None)
     }
 }
 
 /// Elements of all tensors that a Hugging Face checkpoint of this configuration has.
-#[cfg(test)]
-pub(crate) fn parameters(config: &DecoderConfig) -> usize {
-    let each = Expected::each(config, &config.family.names).unwrap().map(|expected| {
+pub(crate) fn parameters(config: &DecoderConfig) -> Result<u64, ModelError> {
+    let each = Expected::each(config, &config.family.names)?.map(|expected| {
         let matrices = expected.modules.iter().map(|module| module.rows * module.cols);
         matrices.sum::<usize>() + expected.vectors.iter().map(|(_, len)| len).sum::<usize>()
     });
-    each.sum()
+    Ok(each.map(|elements| elements as u64).sum())
 }
 
 fn read_config(path: &Path) -> Result<Vec<u8>, ModelError> {

@@ -215,7 +215,7 @@ fn what_cannot_be_is_refused_before_loading() {
     let base = || config("llama_smollm2", 1, Precision::Fast);
     let error = refused(GroupConfig { kv_memory: Some(1 << 60), ..base() });
     assert!(matches!(&error, WorkerError::Memory(_)), "{error}");
-    assert!(error.to_string().contains("KV pool"), "{error}");
+    assert!(error.to_string().contains("KV cache"), "{error}");
     let error = refused(GroupConfig { context_max: Some(1 << 40), kv_memory: None, ..base() });
     assert!(error.to_string().contains("a smaller --context"), "{error}");
     let error = refused(GroupConfig { kv_memory: Some(10), ..base() });

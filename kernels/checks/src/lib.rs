@@ -20,6 +20,7 @@ pub mod int4;
 pub mod linear;
 pub mod norm;
 pub mod paged;
+pub mod peers;
 pub mod prefill;
 pub mod prefill_sm90;
 pub mod rope;
@@ -28,7 +29,6 @@ pub mod sampling;
 pub use compare::{Tolerance, compare};
 
 use cuda::{Cuda, CudaConfig, Driver, KvFormat, PrefillKernel, WeightFormat};
-use kernels::Join;
 
 /// One kernel on one family of shapes.
 pub struct Check<D: Driver> {
@@ -46,7 +46,6 @@ pub const BF16: CudaConfig = CudaConfig {
     kv_format: KvFormat::Bf16,
     prefill: PrefillKernel::Fastest,
     weights: WeightFormat::Bf16,
-    join: Join::Gather,
 };
 
 /// Every check that a sanitizer has time for.
@@ -59,6 +58,7 @@ pub fn all<D: Driver>() -> Vec<Check<D>> {
         int4::checks(),
         linear::checks(),
         norm::checks(),
+        peers::checks(),
         rope::checks(),
         accuracy::checks(),
         prefill::checks(),

@@ -7,6 +7,8 @@
 mod blas;
 mod context;
 mod functions;
+mod handles;
+mod mapping;
 mod memory;
 mod patience;
 
@@ -167,6 +169,18 @@ impl Driver for Gpu {
 
     fn zeroed(&self, what: &'static str, bytes: usize) -> Result<Memory, KernelError> {
         Memory::zeroed(&self.context, what, bytes)
+    }
+
+    fn shared(&self, what: &'static str, bytes: usize) -> Result<Memory, KernelError> {
+        Memory::shared(&self.context, what, bytes)
+    }
+
+    fn export(&self, memory: &Memory) -> Result<Vec<u8>, KernelError> {
+        memory.export()
+    }
+
+    fn import(&self, ticket: &[u8]) -> Result<Memory, KernelError> {
+        Memory::import(&self.context, ticket)
     }
 
     fn address(&self, memory: &Memory) -> u64 {

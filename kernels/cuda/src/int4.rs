@@ -124,6 +124,32 @@ pub(super) fn bytes(stack: &[PartShape]) -> Option<usize> {
     Some(records + order + arrived)
 }
 
+/// Bytes of the workspace that products of up to `tokens` rows want; `None` as for [`bytes`].
+pub(super) fn workspace_bytes(stack: &[PartShape], tokens: usize) -> Option<usize> {
+    let of = Columns::of(stack)?;
+    let plan = Plan::of(&of);
+    let rows: usize = stack.iter().map(|part| part.rows).sum();
+    let inputs = if plan.lead.is_none() { plan.columns.len() } else { of.cols };
+    let row_bytes = inputs * Element::Bf16.bytes();
+    let gathered = |tokens: usize| match plan.lead {
+        None => aligned(tokens.saturating_mul(row_bytes)),
+        Some(_) => 0,
+    };
+    let fused = tokens.min(FUSED_ROWS_MAX);
+    let splits = splits(rows.div_ceil(TILE), plan.stages());
+    let widest = TOKEN_TILES[TOKEN_TILES.len() - 1];
+    let sums =
+        if splits > 1 { sums_bytes(rows, fused.next_multiple_of(widest), splits) } else { 0 };
+    let few = gathered(fused) + sums;
+    let many = if tokens > fused { gathered(tokens).saturating_add(rows * row_bytes) } else { 0 };
+    Some(few.max(many))
+}
+
+/// What splits leave for the last of them.
+fn sums_bytes(rows: usize, tokens: usize, splits: usize) -> usize {
+    rows.next_multiple_of(TILE) * tokens * splits * Element::F32.bytes()
+}
+
 /// Parts of the columns that are summed apart: by the weight's shape alone.
 fn splits(tiles: usize, stages: usize) -> usize {
     // At least two stages each, or a split costs more than it gives.
@@ -180,7 +206,7 @@ struct GatherArgs {
 
 /// Bytes of the workspace, each part at a multiple of 256.
 fn aligned(bytes: usize) -> usize {
-    bytes.next_multiple_of(256)
+    bytes.checked_next_multiple_of(256).unwrap_or(usize::MAX)
 }
 
 impl<D: Driver> Cuda<D> {
@@ -204,9 +230,7 @@ impl<D: Driver> Cuda<D> {
         };
         let token_tile = self.token_tile(weight, x.rows);
         let rest = if fused && weight.splits > 1 {
-            // What splits leave for the last of them.
-            let sums = weight.rows.next_multiple_of(TILE) * x.rows.next_multiple_of(token_tile);
-            sums * weight.splits * Element::F32.bytes()
+            sums_bytes(weight.rows, x.rows.next_multiple_of(token_tile), weight.splits)
         } else if fused {
             0
         } else {

@@ -49,6 +49,32 @@ impl WeightFormat {
     }
 }
 
+/// Bytes of the workspace that products of up to `tokens` rows with a stack want.
+pub(super) fn workspace_bytes(
+    format: WeightFormat,
+    stack: &[PartShape],
+    tokens: usize,
+    fp8_products: bool,
+) -> usize {
+    if let Some(bytes) = int4::workspace_bytes(stack, tokens) {
+        return bytes;
+    }
+    let rows: usize = stack.iter().map(|part| part.rows).sum();
+    let cols = stack.first().map_or(0, |part| part.cols);
+    match format.is_fp8(rows, cols) {
+        true if fp8_products => {
+            tokens.saturating_mul(size_of::<f32>()).saturating_add(codes_bytes(tokens, cols))
+        }
+        true => rows * cols * Element::Bf16.bytes(),
+        false => 0,
+    }
+}
+
+/// Activations in e4m3, so that their scales can follow.
+fn codes_bytes(rows: usize, cols: usize) -> usize {
+    rows.saturating_mul(cols).checked_next_multiple_of(256).unwrap_or(usize::MAX)
+}
+
 /// A weight [N, K] on the device.
 pub struct Weight<D: Driver> {
     rows: usize,
@@ -177,7 +203,7 @@ impl<D: Driver> Cuda<D> {
 
     /// `gemm` with its x in bf16, rounded here to e4m3 with a scale for each row.
     fn fp8_product(&self, gemm: Gemm, weight: &Fp8<D>) -> Result<(), KernelError> {
-        let codes_bytes = (gemm.m * gemm.k).next_multiple_of(256);
+        let codes_bytes = codes_bytes(gemm.m, gemm.k);
         let codes = self.workspace(codes_bytes + gemm.m * size_of::<f32>())?;
         let scales = codes + codes_bytes as u64;
         let (rows, cols) = (gemm.m as u64, gemm.k as u64);

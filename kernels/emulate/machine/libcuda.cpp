@@ -7,11 +7,10 @@
 // device's context. Kernels' own accesses are not watched: the emulation has AddressSanitizer.
 //
 // The environment says what the machine is and how it misbehaves (`src/machine.rs` has the list):
-// FAKE_VERSION, FAKE_DEVICES, FAKE_MAJOR, FAKE_MEMORY_MIB, and names of kernels: FAKE_HANG never
-// ends, FAKE_FAULT ends with a fault, the call that launches FAKE_STUCK does not return.
-#include "machine.h"
-
-#define EXPORTED extern "C" __attribute__((visibility("default")))
+// FAKE_VERSION, FAKE_DEVICES, FAKE_MAJOR, FAKE_MEMORY_MIB, FAKE_NO_PEERS, and names of kernels:
+// FAKE_HANG never ends, FAKE_FAULT ends with a fault, the call that launches FAKE_STUCK does not
+// return.
+#include "mapping.h"
 
 namespace {
 

@@ -17,6 +17,7 @@ use std::{
 ///
 /// More variables, each left out for a machine that behaves:
 /// - `FAKE_MEMORY_MIB`, `FAKE_MAJOR` (compute capability), `FAKE_VERSION` (of the driver, 13000);
+/// - `FAKE_NO_PEERS=1`: no card reaches another's memory;
 /// - `FAKE_HANG`, `FAKE_FAULT` and `FAKE_STUCK`: the name of a kernel that never ends, or ends with
 ///   a fault, or whose launch never returns;
 /// - `FAKE_ALGORITHMS=exact`: cuBLASLt's algorithms fit no other number of rows than they were
@@ -65,7 +66,7 @@ fn libraries() -> Result<PathBuf, String> {
     let _one = ONE.lock();
     let sources = here().join("machine");
     let read = |name: &str| fs::read(sources.join(name)).map_err(|e| format!("{name}: {e}"));
-    let names = ["machine.h", "libcuda.cpp", "libcublasLt.cpp"];
+    let names = ["machine.h", "mapping.h", "libcuda.cpp", "libcublasLt.cpp"];
     let contents = names.into_iter().map(read).collect::<Result<Vec<_>, _>>()?;
     let cache = Path::new(env!("EMULATION_CACHE"));
     fs::create_dir_all(cache).map_err(text)?;

@@ -48,7 +48,7 @@ fn prompt(name: &str) -> Vec<u32> {
 /// Greedy tokens, and the bits of every logit on the way.
 fn answer<D: Driver>(name: &str, device: Cuda<D>) -> (Vec<u32>, Vec<u32>) {
     let checkpoint = Arc::new(Checkpoint::open(&folder(name).unwrap()).unwrap());
-    let mut group = Group::load(&checkpoint, OPTIONS, vec![device]).unwrap();
+    let mut group = Group::load(&checkpoint, OPTIONS, vec![device], models::staged).unwrap();
     let prompt = &prompt(name)[..];
     let logits = Driven::new(1, prompt, GREEDY, (20..40).collect()).chunk(256, Want::Logits);
     let output = group.step(vec![logits]).unwrap();

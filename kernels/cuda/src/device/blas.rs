@@ -21,7 +21,7 @@ mod plan;
 mod product;
 
 use super::{context::Context, memory::Memory};
-use crate::{Gemm, Launch};
+use crate::{GEMM_WORKSPACE_BYTES, Gemm, Launch};
 use choice::Choices;
 use cudarc::cublaslt::sys as lt;
 use kernels::KernelError;
@@ -35,8 +35,6 @@ use std::{
     sync::Arc,
 };
 
-/// What NVIDIA advises for Hopper.
-const WORKSPACE_BYTES: usize = 32 << 20;
 /// Plans are small; a model has a dozen shapes.
 const PLANS_MAX: usize = 4096;
 /// Ways around that are told.
@@ -125,7 +123,7 @@ impl Blas {
                     .into(),
             ));
         }
-        let workspace = Memory::zeroed(context, "the matrix product", WORKSPACE_BYTES)?;
+        let workspace = Memory::zeroed(context, "the matrix product", GEMM_WORKSPACE_BYTES)?;
         let mut handle = ptr::null_mut();
         blas!(context, "opening", cublasLtCreate(&mut handle))?;
         let (plans, told) = (HashMap::new(), BTreeSet::new());

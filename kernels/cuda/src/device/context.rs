@@ -202,6 +202,15 @@ impl Context {
         Ok((context, facts))
     }
 
+    /// As the driver counts devices.
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
+    pub fn device(&self) -> sys::CUdevice {
+        self.device
+    }
+
     pub fn stream(&self) -> sys::CUstream {
         self.stream
     }

@@ -2,6 +2,7 @@
 
 use super::{
     context::{Context, Event, call},
+    mapping::Mapping,
     sys,
 };
 use kernels::KernelError;
@@ -14,6 +15,8 @@ const PIECE_BYTES: usize = 4 << 20;
 pub struct Memory {
     address: sys::CUdeviceptr,
     bytes: usize,
+    /// Behind the address, where other ranks may have mapped the memory too.
+    mapping: Option<Mapping>,
     context: Arc<Context>,
 }
 
@@ -32,10 +35,43 @@ impl Memory {
             return Err(KernelError::Memory { what, bytes });
         }
         context.check("allocating memory", result)?;
-        let memory = Self { address, bytes, context: Arc::clone(context) };
-        let stream = context.stream();
-        call!(context, "clearing memory", cuMemsetD8Async(address, 0, bytes.max(1), stream))?;
+        let memory = Self { address, bytes, mapping: None, context: Arc::clone(context) };
+        memory.clear(bytes.max(1))?;
         Ok(memory)
+    }
+
+    fn clear(&self, bytes: usize) -> Result<(), KernelError> {
+        let stream = self.context.stream();
+        call!(self.context, "clearing memory", cuMemsetD8Async(self.address, 0, bytes, stream))
+    }
+
+    /// As [`Self::zeroed`], for others to map.
+    pub(super) fn shared(
+        context: &Arc<Context>,
+        what: &'static str,
+        bytes: usize,
+    ) -> Result<Self, KernelError> {
+        let mapping = Mapping::create(context, bytes)?;
+        let mapping = mapping.ok_or(KernelError::Memory { what, bytes })?;
+        let memory = Self::mapped(context, mapping);
+        memory.clear(bytes)?;
+        // Another rank may write as soon as it has the ticket.
+        context.settle()?;
+        Ok(memory)
+    }
+
+    pub(super) fn export(&self) -> Result<Vec<u8>, KernelError> {
+        let ticket = self.mapping.as_ref().and_then(Mapping::ticket);
+        ticket.ok_or_else(|| KernelError::Device("memory that is not shared".into()))
+    }
+
+    pub(super) fn import(context: &Arc<Context>, ticket: &[u8]) -> Result<Self, KernelError> {
+        Ok(Self::mapped(context, Mapping::import(context, ticket)?))
+    }
+
+    fn mapped(context: &Arc<Context>, mapping: Mapping) -> Self {
+        let (address, bytes) = (mapping.address(), mapping.bytes());
+        Self { address, bytes, mapping: Some(mapping), context: Arc::clone(context) }
     }
 
     pub(super) fn address(&self) -> u64 {
@@ -56,7 +92,7 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         // Where the device hangs, the process's end gives it back.
-        if self.context.settle().is_ok() {
+        if self.mapping.is_none() && self.context.settle().is_ok() {
             // SAFETY: nobody else has the address, and the work that used it is done.
             let result = unsafe { sys::cuMemFree_v2(self.address) };
             // A failure is kept by the context, and returned by its next use.

@@ -91,6 +91,18 @@ impl Driver for Card {
         self.gpu.zeroed(what, bytes)
     }
 
+    fn shared(&self, what: &'static str, bytes: usize) -> Result<Memory, KernelError> {
+        self.gpu.shared(what, bytes)
+    }
+
+    fn export(&self, memory: &Memory) -> Result<Vec<u8>, KernelError> {
+        self.gpu.export(memory)
+    }
+
+    fn import(&self, ticket: &[u8]) -> Result<Memory, KernelError> {
+        self.gpu.import(ticket)
+    }
+
     fn address(&self, memory: &Memory) -> u64 {
         self.gpu.address(memory)
     }

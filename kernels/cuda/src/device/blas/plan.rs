@@ -1,10 +1,10 @@
 //! One kind of product as cuBLASLt knows it: descriptors, and the algorithms for it.
 
 use super::{
-    Asked, WORKSPACE_BYTES, asked, blas,
+    Asked, asked, blas,
     product::{Input, Product},
 };
-use crate::device::context::Context;
+use crate::{GEMM_WORKSPACE_BYTES, device::context::Context};
 use cudarc::cublaslt::sys as lt;
 use kernels::KernelError;
 use lt::cublasLtMatmulDescAttributes_t as DescAttribute;
@@ -163,7 +163,7 @@ impl Plan {
             )
         };
         let taken = asked(context, "checking an algorithm", status)? == Asked::Done;
-        Ok(taken && found.workspaceSize <= WORKSPACE_BYTES)
+        Ok(taken && found.workspaceSize <= GEMM_WORKSPACE_BYTES)
     }
 
     /// The library's own best guesses for the rows that the layouts say, the best first.
@@ -175,7 +175,7 @@ impl Plan {
     ) -> Result<Vec<Algorithm>, KernelError> {
         use lt::cublasLtMatmulPreferenceAttributes_t as Attribute;
         let preference = Preference::new(context)?;
-        let bytes = WORKSPACE_BYTES;
+        let bytes = GEMM_WORKSPACE_BYTES;
         preference.set(context, Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, bytes)?;
         let none = 0u32;
         preference.set(context, Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, none)?;
@@ -234,7 +234,7 @@ impl Plan {
                 out,
                 algorithm,
                 pointer(workspace),
-                WORKSPACE_BYTES,
+                GEMM_WORKSPACE_BYTES,
                 context.stream().cast(),
             )
         };
