@@ -7,7 +7,7 @@ use kernels::{Backend, Format, KernelError, Tensor, WeightPart};
 
 const ROWS_MAX: usize = 33;
 /// [N, K]
-const WEIGHTS: [(usize, usize); 2] = [(96, 256), (512, 2048)];
+const WEIGHTS: [(usize, usize); 2] = [(96, 256), (256, 2048)];
 
 pub fn checks<D: Driver>() -> Vec<Check<D>> {
     vec![
