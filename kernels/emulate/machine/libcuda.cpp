@@ -130,6 +130,7 @@ EXPORTED int cuEventQuery(Event* event) {
 EXPORTED int cuEventElapsedTime_v2(float* milliseconds, Event* from, Event* to) {
     if (!from->stream || !to->stream || !from->passed->timed || !to->passed->timed)
         return INVALID_HANDLE;
+    if (const int error = to->stream->ask(to->behind)) return error;
     const std::chrono::duration<float, std::milli> between = to->passed->at - from->passed->at;
     return *milliseconds = between.count(), SUCCESS;
 }

@@ -21,8 +21,15 @@ fn emulator(config: CudaConfig) -> Cuda<Emulator> {
 #[test]
 fn ops_agree_with_the_oracle() {
     on_machine("ops_agree_with_the_oracle", 1, &[], || {
-        // Those that take no minutes; `every_rows` among them is products on cuBLASLt.
-        let rooms = [checks::elementwise::checks(), checks::every_rows::checks()];
+        // Those that take no minutes.
+        let rooms = [
+            checks::elementwise::checks(),
+            checks::every_rows::checks(),
+            checks::fp8::checks(),
+            checks::linear::checks(),
+            checks::norm::checks(),
+            checks::decode::checks(),
+        ];
         for check in rooms.into_iter().flatten() {
             assert_eq!((check.run)(&card), Ok(()), "{}", check.name);
         }

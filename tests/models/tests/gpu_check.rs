@@ -86,7 +86,7 @@ fn a_kernel_that_hangs_costs_its_piece() {
     assert!(failed[0][1].as_str().is_some_and(|why| why.contains("has not finished within")));
     assert!(report["ceilings"]["copy_bytes_per_second"].is_number());
     assert!(report["ceilings"]["idle_wake_seconds"].is_number(), "{text}");
-    assert!(text.contains("--only 'read'"), "{text}");
+    assert!(text.contains("--only \"read\""), "{text}");
 }
 
 #[test]

@@ -160,7 +160,7 @@ impl Report {
         let failed = self.failed.iter().map(|(name, _)| name);
         for name in wrong.chain(failed).take(NEXT_MAX) {
             all.push(format!(
-                "CUDA_LAUNCH_BLOCKING=1 ./dev gpu-check --budget 60 --only '{name}': it failed"
+                "CUDA_LAUNCH_BLOCKING=1 ./dev gpu-check --budget 60 --only \"{name}\": it failed"
             ));
         }
         let cut: Vec<&str> = self
@@ -368,7 +368,7 @@ mod tests {
         let wrong = vec![("rope".to_owned(), Some("element 3".to_owned()))];
         let wrong = Report { checks: wrong, ..report.clone() };
         assert!(!wrong.holds() && wrong.markdown().contains("**rope**: element 3"));
-        assert!(wrong.next()[0].contains("--only 'rope'"));
+        assert!(wrong.next()[0].contains("--only \"rope\""));
         let racy = vec![("racecheck".to_owned(), Err("a race".to_owned()))];
         let racy = Report { sanitizer: racy, ..report.clone() };
         assert!(!racy.holds() && racy.json()["sanitizer"][0]["clean"] == false);

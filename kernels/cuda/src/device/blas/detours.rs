@@ -20,8 +20,8 @@ const DEQUANTIZE_THREADS: u32 = 256;
 const DEQUANTIZE_VECTORS: usize = 512;
 const VECTOR: usize = 8;
 
-/// Rows of a piece where there is room for so many: as many as let the next piece begin at a multiple
-/// of 256 bytes, which the library's algorithms count on.
+/// Rows of a piece where there is room for so many: as many as let the next piece begin at a
+/// multiple of 256 bytes, which the library's algorithms count on.
 fn pieces_of(rows: usize) -> usize {
     const ALIGNED: usize = 128;
     if rows < ALIGNED { rows } else { rows / ALIGNED * ALIGNED }
