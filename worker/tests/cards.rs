@@ -72,9 +72,14 @@ fn start(config: GroupConfig) -> Result<Group, WorkerError> {
     Group::start(config, &mut |_, _| {})
 }
 
-/// Two requests side by side; their tokens, or why there are none.
+/// Two requests side by side on a new group; their tokens, or why there are none.
 fn answer(group: &mut Group) -> Result<Vec<Vec<u32>>, ExecutorError> {
-    let mut scheduler = Scheduler::new(group.info.scheduler_config(2));
+    go_on(group, &mut Scheduler::new(group.info.scheduler_config(2)))
+}
+
+/// As [`answer`], on a group whose plans `scheduler` has made so far.
+fn go_on(group: &mut Group, scheduler: &mut Scheduler) -> Result<Vec<Vec<u32>>, ExecutorError> {
+    let mut ids = Vec::new();
     for seed in 0..2u32 {
         let request = Request {
             prompt: (0..9).map(|at| (at * 31 + 7 * seed) % 370).collect(),
@@ -84,14 +89,14 @@ fn answer(group: &mut Group) -> Result<Vec<Vec<u32>>, ExecutorError> {
             stop_ids: Vec::new(),
             score_prompt: false,
         };
-        scheduler.submit(request).unwrap();
+        ids.push(scheduler.submit(request).unwrap());
     }
     let mut tokens = vec![Vec::new(); 2];
     while let Some(plan) = scheduler.schedule() {
         group.executor.launch(plan)?;
         for update in scheduler.commit(group.executor.finish()?).unwrap() {
-            let ids = update.tokens.iter().map(|token| token.token);
-            tokens[update.sequence as usize].extend(ids);
+            let place = ids.iter().position(|id| *id == update.sequence).expect("one of the two");
+            tokens[place].extend(update.tokens.iter().map(|token| token.token));
         }
     }
     Ok(tokens)
@@ -151,12 +156,14 @@ fn a_rank_that_hangs_or_dies_ends_the_group_in_time() {
                 ..config(RankMode::Processes, 2)
             })
             .unwrap();
-            answer(&mut group).unwrap();
+            let mut scheduler = Scheduler::new(group.info.scheduler_config(2));
+            go_on(&mut group, &mut scheduler).unwrap();
             let pid = fs::read_to_string(dir.path().join("pid.1")).unwrap();
             let kill = format!("kill -{signal} {}", pid.trim());
             assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
             let began = Instant::now();
-            let error = answer(&mut group).expect_err("a rank is missing").to_string();
+            let error =
+                go_on(&mut group, &mut scheduler).expect_err("a rank is missing").to_string();
             let took = began.elapsed();
             // Loaded machines are slow; without a deadline this would not end at all.
             assert!(took < 3 * deadline, "{signal}: {took:?}, {error}");

@@ -1,5 +1,5 @@
-// Rows that stay in registers, packed, between their sum of squares and the scaling by it. Everybody
-// who normalises a row does it by these steps, in this order: then the bits are the same.
+// Rows that stay in registers, packed, between their sum of squares and the scaling by it.
+// Everybody who normalises a row does it by these steps, in this order: then the bits are the same.
 #pragma once
 
 #include "common.cuh"

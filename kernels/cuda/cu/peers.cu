@@ -204,7 +204,8 @@ KERNEL(peer_gather, PeerGatherArgs, GATHER_THREADS) {
         const float* mine = args.x + row * cols;
         for (uint32_t r = 0; r < regions.ranks; ++r) {
             if (r == regions.rank || !gets(r)) continue;
-            float* to = call.area<float>(r) + static_cast<uint64_t>(before) * args.rows + row * cols;
+            const uint64_t block = static_cast<uint64_t>(before) * args.rows;
+            float* to = call.area<float>(r) + block + row * cols;
             each(cols, [&](uint32_t at) { to[at] = mine[at]; });
         }
         if (!call.meet(0, item, verdict)) return;

@@ -6,9 +6,9 @@
 // other ranks that have the same items, in the same order, and for nothing else.
 //
 // Calls are counted on the device, so that a launch is the same each time. Even and odd calls
-// have areas and flags of their own: a rank that is in call n has seen a flag of call n - 1 of every
-// other, which therefore has left call n - 2, and its area may be written again. For the same
-// reason a flag holds the very number of its call until it was seen.
+// have areas and flags of their own: a rank that is in call n has seen a flag of call n - 1 of
+// every other, which therefore has left call n - 2, and its area may be written again. For the
+// same reason a flag holds the very number of its call until it was seen.
 //
 // A wait has a limit by the device's clock. Where it passes, the rank is marked as failed, this
 // call and all later ones leave at once, and results are undefined: the host looks at the mark.

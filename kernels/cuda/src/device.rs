@@ -6,16 +6,19 @@
 
 mod blas;
 mod context;
+mod event;
 mod functions;
 mod handles;
 mod mapping;
 mod memory;
 mod patience;
+mod retired;
 
 use super::{Driver, Facts, Gemm, Launch};
 use blas::Blas;
-use context::{Context, Event, call};
+use context::{Context, call};
 use cudarc::driver::sys;
+use event::Event;
 use functions::Functions;
 use kernels::KernelError;
 pub use memory::Memory;
@@ -95,6 +98,7 @@ impl Gpu {
     /// `KernelError::Device` where the device has failed.
     pub fn free_bytes(&self) -> Result<u64, KernelError> {
         self.context.enter()?;
+        self.context.give_back();
         let (mut free, mut total) = (0, 0);
         call!(self.context, "asking for free memory", cuMemGetInfo_v2(&mut free, &mut total))?;
         Ok(free as u64)

@@ -168,7 +168,7 @@ Device* device_at(int ordinal) {
     return is ? devices()[static_cast<size_t>(ordinal)] : nullptr;
 }
 
-size_t memory_bytes() { return static_cast<size_t>(setting("FAKE_MEMORY_MIB", 2048)) << 20; }
+size_t memory_bytes() { return static_cast<size_t>(setting("FAKE_MEMORY_MIB", 4096)) << 20; }
 
 thread_local Device* current = nullptr;
 

@@ -12,7 +12,7 @@ use std::{
     sync::Mutex,
 };
 
-/// What a process needs in its environment to find `cards` cards, each with 2 GiB of its own in
+/// What a process needs in its environment to find `cards` cards, each with 4 GiB of its own in
 /// every process that opens it: `Command::envs(machine(4))`.
 ///
 /// More variables, each left out for a machine that behaves:

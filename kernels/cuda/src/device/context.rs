@@ -2,7 +2,9 @@
 
 use super::{
     GpuConfig,
+    event::Event,
     patience::{self, Next, Patience},
+    retired::Retired,
     sys,
 };
 use crate::Facts;
@@ -151,6 +153,7 @@ pub(super) struct Context {
     /// Kernels launched since the last wait.
     kernels: AtomicU32,
     patience: Mutex<Patience>,
+    retired: Mutex<Retired>,
 }
 
 // SAFETY: the driver's handles may be used from any thread, each call making the context current.
@@ -183,7 +186,7 @@ impl Context {
         started("making the device's context", result)?;
         let (broken, launched) = (OnceLock::new(), Mutex::new(None));
         let stream = ptr::null_mut();
-        let (kernels, patience) = (AtomicU32::new(0), Mutex::default());
+        let (kernels, patience, retired) = (AtomicU32::new(0), Mutex::default(), Mutex::default());
         let mut context = Self {
             ordinal,
             device,
@@ -195,6 +198,7 @@ impl Context {
             launched,
             kernels,
             patience,
+            retired,
         };
         context.enter()?;
         let mut stream = ptr::null_mut();
@@ -211,6 +215,19 @@ impl Context {
 
     pub fn device(&self) -> sys::CUdevice {
         self.device
+    }
+
+    /// Nobody uses this memory any more.
+    pub fn retire(&self, address: sys::CUdeviceptr, bytes: usize) {
+        let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
+        if retired.put(address, bytes) {
+            retired.give_back(self);
+        }
+    }
+
+    /// Gives back what is not used any more; whether there was anything.
+    pub fn give_back(&self) -> bool {
+        self.retired.lock().unwrap_or_else(PoisonError::into_inner).give_back(self)
     }
 
     pub fn stream(&self) -> sys::CUstream {
@@ -295,6 +312,7 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
+        self.give_back();
         // A device that hangs would be waited for; the process is about to end anyway.
         if self.settle().is_err() {
             return;
@@ -337,57 +355,4 @@ fn facts(device: sys::CUdevice) -> Result<Facts, KernelError> {
         shared_bytes_max: attribute(device, shared)?,
         memory_bytes: memory as u64,
     })
-}
-
-/// A point in the stream.
-pub(super) struct Event {
-    handle: sys::CUevent,
-    context: Arc<Context>,
-}
-
-// SAFETY: the driver's handles may be used from any thread.
-unsafe impl Send for Event {}
-// SAFETY: as above.
-unsafe impl Sync for Event {}
-
-impl Event {
-    /// To wait for.
-    pub fn new(context: &Arc<Context>) -> Result<Self, KernelError> {
-        Self::with(context, sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32)
-    }
-
-    /// To measure with.
-    pub fn timed(context: &Arc<Context>) -> Result<Self, KernelError> {
-        Self::with(context, sys::CUevent_flags_enum::CU_EVENT_DEFAULT as u32)
-    }
-
-    fn with(context: &Arc<Context>, flags: u32) -> Result<Self, KernelError> {
-        context.enter()?;
-        let mut handle = ptr::null_mut();
-        call!(context, "making an event", cuEventCreate(&mut handle, flags))?;
-        Ok(Self { handle, context: Arc::clone(context) })
-    }
-
-    /// Places it behind all work so far.
-    pub fn record(&self, context: &Context) -> Result<(), KernelError> {
-        context.enter()?;
-        call!(context, "recording an event", cuEventRecord(self.handle, context.stream))
-    }
-
-    /// The device's time between two events that it has passed.
-    pub fn since(&self, start: &Self, context: &Context) -> Result<Duration, KernelError> {
-        let mut milliseconds: f32 = 0.0;
-        let (from, to) = (start.handle, self.handle);
-        call!(context, "reading a timer", cuEventElapsedTime_v2(&mut milliseconds, from, to))?;
-        Ok(Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3))
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        if self.context.enter().is_ok() {
-            // SAFETY: nobody waits for it any more.
-            unsafe { sys::cuEventDestroy_v2(self.handle) };
-        }
-    }
 }

@@ -1,7 +1,8 @@
 //! Device memory, and the pinned host memory through which bytes come and go.
 
 use super::{
-    context::{Context, Event, call},
+    context::{Context, call},
+    event::Event,
     mapping::Mapping,
     sys,
 };
@@ -30,7 +31,11 @@ impl Memory {
         let mut address = 0;
         // The driver has no empty allocations; addresses are multiples of 256 at least.
         // SAFETY: the context is current; the call writes an address.
-        let result = unsafe { sys::cuMemAlloc_v2(&mut address, bytes.max(1)) };
+        let mut allocate = || unsafe { sys::cuMemAlloc_v2(&mut address, bytes.max(1)) };
+        let mut result = allocate();
+        if result == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY && context.give_back() {
+            result = allocate();
+        }
         if result == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
             return Err(KernelError::Memory { what, bytes });
         }
@@ -91,12 +96,8 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // Where the device hangs, the process's end gives it back.
-        if self.mapping.is_none() && self.context.settle().is_ok() {
-            // SAFETY: nobody else has the address, and the work that used it is done.
-            let result = unsafe { sys::cuMemFree_v2(self.address) };
-            // A failure is kept by the context, and returned by its next use.
-            drop(self.context.check("freeing memory", result));
+        if self.mapping.is_none() {
+            self.context.retire(self.address, self.bytes);
         }
     }
 }

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     Scales,
-    device::{context::Event, memory::Memory},
+    device::{event::Event, memory::Memory},
 };
 use kernels::KernelError;
 use std::{collections::HashMap, time::Duration};
