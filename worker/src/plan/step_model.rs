@@ -56,16 +56,23 @@ pub struct Prediction {
 /// How far the implementation has come; each with what is before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// What there is: a launch for each op, cuBLASLt, and groups that exchange through the host.
-    Today,
+    /// A launch for each op, cuBLASLt, and groups that exchange through the host.
+    First,
+    /// Groups sum twice a layer by each other's memory.
+    Sums,
     /// A graph for each step; groups gather on their devices.
     Graphs,
-    /// Products of few rows by kernels of their own; groups sum twice a layer instead.
+    /// Products of few rows by kernels of their own; graphs in groups whose ranks sum.
     Kernels,
     /// Fewer, larger kernels; in groups all of the above.
     Fused,
     /// Weights are fetched while the kernel before, or the exchange, still runs.
     Prefetch,
+}
+
+impl Stage {
+    /// What there is.
+    pub const TODAY: Self = Self::Sums;
 }
 
 /// What a stage costs, at some number of rows.
@@ -118,7 +125,7 @@ impl Constants {
         let own = own_kernels(products, most);
         let (kernels, ops) = launches(products);
         let long = |us: f64| us * at(most, [1.0, 1.0, 1.0, 1.5]);
-        let today = Self {
+        let first = Self {
             products: library,
             attention: 0.80,
             boundary_us: 2.1,
@@ -130,7 +137,7 @@ impl Constants {
             host_ms: 0.2 + 0.003 * rows as f64,
             head_reads: rows.div_ceil(64) as f64,
         };
-        let graphs = Self { boundary_us: 1.3, host_ms: 0.02, head_reads: 1.0, ..today };
+        let graphs = Self { boundary_us: 1.3, host_ms: 0.02, head_reads: 1.0, ..first };
         let kernels = Self { products: own, attention: 0.88, ..graphs };
         let fused = Self {
             attention: 0.90,
@@ -140,7 +147,7 @@ impl Constants {
             ..kernels
         };
         match stage {
-            Stage::Today => today,
+            Stage::First | Stage::Sums => first,
             Stage::Graphs => graphs,
             Stage::Kernels => kernels,
             Stage::Fused => fused,
@@ -163,7 +170,7 @@ impl Constants {
             true => [80.0, 170.0, 800.0, 3000.0],
         };
         let on_devices = |us: [f64; 4]| at(rows, us) * if many { 1.15 } else { 1.0 };
-        let today = Self {
+        let first = Self {
             products: library(products, most),
             attention: 0.80,
             boundary_us: 2.1,
@@ -181,16 +188,17 @@ impl Constants {
             exchange_us: on_devices([4.5, 5.0, 8.0, 20.0]),
             host_ms: 0.02,
             head_reads: 1.0,
-            ..today
+            ..first
         };
         let sum_us = on_devices([6.0, 7.0, 10.0, 22.0]);
-        let summed = Self {
+        let sums = |stage: Self| Self {
             kernels: kernels - 2.0,
             small_us: (ops - 2.0) * 1.7,
             exchange_us: sum_us,
             exchanges: 2.0,
-            ..graphs
+            ..stage
         };
+        let summed = sums(graphs);
         let fused = Self {
             products: own_kernels(products, most),
             attention: 0.90,
@@ -201,7 +209,8 @@ impl Constants {
             ..summed
         };
         match stage {
-            Stage::Today => today,
+            Stage::First => first,
+            Stage::Sums => sums(first),
             Stage::Graphs => graphs,
             Stage::Kernels => summed,
             Stage::Fused => fused,

@@ -3,7 +3,7 @@
 use super::*;
 
 const STAGES: [Stage; 5] =
-    [Stage::Today, Stage::Graphs, Stage::Kernels, Stage::Fused, Stage::Prefetch];
+    [Stage::First, Stage::Graphs, Stage::Kernels, Stage::Fused, Stage::Prefetch];
 const CONTEXT: usize = 1024;
 
 /// Qwen-72B, or with fewer KV heads and a wider feed-forward half Qwen2.5-72B.
@@ -54,7 +54,7 @@ fn decode(streams: &Streams, card: &str, stage: Stage, rows: usize) -> Predictio
 /// The floor as a table rounds it, then shares of it.
 fn assert_row(streams: &Streams, card: &str, rows: usize, floor: f64, wanted: [f64; 5]) {
     let what = format!("{streams:?} on {card}, {rows} rows");
-    let found = decode(streams, card, Stage::Today, rows).floor_ms;
+    let found = decode(streams, card, Stage::First, rows).floor_ms;
     assert!((found - floor).abs() <= 0.051, "{found} ms: {what}");
     let found = shares(streams, card, rows);
     let near = found.iter().zip(wanted).all(|(found, wanted)| (found - wanted).abs() <= 0.501);
@@ -85,7 +85,7 @@ fn one_card_takes_what_the_review_says() {
         assert_row(&gqa(Products::Int4), card, rows, floor, wanted);
     }
     let ms = |stage| decode(&gqa(Products::Fp8), "h200", stage, 1).predicted_ms;
-    assert!((ms(Stage::Today) - 27.0).abs() < 0.06, "{}", ms(Stage::Today));
+    assert!((ms(Stage::First) - 27.0).abs() < 0.06, "{}", ms(Stage::First));
     assert!((ms(Stage::Prefetch) - 18.8).abs() < 0.06, "{}", ms(Stage::Prefetch));
 }
 
@@ -102,6 +102,20 @@ fn groups_take_what_the_review_says() {
     ] {
         assert_row(&streams(64, Products::Bf16, ranks), "h200", rows, floor, wanted);
     }
+}
+
+/// Without graphs, but on the devices: far from the host's exchange, and short of the next stage.
+#[test]
+fn groups_that_sum_lie_between_their_neighbours() {
+    for (ranks, rows) in [(4, 1), (4, 32), (4, 128), (8, 1), (8, 128)] {
+        let group = streams(64, Products::Bf16, ranks);
+        let ms = |stage| decode(&group, "h200", stage, rows).predicted_ms;
+        assert!(ms(Stage::Sums) < ms(Stage::First) / 2.0, "{ranks} ranks, {rows} rows");
+        assert!(ms(Stage::Sums) > ms(Stage::Kernels), "{ranks} ranks, {rows} rows");
+    }
+    let one = streams(64, Products::Bf16, 1);
+    let ms = |stage| decode(&one, "h200", stage, 8).predicted_ms;
+    assert_eq!(ms(Stage::Sums), ms(Stage::First));
 }
 
 #[test]
@@ -128,7 +142,7 @@ fn weights_of_a_step_and_their_floors() {
 #[test]
 fn more_of_anything_takes_longer() {
     let one = streams(8, Products::Fp8, 1);
-    let (card, today) = (hardware("h200"), Stage::Today);
+    let (card, today) = (hardware("h200"), Stage::First);
     let mut before = 0.0;
     for rows in [1, 2, 8, 20, 32, 64, 100, 128, 256] {
         let now = decode(&one, "h200", today, rows).predicted_ms;
