@@ -6,8 +6,10 @@ use cuda::{Driver, Element, Gemm, Gpu, GpuConfig, Launch, Scales};
 use kernels::KernelError;
 use std::time::{Duration, Instant};
 
+/// On one card of 512 MiB.
 fn on_the_fake(test: &str, settings: &[(&str, &str)], body: impl FnOnce()) {
-    emulate::on_machine(test, 1, settings, body);
+    let settings = [&[("FAKE_MEMORY_MIB", "512")], settings].concat();
+    emulate::on_machine(test, 1, &settings, body);
 }
 
 fn open() -> Result<Gpu, KernelError> {
