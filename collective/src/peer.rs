@@ -25,7 +25,16 @@ impl<D: Driver, H: HostCollective> PeerMemory<D, H> {
         }
         let region = PeerRegion::new(device.driver(), config)?;
         let tickets = host.all_gather_bytes(&region.ticket(device.driver())?)?;
-        let peers = Peers::new(device.driver(), region, host.rank(), &tickets)?;
+        let others = Peers::map_others(device.driver(), host.rank(), &tickets);
+        // Every rank's region stays until all have tried, and all hear why one could not.
+        let failure = others.as_ref().err().map(ToString::to_string).unwrap_or_default();
+        let failures = host.all_gather_bytes(failure.as_bytes())?;
+        let failed = failures.iter().position(|failure| !failure.is_empty());
+        if let Some(rank) = failed {
+            let why = String::from_utf8_lossy(&failures[rank]);
+            return Err(CollectiveError::Device(format!("rank {rank}: {why}")));
+        }
+        let peers = Peers::new(region, host.rank(), others?);
         Ok(Self { peers: Some(peers), host })
     }
 }

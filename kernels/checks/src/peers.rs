@@ -66,7 +66,7 @@ fn on_ranks<D: Driver, T: Send>(
         tickets.lock().unwrap_or_else(|error| error.into_inner())[rank] = ticket;
         met.wait();
         let all = tickets.lock().unwrap_or_else(|error| error.into_inner()).clone();
-        let peers = Peers::new(device.driver(), region, rank, &all)?;
+        let peers = Peers::new(region, rank, Peers::map_others(device.driver(), rank, &all)?);
         met.wait();
         body(&device, &peers)
     };
@@ -280,7 +280,8 @@ fn refusals<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
         let shallow = PeerConfig { area_bytes: 1 << 10, ..CONFIG };
         let region = PeerRegion::new(device.driver(), shallow)?;
         let ticket = region.ticket(device.driver())?;
-        let narrow = Peers::new(device.driver(), region, 0, &[ticket.clone(), ticket])?;
+        let others = Peers::map_others(device.driver(), 0, &[ticket.clone(), ticket])?;
+        let narrow = Peers::new(region, 0, others);
         let mut x = Tensor::zeros(device, 1, 1024)?;
         let region = || PeerRegion::new(device.driver(), CONFIG);
         let tickets = vec![region()?.ticket(device.driver())?; 9];
@@ -290,11 +291,7 @@ fn refusals<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
             refused("a small area", device.peer_sum(&narrow, &mut x, None), "too long"),
             refused("other widths", gather(&[9, 9]), "columns [9, 9]"),
             refused("a rank more", gather(&[8, 8, 8]), "columns [8, 8, 8]"),
-            refused(
-                "nine",
-                Peers::new(device.driver(), region()?, 0, &tickets).map(drop),
-                "up to 8",
-            ),
+            refused("nine", Peers::map_others(device.driver(), 0, &tickets).map(drop), "up to 8"),
             refused("no memory", device.driver().import(&[1, 2]).map(drop), "memory"),
         ])
     })?;

@@ -149,33 +149,31 @@ const INSTANCES: [Instance; 3] = [
 ];
 
 impl<D: Driver> Peers<D> {
-    /// This is rank `rank`; `tickets` are every rank's in order, its own too.
+    /// The regions of the other ranks; `tickets` are every rank's in order, this one's too.
     ///
     /// # Errors
     /// `KernelError::Device` where a region cannot be mapped, or there are too many.
-    pub fn new(
+    pub fn map_others(
         driver: &D,
-        own: PeerRegion<D>,
         rank: usize,
         tickets: &[Vec<u8>],
-    ) -> Result<Self, KernelError> {
+    ) -> Result<Vec<D::Memory>, KernelError> {
         let ranks = tickets.len();
         if ranks > PEERS_MAX || rank >= ranks {
             return Err(KernelError::Device(format!(
                 "rank {rank} of {ranks}: up to {PEERS_MAX} ranks exchange by each other's memory"
             )));
         }
+        let others = tickets.iter().enumerate().filter(|(of, _)| *of != rank);
+        others.map(|(_, ticket)| driver.import(ticket)).collect()
+    }
+
+    /// This is rank `rank`; `others` are as [`Self::map_others`] made them.
+    pub fn new(own: PeerRegion<D>, rank: usize, others: Vec<D::Memory>) -> Self {
         let PeerRegion { memory, config } = own;
-        let mut own = Some(memory);
-        let region = |(of, ticket): (usize, &Vec<u8>)| match (of == rank, own.take()) {
-            (true, Some(memory)) => Ok(memory),
-            (_, kept) => {
-                own = kept;
-                driver.import(ticket)
-            }
-        };
-        let regions = tickets.iter().enumerate().map(region).collect::<Result<_, _>>()?;
-        Ok(Self { regions, rank, config, warm: AtomicBool::new(false) })
+        let mut regions = others;
+        regions.insert(rank, memory);
+        Self { regions, rank, config, warm: AtomicBool::new(false) }
     }
 
     pub fn rank(&self) -> usize {
