@@ -37,6 +37,19 @@ impl<D: Driver, H: HostCollective> PeerMemory<D, H> {
         let peers = Peers::new(region, host.rank(), others?);
         Ok(Self { peers: Some(peers), host })
     }
+
+    fn gather(
+        &self,
+        device: &Cuda<D>,
+        (out, x): (&mut Tensor<Cuda<D>>, &Tensor<Cuda<D>>),
+        cols: &[usize],
+        to_all: bool,
+    ) -> Result<(), CollectiveError> {
+        let Some(peers) = &self.peers else {
+            return Err(CollectiveError::Mismatch("one rank has nothing to gather".into()));
+        };
+        Ok(device.peer_gather(peers, out, x, cols, to_all)?)
+    }
 }
 
 impl<D: Driver, H: HostCollective> Collective<Cuda<D>> for PeerMemory<D, H> {
@@ -77,8 +90,7 @@ impl<D: Driver, H: HostCollective> Collective<Cuda<D>> for PeerMemory<D, H> {
         x: &Tensor<Cuda<D>>,
         cols: &[usize],
     ) -> Result<(), CollectiveError> {
-        let peers = self.peers.as_ref().ok_or_else(alone)?;
-        Ok(device.peer_gather(peers, out, x, cols, true)?)
+        self.gather(device, (out, x), cols, true)
     }
 
     fn gather_cols(
@@ -88,17 +100,11 @@ impl<D: Driver, H: HostCollective> Collective<Cuda<D>> for PeerMemory<D, H> {
         x: &Tensor<Cuda<D>>,
         cols: &[usize],
     ) -> Result<(), CollectiveError> {
-        let peers = self.peers.as_ref().ok_or_else(alone)?;
-        Ok(device.peer_gather(peers, out, x, cols, false)?)
+        self.gather(device, (out, x), cols, false)
     }
 
     fn check(&mut self, device: &Cuda<D>) -> Result<(), CollectiveError> {
         let Some(peers) = &self.peers else { return Ok(()) };
         Ok(peers.check(device.driver())?)
     }
-}
-
-/// One rank has all columns already.
-fn alone() -> CollectiveError {
-    CollectiveError::Mismatch("one rank has nothing to gather".into())
 }

@@ -1,12 +1,12 @@
 //! Groups on CUDA cards, on a machine of fake ones (`emulate::machine`): ranks as threads and as
-//! processes, what is refused, and ranks that die or hang. The rank program is this test binary.
+//! processes, what is refused, and ranks that die or hang.
 #![cfg(feature = "cuda")]
 
+#[path = "common/rank.rs"]
+mod rank;
+
 use std::{
-    fs,
-    os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
-    process::Command,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -16,41 +16,8 @@ use engine::{
     Request, Scheduler,
     plan::{ExecutorError, SamplingParams},
 };
-use worker::{
-    Device, Group, GroupConfig, RANK_TOKEN_VARIABLE, RankConfig, RankMode, WorkerError, run_rank,
-};
-
-const PLACE_VARIABLE: &str = "LOCKSTEP_TEST_PLACE";
-
-/// Not a test of its own: what the script below starts.
-#[test]
-#[ignore = "serves as a rank of the other tests"]
-fn serve_as_rank() {
-    let Ok(place) = std::env::var(PLACE_VARIABLE) else { return };
-    let mut words = place.split(' ');
-    let mut word = || words.next().expect("rank, world size, leader");
-    let config = RankConfig {
-        rank: word().parse().unwrap(),
-        world_size: word().parse().unwrap(),
-        leader: word().parse().unwrap(),
-        token: std::env::var(RANK_TOKEN_VARIABLE).unwrap(),
-    };
-    run_rank(config).unwrap();
-}
-
-/// A rank that notes its process id beside the script.
-fn rank_script(dir: &Path) -> PathBuf {
-    let (exe, path) = (std::env::current_exe().unwrap(), dir.join("rank.sh"));
-    let text = format!(
-        "#!/bin/sh\necho $$ > {}/pid.$3\n{PLACE_VARIABLE}=\"$3 $5 $7\" exec \"{}\" --ignored \
-         --exact serve_as_rank --nocapture\n",
-        dir.display(),
-        exe.display()
-    );
-    fs::write(&path, text).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-    path
-}
+use rank::{pid, rank_script, signal};
+use worker::{Device, Group, GroupConfig, RankMode, WorkerError};
 
 fn config(rank_mode: RankMode, ranks: usize) -> GroupConfig {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/public");
@@ -107,7 +74,7 @@ fn ranks_with_a_card_each_answer_as_threads_and_as_processes() {
     const NAME: &str = "ranks_with_a_card_each_answer_as_threads_and_as_processes";
     on_machine(NAME, 2, &[], || {
         let dir = tempfile::tempdir().unwrap();
-        let rank_program = Some(rank_script(dir.path()));
+        let rank_program = Some(rank_script(&dir));
         let processes = GroupConfig { rank_program, ..config(RankMode::Processes, 2) };
         let mut processes = start(processes).unwrap();
         let mut threads = start(config(RankMode::Threads, 2)).unwrap();
@@ -147,26 +114,24 @@ fn cards_that_do_not_reach_each_other_are_refused() {
 fn a_rank_that_hangs_or_dies_ends_the_group_in_time() {
     const NAME: &str = "a_rank_that_hangs_or_dies_ends_the_group_in_time";
     on_machine(NAME, 2, &[], || {
-        for signal in ["STOP", "KILL"] {
+        for name in ["-STOP", "-KILL"] {
             let dir = tempfile::tempdir().unwrap();
             let deadline = Duration::from_secs(10);
             let mut group = start(GroupConfig {
-                rank_program: Some(rank_script(dir.path())),
+                rank_program: Some(rank_script(&dir)),
                 step_deadline: Some(deadline),
                 ..config(RankMode::Processes, 2)
             })
             .unwrap();
             let mut scheduler = Scheduler::new(group.info.scheduler_config(2));
             go_on(&mut group, &mut scheduler).unwrap();
-            let pid = fs::read_to_string(dir.path().join("pid.1")).unwrap();
-            let kill = format!("kill -{signal} {}", pid.trim());
-            assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
+            signal(&pid(&dir, 1), name);
             let began = Instant::now();
             let error =
                 go_on(&mut group, &mut scheduler).expect_err("a rank is missing").to_string();
             let took = began.elapsed();
             // Loaded machines are slow; without a deadline this would not end at all.
-            assert!(took < 3 * deadline, "{signal}: {took:?}, {error}");
+            assert!(took < 3 * deadline, "{name}: {took:?}, {error}");
             assert!(error.contains("rank 1") || error.contains("did not take part"), "{error}");
             drop(group);
         }

@@ -1,12 +1,11 @@
 //! Ranks that are processes: they serve as threads do, and their end is noticed, named and clean.
-//!
-//! The rank program is this test binary, called through a script that turns the arguments of a rank
-//! into the one ignored test that serves as one.
+
+#[path = "common/rank.rs"]
+mod rank;
 
 use std::{
     fs,
     io::ErrorKind,
-    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,
@@ -18,48 +17,9 @@ use engine::{
     Request, Scheduler,
     plan::{ExecutorError, SamplingParams, TokenLogprob},
 };
+use rank::{pid, rank_script, script, signal};
 use tempfile::TempDir;
-use worker::{
-    Group, GroupConfig, RANK_TOKEN_VARIABLE, RankConfig, RankMode, WorkerError, run_rank,
-};
-
-const PLACE_VARIABLE: &str = "LOCKSTEP_TEST_PLACE";
-
-/// Not a test of its own: what the script below starts.
-#[test]
-#[ignore = "serves as a rank of the other tests"]
-fn serve_as_rank() {
-    let Ok(place) = std::env::var(PLACE_VARIABLE) else { return };
-    let mut words = place.split(' ');
-    let mut word = || words.next().expect("rank, world size, leader");
-    let config = RankConfig {
-        rank: word().parse().unwrap(),
-        world_size: word().parse().unwrap(),
-        leader: word().parse().unwrap(),
-        token: std::env::var(RANK_TOKEN_VARIABLE).unwrap(),
-    };
-    run_rank(config).unwrap();
-}
-
-/// An executable script; `{exe}` in its text is this test binary.
-fn script(dir: &TempDir, text: &str) -> PathBuf {
-    let exe = std::env::current_exe().unwrap();
-    let path = dir.path().join("rank.sh");
-    let text = text.replace("{exe}", exe.to_str().unwrap());
-    fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-    path
-}
-
-/// A rank that notes its process id beside the script.
-fn rank_script(dir: &TempDir) -> PathBuf {
-    let text = format!(
-        "echo $$ > {}/pid.$3\n{PLACE_VARIABLE}=\"$3 $5 $7\" exec \"{{exe}}\" --ignored --exact \
-         serve_as_rank --nocapture",
-        dir.path().display()
-    );
-    script(dir, &text)
-}
+use worker::{Group, GroupConfig, RANK_TOKEN_VARIABLE, RankMode, WorkerError};
 
 fn config(rank_mode: RankMode, ranks: usize, program: PathBuf) -> GroupConfig {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/public");
@@ -77,16 +37,6 @@ fn config(rank_mode: RankMode, ranks: usize, program: PathBuf) -> GroupConfig {
 
 fn start(config: GroupConfig) -> Result<Group, WorkerError> {
     Group::start(config, &mut |_, _| {})
-}
-
-fn pid(dir: &TempDir, rank: usize) -> String {
-    fs::read_to_string(dir.path().join(format!("pid.{rank}"))).unwrap().trim().to_owned()
-}
-
-fn signal(pid: &str, name: &str) {
-    // The shell's own: the program `kill` is not on every machine.
-    let kill = format!("kill {name} {pid}");
-    assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
 }
 
 /// Waits for a process that somebody else reaps.
@@ -189,9 +139,9 @@ fn a_rank_that_cannot_start_says_why_through_the_leader() {
 #[test]
 fn a_rank_ends_with_its_parent() {
     let mut rank = Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", "serve_as_rank", "--nocapture"])
+        .args(["--ignored", "--exact", "rank::serve_as_rank", "--nocapture"])
         // Nobody listens there: the rank would look for its leader for half a minute.
-        .env(PLACE_VARIABLE, "1 2 127.0.0.1:9")
+        .env(rank::PLACE_VARIABLE, "1 2 127.0.0.1:9")
         .env(RANK_TOKEN_VARIABLE, "secret")
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
