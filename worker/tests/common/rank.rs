@@ -1,5 +1,5 @@
-//! Ranks that are processes: the rank program is the test binary, called through a script that turns
-//! the arguments of a rank into the one ignored test that serves as one.
+//! Ranks that are processes: the rank program is the test binary, called through a script that
+//! turns the arguments of a rank into the one ignored test that serves as one.
 
 use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, process::Command};
 
