@@ -128,18 +128,31 @@ fn repeated<T: Copy>(piece: &[T], len: usize) -> Vec<T> {
     all
 }
 
+/// [rows, cols] of noise in bf16.
+fn noisy_bytes(rows: usize, cols: usize) -> Vec<u8> {
+    let piece: Vec<u8> = noise(7, PIECE.min(rows * cols))
+        .iter()
+        .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes())
+        .collect();
+    repeated(&piece, 2 * rows * cols)
+}
+
+/// A table [rows, cols] of noise.
+pub(crate) fn noisy_table<D: Driver>(
+    device: &Cuda<D>,
+    rows: usize,
+    cols: usize,
+) -> Result<<Cuda<D> as Backend>::Weight, KernelError> {
+    device.table(&[WeightPart::plain(Format::Bf16, rows, cols, noisy_bytes(rows, cols))])
+}
+
 /// A weight [rows, cols] of noise.
 pub(crate) fn noisy_weight<D: Driver>(
     device: &Cuda<D>,
     rows: usize,
     cols: usize,
 ) -> Result<<Cuda<D> as Backend>::Weight, KernelError> {
-    let piece: Vec<u8> = noise(7, PIECE.min(rows * cols))
-        .iter()
-        .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes())
-        .collect();
-    let data = repeated(&piece, 2 * rows * cols);
-    device.weight(&[WeightPart::plain(Format::Bf16, rows, cols, data)])
+    device.weight(&[WeightPart::plain(Format::Bf16, rows, cols, noisy_bytes(rows, cols))])
 }
 
 pub(crate) fn ints<D: Driver>(

@@ -23,6 +23,7 @@ pub mod prefill;
 pub mod prefill_sm90;
 pub mod rope;
 pub mod sampling;
+pub mod skinny;
 
 pub use compare::{Tolerance, compare};
 
@@ -64,6 +65,7 @@ pub fn all<D: Driver>() -> Vec<Check<D>> {
         decode::checks(),
         decode::long_checks(),
         sampling::checks(),
+        skinny::checks(),
     ]
     .into_iter()
     .flatten()

@@ -67,8 +67,9 @@ fn a_weight_takes_the_bytes_it_is_said_to() {
     }
     let scaled = Scaled { values: vec![0; 64 * 32].into(), run: 32, scales: vec![1.0; 64] };
     let scaled = [WeightPart { rows: 64, cols: 32, stored: Stored::Scaled(scaled) }];
-    assert_eq!(held(WeightFormat::Bf16, &scaled, false), 2 * 64 * 32);
-    assert_eq!(WeightFormat::Bf16.bytes(&[numbers(64, 32)]), 2 * 64 * 32);
+    // One record of 64 by 64, and eight counters.
+    assert_eq!(held(WeightFormat::Bf16, &scaled, false), 2 * 64 * 64 + 32);
+    assert_eq!(WeightFormat::Bf16.bytes(&[numbers(64, 32)]), 2 * 64 * 64 + 32);
 }
 
 #[test]

@@ -1,6 +1,10 @@
 //! Weights on their way to the device.
 
-use crate::{Array, Cuda, Driver, Element, Fp8, Fp8Scaling, fp8::ScaledRows};
+use crate::{
+    Array, Cuda, Driver, Element,
+    fp8::ScaledRows,
+    skinny::{Extent, Numbers, Records},
+};
 use kernels::{Format, KernelError, Stored, WeightPart, plain::dequant};
 
 /// Rows are sent in pieces of about this size.
@@ -31,28 +35,39 @@ pub(crate) fn bf16_at<D: Driver>(
     })
 }
 
-/// [N, K] in e4m3, rounded on the device.
-pub(super) fn fp8<D: Driver>(
+/// [N, K] in records of bf16 or, rounded on the device, of e4m3.
+pub(super) fn records<D: Driver>(
     device: &Cuda<D>,
     parts: &[WeightPart<'_>],
     (rows, cols): (usize, usize),
-) -> Result<Fp8<D>, KernelError> {
+    numbers: Numbers,
+) -> Result<Records<D>, KernelError> {
     let driver = device.driver();
     let row_bytes = cols * Element::Bf16.bytes();
-    let piece_bytes = rows_each(row_bytes).min(rows) * row_bytes;
-    let piece_memory = Array::zeroed(driver, "a piece of a weight", piece_bytes)?;
-    let mut values = Fp8::zeros(device, (rows, cols), Fp8Scaling::Row)?;
-    let all = values.scaled_rows(device, piece_memory.address(driver));
+    let rows_most = rows_each(row_bytes).min(rows);
+    let piece_memory = Array::zeroed(driver, "a piece of a weight", rows_most * row_bytes)?;
+    let values = Records::zeroed(driver, numbers, Extent { rows, cols, lead: 0 })?;
+    let Some(scales) = values.scales() else {
+        pieces(parts, cols, |first, piece| {
+            piece_memory.write(driver, piece)?;
+            let rows = (first, piece.len() / row_bytes);
+            device.pack_rows(&values, rows, piece_memory.address(driver))
+        })?;
+        return Ok(values);
+    };
+    let codes = Array::zeroed(driver, "a piece of a weight", rows_most * cols)?;
     pieces(parts, cols, |first, piece| {
         piece_memory.write(driver, piece)?;
+        let rows = piece.len() / row_bytes;
         device.quantize_rows(&ScaledRows {
-            codes: all.codes + (first * cols) as u64,
-            scales: all.scales + (first * size_of::<f32>()) as u64,
-            rows: (piece.len() / row_bytes) as u64,
-            ..all
-        })
+            codes: codes.address(driver),
+            scales: scales.address(driver) + (first * size_of::<f32>()) as u64,
+            x: piece_memory.address(driver),
+            rows: rows as u64,
+            cols: cols as u64,
+        })?;
+        device.pack_rows(&values, (first, rows), codes.address(driver))
     })?;
-    values.fill();
     Ok(values)
 }
 
