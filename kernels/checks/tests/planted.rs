@@ -131,10 +131,10 @@ fn a_product_of_what_was_copied_wants_a_proxy_fence() {
 }
 
 /// What the checks of products with weights of bf16 in records say, on a device of one
-/// multiprocessor, whose ring comes round, where `fault.0` is replaced by `fault.1`.
-fn records_planted(fault: (&str, &str), variant: Variant) -> String {
+/// multiprocessor, whose ring comes round, where `fault.0` of `file` is replaced by `fault.1`.
+fn records_planted(file: &str, fault: (&str, &str), variant: Variant) -> String {
     let files = &["skinny_bf16", "skinny_pack"];
-    let (library, _dir) = planted_in(files, "skinny_linear.cuh", fault, variant);
+    let (library, _dir) = planted_in(files, file, fault, variant);
     let device = |config| {
         let emulator = Emulator::load(&library, Schedule::InTurn).expect("the library loads");
         Cuda::new(emulator.of_multiprocessors(1), config)
@@ -145,31 +145,32 @@ fn records_planted(fault: (&str, &str), variant: Variant) -> String {
     verdict.expect_err("an error")
 }
 
+const LINEAR: &str = "skinny_linear.cuh";
 const FULL: &str = "            barrier_wait(&ring.full[place.stage], place.parity);\n";
 
 #[test]
 fn a_record_that_nobody_waited_for_is_a_race() {
-    let error = records_planted((FULL, ""), compile::RACES);
+    let error = records_planted(LINEAR, (FULL, ""), compile::RACES);
     assert!(error.contains("race on byte"), "{error}");
 }
 
 #[test]
 fn a_record_that_nobody_waited_for_never_lands() {
-    let error = records_planted((FULL, ""), compile::PLAIN);
+    let error = records_planted(LINEAR, (FULL, ""), compile::PLAIN);
     assert!(error.contains("bulk copies have landed"), "{error}");
 }
 
 #[test]
 fn waiting_for_the_wrong_phase_is_a_race() {
     let other = FULL.replace("place.parity", "place.parity ^ 1");
-    let error = records_planted((FULL, &other), compile::RACES);
+    let error = records_planted(LINEAR, (FULL, &other), compile::RACES);
     assert!(error.contains("race on byte"), "{error}");
 }
 
 #[test]
 fn a_stage_that_is_filled_before_it_is_read_is_an_error() {
     let empty = ("            barrier_wait(&ring.empty[place.stage], place.parity ^ 1);\n", "");
-    let error = records_planted(empty, compile::PLAIN);
+    let error = records_planted(LINEAR, empty, compile::PLAIN);
     assert!(error.contains("copies have landed"), "{error}");
 }
 
@@ -178,20 +179,20 @@ const EXPECTED: &str = "barrier_arrive_expect(full, unit.strips * Format::BYTES)
 #[test]
 fn bytes_that_nobody_expects_are_an_error() {
     let fewer = EXPECTED.replace("unit.strips *", "(unit.strips - 1) *");
-    let error = records_planted((EXPECTED, &fewer), compile::PLAIN);
+    let error = records_planted(LINEAR, (EXPECTED, &fewer), compile::PLAIN);
     assert!(error.contains("a bulk copy of"), "{error}");
 }
 
 #[test]
 fn bytes_that_never_come_are_waited_for() {
     let more = EXPECTED.replace("unit.strips *", "(unit.strips + 1) *");
-    let error = records_planted((EXPECTED, &more), compile::PLAIN);
+    let error = records_planted(LINEAR, (EXPECTED, &more), compile::PLAIN);
     assert!(error.contains("deadlock") && error.contains("an mbarrier"), "{error}");
 }
 
 #[test]
 fn sums_that_are_added_before_the_last_has_arrived_are_wrong() {
     let early = ("atomicAdd(arrived, 1u) == parts - 1", "atomicAdd(arrived, 1u) == parts - 2");
-    let error = records_planted(early, compile::PLAIN);
+    let error = records_planted("skinny_sums.cuh", early, compile::PLAIN);
     assert!(error.contains("wanted"), "{error}");
 }
