@@ -18,8 +18,8 @@ const MEANT: &[(&str, &[&str], &[&str])] = &[
     ("attention_decode", &BOTH, &["HMMA", "LDSM", "LDGSTS"]),
     ("attention_prefill", &BOTH, &["HMMA", "LDSM", "LDGSTS"]),
     ("expert_linear", &BOTH, &["HMMA", "LDSM", "LDGSTS"]),
-    // Weights by 16 bytes a lane, or in bulk beside x; barriers in shared memory, and arrivals behind
-    // copies.
+    // Weights by 16 bytes a lane, or in bulk beside x; barriers in shared memory, and arrivals
+    // behind copies.
     ("skinny_linear", &["sm_80"], &["HMMA", "LDGSTS", "ARRIVES"]),
     ("skinny_linear", &["sm_90a"], &["HMMA", "LDGSTS", "ARRIVES", "UBLKCP", "SYNCS"]),
     ("attention_prefill_sm90", &["sm_90a"], &WGMMA),
@@ -57,8 +57,8 @@ const KEEPS_UP: &[(&str, u32)] = &[
     ("skinny_linear_int4_g32_t16", 5120),
 ];
 
-/// Instructions that a warp has for its loop, where a multiprocessor gets `record_bytes` at its share
-/// of an H200's copies, 4.3 TB/s among 132 at 1.7 GHz, and four schedulers issue one a clock.
+/// Instructions that a warp has for its loop, where a multiprocessor gets `record_bytes` at its
+/// share of an H200's copies, 4.3 TB/s among 132 at 1.7 GHz, and four schedulers issue one a clock.
 fn slots_of_a_warp(record_bytes: u32) -> u32 {
     let bytes_a_clock = 4.3e12 / 132.0 / 1.7e9;
     (4.0 * f64::from(record_bytes) / bytes_a_clock * 4.0 / 8.0) as u32

@@ -1,5 +1,6 @@
-// What only sm_90a has: warpgroup products (wgmma), bulk copies, fences between proxies and registers
-// that move between warpgroups; and barriers in shared memory (mbarrier), which sm_80 has too.
+// What only sm_90a has: warpgroup products (wgmma), bulk copies, fences between proxies and
+// registers that move between warpgroups; and barriers in shared memory (mbarrier), which sm_80 has
+// too.
 //
 // As in common.cuh, each function has a PTX body and one for the emulation (`simt_hopper.h`). The
 // semantics, descriptors and fragment layouts are those of the PTX ISA's chapters on
@@ -115,8 +116,8 @@ DEVICE bool moves_in_bulk(uint32_t said) {
 #endif
 }
 
-// One arrival; the phase ends no sooner than `bytes` more of bulk copies, which begin after it, have
-// landed.
+// One arrival; the phase ends no sooner than `bytes` more of bulk copies, which begin after it,
+// have landed.
 DEVICE void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
 #if defined(LOCKSTEP_EMULATE)
     simt::mbarrier_arrive_expect(&barrier->state, bytes);

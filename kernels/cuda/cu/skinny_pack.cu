@@ -2,12 +2,12 @@
 //
 // Into: once, as a weight is uploaded, from rows of bf16 or e4m3 that arrive a piece at a time.
 //
-// Out of: [N, K] as rows, for products of so many tokens that the device's own are worth it, in bf16
-// or, where there are products in e4m3, as its codes. That reads and writes a weight once more for
-// each product, that is, once for a chunk of T tokens: in bytes an element 2 + 2 of bf16, 1 + 1 of
-// e4m3 and 0.53 + 2 of int4. At 4.3 TB/s, beside 2 T operations an element at 790 TFLOP/s in bf16
-// and twice that in e4m3, it is 367 / T of the product's own time (int4: 232 / T): 4.5 % at 8192
-// tokens, 9 % at 4096.
+// Out of: [N, K] as rows, for products of so many tokens that the device's own are worth it, in
+// bf16 or, where there are products in e4m3, as its codes. That reads and writes a weight once more
+// for each product, that is, once for a chunk of T tokens: in bytes an element 2 + 2 of bf16, 1 + 1
+// of e4m3 and 0.53 + 2 of int4. At 4.3 TB/s, beside 2 T operations an element at 790 TFLOP/s in
+// bf16 and twice that in e4m3, it is 367 / T of the product's own time (int4: 232 / T): 4.5 % at
+// 8192 tokens, 9 % at 4096.
 #include "skinny.cuh"
 
 using namespace skinny;

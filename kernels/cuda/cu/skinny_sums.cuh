@@ -1,4 +1,4 @@
-// What a block makes of a product of few tokens, and what becomes of its sums (`skinny_linear.cuh`).
+// What a block makes of a product of few tokens (`skinny_linear.cuh`); what becomes of its sums.
 #pragma once
 
 #include "skinny.cuh"
@@ -42,8 +42,8 @@ struct Unit {
 template <int tokens>
 using Sums = float[2][tokens / 8][4];
 
-// Four consecutive rows' sums of a token are a vector; a lane has those of tokens 2 t and 2 t + 1 of
-// every eight.
+// Four consecutive rows' sums of a token are a vector; a lane has those of tokens 2 t and 2 t + 1
+// of every eight.
 template <int tokens>
 constexpr int VECTORS = tokens / 4;
 

@@ -1,5 +1,5 @@
-//! 4-bit weights in groups of columns (GPTQ, AWQ) in records (`skinny.rs`): which column takes which
-//! place, and x in the same order.
+//! 4-bit weights in groups of columns (GPTQ, AWQ) in records (`skinny.rs`): which column takes
+//! which place, and x in the same order.
 
 mod pack;
 mod part;
