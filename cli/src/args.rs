@@ -9,6 +9,7 @@ use clap::{Args, ValueEnum};
 use cluster::telemetry::LogFormat;
 use cpu::{Isa, Precision};
 use cuda::{CudaConfig, KvFormat, WeightFormat};
+use model::Numbers;
 use worker::{Device, GroupConfig, RankMode};
 
 use crate::source;
@@ -43,6 +44,31 @@ pub enum FloatName {
     Fp8,
 }
 
+/// Where a model's weights come from, and how they are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WeightsName {
+    Bf16,
+    /// e4m3
+    Fp8,
+    /// Numbers from a seed, in bf16
+    Random,
+    /// Numbers from a seed, rounded to e4m3
+    RandomFp8,
+    /// Numbers from a seed, in 4 bits
+    RandomInt4,
+}
+
+impl WeightsName {
+    /// What a model without a checkpoint's numbers is stored as.
+    fn random(self) -> Option<Numbers> {
+        match self {
+            Self::Bf16 | Self::Fp8 => None,
+            Self::Random | Self::RandomFp8 => Some(Numbers::Bf16),
+            Self::RandomInt4 => Some(Numbers::INT4),
+        }
+    }
+}
+
 /// How the process logs; the filter comes from LOCKSTEP_LOG.
 #[derive(Args, Debug)]
 pub struct LogArgs {
@@ -72,14 +98,18 @@ pub struct GroupArgs {
     /// Compute threads of each rank [default: the machine's, shared evenly]
     #[arg(long, env = "LOCKSTEP_THREADS")]
     threads: Option<usize>,
-    /// What computes: cpu, cuda, or cuda:N for cards from N on, one for each rank where there are
-    /// as many
+    /// What computes: cpu, cuda, or cuda:N for cards from N on, one for each rank
     #[arg(long, value_parser = device, default_value = "cpu", env = "LOCKSTEP_DEVICE")]
     device: Device,
+    /// Lets all ranks take the first CUDA card where there are fewer cards than ranks: slow, for
+    /// tests
+    #[arg(long, env = "LOCKSTEP_SHARE_CARDS")]
+    share_cards: bool,
     /// How CUDA cards keep the layers' weights, whatever the file stores; fp8 halves their memory,
-    /// rounded with a scale for each row as they are loaded [default: bf16]
+    /// rounded with a scale for each row as they are loaded [default: bf16]; random takes numbers
+    /// from a seed instead of the file's, to measure speed: a folder with config.json is enough
     #[arg(long, value_enum, env = "LOCKSTEP_WEIGHTS")]
-    weights: Option<FloatName>,
+    weights: Option<WeightsName>,
     /// How CUDA cards keep keys and values; fp8 halves their memory, without a scale
     /// [default: bf16]
     #[arg(long, value_enum, env = "LOCKSTEP_KV_CACHE")]
@@ -104,6 +134,10 @@ pub struct GroupArgs {
     /// --step-tokens alone]
     #[arg(long, value_parser = seconds, env = "LOCKSTEP_STEP_SECONDS")]
     step_seconds: Option<Duration>,
+    /// Seconds after which a card that has not finished a step is taken for hung [default: several
+    /// times the predicted time of the longest step, at least 1]
+    #[arg(long, value_parser = seconds, env = "LOCKSTEP_STEP_DEADLINE_SECONDS")]
+    step_deadline_seconds: Option<Duration>,
     /// Sequences that run at once, at most [default: 64, on CUDA cards 256]
     #[arg(long, env = "LOCKSTEP_SEQUENCES")]
     sequences: Option<usize>,
@@ -123,7 +157,14 @@ impl GroupArgs {
                 bail!("{flag} must be at least 1");
             }
         }
-        let mut config = GroupConfig::new(source::resolve(&self.model)?);
+        let random = self.weights.and_then(WeightsName::random);
+        let model = match random {
+            // No weights are fetched that would not be read.
+            Some(_) => source::present(&self.model)?,
+            None => source::resolve(&self.model)?,
+        };
+        let mut config = GroupConfig::new(model);
+        config.random = random;
         config.ranks = self.tp;
         config.device = self.device()?;
         config.threads_per_rank = self.threads;
@@ -141,6 +182,7 @@ impl GroupArgs {
         config.kv_memory = self.kv_memory;
         config.step_tokens_max = self.step_tokens;
         config.step_target = self.step_seconds;
+        config.step_deadline = self.step_deadline_seconds;
         // A card's products are bound by the weights' bytes up to about this many rows.
         let many = if config.device == Device::Cpu { config.sequences_max } else { 256 };
         config.sequences_max = self.sequences.unwrap_or(many);
@@ -150,15 +192,22 @@ impl GroupArgs {
 
     fn device(&self) -> Result<Device> {
         let mut device = self.device;
-        let Device::Cuda { config, .. } = &mut device else {
-            for (flag, given) in [("--weights", self.weights), ("--kv-cache", self.kv_cache)] {
-                if given.is_some() {
+        use WeightsName::{Bf16, Fp8, RandomFp8};
+        let Device::Cuda { config, share, .. } = &mut device else {
+            let given = [
+                ("--weights", matches!(self.weights, Some(Bf16 | Fp8 | RandomFp8))),
+                ("--kv-cache", self.kv_cache.is_some()),
+                ("--share-cards", self.share_cards),
+            ];
+            for (flag, given) in given {
+                if given {
                     bail!("{flag} is for CUDA cards; add --device cuda, or leave it out");
                 }
             }
             return Ok(device);
         };
-        if let Some(FloatName::Fp8) = self.weights {
+        *share = self.share_cards;
+        if let Some(Fp8 | RandomFp8) = self.weights {
             config.weights = WeightFormat::Fp8;
         }
         if let Some(FloatName::Fp8) = self.kv_cache {
@@ -171,7 +220,8 @@ impl GroupArgs {
 /// `cpu`, `cuda` or `cuda:N`.
 fn device(text: &str) -> Result<Device, String> {
     let wrong = || format!("{text:?} is no device; write cpu, cuda or cuda:N");
-    let cuda = |first| Device::Cuda { first, config: CudaConfig::default() };
+    let config = CudaConfig::default();
+    let cuda = |first| Device::Cuda { first, config, share: false };
     match text.split_once(':') {
         None if text == "cpu" => Ok(Device::Cpu),
         None if text == "cuda" => Ok(cuda(0)),
@@ -210,7 +260,8 @@ mod tests {
 
     #[test]
     fn devices_are_read_with_their_number() {
-        let cuda = |first| Device::Cuda { first, config: CudaConfig::default() };
+        let config = CudaConfig::default();
+        let cuda = |first| Device::Cuda { first, config, share: false };
         assert_eq!(device("cpu"), Ok(Device::Cpu));
         assert_eq!(device("cuda"), Ok(cuda(0)));
         assert_eq!(device("cuda:3"), Ok(cuda(3)));
@@ -233,11 +284,15 @@ mod tests {
     #[test]
     fn formats_are_for_cards() {
         let config = |weights, kv_format| CudaConfig { weights, kv_format, ..Default::default() };
-        let cuda = |first, weights, kv| Device::Cuda { first, config: config(weights, kv) };
+        let cuda =
+            |first, weights, kv| Device::Cuda { first, config: config(weights, kv), share: false };
         for (line, wanted) in [
             ("x", Device::Cpu),
             ("x --device cuda:2", cuda(2, WeightFormat::Bf16, KvFormat::Bf16)),
             ("x --device cuda --weights fp8", cuda(0, WeightFormat::Fp8, KvFormat::Bf16)),
+            ("x --weights random-int4", Device::Cpu),
+            ("x --device cuda --weights random", cuda(0, WeightFormat::Bf16, KvFormat::Bf16)),
+            ("x --device cuda --weights random-fp8", cuda(0, WeightFormat::Fp8, KvFormat::Bf16)),
             ("x --device cuda --kv-cache fp8", cuda(0, WeightFormat::Bf16, KvFormat::Fp8)),
         ] {
             assert_eq!(parsed(line).expect(line), wanted, "{line}");

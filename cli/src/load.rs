@@ -29,8 +29,15 @@ pub async fn resolve(args: &GroupArgs, rank_mode: RankMode) -> Result<GroupConfi
     let args = args.clone();
     let resolve = move || {
         let config = args.resolve(rank_mode)?;
-        check_text(&config.model)?;
-        Ok(config)
+        match (check_text(&config.model), config.random) {
+            (Ok(()), _) => Ok(config),
+            (Err(error), None) => Err(error),
+            (Err(error), Some(_)) => {
+                let why = format!("{error:#}");
+                tracing::warn!(why, "no tokenizer: the worker takes token ids, routers no text");
+                Ok(config)
+            }
+        }
     };
     tokio::task::spawn_blocking(resolve).await?
 }

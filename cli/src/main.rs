@@ -1,7 +1,8 @@
 #![forbid(unsafe_code)]
 //! The binary `lockstep`: flags to configuration, configuration to running parts.
 //!
-//! No logic of its own beyond that and the tools (`run`, `perplexity`, `chat`, `pull`, `bench`).
+//! No logic of its own beyond that and the tools (`run`, `perplexity`, `chat`, `pull`, `bench`,
+//! `plan`).
 
 mod address;
 mod args;
@@ -15,6 +16,7 @@ mod generated;
 mod load;
 mod logits;
 mod perplexity;
+mod plan;
 mod progress;
 mod pull;
 mod rank;
@@ -77,6 +79,8 @@ enum Command {
     Pull(pull::PullArgs),
     /// Load against a running router
     Bench(bench::BenchArgs),
+    /// What a model takes of cards, and how fast it will be there; needs neither weights nor cards
+    Plan(plan::PlanArgs),
     /// Prints the completions of a shell
     Completions(generated::CompletionsArgs),
     /// Writes the man pages to a folder
@@ -121,6 +125,7 @@ fn dispatch(cli: Cli) -> Result<()> {
         Command::Chat(args) => chat::main(args),
         Command::Pull(args) => pull::main(args),
         Command::Bench(args) => bench::main(args),
+        Command::Plan(args) => plan::main(args),
         Command::Completions(args) => generated::completions(args),
         Command::Man(args) => generated::man(args),
     }

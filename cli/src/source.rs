@@ -118,6 +118,23 @@ pub fn resolve(name: &str) -> Result<PathBuf> {
     fetch(&source, &Cache::open()?)
 }
 
+/// The file or folder of the model `name` if it is here; asks no network.
+///
+/// # Errors
+/// An unknown name, or one that was not fetched yet.
+pub fn present(name: &str) -> Result<PathBuf> {
+    let source = Source::parse(name)?;
+    if let Source::Local(path) = source {
+        return Ok(path);
+    }
+    Cache::open()?.find(&source.key()).ok_or_else(|| {
+        anyhow!(
+            "{name} is not on this machine; `lockstep pull {name}` fetches it, and a folder with \
+             its config.json alone is enough to plan"
+        )
+    })
+}
+
 /// `resolve` against a given cache and the hubs' usual addresses, or those in the environment.
 fn fetch(source: &Source, cache: &Cache) -> Result<PathBuf> {
     let key = source.key();

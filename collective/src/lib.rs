@@ -3,13 +3,15 @@
 //!
 //! Sums are taken in rank order on every rank, so that all ranks hold the same bits.
 
-use kernels::{Backend, KernelError, Tensor};
+use kernels::{AddNorm, Backend, KernelError, Tensor};
 use std::time::Duration;
 
+mod peer;
 mod staged;
 mod tcp;
 mod threads;
 
+pub use peer::PeerMemory;
 pub use staged::Staged;
 pub use tcp::{Tcp, TcpDoor};
 pub use threads::Threads;
@@ -50,6 +52,8 @@ pub trait HostCollective: Send + 'static {
     ) -> Result<(), CollectiveError>;
     /// Element-wise sum over the ranks, added in rank order.
     fn all_reduce_sum(&mut self, values: &mut [f32]) -> Result<(), CollectiveError>;
+    /// Every rank's bytes, in rank order.
+    fn all_gather_bytes(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError>;
 }
 
 /// Device tensors between ranks.
@@ -58,6 +62,17 @@ pub trait Collective<B: Backend>: Send + 'static {
     fn world_size(&self) -> usize;
     /// x = the sum of every rank's x.
     fn all_reduce_sum(&mut self, device: &B, x: &mut Tensor<B>) -> Result<(), CollectiveError>;
+    /// `delta` = the sum of every rank's, then [`Backend::add_rms_norm`] of it.
+    fn all_reduce_add_norm(
+        &mut self,
+        device: &B,
+        delta: &mut Tensor<B>,
+        then: AddNorm<'_, B>,
+    ) -> Result<(), CollectiveError> {
+        self.all_reduce_sum(device, delta)?;
+        let AddNorm { x, out, weight, eps } = then;
+        Ok(device.add_rms_norm(out, x, delta, weight, eps)?)
+    }
     /// out [rows, Σ cols] = every rank's x [rows, cols_r] side by side, in rank order; `cols[r]` is
     /// rank r's width.
     fn all_gather_cols(
@@ -67,6 +82,22 @@ pub trait Collective<B: Backend>: Send + 'static {
         x: &Tensor<B>,
         cols: &[usize],
     ) -> Result<(), CollectiveError>;
+    /// As [`Self::all_gather_cols`], where rank 0 alone needs the result; what the others have in
+    /// `out` is undefined.
+    fn gather_cols(
+        &mut self,
+        device: &B,
+        out: &mut Tensor<B>,
+        x: &Tensor<B>,
+        cols: &[usize],
+    ) -> Result<(), CollectiveError> {
+        self.all_gather_cols(device, out, x, cols)
+    }
+    /// Whether every exchange so far has come about, where that shows only once the device is done.
+    /// Results are to be believed only then.
+    fn check(&mut self, _device: &B) -> Result<(), CollectiveError> {
+        Ok(())
+    }
 }
 
 /// values = or += the share of `rank`, which must be as long.

@@ -227,4 +227,28 @@ impl HostCollective for Tcp {
             group.links.iter_mut().try_for_each(|link| link.send_floats(kind, values, deadline))
         })
     }
+
+    fn all_gather_bytes(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError> {
+        let mut all = vec![mine.to_vec(); self.world_size];
+        if self.world_size == 1 {
+            return Ok(all);
+        }
+        self.operate(|group, operation| {
+            let (kind, deadline) = ((Kind::GatherBytes, operation), group.data_deadline);
+            // Rank 0 sends every rank's, one frame each.
+            let ranks = &mut all[..];
+            if group.rank > 0 {
+                let link = &mut group.links[0];
+                link.send(kind, mine, deadline)?;
+                return ranks.iter_mut().try_for_each(|to| link.receive(kind, to, deadline));
+            }
+            for link in &mut group.links {
+                link.receive(kind, &mut ranks[link.rank()], deadline)?;
+            }
+            let send =
+                |link: &mut Link| ranks.iter().try_for_each(|of| link.send(kind, of, deadline));
+            group.links.iter_mut().try_for_each(send)
+        })?;
+        Ok(all)
+    }
 }

@@ -31,6 +31,7 @@ enum Kind {
     Broadcast,
     Gather,
     Reduce,
+    GatherBytes,
 }
 
 /// What one rank brings to one operation.
@@ -293,6 +294,30 @@ impl HostCollective for Threads {
             }
             Ok(())
         })
+    }
+
+    fn all_gather_bytes(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError> {
+        const OP: &str = "all_gather_bytes";
+        let mut all = vec![mine.to_vec(); self.world_size()];
+        if all.len() == 1 {
+            return Ok(all);
+        }
+        self.operate(|group| {
+            let deadline = group.data_deadline;
+            group.post(OP, deadline, |slot| {
+                slot.kind = Kind::GatherBytes;
+                slot.bytes.clear();
+                slot.bytes.extend_from_slice(mine);
+            })?;
+            for (rank, theirs) in all.iter_mut().enumerate() {
+                group.fetch(rank, (OP, Kind::GatherBytes), deadline, |slot| {
+                    theirs.clone_from(&slot.bytes);
+                    Ok(())
+                })?;
+            }
+            Ok(())
+        })?;
+        Ok(all)
     }
 }
 

@@ -67,6 +67,9 @@ fn everything_agrees<H: HostCollective>(group: Vec<H>) {
             let mut bytes = if rank == 0 { vec![op as u8; len] } else { vec![9; 3] };
             member.broadcast(&mut bytes, LONG).unwrap();
             assert_eq!(bytes, vec![op as u8; len]);
+            let of = |rank: usize| vec![(op + rank) as u8; rank * len];
+            let gathered = member.all_gather_bytes(&of(rank)).unwrap();
+            assert_eq!(gathered, (0..world_size).map(of).collect::<Vec<_>>());
             let cols: Vec<usize> = (0..world_size).map(|r| len + r).collect();
             let mine = numbers(rank, op, 3 * cols[rank]);
             let mut rows = vec![5.0; 3 * cols.iter().sum::<usize>()];

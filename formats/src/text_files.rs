@@ -34,27 +34,33 @@ const TEMPLATES_MAX: usize = 64;
 /// # Errors
 /// No model at `path`, files above [`TEXT_FILE_BYTES_MAX`], and what the system refuses.
 pub fn text_files(path: &Path) -> Result<BTreeMap<String, Vec<u8>>, FormatError> {
-    let mut files = BTreeMap::new();
+    // Whether there are weights is for others to ask.
+    if path.join("config.json").is_file() {
+        return of_folder(path);
+    }
     match locate(path)? {
-        Layout::Safetensors { folder, .. } => {
-            let named = NAMES.iter().map(|name| folder.join(name)).filter(|path| path.is_file());
-            for path in named.chain(list(&folder, "tiktoken")?) {
-                files.insert(file_name(&path), read_bounded(&path, TEXT_FILE_BYTES_MAX)?);
-            }
-            let templates = folder.join(TEMPLATES);
-            if templates.is_dir() {
-                for path in list(&templates, "jinja")?.into_iter().take(TEMPLATES_MAX) {
-                    let name = format!("{TEMPLATES}/{}", file_name(&path));
-                    files.insert(name, read_bounded(&path, TEXT_FILE_BYTES_MAX)?);
-                }
-            }
-        }
+        Layout::Safetensors { folder, .. } => of_folder(&folder),
         Layout::Gguf { files: parts } => {
             let path = &parts[0];
             let file = File::open(path).map_err(|e| FormatError::io(path, e))?;
             let len = file.metadata().map_err(|e| FormatError::io(path, e))?.len();
             let end = gguf::metadata_end(&file, len).map_err(|e| e.at(path))?;
-            files.insert("metadata.gguf".into(), read_prefix(path, end)?);
+            Ok(BTreeMap::from([("metadata.gguf".into(), read_prefix(path, end)?)]))
+        }
+    }
+}
+
+fn of_folder(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>, FormatError> {
+    let mut files = BTreeMap::new();
+    let named = NAMES.iter().map(|name| folder.join(name)).filter(|path| path.is_file());
+    for path in named.chain(list(folder, "tiktoken")?) {
+        files.insert(file_name(&path), read_bounded(&path, TEXT_FILE_BYTES_MAX)?);
+    }
+    let templates = folder.join(TEMPLATES);
+    if templates.is_dir() {
+        for path in list(&templates, "jinja")?.into_iter().take(TEMPLATES_MAX) {
+            let name = format!("{TEMPLATES}/{}", file_name(&path));
+            files.insert(name, read_bounded(&path, TEXT_FILE_BYTES_MAX)?);
         }
     }
     Ok(files)

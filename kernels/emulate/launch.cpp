@@ -97,9 +97,17 @@ EXPORTED int simt_launch(const char* name, const uint32_t grid[3], uint32_t thre
     return 0;
 }
 
-// Every kernel's name, the `index`-th; null past the last.
-EXPORTED const char* simt_kernel(size_t index) {
+static const simt::Kernel* kernel_at(size_t index) {
     const simt::Kernel* kernel = simt::kernels;
     while (kernel != nullptr && index-- > 0) kernel = kernel->next;
+    return kernel;
+}
+
+// Every kernel's name, the `index`-th; null past the last.
+EXPORTED const char* simt_kernel(size_t index) {
+    const simt::Kernel* kernel = kernel_at(index);
     return kernel == nullptr ? nullptr : kernel->name;
 }
+
+// Bytes of its arguments.
+EXPORTED size_t simt_args_bytes(size_t index) { return kernel_at(index)->args_size; }

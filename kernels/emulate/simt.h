@@ -163,6 +163,13 @@ T shuffle(const char* what, uint32_t mask, T value, int from) {
     return mine.got;
 }
 
+// Nanoseconds of a steady clock, never 0.
+uint64_t clock_ns();
+// Memory that other launches, on other threads of the host, touch at the same time. Loads let those
+// run: whoever asks again and again waits for one of them.
+void store_release(uint64_t* to, uint64_t value);
+uint64_t load_acquire(const uint64_t* from);
+
 inline int lane() { return static_cast<int>(self().thread.x % 32); }
 
 }  // namespace simt

@@ -16,9 +16,11 @@ pub mod weight;
 
 pub use routing::{ExpertRows, Routes, Routing};
 use sampling::{Refused, SampleRequest, Sampled};
-use serde::{Deserialize, Serialize};
 pub use shape::ShapeError;
-pub use weight::{Format, Grouped, Groups, IntegerShape, PartShape, Scaled, Stored, WeightPart};
+pub use weight::{
+    Format, Grouped, Groups, IntegerShape, PartShape, Random, RandomFormat, Scaled, Stored,
+    WeightPart,
+};
 
 /// Tokens in one KV block.
 pub const BLOCK_TOKENS: usize = 16;
@@ -132,8 +134,19 @@ pub struct Rotation<'a, B: Backend> {
     pub heads: Heads,
 }
 
+/// What follows a sum that ends half a layer: [`Backend::add_rms_norm`] of it.
+pub struct AddNorm<'a, B: Backend> {
+    /// [T, H], which takes up the sum.
+    pub x: &'a mut Tensor<B>,
+    /// [T, H] the norm of x.
+    pub out: &'a mut Tensor<B>,
+    /// [1, H]
+    pub weight: &'a Tensor<B>,
+    pub eps: f32,
+}
+
 /// How ranks make one result of a product whose inputs are spread over them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Join {
     /// Inputs are gathered, and each rank computes some columns of all of them. No sum is cut: bits
     /// are the same on any number of ranks.

@@ -2,9 +2,11 @@
 //! e4m3. Readers bring every file's own layout into one of these; backends pack these as they like.
 
 mod columns;
+mod random;
 
 use crate::KernelError;
 use half::f16;
+pub use random::{RANDOM_INT4_ZERO, RANDOM_STEP, Random, RandomFormat, random_int4_scale};
 use std::borrow::Cow;
 
 /// How numbers are stored. The block formats are GGUF's (ggml), byte for byte.
@@ -74,6 +76,8 @@ pub enum Stored<'a> {
     Grouped(Grouped<'a>),
     /// e4m3: scale · value.
     Scaled(Scaled<'a>),
+    /// None: they follow from a seed.
+    Random(Random),
 }
 
 /// Integers that share a scale and a zero point by groups of columns (GPTQ, AWQ).
@@ -255,6 +259,10 @@ impl<'a> WeightPart<'a> {
             }
             Stored::Grouped(grouped) => grouped.check(*rows, *cols),
             Stored::Scaled(scaled) => scaled.check(*rows, *cols),
+            Stored::Random(Random { format: RandomFormat::Int4 { group: 0 }, .. }) => {
+                Err("groups of no columns".into())
+            }
+            Stored::Random(_) => Ok(()),
         }
     }
 
@@ -264,6 +272,10 @@ impl<'a> WeightPart<'a> {
             Stored::Plain { data, .. } => data.len(),
             Stored::Grouped(grouped) => grouped.values.len() * grouped.bits / 8,
             Stored::Scaled(scaled) => scaled.values.len(),
+            Stored::Random(random) => match random.format {
+                RandomFormat::Bf16 => 2 * self.rows * self.cols,
+                RandomFormat::Int4 { .. } => self.rows * self.cols / 2,
+            },
         }
     }
 }

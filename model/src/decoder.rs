@@ -13,8 +13,8 @@ mod scratch;
 use crate::ModelError;
 use collective::Collective;
 use feed_forward::FeedForward;
-use kernels::{Backend, Batch, Heads, Join, Rotation, Tensor};
-pub use scratch::{ExpertsShape, Scratch, ScratchShape, Width};
+use kernels::{AddNorm, Backend, Batch, Heads, Join, Rotation, Tensor};
+pub use scratch::{ExpertsShape, Scratch, ScratchShape, Width, logit_rows_max};
 
 /// This rank's part of a model.
 pub struct Decoder<B: Backend> {
@@ -94,15 +94,31 @@ impl<B: Backend> Decoder<B> {
             layer.feed_forward(cx, self)?;
         }
         let Scratch { hidden, delta, .. } = &mut *cx.scratch;
+        match self.join {
+            Join::Gather => drop(delta.gather(cx.device, cx.group, &self.shares.hidden)?),
+            Join::Sum => cx.group.all_reduce_sum(cx.device, &mut delta.local)?,
+        }
         Ok(cx.device.add(hidden, delta.gathered())?)
     }
 
-    /// delta [T, H] of every rank's part of it.
-    fn join_delta<C: Collective<B>>(&self, cx: &mut Context<'_, B, C>) -> Result<(), ModelError> {
-        let delta = &mut cx.scratch.delta;
+    /// hidden [T, H] takes up every rank's part of delta, and normed [T, H] = norm(hidden): what
+    /// ends one half of a layer and begins the next.
+    fn join_and_norm<C: Collective<B>>(
+        &self,
+        cx: &mut Context<'_, B, C>,
+        weight: &Tensor<B>,
+    ) -> Result<(), ModelError> {
+        let (d, Scratch { hidden, normed, delta, .. }) = (cx.device, &mut *cx.scratch);
+        let eps = self.norm_eps;
         match self.join {
-            Join::Gather => delta.gather(cx.device, cx.group, &self.shares.hidden).map(|_| ()),
-            Join::Sum => Ok(cx.group.all_reduce_sum(cx.device, &mut delta.local)?),
+            Join::Gather => {
+                let delta = delta.gather(d, cx.group, &self.shares.hidden)?;
+                Ok(d.add_rms_norm(normed, hidden, delta, weight, eps)?)
+            }
+            Join::Sum => {
+                let then = AddNorm { x: hidden, out: normed, weight, eps };
+                Ok(cx.group.all_reduce_add_norm(d, &mut delta.local, then)?)
+            }
         }
     }
 
@@ -120,13 +136,14 @@ impl<B: Backend> Decoder<B> {
         d.rms_norm(&mut s.last_normed, &s.last, &self.final_norm, self.norm_eps)?;
         let head = self.lm_head.as_ref().unwrap_or(&self.embedding);
         d.linear(&mut s.logits.local, &s.last_normed, head, None)?;
-        s.logits.gather(d, cx.group, &self.shares.vocab)?;
-        Ok(())
+        // Rank 0 alone makes tokens of them.
+        s.logits.gather_to_first(d, cx.group, &self.shares.vocab)
     }
 }
 
 impl<B: Backend> Layer<B> {
-    /// delta [T, H] = attention(norm(hidden)), once hidden has taken up the delta before it.
+    /// This rank's part of delta [T, H] = attention(norm(hidden)), once hidden has taken up the
+    /// delta before it.
     fn attend<C: Collective<B>>(
         &self,
         cx: &mut Context<'_, B, C>,
@@ -134,31 +151,28 @@ impl<B: Backend> Layer<B> {
         model: &Decoder<B>,
         batch: &Batch<B>,
     ) -> Result<(), ModelError> {
-        let (d, s, kv, heads) = (cx.device, &mut *cx.scratch, &mut cx.kv[index], model.heads);
         let (norm, eps) = (&self.input_norm, model.norm_eps);
         match index {
-            0 => d.rms_norm(&mut s.normed, &s.hidden, norm, eps)?,
-            _ => d.add_rms_norm(&mut s.normed, &mut s.hidden, s.delta.gathered(), norm, eps)?,
+            0 => cx.device.rms_norm(&mut cx.scratch.normed, &cx.scratch.hidden, norm, eps)?,
+            _ => model.join_and_norm(cx, norm)?,
         }
+        let (d, s, kv, heads) = (cx.device, &mut *cx.scratch, &mut cx.kv[index], model.heads);
         d.linear(&mut s.qkv, &s.normed, &self.qkv, self.qkv_bias.as_ref())?;
         let norm = self.qk_norm.as_ref().map(|(q, k)| (q, k, eps));
         let rotation = Rotation { norm, cos_sin: &model.cos_sin, heads };
         d.rotate_and_store(kv, &mut s.qkv, &rotation, batch)?;
         d.attention(&mut s.attention.local, &s.qkv, kv, batch, heads, self.window)?;
         let attention = s.attention.gather(d, cx.group, &model.shares.attention)?;
-        d.linear(&mut s.delta.local, attention, &self.attention_out, None)?;
-        model.join_delta(cx)
+        Ok(d.linear(&mut s.delta.local, attention, &self.attention_out, None)?)
     }
 
-    /// delta [T, H] = feed_forward(norm(hidden)), once hidden has taken up the delta before it.
+    /// As [`Self::attend`], of the feed-forward block.
     fn feed_forward<C: Collective<B>>(
         &self,
         cx: &mut Context<'_, B, C>,
         model: &Decoder<B>,
     ) -> Result<(), ModelError> {
-        let (d, s) = (cx.device, &mut *cx.scratch);
-        let delta = s.delta.gathered();
-        d.add_rms_norm(&mut s.normed, &mut s.hidden, delta, &self.post_norm, model.norm_eps)?;
+        model.join_and_norm(cx, &self.post_norm)?;
         self.feed_forward.run(cx, model)
     }
 }

@@ -3,6 +3,7 @@
 
 mod config;
 mod decoder;
+mod elements;
 mod error;
 mod families;
 mod llama;
@@ -18,9 +19,11 @@ mod shard;
 mod weights;
 
 pub use config::{DecoderConfig, Experts, Rope, RopeScaling};
+pub use decoder::logit_rows_max;
+pub use elements::{Elements, elements};
 pub use error::ModelError;
 pub use families::{FAMILIES, Family};
-pub use runner::{Runner, RunnerOptions, activation_bytes, prefix_reuse_max};
+pub use runner::{Runner, RunnerOptions, prefix_reuse_max};
 pub use sampler::{Sampler, Seen, next_token};
 pub use shard::Shard;
-pub use weights::{Checkpoint, FfnBlock, Stack};
+pub use weights::{Checkpoint, FfnBlock, Numbers, Stack};

@@ -109,14 +109,6 @@ pub struct Runner<B: Backend, C: Collective<B>> {
     on_device: Option<B::Sampling>,
 }
 
-/// Bytes that a rank with `shard` allocates beside weights and KV cache, at f32 activations.
-pub fn activation_bytes(config: &DecoderConfig, shard: &Shard, options: &RunnerOptions) -> usize {
-    let tables = RopeTables::new(&config.rope, options.context_max);
-    let shape = scratch_shape(config, shard, options);
-    let rope = tables.rows().saturating_mul(config.head_dim);
-    shape.elements().saturating_add(rope).saturating_mul(size_of::<f32>())
-}
-
 /// The longest prompt whose cached keys may serve another prompt; `None` is any.
 ///
 /// With dynamic NTK the rotation of keys depends on the prompt's length once that passes the
@@ -125,7 +117,11 @@ pub fn prefix_reuse_max(config: &DecoderConfig) -> Option<usize> {
     config.rope.dynamic_ntk
 }
 
-fn scratch_shape(config: &DecoderConfig, shard: &Shard, options: &RunnerOptions) -> ScratchShape {
+pub(crate) fn scratch_shape(
+    config: &DecoderConfig,
+    shard: &Shard,
+    options: &RunnerOptions,
+) -> ScratchShape {
     let (heads, dim) = (shard.heads(), config.head_dim);
     let intermediate = if config.has_dense_layers() { config.intermediate } else { 0 };
     ScratchShape {
@@ -223,7 +219,9 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
             scratch: &mut self.scratch,
         };
         self.decoder.forward(&mut cx, &self.batch.batch)?;
-        self.read_logits(plan)
+        let output = self.read_logits(plan)?;
+        self.group.check(&self.device)?;
+        Ok(output)
     }
 
     fn update_sequences(&mut self, plan: &StepPlan) {

@@ -9,6 +9,7 @@ mod expected;
 mod module;
 mod modules;
 mod names;
+mod outline;
 mod quantised;
 mod slice;
 
@@ -27,6 +28,8 @@ use module::{Cut, Files, Module};
 pub use modules::FfnBlock;
 use modules::Modules;
 pub(crate) use names::{ExpertNames, FfnNames, GGUF, Qkv, TensorNames};
+pub use outline::Numbers;
+use outline::{Seeded, no_numbers};
 
 /// Configurations beyond this are no configurations.
 const CONFIG_BYTES_MAX: u64 = 16 << 20;
@@ -36,8 +39,19 @@ pub struct Checkpoint {
     config: DecoderConfig,
     name: String,
     names: TensorNames,
-    quantisation: Quantisation,
-    tensors: Tensors,
+    source: Source,
+}
+
+/// Where the numbers are.
+enum Source {
+    Files {
+        tensors: Tensors,
+        quantisation: Quantisation,
+    },
+    /// Nowhere: there are shapes only.
+    Outline(Numbers),
+    /// Made as they are read.
+    Seeded(Seeded),
 }
 
 impl Checkpoint {
@@ -66,7 +80,7 @@ impl Checkpoint {
         };
         expected::check(Files { tensors: &tensors, quantisation }, &config, &names)?;
         let name = model_name(&layout, path);
-        Ok(Self { config, name, names, quantisation, tensors })
+        Ok(Self { config, name, names, source: Source::Files { tensors, quantisation } })
     }
 
     /// Refuses quantised matrices whose scales are zero, no numbers or out of range, or whose
@@ -79,8 +93,12 @@ impl Checkpoint {
     /// # Errors
     /// `Checkpoint` names the tensor; `Io` where the files cannot be read.
     pub(crate) fn check_scales(&self) -> Result<(), ModelError> {
+        if let Source::Seeded(_) = self.source {
+            return Ok(());
+        }
+        let files = self.files()?;
         let mut modules = Expected::each(&self.config, &self.names)?.flat_map(|each| each.modules);
-        modules.try_for_each(|module| self.files().check_scales(&module))
+        modules.try_for_each(|module| files.check_scales(&module))
     }
 
     pub fn config(&self) -> &DecoderConfig {
@@ -92,9 +110,20 @@ impl Checkpoint {
         &self.name
     }
 
-    /// Bytes of all tensors in the files.
+    /// Elements of all tensors.
+    ///
+    /// # Errors
+    /// A configuration that not even one rank can run.
+    pub fn parameters(&self) -> Result<u64, ModelError> {
+        parameters(&self.config)
+    }
+
+    /// Bytes of all tensors in the files, where there are any.
     pub fn total_bytes(&self) -> u64 {
-        self.tensors.total_bytes()
+        match &self.source {
+            Source::Files { tensors, .. } => tensors.total_bytes(),
+            Source::Outline(_) | Source::Seeded(_) => 0,
+        }
     }
 
     /// What `rank` of `world_size` holds.
@@ -110,8 +139,13 @@ impl Checkpoint {
     /// # Errors
     /// A shard of another model.
     pub fn weight_bytes(&self, shard: &Shard) -> Result<u64, ModelError> {
-        let files = self.files();
-        self.modules().all(shard).iter().map(|(module, cut)| files.bytes(module, cut)).sum()
+        let bytes = |(module, cut): &(Module, Cut)| match &self.source {
+            Source::Files { .. } => self.files()?.bytes(module, cut),
+            Source::Outline(numbers) | Source::Seeded(Seeded { numbers, .. }) => {
+                Ok(numbers.bytes(module, cut, &self.names))
+            }
+        };
+        self.modules().all(shard).iter().map(bytes).sum()
     }
 
     fn modules(&self) -> Modules<'_> {
@@ -123,16 +157,26 @@ impl Checkpoint {
     /// # Errors
     /// The files cannot be read; a shard of another model.
     pub fn stacks(&self, shard: &Shard) -> Result<Vec<Stack>, ModelError> {
-        let files = self.files();
+        let shape = |(module, cut): &(Module, Cut)| match &self.source {
+            Source::Files { .. } => self.files()?.shape(module, cut),
+            Source::Outline(numbers) | Source::Seeded(Seeded { numbers, .. }) => {
+                Ok(numbers.shape(module, cut, &self.names))
+            }
+        };
         let stack = |(is_table, cuts): (bool, Vec<(Module, Cut)>)| {
-            let parts = cuts.iter().map(|(module, cut)| files.shape(module, cut));
+            let parts = cuts.iter().map(shape);
             Ok(Stack { is_table, parts: parts.collect::<Result<_, ModelError>>()? })
         };
         self.modules().stacks(shard).map(stack).collect()
     }
 
-    fn files(&self) -> Files<'_> {
-        Files { tensors: &self.tensors, quantisation: self.quantisation }
+    fn files(&self) -> Result<Files<'_>, ModelError> {
+        match &self.source {
+            Source::Files { tensors, quantisation } => {
+                Ok(Files { tensors, quantisation: *quantisation })
+            }
+            Source::Outline(_) | Source::Seeded(_) => Err(no_numbers(&self.name)),
+        }
     }
 
     /// [V_local, H]: the embedding rows of `shard.vocab`.
@@ -151,7 +195,7 @@ impl Checkpoint {
 
     /// [H].
     pub fn final_norm(&self) -> Result<Vec<f32>, ModelError> {
-        slice::vector(&self.tensors, self.names.final_norm, 0..self.config.hidden, None)
+        self.norm(self.names.final_norm, self.config.hidden)
     }
 
     /// [H]: the norm before attention.
@@ -176,12 +220,17 @@ impl Checkpoint {
         }
         let mut bias = Vec::new();
         for (module, cut) in self.modules().qkv(layer, shard) {
+            if let Source::Seeded(seeded) = self.source {
+                bias.extend(seeded.bias(&module, cut.rows().clone()));
+                continue;
+            }
             let heads_of = match cut {
                 Cut::Heads { head_dim, .. } => Some(head_dim),
                 Cut::Rows(_) | Cut::Columns { .. } => None,
             };
             let rows = cut.rows().clone();
-            bias.extend(slice::vector(&self.tensors, &module.tensor("bias"), rows, heads_of)?);
+            let (tensors, name) = (self.files()?.tensors, module.tensor("bias"));
+            bias.extend(slice::vector(tensors, &name, rows, heads_of)?);
         }
         Ok(Some(bias))
     }
@@ -234,22 +283,33 @@ impl Checkpoint {
     }
 
     fn read(&self, cuts: &[(Module, Cut)]) -> Result<Vec<WeightPart<'static>>, ModelError> {
-        cuts.iter().map(|(module, cut)| self.files().read(module, cut)).collect()
+        if let Source::Seeded(seeded) = self.source {
+            let part = |(module, cut): &(Module, Cut)| seeded.part(module, cut, &self.names);
+            return cuts.iter().map(part).collect();
+        }
+        let files = self.files()?;
+        cuts.iter().map(|(module, cut)| files.read(module, cut)).collect()
     }
 
     fn layer_vector(&self, layer: usize, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
-        slice::vector(&self.tensors, &self.names.of_layer(layer, name), 0..len, None)
+        self.norm(&self.names.of_layer(layer, name), len)
+    }
+
+    fn norm(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
+        match self.source {
+            Source::Seeded(_) => Ok(vec![1.0; len]),
+            _ => slice::vector(self.files()?.tensors, name, 0..len, None),
+        }
     }
 }
 
 /// Elements of all tensors that a Hugging Face checkpoint of this configuration has.
-#[cfg(test)]
-pub(crate) fn parameters(config: &DecoderConfig) -> usize {
-    let each = Expected::each(config, &config.family.names).unwrap().map(|expected| {
+pub(crate) fn parameters(config: &DecoderConfig) -> Result<u64, ModelError> {
+    let each = Expected::each(config, &config.family.names)?.map(|expected| {
         let matrices = expected.modules.iter().map(|module| module.rows * module.cols);
         matrices.sum::<usize>() + expected.vectors.iter().map(|(_, len)| len).sum::<usize>()
     });
-    each.sum()
+    Ok(each.map(|elements| elements as u64).sum())
 }
 
 fn read_config(path: &Path) -> Result<Vec<u8>, ModelError> {

@@ -23,7 +23,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("kernels/cuda", &["kernels"]),
     ("kernels/emulate", &["cuda", "kernels"]),
     ("kernels/checks", &["cuda", "engine", "kernels", "model"]),
-    ("collective", &["kernels"]),
+    ("collective", &["cuda", "kernels"]),
     ("model", &["collective", "engine", "formats", "kernels"]),
     ("text", &["engine", "formats"]),
     ("cluster", &["proto"]),

@@ -18,6 +18,7 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 use cpu::{Isa, Precision};
 use cuda::CudaConfig;
 use engine::{SchedulerConfig, plan::Executor};
+use model::Numbers;
 use serde::{Deserialize, Serialize};
 
 pub use process::{RANK_TOKEN_VARIABLE, RankConfig, run_rank};
@@ -31,10 +32,12 @@ use sizing::Sizing;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Device {
     Cpu,
-    /// Cards from `first` on, one a rank where there are as many, else `first` for all ranks.
+    /// Cards from `first` on, one a rank.
     Cuda {
         first: usize,
         config: CudaConfig,
+        /// Where there are fewer cards than ranks, all ranks take the first: for tests.
+        share: bool,
     },
 }
 
@@ -52,6 +55,8 @@ pub enum RankMode {
 pub struct GroupConfig {
     /// A checkpoint folder or a GGUF file.
     pub model: PathBuf,
+    /// Numbers from a seed instead of the checkpoint's: a folder with a `config.json` is enough.
+    pub random: Option<Numbers>,
     /// Tensor-parallel ranks, at least 1.
     pub ranks: usize,
     pub device: Device,
@@ -64,7 +69,7 @@ pub struct GroupConfig {
     /// them.
     pub context_max: Option<usize>,
     /// Bytes of the KV pool, all ranks together. Default: of the memory that weights and scratch
-    /// leave, a quarter or 16 contexts, whichever is less, on the CPU; 90 % on CUDA devices.
+    /// leave, a quarter or 16 contexts, whichever is less, on the CPU; all of it on CUDA devices.
     pub kv_memory: Option<u64>,
     /// Tokens in one step, at most.
     pub step_tokens_max: usize,
@@ -72,6 +77,9 @@ pub struct GroupConfig {
     /// tokens of a step until it does. Default: 0.25 s on the CPU; on CUDA devices, which need many
     /// tokens to be busy and are quick with them, `step_tokens_max` alone bounds steps.
     pub step_target: Option<Duration>,
+    /// After which a device that has not finished a step is taken for hung. Default: on CUDA
+    /// devices several times what the step model predicts, at least 1 s; nothing else on the CPU.
+    pub step_deadline: Option<Duration>,
     /// Sequences that run at once.
     pub sequences_max: usize,
     pub rank_mode: RankMode,
@@ -85,6 +93,7 @@ impl GroupConfig {
     pub fn new(model: impl Into<PathBuf>) -> Self {
         Self {
             model: model.into(),
+            random: None,
             ranks: 1,
             device: Device::Cpu,
             threads_per_rank: None,
@@ -94,6 +103,7 @@ impl GroupConfig {
             kv_memory: None,
             step_tokens_max: 512,
             step_target: None,
+            step_deadline: None,
             sequences_max: 64,
             rank_mode: RankMode::Threads,
             rank_program: None,
@@ -128,6 +138,8 @@ pub struct ModelInfo {
     pub step_tokens_max: usize,
     /// How long a step with answers in it should take, where that bounds steps.
     pub step_target: Option<Duration>,
+    /// A step that takes longer has hung; `None` where nothing predicts it.
+    pub step_deadline: Option<Duration>,
     pub sequences_max: usize,
     /// What a router needs to speak the model's language, by file name.
     pub text_files: BTreeMap<String, Vec<u8>>,

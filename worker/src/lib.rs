@@ -8,6 +8,7 @@ mod handle;
 mod mailbox;
 mod metrics;
 mod places;
+pub mod plan;
 mod server;
 mod service;
 mod validate;

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use cpu::Precision;
 use engine::{Request, Scheduler, SchedulerConfig, Update, plan::SamplingParams};
+use model::Numbers;
 use tokio::time::timeout;
 use worker::{Engine, Group, GroupConfig, Metrics, WorkerError};
 
@@ -215,7 +216,7 @@ fn what_cannot_be_is_refused_before_loading() {
     let base = || config("llama_smollm2", 1, Precision::Fast);
     let error = refused(GroupConfig { kv_memory: Some(1 << 60), ..base() });
     assert!(matches!(&error, WorkerError::Memory(_)), "{error}");
-    assert!(error.to_string().contains("KV pool"), "{error}");
+    assert!(error.to_string().contains("KV cache"), "{error}");
     let error = refused(GroupConfig { context_max: Some(1 << 40), kv_memory: None, ..base() });
     assert!(error.to_string().contains("a smaller --context"), "{error}");
     let error = refused(GroupConfig { kv_memory: Some(10), ..base() });
@@ -238,4 +239,37 @@ fn a_context_beyond_the_trained_one_is_allowed_where_asked_for() {
     let group = Group::start(config, &mut |_, _| {}).unwrap();
     assert_eq!(group.info.context_max, 10_000);
     assert!(group.info.blocks * 16 >= 10_000);
+}
+
+/// What there is of a model before its weights are.
+fn folder() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let config = checkpoint("qwen2_mha_hd64").join("config.json");
+    std::fs::copy(config, folder.path().join("config.json")).unwrap();
+    folder
+}
+
+#[test]
+fn a_model_of_random_numbers_answers_the_same_on_any_number_of_ranks() {
+    let folder = folder();
+    let answer = |ranks: usize, numbers: Numbers| {
+        let config = GroupConfig {
+            model: folder.path().into(),
+            random: Some(numbers),
+            ..config("", ranks, Precision::Exact)
+        };
+        let mut group = group(config);
+        let bounds = group.info.scheduler_config(64);
+        let (updates, _) = run_all(&mut group, &mut 0, bounds, &[request(1, 40, 12)]);
+        bits(&updates[0])
+    };
+    for numbers in [Numbers::Bf16, Numbers::INT4] {
+        let one = answer(1, numbers);
+        assert_eq!(one.len(), 12);
+        assert!(one.iter().all(|(_, logprob, _)| f32::from_bits(*logprob).is_finite()));
+        assert_eq!(answer(2, numbers), one, "{numbers:?}");
+    }
+    let bare = GroupConfig::new(folder.path());
+    let error = Group::start(bare, &mut |_, _| {}).map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains(".safetensors"), "{error}");
 }

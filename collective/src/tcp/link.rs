@@ -19,6 +19,7 @@ pub(super) enum Kind {
     Broadcast = 1,
     Gather = 2,
     Reduce = 3,
+    GatherBytes = 4,
 }
 
 impl Kind {
@@ -27,6 +28,7 @@ impl Kind {
             Self::Broadcast => "broadcast",
             Self::Gather => "all_gather_cols",
             Self::Reduce => "all_reduce_sum",
+            Self::GatherBytes => "all_gather_bytes",
         }
     }
 }

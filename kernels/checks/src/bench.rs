@@ -13,10 +13,12 @@ mod linear;
 mod measure;
 mod report;
 mod sampling;
+mod step;
 
-pub use linear::ceiling;
+pub use linear::{ceiling, fp8_ceiling};
 pub use measure::{Clock, Outcome, Pace, measure};
-pub use report::{About, Report};
+pub use report::{About, End, Report, Told};
+pub use step::{Form, Layer, Sized, Step, StepOutcome, Timer, steps};
 
 use crate::noise;
 use cuda::{Cuda, CudaConfig, Driver};
@@ -32,7 +34,8 @@ pub enum Scale {
 }
 
 impl Scale {
-    pub(crate) fn of<T>(self, full: T, tiny: T) -> T {
+    /// The one that is meant.
+    pub fn of<T>(self, full: T, tiny: T) -> T {
         match self {
             Self::Full => full,
             Self::Tiny => tiny,
@@ -107,34 +110,37 @@ pub fn all<D: Driver>(scale: Scale) -> Vec<Bench<D>> {
     .collect()
 }
 
-/// [rows, cols] of noise. Arithmetic on zeros takes less power, and so less time.
+/// [rows, cols] of noise, made by the device. Arithmetic on zeros takes less power, and so less
+/// time.
 pub(crate) fn noisy<D: Driver>(
     device: &Cuda<D>,
     rows: usize,
     cols: usize,
 ) -> Result<Tensor<Cuda<D>>, KernelError> {
-    Tensor::from_host(device, cols, &repeated(&noise(9, PIECE.min(rows * cols)), rows * cols))
+    let mut x = Tensor::zeros(device, rows, cols)?;
+    device.fill_noise(&mut x, 9)?;
+    Ok(x)
 }
 
-/// Values of noise that large inputs repeat: more than a cache's lines hold, and no multiple of a
-/// row.
-const PIECE: usize = (1 << 20) + 21;
+/// Values of noise that large weights repeat, which is what the host need make and hold of them.
+const PIECE: usize = 4 << 20;
 
-fn repeated<T: Copy>(piece: &[T], len: usize) -> Vec<T> {
-    let mut all = Vec::with_capacity(len);
-    while all.len() < len {
-        all.extend_from_slice(&piece[..piece.len().min(len - all.len())]);
-    }
-    all
+/// Rows of each part of a weight whose parts are all the same.
+pub(crate) fn parts_of(rows: usize, cols: usize) -> impl Iterator<Item = usize> {
+    let each = (PIECE / cols / 16 * 16).max(16);
+    (0..rows).step_by(each).map(move |first| each.min(rows - first))
 }
 
-/// [rows, cols] of noise in bf16.
-fn noisy_bytes(rows: usize, cols: usize) -> Vec<u8> {
-    let piece: Vec<u8> = noise(7, PIECE.min(rows * cols))
-        .iter()
-        .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes())
-        .collect();
-    repeated(&piece, 2 * rows * cols)
+/// A weight of one kind or another.
+type Weight<D> = <Cuda<D> as Backend>::Weight;
+
+/// Hands [rows, cols] of noise in bf16 to `upload`, in parts.
+fn with_noise<T>(rows: usize, cols: usize, upload: impl FnOnce(&[WeightPart<'_>]) -> T) -> T {
+    let most = parts_of(rows, cols).next().unwrap_or(0) * cols;
+    let piece: Vec<u8> =
+        noise(7, most).iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
+    let part = |rows| WeightPart::plain(Format::Bf16, rows, cols, &piece[..2 * rows * cols]);
+    upload(&parts_of(rows, cols).map(part).collect::<Vec<_>>())
 }
 
 /// A table [rows, cols] of noise.
@@ -142,8 +148,8 @@ pub(crate) fn noisy_table<D: Driver>(
     device: &Cuda<D>,
     rows: usize,
     cols: usize,
-) -> Result<<Cuda<D> as Backend>::Weight, KernelError> {
-    device.table(&[WeightPart::plain(Format::Bf16, rows, cols, noisy_bytes(rows, cols))])
+) -> Result<Weight<D>, KernelError> {
+    with_noise(rows, cols, |parts| device.table(parts))
 }
 
 /// A weight [rows, cols] of noise.
@@ -151,8 +157,8 @@ pub(crate) fn noisy_weight<D: Driver>(
     device: &Cuda<D>,
     rows: usize,
     cols: usize,
-) -> Result<<Cuda<D> as Backend>::Weight, KernelError> {
-    device.weight(&[WeightPart::plain(Format::Bf16, rows, cols, noisy_bytes(rows, cols))])
+) -> Result<Weight<D>, KernelError> {
+    with_noise(rows, cols, |parts| device.weight(parts))
 }
 
 pub(crate) fn ints<D: Driver>(

@@ -12,6 +12,7 @@ mod cuts;
 pub mod decode;
 mod e4m3;
 pub mod elementwise;
+pub mod every_rows;
 pub mod experts;
 mod flat;
 pub mod fp8;
@@ -19,8 +20,10 @@ pub mod int4;
 pub mod linear;
 pub mod norm;
 pub mod paged;
+pub mod peers;
 pub mod prefill;
 pub mod prefill_sm90;
+pub mod random;
 pub mod rope;
 pub mod sampling;
 pub mod skinny;
@@ -28,7 +31,6 @@ pub mod skinny;
 pub use compare::{Tolerance, compare};
 
 use cuda::{Cuda, CudaConfig, Driver, KvFormat, PrefillKernel, WeightFormat};
-use kernels::Join;
 
 /// One kernel on one family of shapes.
 pub struct Check<D: Driver> {
@@ -46,26 +48,42 @@ pub const BF16: CudaConfig = CudaConfig {
     kv_format: KvFormat::Bf16,
     prefill: PrefillKernel::Fastest,
     weights: WeightFormat::Bf16,
-    join: Join::Gather,
 };
 
 /// Every check that a sanitizer has time for.
 pub fn all<D: Driver>() -> Vec<Check<D>> {
     [
         elementwise::checks(),
+        every_rows::checks(),
         experts::checks(),
         fp8::checks(),
         int4::checks(),
         linear::checks(),
         norm::checks(),
+        peers::checks(),
         rope::checks(),
         accuracy::checks(),
         prefill::checks(),
         prefill_sm90::checks(),
+        random::checks(),
         decode::checks(),
         decode::long_checks(),
         sampling::checks(),
         skinny::checks(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// The checks of what reading alone expects to fail on a device first, in that order.
+pub fn risks<D: Driver>() -> Vec<Check<D>> {
+    [
+        every_rows::checks(),
+        prefill_sm90::checks(),
+        skinny::checks(),
+        int4::checks(),
+        decode::checks(),
     ]
     .into_iter()
     .flatten()

@@ -196,3 +196,34 @@ fn sums_that_are_added_before_the_last_has_arrived_are_wrong() {
     let error = records_planted("skinny_sums.cuh", early, compile::PLAIN);
     assert!(error.contains("wanted"), "{error}");
 }
+
+/// What the checks of exchanges say where `fault.0` of `file` is replaced by `fault.1`.
+fn peers_planted(file: &str, fault: (&str, &str)) -> String {
+    let (library, _dir) = planted("peers", file, fault, compile::PLAIN);
+    verdict(&library, &checks::peers::checks()).expect_err("an error")
+}
+
+#[test]
+fn a_rank_that_does_not_wait_for_the_others_sums_what_is_not_there_yet() {
+    let wait = ("const bool came = !waits || wait(", "const bool came = true || wait(");
+    peers_planted("peers.cuh", wait);
+}
+
+#[test]
+fn calls_that_share_an_area_overwrite_what_is_still_read() {
+    let parity = ("PEER_AREAS + number % 2 * regions.area_bytes", "PEER_AREAS");
+    peers_planted("peers.cuh", parity);
+}
+
+#[test]
+fn calls_that_share_flags_miss_some() {
+    let parity = ("number % 2 * 2 + phase", "phase");
+    peers_planted("peers.cuh", parity);
+}
+
+#[test]
+fn a_wait_without_a_limit_is_not_one() {
+    // It ends, but only after a second a wait, of which the check makes hundreds.
+    let forgotten = ("if (!all) control()->failed = 1;", "");
+    peers_planted("peers.cuh", forgotten);
+}

@@ -60,6 +60,16 @@ DEVICE Bytes16 load16_shared_by_blocks(const void* from) {
 #endif
 }
 
+DEVICE float load_shared_by_blocks(const float* from) {
+#ifdef LOCKSTEP_EMULATE
+    return *from;
+#else
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(from) : "memory");
+    return v;
+#endif
+}
+
 DEVICE void store16(void* to, const Bytes16& v) {
 #ifdef LOCKSTEP_EMULATE
     *static_cast<Bytes16*>(const_cast<void*>(simt::aligned(to, 16))) = v;

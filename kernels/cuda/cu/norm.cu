@@ -12,11 +12,7 @@
 // A warp has a row of up to 1024 elements, a block of 256 threads one of up to 8192, of 512 threads
 // one of up to 16384: 4 vectors of 16 bytes a thread at most, so an SM keeps 64 bytes of each of
 // 1024 threads or more on the way.
-#include "common.cuh"
-
-// Elements of a vector, and vectors of a thread.
-constexpr int VECTOR = 8;
-constexpr int DEPTH = 4;
+#include "norm.cuh"
 
 struct NormArgs {
     bf16* out;           // [rows, cols]
@@ -40,34 +36,18 @@ DEVICE void norm_row(const NormArgs& args, uint64_t row, uint32_t thread, float*
         x[i] = add ? load16(args.x + start + at) : load16_stream(args.x + start + at);
         if (add) delta[i] = load16_stream(args.delta + start + at);
     }
-    float sums[4] = {};
+    RowSum sum;
     for (int i = 0; i < DEPTH; ++i) {
         const uint32_t at = (i * threads + thread) * VECTOR;
         if (at >= args.cols) break;
-        for (int w = 0; w < 4; ++w) {
-            uint32_t& pair = x[i].words[w];
-            if (add) {
-                const uint32_t d = delta[i].words[w];
-                pair = pack_bf16(low_bf16(pair) + low_bf16(d), high_bf16(pair) + high_bf16(d));
-            }
-            sums[w] = fmaf(low_bf16(pair), low_bf16(pair), sums[w]);
-            sums[w] = fmaf(high_bf16(pair), high_bf16(pair), sums[w]);
+        if (add) {
+            add_vector(x[i], delta[i]);
+            store16(args.x + start + at, x[i]);
         }
-        if (add) store16(args.x + start + at, x[i]);
+        sum.take(x[i]);
     }
-    const float sum = block_sum<threads>((sums[0] + sums[1]) + (sums[2] + sums[3]), scratch);
-    const float factor = rsqrtf(sum / static_cast<float>(args.cols) + args.eps);
-    for (int i = 0; i < DEPTH; ++i) {
-        const uint32_t at = (i * threads + thread) * VECTOR;
-        if (at >= args.cols) break;
-        const Bytes16 weight = load16(args.weight + at);
-        for (int w = 0; w < 4; ++w) {
-            const uint32_t pair = x[i].words[w], by = weight.words[w];
-            x[i].words[w] = pack_bf16(low_bf16(pair) * factor * low_bf16(by),
-                                      high_bf16(pair) * factor * high_bf16(by));
-        }
-        store16(args.out + start + at, x[i]);
-    }
+    write_normed<threads>(x, sum, {args.out + start, args.weight, args.cols, args.eps}, thread,
+                          scratch);
 }
 
 // Four rows a block.

@@ -8,6 +8,7 @@
 mod decode;
 mod prefill;
 
+pub(super) use decode::sums_bytes;
 pub use prefill::PrefillKernel;
 
 use super::{Cuda, CudaKv, Driver, Element, Ints};
@@ -102,6 +103,16 @@ impl<D: Driver> Cuts<D> {
             of: None,
         })
     }
+}
+
+/// Bytes of [`Cuts`], at most: all sequences decode at the end of their context.
+pub(super) fn cuts_bytes(tokens_max: usize, sequences_max: usize, context_max: usize) -> usize {
+    let tiles = tokens_max.div_ceil(TILE_ROWS).saturating_add(sequences_max);
+    let splits = sequences_max.saturating_mul(context_max.div_ceil(SPLIT_TOKENS));
+    // Tiles have two numbers; splits and sequences three, with room for twice the splits.
+    let [tiles, splits, decoding] = [(tiles, 2), (splits, 6), (sequences_max, 3)]
+        .map(|(count, ints)| count.saturating_mul(ints * size_of::<i32>()));
+    tiles.saturating_add(splits).saturating_add(decoding)
 }
 
 /// Makes the cuts of a batch, whose indices it checks.

@@ -6,19 +6,25 @@
 
 mod blas;
 mod context;
+mod event;
 mod functions;
+mod handles;
+mod mapping;
 mod memory;
+mod patience;
+mod retired;
 
 use super::{Driver, Facts, Gemm, Launch};
 use blas::Blas;
-use context::{Context, Event, call};
+use context::{Context, call};
 use cudarc::driver::sys;
+use event::Event;
 use functions::Functions;
 use kernels::KernelError;
 pub use memory::Memory;
 use memory::{Downloads, Uploads};
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -29,12 +35,19 @@ pub struct GpuConfig {
     pub ordinal: usize,
     /// A device that has not finished after this is taken for hung.
     pub wait_limit: Duration,
+    /// The same for the first wait behind so many kernels, where code may have to be loaded.
+    pub first_wait_limit: Duration,
 }
 
 impl GpuConfig {
     /// The longest step takes seconds; 30 of them are a hang.
     pub fn new(ordinal: usize) -> Self {
-        Self { ordinal, wait_limit: Duration::from_secs(30) }
+        Self::with_limit(ordinal, Duration::from_secs(30))
+    }
+
+    /// With `limit` for every wait, the first too.
+    pub fn with_limit(ordinal: usize, limit: Duration) -> Self {
+        Self { ordinal, wait_limit: limit, first_wait_limit: limit }
     }
 }
 
@@ -44,8 +57,7 @@ pub struct Gpu {
     functions: Functions,
     uploads: Mutex<Uploads>,
     downloads: Mutex<Downloads>,
-    /// Opened by the first product.
-    blas: Mutex<Option<Blas>>,
+    blas: Mutex<Blas>,
     timers: (Event, Event),
     facts: Facts,
     context: Arc<Context>,
@@ -60,11 +72,11 @@ impl Gpu {
         context::count()
     }
 
-    /// Opens a device and loads every kernel's name.
+    /// Opens a device, loads every kernel and opens cuBLASLt: nothing of it is left to a step.
     ///
     /// # Errors
-    /// `KernelError::Device` says what is missing: the driver, a newer one, the device, or kernels
-    /// for it.
+    /// `KernelError::Device` says what is missing: the driver, a newer one, the device, kernels for
+    /// it, or cuBLASLt; `KernelError::Memory` where there is none for its workspace.
     pub fn open(config: GpuConfig) -> Result<Self, KernelError> {
         let (context, facts) = Context::open(config)?;
         let context = Arc::new(context);
@@ -72,7 +84,8 @@ impl Gpu {
             functions: Functions::load(&context)?,
             uploads: Mutex::new(Uploads::new(&context)?),
             downloads: Mutex::new(Downloads::new(&context)?),
-            blas: Mutex::new(None),
+            // With its workspace, so that memory said to be free is.
+            blas: Mutex::new(Blas::open(&context)?),
             timers: (Event::timed(&context)?, Event::timed(&context)?),
             facts,
             context,
@@ -85,6 +98,7 @@ impl Gpu {
     /// `KernelError::Device` where the device has failed.
     pub fn free_bytes(&self) -> Result<u64, KernelError> {
         self.context.enter()?;
+        self.context.give_back();
         let (mut free, mut total) = (0, 0);
         call!(self.context, "asking for free memory", cuMemGetInfo_v2(&mut free, &mut total))?;
         Ok(free as u64)
@@ -131,6 +145,22 @@ impl Gpu {
         self.context.settle()
     }
 
+    fn blas(&self) -> MutexGuard<'_, Blas> {
+        self.blas.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// cuBLASLt's version, e.g. 13.0.2, and what its products were led around, in words.
+    pub fn products(&self) -> (String, Vec<String>) {
+        let version = Blas::version();
+        let release = format!("{}.{}.{}", version / 10000, version / 100 % 100, version % 100);
+        (release, self.blas().told())
+    }
+
+    /// How many kernels were loaded when it was opened.
+    pub fn kernels(&self) -> usize {
+        self.functions.len()
+    }
+
     /// Versions, for reports.
     ///
     /// # Errors
@@ -150,6 +180,18 @@ impl Driver for Gpu {
 
     fn zeroed(&self, what: &'static str, bytes: usize) -> Result<Memory, KernelError> {
         Memory::zeroed(&self.context, what, bytes)
+    }
+
+    fn shared(&self, what: &'static str, bytes: usize) -> Result<Memory, KernelError> {
+        Memory::shared(&self.context, what, bytes)
+    }
+
+    fn export(&self, memory: &Memory) -> Result<Vec<u8>, KernelError> {
+        memory.export()
+    }
+
+    fn import(&self, ticket: &[u8]) -> Result<Memory, KernelError> {
+        Memory::import(&self.context, ticket)
     }
 
     fn address(&self, memory: &Memory) -> u64 {
@@ -177,11 +219,12 @@ impl Driver for Gpu {
 
     fn gemm(&self, gemm: Gemm) -> Result<(), KernelError> {
         self.context.enter()?;
-        let mut blas = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
-        let blas = match &mut *blas {
-            Some(blas) => blas,
-            none => none.insert(Blas::open(&self.context)?),
-        };
-        blas.product(&self.context, gemm)
+        let launch = |launch: Launch<'_>| self.launch(launch);
+        self.blas().product(&launch, &gemm)
+    }
+
+    fn expect_products(&self, n_k: (usize, usize), is_fp8: bool) -> Result<(), KernelError> {
+        self.context.enter()?;
+        self.blas().choose(n_k, is_fp8)
     }
 }

@@ -60,6 +60,9 @@ impl<'a> Launch<'a> {
     }
 }
 
+/// Bytes that a driver keeps for its matrix products: what NVIDIA advises for Hopper.
+pub const GEMM_WORKSPACE_BYTES: usize = 32 << 20;
+
 /// out [m, n] = x [m, k] · weight [n, k]ᵀ (+ bias [n]), row-major, f32 sums. Addresses are the
 /// device's.
 #[derive(Clone, Copy, Debug)]
@@ -99,6 +102,21 @@ pub trait Driver: Send + Sync + Sized + 'static {
     /// # Errors
     /// `KernelError::Memory` with `what` where there are not as many.
     fn zeroed(&self, what: &'static str, bytes: usize) -> Result<Self::Memory, KernelError>;
+    /// As [`Self::zeroed`], in memory that other ranks of this machine can map.
+    ///
+    /// # Errors
+    /// As there; `KernelError::Device` where the device has no such memory.
+    fn shared(&self, what: &'static str, bytes: usize) -> Result<Self::Memory, KernelError>;
+    /// What another rank needs to map memory that [`Self::shared`] made, while that is alive.
+    ///
+    /// # Errors
+    /// `KernelError::Device` where the memory is of another kind, or the device refuses.
+    fn export(&self, memory: &Self::Memory) -> Result<Vec<u8>, KernelError>;
+    /// Another rank's memory, which this device reads and writes from now on.
+    ///
+    /// # Errors
+    /// `KernelError::Device` where the memory is gone, or this device cannot reach the other's.
+    fn import(&self, ticket: &[u8]) -> Result<Self::Memory, KernelError>;
     /// The device's address of the first byte.
     fn address(&self, memory: &Self::Memory) -> u64;
     /// Writes from `offset` on.
@@ -117,4 +135,12 @@ pub trait Driver: Send + Sync + Sized + 'static {
     /// # Errors
     /// `KernelError::Device` where the device refuses.
     fn gemm(&self, gemm: Gemm) -> Result<(), KernelError>;
+    /// Products to bf16 with a weight [n, k], in e4m3 with scales or in bf16, are to come: a driver
+    /// that has a choice for them makes it here, while nothing waits.
+    ///
+    /// # Errors
+    /// `KernelError::Device` where the device fails.
+    fn expect_products(&self, _n_k: (usize, usize), _is_fp8: bool) -> Result<(), KernelError> {
+        Ok(())
+    }
 }

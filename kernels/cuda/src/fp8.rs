@@ -112,12 +112,12 @@ pub(super) struct ScaledRows {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct ScaleArgs {
-    codes: u64,
-    x: u64,
-    scales: u64,
-    vectors: u32,
-    row_vectors: u32,
+pub(super) struct ScaleArgs {
+    pub codes: u64,
+    pub x: u64,
+    pub scales: u64,
+    pub vectors: u32,
+    pub row_vectors: u32,
 }
 
 impl<D: Driver> Cuda<D> {

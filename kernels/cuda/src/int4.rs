@@ -6,6 +6,8 @@ mod part;
 
 use super::{
     Array, Cuda, Driver, Element, Launch,
+    linear::upload,
+    random::{PARTS as RANDOM_PARTS, RandomRecords, random},
     skinny::{self, Extent, Numbers, Records, STRIP},
 };
 use kernels::{KernelError, PartShape, WeightPart};
@@ -24,38 +26,88 @@ pub(super) struct Int4<D: Driver> {
 
 impl<D: Driver> Int4<D> {
     /// Repacks `parts`, stacked by rows; `None` where the kernels cannot take them as they are.
-    pub(super) fn new(driver: &D, parts: &[WeightPart<'_>]) -> Result<Option<Self>, KernelError> {
+    pub(super) fn new(
+        device: &Cuda<D>,
+        parts: &[WeightPart<'_>],
+    ) -> Result<Option<Self>, KernelError> {
+        if parts.iter().all(|part| random(part).is_some()) {
+            return Self::random(device, parts);
+        }
+        let driver = &device.driver;
         let Some(parts) = Int4Part::all(parts) else { return Ok(None) };
         let (rows, cols) = (parts.iter().map(|part| part.rows).sum::<usize>(), parts[0].cols);
         let plan = Plan::of(&parts[0].columns());
-        let (numbers, extent) = plan.records((rows, cols));
-        let records = Records::zeroed(driver, numbers, extent)?;
+        let weight = Self::room(driver, &plan, (rows, cols))?;
         for strip in 0..rows.div_ceil(STRIP) {
-            records.write(driver, strip, &pack::strip(&parts, &plan, strip))?;
+            weight.records.write(driver, strip, &pack::strip(&parts, &plan, strip))?;
         }
+        Ok(Some(weight))
+    }
+
+    /// As [`Self::new`], of parts whose integers the device makes.
+    fn random(device: &Cuda<D>, parts: &[WeightPart<'_>]) -> Result<Option<Self>, KernelError> {
+        let shapes: Option<Vec<PartShape>> = parts.iter().map(part::random_shape).collect();
+        let Some(shapes) = shapes.filter(|shapes| shapes.len() <= RANDOM_PARTS) else {
+            return Ok(None);
+        };
+        let Some(columns) = Columns::of(&shapes) else { return Ok(None) };
+        let plan = Plan::of(&columns);
+        let rows = shapes.iter().map(|part| part.rows).sum();
+        let weight = Self::room(&device.driver, &plan, (rows, columns.cols))?;
+        let (values, extent) = (&weight.records.values, weight.records.extent());
+        let records = RandomRecords {
+            address: values.address(&device.driver),
+            bytes: values.bytes(),
+            cols: extent.cols,
+            lead: extent.lead,
+            records: extent.records(weight.records.numbers()),
+            group: plan.unit,
+        };
+        let seeds: Vec<_> =
+            parts.iter().filter_map(|part| Some((random(part)?, part.rows))).collect();
+        device.random_records(&records, &seeds)?;
+        Ok(Some(weight))
+    }
+
+    /// Records of zeros, and the order of columns.
+    fn room(driver: &D, plan: &Plan, shape: (usize, usize)) -> Result<Self, KernelError> {
+        let (numbers, extent) = plan.records(shape);
+        let records = upload::room(driver, numbers, extent)?;
         let order = match plan.lead {
             Some(_) => None,
             None => {
                 let place = |column: &Option<usize>| column.map_or(-1, |column| column as i32);
                 let places: Vec<u8> =
                     plan.columns.iter().flat_map(|column| place(column).to_le_bytes()).collect();
-                let order = Array::zeroed(driver, "an order of columns", places.len())?;
+                let order = Array::zeroed(driver, "an order of columns", order_bytes(extent))?;
                 order.write(driver, &places)?;
                 Some(order)
             }
         };
-        Ok(Some(Self { records, order }))
+        Ok(Self { records, order })
     }
 }
 
-/// Bytes that the device holds of a stack; `None` where the kernels cannot take it.
-pub(super) fn bytes(stack: &[PartShape]) -> Option<usize> {
+/// What the records of a stack hold, and whether its columns are permuted; `None` where the kernels
+/// cannot take it.
+pub(super) fn records(stack: &[PartShape]) -> Option<(Numbers, Extent, bool)> {
     let columns = Columns::of(stack)?;
     let plan = Plan::of(&columns);
     let rows = stack.iter().map(|part| part.rows).sum();
     let (numbers, extent) = plan.records((rows, columns.cols));
-    let order = if plan.lead.is_none() { plan.columns.len() * size_of::<i32>() } else { 0 };
+    Some((numbers, extent, plan.lead.is_none()))
+}
+
+/// Bytes that the device holds of a stack; `None` as for [`records`].
+pub(super) fn bytes(stack: &[PartShape]) -> Option<usize> {
+    let (numbers, extent, is_permuted) = records(stack)?;
+    let order = if is_permuted { order_bytes(extent) } else { 0 };
     Some(skinny::bytes(numbers, extent) + order)
+}
+
+/// The column at each place.
+fn order_bytes(extent: Extent) -> usize {
+    extent.cols * size_of::<i32>()
 }
 
 impl Plan {

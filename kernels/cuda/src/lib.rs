@@ -9,6 +9,7 @@
 mod array;
 mod attention;
 mod backend;
+mod bytes;
 #[cfg(feature = "cuda")]
 mod device;
 mod driver;
@@ -17,7 +18,10 @@ mod experts;
 mod fp8;
 mod int4;
 mod linear;
+mod measure;
 mod norm;
+mod peers;
+mod random;
 mod rope;
 mod rows;
 mod sampling;
@@ -26,12 +30,14 @@ mod skinny;
 pub use array::{Array, Element, Floats, Ints};
 pub use attention::PrefillKernel;
 pub use backend::{Cuda, CudaConfig};
+pub use bytes::StepShape;
 #[cfg(feature = "cuda")]
 pub use device::{Gpu, GpuConfig};
-pub use driver::{Driver, Facts, Gemm, Launch, Scales};
+pub use driver::{Driver, Facts, GEMM_WORKSPACE_BYTES, Gemm, Launch, Scales};
 pub use experts::CudaExperts;
 pub use fp8::{Fp8, Fp8Scaling};
 pub use linear::{RECORDS_ROWS_MAX, WeightFormat};
+pub use peers::{PEERS_MAX, PeerConfig, PeerRegion, Peers};
 pub use rope::{CudaKv, KvFormat};
 pub use sampling::SampleRoom;
 

@@ -11,7 +11,7 @@ use super::{
 };
 use kernels::{KernelError, PartShape, Tensor, WeightPart, shape::ensure};
 pub use route::RECORDS_ROWS_MAX;
-use route::{Route, in_records, route};
+use route::{Route, aligned, in_records, product_bytes, route};
 use serde::{Deserialize, Serialize};
 
 /// How the matrices of a model's layers are kept on the device, but for those that a checkpoint
@@ -64,6 +64,33 @@ fn stacked(stack: &[PartShape]) -> (usize, usize) {
     (stack.iter().map(|part| part.rows).sum(), stack.first().map_or(0, |part| part.cols))
 }
 
+/// Bytes of the workspace that products of up to `tokens` rows with a stack want.
+pub(super) fn workspace_bytes(
+    format: WeightFormat,
+    stack: &[PartShape],
+    tokens: usize,
+    fp8_products: bool,
+) -> usize {
+    let rounded = || {
+        let (rows, cols) = stacked(stack);
+        Some((format.records((rows, cols))?, Extent { rows, cols, lead: 0 }, false))
+    };
+    let Some((numbers, extent, is_permuted)) = int4::records(stack).or_else(rounded) else {
+        return 0;
+    };
+    let of = |m: usize| {
+        let gathered = if is_permuted { gathered_bytes(m, extent) } else { 0 };
+        gathered.saturating_add(product_bytes(m, numbers, extent, fp8_products))
+    };
+    // The most rows of either way.
+    of(tokens.min(RECORDS_ROWS_MAX)).max(of(tokens))
+}
+
+/// m rows of x in the order of a weight's columns.
+fn gathered_bytes(m: usize, extent: Extent) -> usize {
+    aligned(m, extent.cols * Element::Bf16.bytes())
+}
+
 /// A weight [N, K] on the device.
 pub struct Weight<D: Driver> {
     rows: usize,
@@ -89,14 +116,17 @@ impl<D: Driver> Weight<D> {
         format: WeightFormat,
     ) -> Result<Self, KernelError> {
         let (rows, cols) = WeightPart::check(parts)?;
-        match Int4::new(&device.driver, parts)? {
+        match Int4::new(device, parts)? {
             Some(values) => Ok(Self { rows, cols, stored: Stored::Int4(values) }),
             None => {
                 let stored = match format.records((rows, cols)) {
                     Some(numbers) => {
                         Stored::Records(upload::records(device, parts, (rows, cols), numbers)?)
                     }
-                    None => Stored::Rows(upload::bf16(device, parts, (rows, cols))?),
+                    None => {
+                        device.driver.expect_products((rows, cols), false)?;
+                        Stored::Rows(upload::bf16(device, parts, (rows, cols))?)
+                    }
                 };
                 Ok(Self { rows, cols, stored })
             }
@@ -165,8 +195,7 @@ impl<D: Driver> Cuda<D> {
                 self.records_product(out, records, call, 0)
             }
             Stored::Int4(weight @ Int4 { records, order: Some(order) }) => {
-                let places = records.extent().cols;
-                let bytes = aligned(x.rows * places * Element::Bf16.bytes());
+                let bytes = gathered_bytes(x.rows, records.extent());
                 // For the whole product at once: the workspace moves as it grows.
                 let gathered = self.workspace(bytes + self.product_bytes(records, x.rows))?;
                 self.gather_columns(gathered, (call.x, x.rows, x.cols), weight, order)?;
@@ -192,12 +221,8 @@ impl<D: Driver> Cuda<D> {
 
     /// What a product with a weight in records needs of the workspace.
     fn product_bytes(&self, weight: &Records<D>, m: usize) -> usize {
-        let Extent { rows, cols, .. } = weight.extent();
-        match route(m, weight.numbers(), weight.extent(), self.driver.facts()) {
-            Route::Records => self.sums_bytes(weight, m),
-            Route::Bf16 => rows * cols * Element::Bf16.bytes(),
-            Route::Codes => aligned(m * cols) + aligned(m * size_of::<f32>()) + rows * cols,
-        }
+        let fp8_products = self.driver.facts().fp8_products();
+        product_bytes(m, weight.numbers(), weight.extent(), fp8_products)
     }
 
     /// The first `taken` bytes of the workspace are the caller's.
@@ -216,7 +241,7 @@ impl<D: Driver> Cuda<D> {
             bytes => self.workspace(bytes)? + taken as u64,
         };
         let shape = (extent.rows, extent.cols);
-        match route(m, weight.numbers(), extent, self.driver.facts()) {
+        match route(m, weight.numbers(), extent, self.driver.facts().fp8_products()) {
             Route::Records => {
                 let inputs = Inputs { x, m, bias, sums: free };
                 self.multiply_records(&mut out.data, weight, inputs)
@@ -226,8 +251,8 @@ impl<D: Driver> Cuda<D> {
                 self.driver.gemm(self.gemm(out, shape, call, free))
             }
             Route::Codes => {
-                let scales = free + aligned(m * extent.cols) as u64;
-                let codes = scales + aligned(m * size_of::<f32>()) as u64;
+                let scales = free + aligned(m, extent.cols) as u64;
+                let codes = scales + aligned(m, size_of::<f32>()) as u64;
                 let (rows, cols) = (m as u64, extent.cols as u64);
                 self.quantize_rows(&ScaledRows { codes: free, scales, x, rows, cols })?;
                 self.unpack_codes(codes, weight)?;
@@ -248,9 +273,4 @@ struct Call {
     m: usize,
     /// [N] in bf16.
     bias: Option<u64>,
-}
-
-/// Bytes of the workspace, each part at a multiple of 256.
-fn aligned(bytes: usize) -> usize {
-    bytes.next_multiple_of(256)
 }

@@ -11,6 +11,7 @@ mod request;
 mod room;
 
 pub use room::SampleRoom;
+pub(super) use room::bytes;
 
 use super::{Cuda, Driver, Element, Launch};
 use kernels::{

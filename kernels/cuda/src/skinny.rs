@@ -113,7 +113,8 @@ pub(super) struct Extent {
 }
 
 impl Extent {
-    fn records(self, numbers: Numbers) -> usize {
+    /// Records of a strip.
+    pub(super) fn records(self, numbers: Numbers) -> usize {
         (self.lead + self.cols).div_ceil(numbers.cols())
     }
 
@@ -161,12 +162,23 @@ pub(super) fn bytes(numbers: Numbers, extent: Extent) -> usize {
     values + scales + arrived
 }
 
+/// What a product of m rows needs of the workspace, on a device with shared memory for all kernels;
+/// where there is less, fewer rows at a time need less.
+pub(super) fn sums_bytes(extent: Extent, m: usize) -> usize {
+    let tile = |rows| TOKEN_TILES.into_iter().find(|tile| *tile >= rows);
+    let tokens = tile(m).unwrap_or(TOKEN_TILES[TOKEN_TILES.len() - 1]);
+    match extent.parts() {
+        1 => 0,
+        parts => extent.tiles() * TILE * parts * tokens * Element::F32.bytes(),
+    }
+}
+
 /// A weight [N, K] in records on the device.
 pub(super) struct Records<D: Driver> {
     numbers: Numbers,
     extent: Extent,
     /// [strips][records]
-    values: Array<D>,
+    pub(super) values: Array<D>,
     /// [N] f32, of e4m3.
     scales: Option<Array<D>>,
     /// A counter for each tile and warp, zero between launches.
@@ -228,7 +240,7 @@ pub(super) struct Inputs {
     pub m: usize,
     /// [N] in bf16.
     pub bias: Option<u64>,
-    /// As many bytes as [`Cuda::sums_bytes`] says.
+    /// As many bytes as [`sums_bytes`] says.
     pub sums: u64,
 }
 
@@ -336,17 +348,6 @@ impl<D: Driver> Cuda<D> {
 
     fn shared_room(&self) -> usize {
         self.driver.facts().shared_bytes_max as usize
-    }
-
-    /// What a product of m rows with a weight in records needs of the workspace.
-    pub(super) fn sums_bytes(&self, weight: &Records<D>, m: usize) -> usize {
-        match weight.extent.parts() {
-            1 => 0,
-            parts => {
-                let tokens = weight.numbers.token_tile(m, self.shared_room());
-                weight.extent.tiles() * TILE * parts * tokens * Element::F32.bytes()
-            }
-        }
     }
 
     /// out [m, N] = x · weightᵀ (+ bias), as many rows at a time as a launch takes.

@@ -1,53 +1,22 @@
-//! The code that talks to NVIDIA's driver, against one in host memory (`driver/libcuda.c`): what
+//! The code that talks to NVIDIA's driver, against one in host memory (`emulate::machine`): what
 //! goes there comes back, what is wrong is refused in words, and nothing waits for ever.
 #![cfg(feature = "cuda")]
 
-use cuda::{Driver, Gpu, GpuConfig, Launch};
+use cuda::{Driver, Element, Gemm, Gpu, GpuConfig, Launch, Scales};
 use kernels::KernelError;
-use std::{
-    env,
-    path::{Path, PathBuf},
-    process::Command,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
-/// Set for the process that runs on the fake driver.
-const ON_THE_FAKE: &str = "LOCKSTEP_ON_THE_FAKE_DRIVER";
-
-/// Compiles the fake driver for one test; the folder that it is in.
-fn fake(test: &str) -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/driver/libcuda.c");
-    let name = format!("{test}.{}", std::process::id());
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-    std::fs::create_dir_all(&folder).expect("a writable folder");
-    let mut command = Command::new("cc");
-    command.args(["-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o"]);
-    let done = command.arg(folder.join("libcuda.so")).arg(source).status();
-    assert!(done.expect("cc runs").success(), "the fake driver does not compile");
-    folder
-}
-
-/// Runs `body` in a process of its own that finds the fake driver.
 fn on_the_fake(test: &str, settings: &[(&str, &str)], body: impl FnOnce()) {
-    if env::var_os(ON_THE_FAKE).is_some() {
-        return body();
-    }
-    let folder = fake(test);
-    let done = Command::new(env::current_exe().expect("the test's own path"))
-        .args(["--exact", test, "--nocapture"])
-        .envs(settings.iter().copied())
-        .env(ON_THE_FAKE, "1")
-        .env("LD_LIBRARY_PATH", &folder)
-        .output()
-        .expect("the test runs again");
-    std::fs::remove_dir_all(folder).expect("the fake driver goes");
-    let out = String::from_utf8_lossy(&done.stdout);
-    let errors = String::from_utf8_lossy(&done.stderr);
-    assert!(done.status.success() && out.contains("1 passed"), "{errors}{out}");
+    emulate::on_machine(test, 1, settings, body);
 }
 
 fn open() -> Result<Gpu, KernelError> {
-    Gpu::open(GpuConfig { wait_limit: Duration::from_millis(100), ..GpuConfig::new(0) })
+    Gpu::open(GpuConfig::with_limit(0, Duration::from_secs(60)))
+}
+
+/// For devices that hang.
+fn impatient() -> Gpu {
+    Gpu::open(GpuConfig::with_limit(0, Duration::from_millis(100))).unwrap()
 }
 
 fn refused<T>(result: Result<T, KernelError>) -> String {
@@ -135,9 +104,9 @@ fn a_device_without_memory_is_told_and_goes_on() {
 
 #[test]
 fn a_device_that_hangs_is_given_up_in_time() {
-    let settings = [("FAKE_END", "600")];
+    let settings = [("FAKE_HANG", "add_bf16")];
     on_the_fake("a_device_that_hangs_is_given_up_in_time", &settings, || {
-        let gpu = open().unwrap();
+        let gpu = impatient();
         let memory = gpu.zeroed("a test", 64).unwrap();
         add(&gpu, 256, 0).unwrap();
         let start = Instant::now();
@@ -152,9 +121,9 @@ fn a_device_that_hangs_is_given_up_in_time() {
 
 #[test]
 fn giving_back_what_a_hung_device_uses_does_not_wait_for_ever() {
-    let settings = [("FAKE_END", "600")];
+    let settings = [("FAKE_HANG", "add_bf16")];
     on_the_fake("giving_back_what_a_hung_device_uses_does_not_wait_for_ever", &settings, || {
-        let gpu = open().unwrap();
+        let gpu = impatient();
         let memory = gpu.zeroed("a test", 64).unwrap();
         add(&gpu, 256, 0).unwrap();
         let start = Instant::now();
@@ -166,7 +135,7 @@ fn giving_back_what_a_hung_device_uses_does_not_wait_for_ever() {
 
 #[test]
 fn a_fault_names_itself_and_the_last_kernel() {
-    let settings = [("FAKE_END", "700")];
+    let settings = [("FAKE_FAULT", "add_bf16")];
     on_the_fake("a_fault_names_itself_and_the_last_kernel", &settings, || {
         let gpu = open().unwrap();
         let memory = gpu.zeroed("a test", 64).unwrap();
@@ -202,5 +171,218 @@ fn devices_that_no_kernel_fits_are_told() {
         assert!(text.contains("fake 0 has compute capability 7.0; kernels need 8.0"), "{text}");
         let second = refused(Gpu::open(GpuConfig::new(1)));
         assert!(second.contains("there is no device 1: they are 0 to 0"), "{second}");
+    });
+}
+
+/// A product whose sums, scales and bias are exact in bf16, so that every way to it gives the same
+/// bits: x and weight are -1, 0 or 1, scales powers of two.
+struct Exact {
+    shape: (usize, usize, usize),
+    fp8: bool,
+    bias: bool,
+    out: Element,
+}
+
+impl Exact {
+    fn small(at: usize) -> f32 {
+        [0.0, 1.0, 0.0, -1.0, 0.0, 0.0, 1.0][at.wrapping_mul(7919) % 61 % 7]
+    }
+
+    fn scale(at: usize) -> f32 {
+        [1.0, 0.5, 2.0][at % 3]
+    }
+
+    fn uploaded(&self, gpu: &Gpu, len: usize, seed: usize) -> <Gpu as Driver>::Memory {
+        let value = |at| Self::small(at + seed);
+        let codes = |at| match value(at) {
+            0.0 => 0u8,
+            value => {
+                if value > 0.0 {
+                    0x38
+                } else {
+                    0xb8
+                }
+            }
+        };
+        let wide = |at| half::bf16::from_f32(value(at)).to_le_bytes();
+        let bytes: Vec<u8> = match self.fp8 {
+            true => (0..len).map(codes).collect(),
+            false => (0..len).flat_map(wide).collect(),
+        };
+        memory(gpu, &bytes)
+    }
+
+    fn wanted(&self, row: usize, col: usize) -> f32 {
+        let (_, _, k) = self.shape;
+        let term = |i| Self::small(row * k + i + 1) * Self::small(col * k + i + 2);
+        let sum: f32 = (0..k).map(term).sum();
+        let scales = if self.fp8 { Self::scale(row) * Self::scale(col + 1) } else { 1.0 };
+        sum * scales + if self.bias { (col % 5) as f32 } else { 0.0 }
+    }
+
+    fn check(&self, gpu: &Gpu) {
+        let (m, n, k) = self.shape;
+        let (x, weight) = (self.uploaded(gpu, m * k, 1), self.uploaded(gpu, n * k, 2));
+        let floats = |len: usize, first: usize| -> Vec<u8> {
+            (first..first + len).flat_map(|at| Self::scale(at).to_le_bytes()).collect()
+        };
+        let scales = (memory(gpu, &floats(m, 0)), memory(gpu, &floats(n, 1)));
+        let bias: Vec<u8> =
+            (0..n).flat_map(|col| half::bf16::from_f32((col % 5) as f32).to_le_bytes()).collect();
+        let bias = memory(gpu, &bias);
+        let out = memory(gpu, &vec![0xff; m * n * self.out.bytes()]);
+        let at = |memory| gpu.address(memory);
+        let scales = Scales { x: at(&scales.0), weight: at(&scales.1) };
+        gpu.gemm(Gemm {
+            out: at(&out),
+            out_element: self.out,
+            x: at(&x),
+            weight: at(&weight),
+            scales: self.fp8.then_some(scales),
+            bias: self.bias.then(|| at(&bias)),
+            m,
+            n,
+            k,
+        })
+        .unwrap();
+        let mut got = vec![0; m * n * self.out.bytes()];
+        gpu.read(&mut got, &out, 0).unwrap();
+        let got: Vec<f32> = match self.out {
+            Element::F32 => got.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            Element::Bf16 => {
+                got.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect()
+            }
+        };
+        let wanted: Vec<f32> = (0..m * n).map(|at| self.wanted(at / n, at % n)).collect();
+        let Self { fp8, bias, out, .. } = self;
+        assert_eq!(got, wanted, "{m} rows, fp8 {fp8}, bias {bias}, {out:?}");
+    }
+}
+
+fn memory(gpu: &Gpu, bytes: &[u8]) -> <Gpu as Driver>::Memory {
+    let memory = gpu.zeroed("a test", bytes.len()).unwrap();
+    gpu.write(&memory, 0, bytes).unwrap();
+    memory
+}
+
+/// Every kind of product at several numbers of rows, twice; what was told of ways around.
+fn products() -> Vec<String> {
+    let gpu = open().unwrap();
+    for rows in [1, 5, 3, 8, 5, 20, 1] {
+        let shape = (rows, 48, 64);
+        for (fp8, bias) in [(false, false), (false, true), (true, false), (true, true)] {
+            Exact { shape, fp8, bias, out: Element::Bf16 }.check(&gpu);
+        }
+        for fp8 in [false, true] {
+            Exact { shape, fp8, bias: false, out: Element::F32 }.check(&gpu);
+        }
+    }
+    gpu.products().1
+}
+
+#[test]
+fn products_need_no_way_around_where_the_library_has_them() {
+    on_the_fake("products_need_no_way_around_where_the_library_has_them", &[], || {
+        assert_eq!(products(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn an_algorithm_refused_at_other_rows_is_asked_for_anew() {
+    let settings = [("FAKE_ALGORITHMS", "exact")];
+    on_the_fake("an_algorithm_refused_at_other_rows_is_asked_for_anew", &settings, || {
+        assert_eq!(products(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn refused_biases_and_scales_are_applied_by_a_kernel() {
+    let settings = [("FAKE_REFUSES", "bias,scales")];
+    on_the_fake("refused_biases_and_scales_are_applied_by_a_kernel", &settings, || {
+        let told = products();
+        let ours = |line: &String| line.ends_with("scales and bias by a kernel of our own");
+        assert!(!told.is_empty() && told.iter().all(ours), "{told:?}");
+        assert!(told.iter().any(|line| line.contains("in bf16 to bf16 with a bias")), "{told:?}");
+        assert!(told.iter().any(|line| line.contains("in fp8 to f32:")), "{told:?}");
+    });
+}
+
+#[test]
+fn refused_products_in_fp8_are_widened() {
+    let settings = [("FAKE_REFUSES", "fp8,bias")];
+    on_the_fake("refused_products_in_fp8_are_widened", &settings, || {
+        let told = products();
+        let widened: Vec<_> = told.iter().filter(|line| line.contains("widened")).collect();
+        assert!(!widened.is_empty() && widened.iter().all(|l| l.contains("in fp8")), "{told:?}");
+    });
+}
+
+/// Sums of 37 MB, and 144 rows of a weight of 256 KB each in bf16: more than the room there is for
+/// either at a time.
+#[test]
+fn ways_around_go_by_pieces_where_products_are_large() {
+    let settings = [("FAKE_REFUSES", "fp8,bias")];
+    on_the_fake("ways_around_go_by_pieces_where_products_are_large", &settings, || {
+        let gpu = open().unwrap();
+        let of = |shape, fp8, bias, out| Exact { shape, fp8, bias, out };
+        of((70, 131_072, 16), false, true, Element::Bf16).check(&gpu);
+        of((3, 144, 131_072), true, false, Element::F32).check(&gpu);
+        assert_eq!(gpu.products().1.len(), 2);
+    });
+}
+
+#[test]
+fn a_product_that_nothing_computes_is_refused_and_the_device_goes_on() {
+    let settings = [("FAKE_REFUSES", "rows:5")];
+    on_the_fake(
+        "a_product_that_nothing_computes_is_refused_and_the_device_goes_on",
+        &settings,
+        || {
+            let gpu = open().unwrap();
+            let some = memory(&gpu, &[0; 4096]);
+            let at = gpu.address(&some);
+            let (out_element, scales, bias) = (Element::Bf16, None, None);
+            let gemm =
+                Gemm { out: at, out_element, x: at, weight: at, scales, bias, m: 5, n: 16, k: 16 };
+            let text = refused(gpu.gemm(gemm));
+            assert!(text.contains("no algorithm for a product of 5 rows by [16, 16]"), "{text}");
+            gpu.gemm(Gemm { m: 4, ..gemm }).unwrap();
+        },
+    );
+}
+
+#[test]
+fn what_is_measured_before_a_weight_comes_changes_no_result() {
+    let settings = [("FAKE_CANDIDATES", "3")];
+    on_the_fake("what_is_measured_before_a_weight_comes_changes_no_result", &settings, || {
+        let gpu = open().unwrap();
+        let free = gpu.free_bytes().unwrap();
+        for fp8 in [false, true] {
+            gpu.expect_products((48, 64), fp8).unwrap();
+        }
+        // More than the machine has: nothing is measured, and nothing is wrong.
+        gpu.expect_products((1 << 14, 1 << 15), false).unwrap();
+        assert_eq!(gpu.free_bytes().unwrap(), free);
+        for (fp8, bias) in [(false, true), (true, false)] {
+            Exact { shape: (7, 48, 64), fp8, bias, out: Element::Bf16 }.check(&gpu);
+        }
+    });
+}
+
+/// Code that is loaded by its first launch waits for all that runs.
+#[test]
+fn no_launch_waits_for_a_kernel_that_hangs() {
+    let settings = [("FAKE_HANG", "add_bf16")];
+    on_the_fake("no_launch_waits_for_a_kernel_that_hangs", &settings, || {
+        let gpu = open().unwrap();
+        add(&gpu, 256, 0).unwrap();
+        let (send, receive) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let launched = gpu.launch(Launch::new("silu_mul_bf16", [3, 1, 1], 256, &[0u64; 3]));
+            send.send(launched.is_ok()).unwrap();
+            // Dropping it would wait until the deadline.
+            std::mem::forget(gpu);
+        });
+        assert_eq!(receive.recv_timeout(Duration::from_secs(20)), Ok(true));
     });
 }

@@ -47,7 +47,7 @@ const FLAGS: [&str; 8] = [
     "-Wno-unknown-pragmas",
     "-DLOCKSTEP_EMULATE",
 ];
-const COMPILER: &str = env!("EMULATION_COMPILER");
+pub(crate) const COMPILER: &str = env!("EMULATION_COMPILER");
 
 /// Where things are.
 pub struct Places<'a> {
@@ -194,7 +194,7 @@ fn compiler(places: &Places<'_>, variant: Variant) -> Command {
 }
 
 /// `kernels/emulate`.
-fn here() -> &'static Path {
+pub(crate) fn here() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
@@ -203,7 +203,7 @@ fn wrapped(kernel: &Path) -> String {
     format!("#include \"common.cuh\"\nnamespace {{\n#include \"{}\"\n}}\n", kernel.display())
 }
 
-fn digest(of: &impl Hash) -> u64 {
+pub(crate) fn digest(of: &impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
     of.hash(&mut hasher);
     hasher.finish()
@@ -226,6 +226,6 @@ fn files(dir: &Path, extension: &str) -> Result<Vec<PathBuf>, String> {
     Ok(found)
 }
 
-fn text(error: std::io::Error) -> String {
+pub(crate) fn text(error: std::io::Error) -> String {
     error.to_string()
 }

@@ -2,14 +2,22 @@
 //! scheduler of fibers (`simt.cpp`). A tool for tests, not shipped: slow and exact.
 //!
 //! Device memory is host memory, so that AddressSanitizer sees each access outside it.
+//!
+//! [`Emulator`] stands in for the driver code of the product; [`machine()`] stands in for NVIDIA's
+//! libraries beneath it, for whole processes.
 
 use cuda::{Driver, Facts, Gemm, Launch};
 use kernels::KernelError;
 use libloading::{Library, Symbol};
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc},
+    collections::HashMap,
     ffi::{CStr, CString, c_char, c_int, c_void},
     path::Path,
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 /// The order in which the threads of a block run.
@@ -33,9 +41,11 @@ impl Schedule {
 }
 
 pub mod compile;
+mod machine;
 mod product;
 
 pub use compile::{ASAN, PLAIN, RACES, Variant, libasan, library};
+pub use machine::{machine, on_machine};
 
 type LaunchFn = unsafe extern "C" fn(
     *const c_char,
@@ -58,22 +68,32 @@ pub struct Emulator {
 
 /// Host memory that plays the device's.
 pub struct Memory {
+    owned: Arc<Owned>,
+    /// Names memory that others may map.
+    ticket: Option<u64>,
+}
+
+struct Owned {
     start: *mut u8,
     layout: Layout,
     bytes: usize,
 }
 
-// SAFETY: the memory is only touched by the driver's calls, which run one after another.
-unsafe impl Send for Memory {}
+// SAFETY: the memory is only touched by the driver's calls, which run one after another, and by
+// kernels of several devices, which order what they do by flags in it.
+unsafe impl Send for Owned {}
 // SAFETY: as above.
-unsafe impl Sync for Memory {}
+unsafe impl Sync for Owned {}
 
-impl Drop for Memory {
+impl Drop for Owned {
     fn drop(&mut self) {
         // SAFETY: allocated with this layout.
         unsafe { dealloc(self.start, self.layout) };
     }
 }
+
+/// What emulated devices of this process may map of each other, by ticket.
+static SHARED: Mutex<Option<HashMap<u64, Weak<Owned>>>> = Mutex::new(None);
 
 impl Emulator {
     /// `library` is what [`library()`] made, or one compiled like it.
@@ -149,24 +169,48 @@ impl Driver for Emulator {
         if start.is_null() {
             return Err(KernelError::Memory { what, bytes });
         }
-        Ok(Memory { start, layout, bytes })
+        Ok(Memory { owned: Arc::new(Owned { start, layout, bytes }), ticket: None })
+    }
+
+    fn shared(&self, what: &'static str, bytes: usize) -> Result<Memory, KernelError> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let Memory { owned, .. } = self.zeroed(what, bytes)?;
+        let ticket = NEXT.fetch_add(1, Ordering::Relaxed);
+        let mut all = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = all.get_or_insert_default();
+        all.retain(|_, memory| memory.strong_count() > 0);
+        all.insert(ticket, Arc::downgrade(&owned));
+        Ok(Memory { owned, ticket: Some(ticket) })
+    }
+
+    fn export(&self, memory: &Memory) -> Result<Vec<u8>, KernelError> {
+        let ticket = memory.ticket.map(|ticket| ticket.to_le_bytes().to_vec());
+        ticket.ok_or_else(|| KernelError::Device("memory that is not shared".into()))
+    }
+
+    fn import(&self, ticket: &[u8]) -> Result<Memory, KernelError> {
+        let all = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = ticket.try_into().map(u64::from_le_bytes).ok();
+        let found = number.and_then(|number| all.as_ref()?.get(&number)?.upgrade());
+        let owned = found.ok_or_else(|| KernelError::Device("memory that is gone".into()))?;
+        Ok(Memory { owned, ticket: None })
     }
 
     fn address(&self, memory: &Memory) -> u64 {
-        memory.start as u64
+        memory.owned.start as u64
     }
 
     fn write(&self, to: &Memory, offset: usize, bytes: &[u8]) -> Result<(), KernelError> {
-        outside(offset, bytes.len(), to.bytes)?;
+        outside(offset, bytes.len(), to.owned.bytes)?;
         // SAFETY: within the allocation; nobody else touches it during the call.
-        unsafe { to.start.add(offset).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        unsafe { to.owned.start.add(offset).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
         Ok(())
     }
 
     fn read(&self, to: &mut [u8], from: &Memory, offset: usize) -> Result<(), KernelError> {
-        outside(offset, to.len(), from.bytes)?;
+        outside(offset, to.len(), from.owned.bytes)?;
         // SAFETY: within the allocation; nobody else touches it during the call.
-        unsafe { to.as_mut_ptr().copy_from_nonoverlapping(from.start.add(offset), to.len()) };
+        unsafe { to.as_mut_ptr().copy_from_nonoverlapping(from.owned.start.add(offset), to.len()) };
         Ok(())
     }
 

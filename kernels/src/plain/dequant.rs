@@ -36,6 +36,9 @@ pub fn part_row(part: &WeightPart<'_>, n: usize, out: &mut [f32]) {
                 *out = e4m3(*code) * scales[k / scaled.run];
             }
         }
+        Stored::Random(random) => {
+            out.iter_mut().enumerate().for_each(|(k, out)| *out = random.number(n, k));
+        }
     }
 }
 

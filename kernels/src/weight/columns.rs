@@ -1,6 +1,6 @@
 //! Some columns of a stored matrix, as the rank that multiplies them alone wants them.
 
-use super::{Format, Grouped, Groups, IntegerShape, Scaled, Stored, WeightPart};
+use super::{Format, Grouped, Groups, IntegerShape, Random, Scaled, Stored, WeightPart};
 use crate::plain::dequant;
 use std::{borrow::Cow, ops::Range};
 
@@ -21,6 +21,10 @@ impl WeightPart<'_> {
             Stored::Grouped(grouped) => Stored::Grouped(grouped.columns(self, cols)),
             Stored::Scaled(scaled) if cols.start.is_multiple_of(scaled.run) => {
                 Stored::Scaled(scaled.columns(self, cols))
+            }
+            Stored::Random(random) => {
+                let first_col = random.first_col + cols.start;
+                Stored::Random(Random { first_col, ..*random })
             }
             Stored::Plain { .. } | Stored::Scaled(_) => {
                 let mut row = vec![0.0; self.cols];

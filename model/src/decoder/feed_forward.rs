@@ -31,7 +31,7 @@ pub(super) struct Experts<B: Backend> {
 }
 
 impl<B: Backend> FeedForward<B> {
-    /// delta [T, H] of the normed rows, gathered.
+    /// This rank's part of delta [T, H] of the normed rows.
     pub fn run<C: Collective<B>>(
         &self,
         cx: &mut Context<'_, B, C>,
@@ -42,11 +42,10 @@ impl<B: Backend> FeedForward<B> {
                 let s = &mut *cx.scratch;
                 let delta = &mut s.delta.local;
                 let cols = &model.shares.intermediate;
-                ffn.run(cx.device, cx.group, (delta, &s.normed), &mut s.ffn, cols)?;
+                ffn.run(cx.device, cx.group, (delta, &s.normed), &mut s.ffn, cols)
             }
-            Self::Experts(experts) => experts.run(cx, &model.shares)?,
+            Self::Experts(experts) => experts.run(cx, &model.shares),
         }
-        model.join_delta(cx)
     }
 }
 

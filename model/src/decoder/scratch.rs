@@ -1,11 +1,16 @@
 //! The memory that a forward pass works in: allocated once, so that a step allocates nothing.
 
-use crate::ModelError;
+use crate::{ModelError, elements::Elements};
 use collective::Collective;
 use kernels::{Backend, Heads, KernelError, Routes, Routing, Tensor};
 
 /// Rows of logits computed together: bounds their memory whatever a step asks for.
 const LOGIT_ROWS_MAX: usize = 64;
+
+/// Rows of logits that a rank computes, and chooses tokens from, together.
+pub fn logit_rows_max(step_tokens_max: usize) -> usize {
+    step_tokens_max.min(LOGIT_ROWS_MAX)
+}
 
 /// Every intermediate result; a step only changes `rows`.
 pub struct Scratch<B: Backend> {
@@ -144,6 +149,17 @@ impl<B: Backend> Gathered<B> {
         group.all_gather_cols(device, whole, &self.local, cols)?;
         Ok(whole)
     }
+
+    /// As [`Self::gather`], where rank 0 alone needs them.
+    pub fn gather_to_first<C: Collective<B>>(
+        &mut self,
+        device: &B,
+        group: &mut C,
+        cols: &[usize],
+    ) -> Result<(), ModelError> {
+        let Some(whole) = &mut self.whole else { return Ok(()) };
+        Ok(group.gather_cols(device, whole, &self.local, cols)?)
+    }
 }
 
 impl<B: Backend> Scratch<B> {
@@ -258,35 +274,37 @@ pub struct ExpertsShape {
 }
 
 impl ExpertsShape {
-    /// Elements for each token, indices among them.
-    fn elements(&self, hidden: usize) -> usize {
-        let ffn = |width: Width| 2 * width.local + width.kept() + hidden;
+    /// What [`ExpertsScratch`] and [`Routes`] allocate for each token.
+    fn of_token(&self, hidden: usize) -> Elements {
+        let ffn = |width: Width| Elements::floats(2 * width.local + width.kept() + hidden);
         let Routing { per_token, .. } = self.routing;
-        per_token * (ffn(self.expert) + 3)
-            + self.routing.logits()
-            + self.routing.weights()
-            + self.shared.map_or(0, ffn)
+        let pair = ffn(self.expert).and(Elements::ints(3));
+        pair.times(per_token)
+            .and(Elements::exact(self.routing.logits() + self.routing.weights()))
+            .and(self.shared.map_or_else(Elements::default, ffn))
     }
 }
 
 impl ScratchShape {
     /// Rows of logits that fit at once.
     pub fn logit_rows_max(&self) -> usize {
-        self.tokens_max.min(LOGIT_ROWS_MAX)
+        logit_rows_max(self.tokens_max)
     }
 
-    /// Elements that [`Scratch::new`] allocates.
-    pub fn elements(&self) -> usize {
+    /// What [`Scratch::new`] allocates.
+    pub fn elements(&self) -> Elements {
         let Self { tokens_max, heads, attention, hidden, intermediate, vocab, .. } = *self;
-        let experts = self.experts.as_ref().map_or(0, |experts| experts.elements(hidden.local));
-        let each = 2 * hidden.whole
+        let token = 2 * hidden.whole
             + heads.qkv_cols()
             + 2 * intermediate.local
             + attention.kept()
             + hidden.kept()
-            + intermediate.kept()
-            + experts;
-        let logits = self.logit_rows_max() * (2 * hidden.whole + vocab.kept());
-        tokens_max.saturating_mul(each).saturating_add(logits)
+            + intermediate.kept();
+        let experts = self.experts.as_ref();
+        let of_token = experts.map_or_else(Elements::default, |e| e.of_token(hidden.local));
+        let starts = experts.map_or(0, |experts| experts.routing.experts + 1);
+        let row = Elements::floats(2 * hidden.whole).and(Elements::exact(vocab.kept()));
+        let tokens = Elements::floats(token).and(of_token).times(tokens_max);
+        tokens.and(row.times(self.logit_rows_max())).and(Elements::ints(starts))
     }
 }

@@ -1,6 +1,7 @@
 //! Ranks as threads, driven by hand-made plans.
 
-use collective::{Staged, Threads};
+use collective::{Collective, CollectiveError, HostCollective, PeerMemory, Staged, Threads};
+use cuda::{Cuda, Driver, PeerConfig};
 use engine::plan::{Chunk, SamplingParams, StepOutput, StepPlan};
 use kernels::Backend;
 use model::{Checkpoint, ModelError, Runner, RunnerOptions};
@@ -10,6 +11,7 @@ use std::{
         mpsc::{Sender, channel},
     },
     thread::JoinHandle,
+    time::Duration,
 };
 
 pub const GREEDY: SamplingParams = SamplingParams::GREEDY;
@@ -17,17 +19,40 @@ pub const GREEDY: SamplingParams = SamplingParams::GREEDY;
 pub const OPTIONS: RunnerOptions =
     RunnerOptions { blocks: 64, step_tokens_max: 256, sequences_max: 20, context_max: 240 };
 
-type Rank<B> = Runner<B, Staged<Threads>>;
+/// How a rank's device exchanges with the others'.
+pub type Link<B, C> = fn(&B, Threads) -> Result<C, CollectiveError>;
+
+/// Through the host.
+///
+/// # Errors
+/// None.
+pub fn staged<B: Backend>(_device: &B, host: Threads) -> Result<Staged<Threads>, CollectiveError> {
+    Ok(Staged::new(host))
+}
+
+/// By each other's memory.
+///
+/// # Errors
+/// The device's own.
+pub fn peer_memory<D: Driver>(
+    device: &Cuda<D>,
+    host: Threads,
+) -> Result<PeerMemory<D, Threads>, CollectiveError> {
+    // Emulated ranks are slow, and share few cores.
+    const PATIENCE: Duration = Duration::from_secs(120);
+    let config = PeerConfig::new(host.world_size(), PATIENCE);
+    PeerMemory::new(device, host, config)
+}
 
 /// A group of ranks: the caller's thread is rank 0.
-pub struct Group<B: Backend> {
-    pub leader: Rank<B>,
+pub struct Group<B: Backend, C: Collective<B> = Staged<Threads>> {
+    pub leader: Runner<B, C>,
     plans: Vec<Sender<StepPlan>>,
     followers: Vec<JoinHandle<()>>,
     next_number: u64,
 }
 
-impl<B: Backend> Group<B> {
+impl<B: Backend, C: Collective<B>> Group<B, C> {
     /// Loads `checkpoint`, a rank on each of `devices`.
     ///
     /// # Panics
@@ -39,6 +64,7 @@ impl<B: Backend> Group<B> {
         checkpoint: &Arc<Checkpoint>,
         options: RunnerOptions,
         devices: Vec<B>,
+        link: Link<B, C>,
     ) -> Result<Self, ModelError> {
         let mut ranks = Threads::group(devices.len()).into_iter().zip(devices);
         let first = ranks.next();
@@ -48,7 +74,8 @@ impl<B: Backend> Group<B> {
             let checkpoint = checkpoint.clone();
             plans.push(sender);
             followers.push(std::thread::spawn(move || {
-                let mut runner = load(&checkpoint, rank, options, device).expect("a rank loads");
+                let mut runner =
+                    load(&checkpoint, rank, options, (device, link)).expect("a rank loads");
                 for plan in receiver {
                     // A refusal is the leader's to report.
                     let Ok(output) = runner.step(&plan) else { continue };
@@ -58,7 +85,7 @@ impl<B: Backend> Group<B> {
         }
         let none = || ModelError::Options("no devices".into());
         let (rank, device) = first.ok_or_else(none)?;
-        let leader = load(checkpoint, rank, options, device)?;
+        let leader = load(checkpoint, rank, options, (device, link))?;
         Ok(Self { leader, plans, followers, next_number: 0 })
     }
 
@@ -84,7 +111,7 @@ impl<B: Backend> Group<B> {
     }
 }
 
-impl<B: Backend> Drop for Group<B> {
+impl<B: Backend, C: Collective<B>> Drop for Group<B, C> {
     fn drop(&mut self) {
         self.plans.clear();
         for follower in self.followers.drain(..) {
@@ -94,12 +121,12 @@ impl<B: Backend> Drop for Group<B> {
     }
 }
 
-fn load<B: Backend>(
+fn load<B: Backend, C: Collective<B>>(
     checkpoint: &Checkpoint,
     rank: Threads,
     options: RunnerOptions,
-    device: B,
-) -> Result<Rank<B>, ModelError> {
+    (device, link): (B, Link<B, C>),
+) -> Result<Runner<B, C>, ModelError> {
     let (mut last, mut calls) = (0, 0);
     let mut progress = |done: u64, total: u64| {
         assert!(last <= done && done <= total, "{done} of {total} after {last}");
@@ -108,7 +135,8 @@ fn load<B: Backend>(
             calls += 1000;
         }
     };
-    let runner = Runner::load(device, Staged::new(rank), checkpoint, options, &mut progress)?;
+    let group = link(&device, rank)?;
+    let runner = Runner::load(device, group, checkpoint, options, &mut progress)?;
     assert!(calls >= 1000, "progress never reached its end: {last}");
     Ok(runner)
 }

@@ -7,9 +7,10 @@ mod group;
 
 pub use cases::{Continuation, NAMES, Prompt, continuations, folder, prompts};
 pub use engine::Driven;
-pub use group::{GREEDY, Group, OPTIONS};
+pub use group::{GREEDY, Group, Link, OPTIONS, peer_memory, staged};
 
 use checks::{BF16, Check, Device};
+use collective::Collective;
 use cuda::{CudaConfig, Driver, KvFormat, WeightFormat};
 use engine::plan::Want;
 use kernels::{Backend, Join};
@@ -49,9 +50,9 @@ const OF_MODULES: [(&str, Closeness); 6] = [
     ("qwen3_fp8_block128", IN_BF16),
     ("qwen3_moe", ROUTED_IN_BF16),
 ];
-/// As `F16_IN_BF16`, where ranks sum their parts of a result, each rounded to bf16. Measured: other
-/// tokens at margins up to 0.091.
-const SUMMED_IN_BF16: Closeness = Closeness { margin: 0.1, ..F16_IN_BF16 };
+/// Several ranks sum their parts of a result, each rounded to bf16. Measured: other tokens at
+/// margins up to 0.091.
+const SUMMED_MARGIN: f64 = 0.1;
 /// Weights, and activations where they meet them, in e4m3: rounded to 4 bits. Measured: 1.65 and
 /// 0.318; other tokens up to 0.457. Sixteen times bf16's rounding, and about as much further off.
 const WEIGHTS_IN_FP8: Closeness = Closeness { logits: 1.8, rms: 0.35, margin: 0.5 };
@@ -64,36 +65,43 @@ pub fn checks<D: Driver>() -> Vec<Check<D>> {
     vec![
         Check { name: "models in bf16", run: in_bf16 },
         Check { name: "quantised models and mixtures of experts", run: of_modules },
-        Check { name: "models whose ranks sum", run: summed },
         Check { name: "models with weights in fp8", run: weights_in_fp8 },
         Check { name: "models with caches in fp8", run: cache_in_fp8 },
     ]
 }
 
+/// A card's tensor cores add in another order than the emulation, whose worst logit is within 14 %
+/// of its limit: one of some hundred thousand may well be past it there, and says nothing. On a
+/// card the root of the mean square and the margins judge, as tightly as in the emulation; the
+/// limit for a single logit is 0.3, which a wrong kernel passes by far (weights in e4m3 are 1.65
+/// off).
+fn on<D: Driver>(device: Device<'_, D>, close: Closeness) -> Closeness {
+    match device(BF16).driver().facts().name == "emulated" {
+        true => close,
+        false => Closeness { logits: close.logits.max(0.3), ..close },
+    }
+}
+
 fn in_bf16<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let apart = |name: &&str| OF_MODULES.iter().any(|(other, _)| name == other);
     let names: Vec<&str> = NAMES.into_iter().filter(|name| !apart(name)).collect();
-    check(&names, &|| device(BF16), IN_BF16)
+    check(&names, &|| device(BF16), peer_memory, on(device, IN_BF16))
 }
 
 fn of_modules<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
-    OF_MODULES.into_iter().try_for_each(|(name, close)| check(&[name], &|| device(BF16), close))
-}
-
-fn summed<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
-    let config = CudaConfig { join: Join::Sum, ..BF16 };
-    let names = [&FAMILIES[..], &["qwen2_gptq_int4", "qwen2_moe", "qwen3_fp8_block128"]].concat();
-    check(&names, &|| device(config), SUMMED_IN_BF16)
+    OF_MODULES.into_iter().try_for_each(|(name, close)| {
+        check(&[name], &|| device(BF16), peer_memory, on(device, close))
+    })
 }
 
 fn weights_in_fp8<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let config = CudaConfig { weights: WeightFormat::Fp8, ..BF16 };
-    check(&FAMILIES, &|| device(config), WEIGHTS_IN_FP8)
+    check(&FAMILIES, &|| device(config), peer_memory, WEIGHTS_IN_FP8)
 }
 
 fn cache_in_fp8<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let config = CudaConfig { kv_format: KvFormat::Fp8, ..BF16 };
-    check(&FAMILIES, &|| device(config), CACHE_IN_FP8)
+    check(&FAMILIES, &|| device(config), peer_memory, CACHE_IN_FP8)
 }
 
 /// Every prompt and continuation of the checkpoints `names`, on every number of ranks up to 3 that
@@ -101,9 +109,10 @@ fn cache_in_fp8<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
 ///
 /// # Errors
 /// Says what came out otherwise than the reference's, and by how much.
-pub fn check<B: Backend>(
+pub fn check<B: Backend, C: Collective<B>>(
     names: &[&str],
     device: &dyn Fn() -> B,
+    link: Link<B, C>,
     close: Closeness,
 ) -> Result<(), String> {
     for name in names {
@@ -116,8 +125,11 @@ pub fn check<B: Backend>(
         }
         for world_size in world_sizes {
             let case = |error: String| format!("{name} on {world_size} ranks, {error}");
-            let devices = (0..world_size).map(|_| device()).collect();
-            let group = Group::load(&checkpoint, OPTIONS, devices);
+            let devices: Vec<B> = (0..world_size).map(|_| device()).collect();
+            let summed = world_size > 1 && devices.iter().all(|d| d.join() == Join::Sum);
+            let margin = if summed { close.margin.max(SUMMED_MARGIN) } else { close.margin };
+            let close = Closeness { margin, ..close };
+            let group = Group::load(&checkpoint, OPTIONS, devices, link);
             let mut group = group.map_err(|error| case(error.to_string()))?;
             check_logits(&mut group, name, close).map_err(case)?;
             check_continuations(&mut group, name, close).map_err(case)?;
@@ -127,8 +139,8 @@ pub fn check<B: Backend>(
 }
 
 /// Logits at every position of every prompt, in one chunk and in several.
-fn check_logits<B: Backend>(
-    group: &mut Group<B>,
+fn check_logits<B: Backend, C: Collective<B>>(
+    group: &mut Group<B, C>,
     name: &str,
     close: Closeness,
 ) -> Result<(), String> {
@@ -162,8 +174,8 @@ fn check_logits<B: Backend>(
 
 /// All greedy continuations side by side: prompts in chunks, then token by token. Where a token
 /// differs that may, the reference's goes on.
-fn check_continuations<B: Backend>(
-    group: &mut Group<B>,
+fn check_continuations<B: Backend, C: Collective<B>>(
+    group: &mut Group<B, C>,
     name: &str,
     close: Closeness,
 ) -> Result<(), String> {

@@ -98,7 +98,8 @@ fn assert_near(format: &str, found: &Checkpoint, wanted: &Checkpoint) {
 fn logits(path: &Path) -> Vec<f32> {
     let config = CpuConfig { threads: 2, precision: Precision::Exact, isa: Isa::Amx };
     let checkpoint = Arc::new(Checkpoint::open(path).unwrap());
-    let mut group = Group::load(&checkpoint, OPTIONS, vec![Cpu::new(config).unwrap()]).unwrap();
+    let mut group =
+        Group::load(&checkpoint, OPTIONS, vec![Cpu::new(config).unwrap()], models::staged).unwrap();
     let prompt: Vec<u32> = (0..60).map(|at| (at * 31 + 7) % 300).collect();
     let mut sequence = Driven::new(1, &prompt, GREEDY, (0..4).collect());
     let output = group.step(vec![sequence.chunk(256, Want::Logits)]).unwrap();

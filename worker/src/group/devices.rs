@@ -1,46 +1,72 @@
 //! What the ranks of a group compute on. The one place that chooses a backend; everything else is
 //! generic over it.
 
+use std::time::Duration;
+
+use collective::{Collective, HostCollective, Staged};
 use cpu::{Cpu, CpuConfig};
-use kernels::{Backend, Heads, Join};
-use model::{Checkpoint, ModelError, Shard};
+use kernels::{Backend, Join};
+use model::{Checkpoint, DecoderConfig, ModelError, RunnerOptions, Shard};
 
 use super::{
     Device,
     memory::{Available, available},
 };
-use crate::WorkerError;
+use crate::{
+    WorkerError,
+    plan::layout::{KvShare, Place, RankCost, Wanted},
+};
 
 /// The devices of a group's ranks.
 pub(super) trait Devices: Clone + Send + Sync + 'static {
     type Backend: Backend;
+    /// How ranks exchange tensors.
+    type Link<H: HostCollective>: Collective<Self::Backend>;
 
-    /// Opens the device of one rank.
-    fn open(&self, rank: usize) -> Result<Self::Backend, WorkerError>;
+    /// Opens the device of one rank, which a step may keep busy for as long as `deadline`.
+    fn open(&self, rank: usize, deadline: Option<Duration>) -> Result<Self::Backend, WorkerError>;
+    /// Meets the other ranks, which `host` reaches; all do so at once. Later no rank waits longer
+    /// than `deadline` for another.
+    fn link<H: HostCollective>(
+        &self,
+        device: &Self::Backend,
+        host: H,
+        deadline: Option<Duration>,
+    ) -> Result<Self::Link<H>, WorkerError>;
     /// Whether a step leaves the host free to plan the next one. Where both compute on the same
     /// cores, one plan at a time is faster.
     fn compute_beside_the_host(&self) -> bool;
-    /// Bytes of one KV block of one layer.
-    fn kv_block_bytes(&self, heads: Heads) -> Result<usize, WorkerError>;
     /// As their `Backend::join`.
     fn join(&self) -> Join;
-    /// Bytes of a rank's weights once they are on the device.
-    fn weight_bytes(&self, checkpoint: &Checkpoint, shard: &Shard) -> Result<u64, WorkerError>;
-    /// Memory that all ranks together may take; `None` where it is unknown.
-    fn available(&self) -> Result<Option<Available>, WorkerError>;
+    /// What a rank holds of a model.
+    fn cost(
+        &self,
+        checkpoint: &Checkpoint,
+        shard: &Shard,
+        step_tokens_max: usize,
+    ) -> Result<RankCost, WorkerError>;
+    /// Bytes that a rank takes beside weights and KV cache.
+    fn scratch(
+        &self,
+        config: &DecoderConfig,
+        shard: &Shard,
+        cost: &RankCost,
+        options: &RunnerOptions,
+    ) -> u64;
+    /// The memory that the ranks take from.
+    fn places(&self, ranks: usize) -> Result<Vec<Place>, WorkerError>;
     /// How much of what is left the KV pool takes by default.
     fn kv_share(&self) -> KvShare;
-    /// For people.
-    fn describe(&self) -> Result<String, WorkerError>;
-}
-
-/// The default KV pool's part of the memory that weights and scratch leave.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct KvShare {
-    /// One of so many parts.
-    pub part: u64,
-    /// Contexts that are enough.
-    pub contexts_max: u64,
+    /// What to do about a group that does not fit.
+    fn advice(&self, checkpoint: &Checkpoint, wanted: &Wanted, places: &[Place]) -> String;
+    /// When a step is taken for hung, where that is known.
+    fn step_deadline(
+        &self,
+        checkpoint: &Checkpoint,
+        shards: &[Shard],
+        places: &[Place],
+        options: &RunnerOptions,
+    ) -> Result<Option<Duration>, WorkerError>;
 }
 
 /// Work that is generic over the devices, run once they are chosen.
@@ -59,7 +85,9 @@ pub(super) fn on_devices<T: Task>(
     match device {
         Device::Cpu => task.on(cpu),
         #[cfg(feature = "cuda")]
-        Device::Cuda { first, config } => task.on(cuda::Cards::find(first, config, ranks)?),
+        Device::Cuda { first, config, share } => {
+            task.on(cuda::Cards::find((first, share), config, ranks)?)
+        }
         #[cfg(not(feature = "cuda"))]
         Device::Cuda { .. } => {
             let ranks = if ranks == 1 { "1 rank".to_owned() } else { format!("{ranks} ranks") };
@@ -74,9 +102,19 @@ pub(super) fn on_devices<T: Task>(
 /// Ranks on the CPU share the machine.
 impl Devices for CpuConfig {
     type Backend = Cpu;
+    type Link<H: HostCollective> = Staged<H>;
 
-    fn open(&self, _rank: usize) -> Result<Cpu, WorkerError> {
+    fn open(&self, _rank: usize, _deadline: Option<Duration>) -> Result<Cpu, WorkerError> {
         Ok(Cpu::new(*self).map_err(ModelError::from)?)
+    }
+
+    fn link<H: HostCollective>(
+        &self,
+        _device: &Cpu,
+        host: H,
+        _deadline: Option<Duration>,
+    ) -> Result<Staged<H>, WorkerError> {
+        Ok(Staged::new(host))
     }
 
     fn compute_beside_the_host(&self) -> bool {
@@ -87,40 +125,72 @@ impl Devices for CpuConfig {
         Join::Gather
     }
 
-    fn kv_block_bytes(&self, heads: Heads) -> Result<usize, WorkerError> {
+    fn cost(
+        &self,
+        checkpoint: &Checkpoint,
+        shard: &Shard,
+        _step_tokens_max: usize,
+    ) -> Result<RankCost, WorkerError> {
         // Only asked for sizes: it never computes.
         let device = Cpu::new(CpuConfig { threads: 1, ..*self }).map_err(ModelError::from)?;
-        Ok(device.kv_block_bytes(heads))
+        let block = device.kv_block_bytes(shard.heads()) * checkpoint.config().layers;
+        let weights = checkpoint.weight_bytes(shard)?;
+        Ok(RankCost { weights, block: block as u64, products: 0 })
     }
 
-    fn weight_bytes(&self, checkpoint: &Checkpoint, shard: &Shard) -> Result<u64, WorkerError> {
-        Ok(checkpoint.weight_bytes(shard)?)
+    fn scratch(
+        &self,
+        config: &DecoderConfig,
+        shard: &Shard,
+        _cost: &RankCost,
+        options: &RunnerOptions,
+    ) -> u64 {
+        model::elements(config, shard, options).bytes(size_of::<f32>())
     }
 
-    fn available(&self) -> Result<Option<Available>, WorkerError> {
-        Ok(available())
+    fn places(&self, ranks: usize) -> Result<Vec<Place>, WorkerError> {
+        let available = available().unwrap_or(Available { bytes: u64::MAX, source: "unknown" });
+        let (bytes, source) = (available.bytes, available.source.to_owned());
+        let (name, hardware) = ("cpu".to_owned(), None);
+        Ok(vec![Place { ranks: 0..ranks, name, hardware, bytes, source }])
     }
 
     fn kv_share(&self) -> KvShare {
         KvShare { part: 4, contexts_max: 16 }
     }
 
-    fn describe(&self) -> Result<String, WorkerError> {
-        Ok("cpu".into())
+    fn advice(&self, _checkpoint: &Checkpoint, _wanted: &Wanted, _places: &[Place]) -> String {
+        "lower --kv-memory or --context, or choose a smaller model".into()
+    }
+
+    fn step_deadline(
+        &self,
+        _checkpoint: &Checkpoint,
+        _shards: &[Shard],
+        _places: &[Place],
+        _options: &RunnerOptions,
+    ) -> Result<Option<Duration>, WorkerError> {
+        // A machine's speed is not known before it has run.
+        Ok(None)
     }
 }
 
 #[cfg(feature = "cuda")]
 mod cuda {
     use super::{
-        Available, Checkpoint, Devices, Heads, Join, KvShare, ModelError, Shard, WorkerError,
+        Checkpoint, DecoderConfig, Devices, Duration, HostCollective, Join, KvShare, ModelError,
+        Place, RankCost, RunnerOptions, Shard, Wanted, WorkerError,
     };
-    use cuda::{Cuda, CudaConfig, Driver, Gpu, GpuConfig, WeightFormat};
+    use crate::plan::{
+        Hardware, Times, card, human,
+        remedies::{OnCards, advice, that_fit},
+        step_deadline,
+    };
+    use collective::PeerMemory;
+    use cuda::{Cuda, CudaConfig, Driver, Gpu, GpuConfig, PeerConfig};
     use kernels::KernelError;
-    use model::Stack;
 
-    /// The card of each rank: one each from the first on where there are as many, else the first
-    /// for all.
+    /// The card of each rank: one each from the first on, or the first for all.
     #[derive(Clone, Debug)]
     pub struct Cards {
         of_ranks: Vec<usize>,
@@ -128,33 +198,69 @@ mod cuda {
     }
 
     impl Cards {
-        pub fn find(first: usize, config: CudaConfig, ranks: usize) -> Result<Self, WorkerError> {
+        /// Where `share` says so, ranks share the first card if there are fewer cards than ranks.
+        pub fn find(
+            (first, share): (usize, bool),
+            config: CudaConfig,
+            ranks: usize,
+        ) -> Result<Self, WorkerError> {
             let count = Gpu::count().map_err(ModelError::from)?;
             let spread = first.saturating_add(ranks) <= count;
+            if !spread && ranks > 1 && !share {
+                let from = count.saturating_sub(first);
+                return Err(WorkerError::Config(format!(
+                    "{ranks} ranks and {from} cards from cuda:{first} on: each rank takes a card \
+                     of its own; lower --tp, choose other cards, or let the ranks share one with \
+                     --share-cards, which is slow and for tests"
+                )));
+            }
             let card = |rank| if spread { first + rank } else { first };
             Ok(Self { of_ranks: (0..ranks).map(card).collect(), config })
         }
 
         fn card(&self, rank: usize) -> Result<Gpu, WorkerError> {
-            let none = || KernelError::Device(format!("rank {rank} has no device"));
-            let card = self.of_ranks.get(rank).copied().ok_or_else(none);
-            let opened = card.and_then(|card| Gpu::open(GpuConfig::new(card)));
-            Ok(opened.map_err(ModelError::from)?)
+            self.opened(rank, |config| config)
         }
 
-        /// The distinct cards, by their first ranks.
-        fn firsts(&self) -> impl Iterator<Item = usize> {
-            let cards = &self.of_ranks;
-            let spread = cards.first() != cards.last();
-            0..if spread { cards.len() } else { cards.len().min(1) }
+        fn opened(
+            &self,
+            rank: usize,
+            with: impl FnOnce(GpuConfig) -> GpuConfig,
+        ) -> Result<Gpu, WorkerError> {
+            let none = || KernelError::Device(format!("rank {rank} has no device"));
+            let card = self.of_ranks.get(rank).copied().ok_or_else(none);
+            let opened = card.and_then(|card| Gpu::open(with(GpuConfig::new(card))));
+            Ok(opened.map_err(ModelError::from)?)
         }
     }
 
     impl Devices for Cards {
         type Backend = Cuda<Gpu>;
+        type Link<H: HostCollective> = PeerMemory<Gpu, H>;
 
-        fn open(&self, rank: usize) -> Result<Cuda<Gpu>, WorkerError> {
-            Ok(Cuda::new(self.card(rank)?, self.config))
+        fn open(&self, rank: usize, deadline: Option<Duration>) -> Result<Cuda<Gpu>, WorkerError> {
+            let card = self.opened(rank, |config| GpuConfig {
+                wait_limit: deadline.unwrap_or(config.wait_limit),
+                first_wait_limit: deadline.unwrap_or_default().max(config.wait_limit),
+                ..config
+            });
+            Ok(Cuda::new(card?, self.config))
+        }
+
+        fn link<H: HostCollective>(
+            &self,
+            device: &Cuda<Gpu>,
+            host: H,
+            deadline: Option<Duration>,
+        ) -> Result<PeerMemory<Gpu, H>, WorkerError> {
+            let usual = GpuConfig::new(0).wait_limit;
+            // Before the host's own patience ends: it knows less of the reason.
+            let limit = deadline.unwrap_or(usual) / 4 * 3;
+            let config = PeerConfig {
+                first_limit: limit.max(usual),
+                ..PeerConfig::new(host.world_size(), limit)
+            };
+            Ok(PeerMemory::new(device, host, config).map_err(ModelError::from)?)
         }
 
         fn compute_beside_the_host(&self) -> bool {
@@ -162,42 +268,78 @@ mod cuda {
         }
 
         fn join(&self) -> Join {
-            self.config.join
+            Join::Sum
         }
 
-        fn kv_block_bytes(&self, heads: Heads) -> Result<usize, WorkerError> {
-            Ok(self.config.kv_format.block_bytes(heads))
+        fn cost(
+            &self,
+            checkpoint: &Checkpoint,
+            shard: &Shard,
+            step_tokens_max: usize,
+        ) -> Result<RankCost, WorkerError> {
+            let fp8_products = self.card(shard.rank)?.facts().fp8_products();
+            Ok(card::cost(self.config, fp8_products, checkpoint, shard, step_tokens_max)?)
         }
 
-        fn weight_bytes(&self, checkpoint: &Checkpoint, shard: &Shard) -> Result<u64, WorkerError> {
-            let bytes = |stack: Stack| match stack.is_table {
-                true => WeightFormat::table_bytes(&stack.parts),
-                false => self.config.weights.bytes(&stack.parts),
+        fn scratch(
+            &self,
+            config: &DecoderConfig,
+            shard: &Shard,
+            cost: &RankCost,
+            options: &RunnerOptions,
+        ) -> u64 {
+            card::scratch(self.config, config, shard, cost, options)
+        }
+
+        fn places(&self, ranks: usize) -> Result<Vec<Place>, WorkerError> {
+            // Ranks have cards of their own, or all have one.
+            let shared = self.of_ranks.first() == self.of_ranks.last();
+            let each = if shared { ranks } else { 1 };
+            let place = |first: usize| -> Result<Place, WorkerError> {
+                let card = self.card(first)?;
+                let free = card.free_bytes().map_err(ModelError::from)?;
+                let facts = card.facts();
+                Ok(Place {
+                    ranks: first..first + each,
+                    name: format!("cuda:{} {}", self.of_ranks[first], facts.name),
+                    hardware: Hardware::of_card(&facts.name, facts.memory_bytes),
+                    bytes: card::usable(free, each),
+                    source: format!("of {} free, less 1.1 GB a rank for the driver", human(free)),
+                })
             };
-            Ok(checkpoint.stacks(shard)?.into_iter().map(bytes).sum())
-        }
-
-        fn available(&self) -> Result<Option<Available>, WorkerError> {
-            // Ranks take about the same, so the fullest card bounds them all.
-            let (mut least, mut cards) = (u64::MAX, 0);
-            for rank in self.firsts() {
-                let free = self.card(rank)?.free_bytes().map_err(ModelError::from)?;
-                (least, cards) = (least.min(free), cards + 1);
-            }
-            // The rest is for the driver, workspaces and fragments.
-            let bytes = least / 10 * 9 * cards;
-            Ok(Some(Available { bytes, source: "90 % of the devices' free memory" }))
+            (0..ranks).step_by(each).map(place).collect()
         }
 
         fn kv_share(&self) -> KvShare {
-            KvShare { part: 1, contexts_max: u64::MAX }
+            card::KV_SHARE
         }
 
-        fn describe(&self) -> Result<String, WorkerError> {
-            let name = |rank| -> Result<String, WorkerError> {
-                Ok(format!("cuda:{} {}", self.of_ranks[rank], self.card(rank)?.facts().name))
+        fn advice(&self, checkpoint: &Checkpoint, wanted: &Wanted, places: &[Place]) -> String {
+            let Some(place) = places.first() else { return advice(&[]) };
+            let each = place.ranks.len().max(1);
+            advice(&that_fit(OnCards {
+                checkpoint,
+                cuda: self.config,
+                card: &place.name,
+                fp8_products: place.hardware.is_some_and(Hardware::fp8_products),
+                ranks: self.of_ranks.len(),
+                card_bytes: place.bytes / each as u64,
+                wanted: *wanted,
+            }))
+        }
+
+        fn step_deadline(
+            &self,
+            checkpoint: &Checkpoint,
+            shards: &[Shard],
+            places: &[Place],
+            options: &RunnerOptions,
+        ) -> Result<Option<Duration>, WorkerError> {
+            let Some(hardware) = places.iter().find_map(|place| place.hardware) else {
+                return Ok(None);
             };
-            Ok(self.firsts().map(name).collect::<Result<Vec<_>, _>>()?.join(", "))
+            let times = Times::new(hardware, self.config, checkpoint, shards)?;
+            Ok(Some(step_deadline(&times.longest_step(options))))
         }
     }
 }

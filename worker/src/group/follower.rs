@@ -1,11 +1,14 @@
 //! What every rank does to take its place, and what the ranks other than 0 do from then on.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use collective::{Collective, HostCollective, Staged};
+use collective::{Collective, HostCollective};
 use cpu::CpuConfig;
 use kernels::Backend;
-use model::{Checkpoint, ModelError, Runner, RunnerOptions};
+use model::{Checkpoint, ModelError, Numbers, Runner, RunnerOptions};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -22,9 +25,21 @@ pub(super) const LOAD_DEADLINE: Duration = Duration::from_secs(3600);
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct RankOptions {
     pub model: PathBuf,
+    pub random: Option<Numbers>,
     pub device: Device,
     pub cpu: CpuConfig,
     pub runner: RunnerOptions,
+    /// A step that takes longer has hung; `None` where nothing predicts it.
+    pub step_deadline: Option<Duration>,
+}
+
+/// The checkpoint at `path`, or its model with random numbers: the same on every rank.
+pub(super) fn open(path: &Path, random: Option<Numbers>) -> Result<Checkpoint, ModelError> {
+    const SEED: u64 = 1;
+    match random {
+        None => Checkpoint::open(path),
+        Some(numbers) => Checkpoint::random(path, numbers, SEED),
+    }
 }
 
 /// Loads this rank's share on its device.
@@ -32,11 +47,12 @@ pub(super) fn load<D: Devices, H: HostCollective>(
     devices: &D,
     data: H,
     checkpoint: &Checkpoint,
-    options: RunnerOptions,
+    options: &RankOptions,
     progress: LoadProgress<'_>,
-) -> Result<Runner<D::Backend, Staged<H>>, WorkerError> {
-    let device = devices.open(data.rank())?;
-    Ok(Runner::load(device, Staged::new(data), checkpoint, options, progress)?)
+) -> Result<Runner<D::Backend, D::Link<H>>, WorkerError> {
+    let device = devices.open(data.rank(), options.step_deadline)?;
+    let link = devices.link(&device, data, options.step_deadline)?;
+    Ok(Runner::load(device, link, checkpoint, options.runner, progress)?)
 }
 
 /// Waits until every rank has loaded.
@@ -77,15 +93,21 @@ mod tests {
             kv_format: KvFormat::Fp8,
             prefill: PrefillKernel::Mma,
             weights: WeightFormat::Fp8,
-            join: kernels::Join::Sum,
         };
         let runner =
             RunnerOptions { blocks: 1, step_tokens_max: 2, sequences_max: 3, context_max: 4 };
-        for device in [Device::Cpu, Device::Cuda { first: 5, config }] {
+        for device in [Device::Cpu, Device::Cuda { first: 5, config, share: true }] {
             for isa in Isa::ALL {
                 for precision in [Precision::Fast, Precision::Exact] {
                     let cpu = CpuConfig { threads: 6, precision, isa };
-                    let sent = RankOptions { model: "a b".into(), device, cpu, runner };
+                    let sent = RankOptions {
+                        model: "a b".into(),
+                        random: Some(Numbers::INT4),
+                        device,
+                        cpu,
+                        runner,
+                        step_deadline: Some(Duration::from_millis(1250)),
+                    };
                     let bytes = postcard::to_stdvec(&sent).unwrap();
                     let got: RankOptions = postcard::from_bytes(&bytes).unwrap();
                     assert_eq!(format!("{got:?}"), format!("{sent:?}"));

@@ -58,15 +58,6 @@ fn control_group() -> Option<u64> {
     second.or_else(first)
 }
 
-/// Bytes for people: `1.5 GB`, `98 MB`.
-pub(super) fn human(bytes: u64) -> String {
-    match bytes {
-        1_000_000_000.. => format!("{:.1} GB", bytes as f64 / 1e9),
-        1_000_000.. => format!("{:.0} MB", bytes as f64 / 1e6),
-        _ => format!("{:.0} kB", bytes as f64 / 1e3),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -77,13 +68,6 @@ mod tests {
         assert_eq!(meminfo(text), Some(24 * 1024));
         assert_eq!(meminfo("MemTotal: 100 kB\n"), None);
         assert_eq!(meminfo("MemAvailable: many kB\n"), None);
-    }
-
-    #[test]
-    fn sizes_read_well() {
-        assert_eq!(human(98_362_432), "98 MB");
-        assert_eq!(human(1_540_000_000), "1.5 GB");
-        assert_eq!(human(900), "1 kB");
     }
 
     #[test]

@@ -24,13 +24,13 @@ use std::{
 use cluster::telemetry;
 use collective::{CollectiveError, HostCollective, Tcp, TcpDoor};
 use engine::plan::Executor;
-use model::{Checkpoint, ModelError, RunnerOptions};
+use model::{Checkpoint, ModelError};
 
 use super::{
     LoadProgress,
     devices::{Devices, Task, on_devices},
     failures::RankFailures,
-    follower::{LOAD_DEADLINE, RankOptions, follow, load, meet},
+    follower::{LOAD_DEADLINE, RankOptions, follow, load, meet, open},
     leader::{Followers, lead},
     sizing::Sizing,
 };
@@ -81,25 +81,26 @@ pub fn run_rank(config: RankConfig) -> Result<(), WorkerError> {
         .map_err(|error| WorkerError::Config(format!("the leader's options: {error}")))?;
     let data = Tcp::connect(&data.to_string(), place, &config.token, JOIN_DEADLINE)
         .map_err(ModelError::from)?;
-    let RankOptions { model, device, cpu, runner } = options;
-    on_devices(device, config.world_size, cpu, Follower { control, data, model, runner })
+    let checkpoint = open(&options.model, options.random)?;
+    let (device, cpu) = (options.device, options.cpu);
+    let follower = Follower { control, data, checkpoint, options };
+    on_devices(device, config.world_size, cpu, follower)
 }
 
 /// A rank that has joined, and has nothing loaded yet.
 struct Follower {
     control: Tcp,
     data: Tcp,
-    model: PathBuf,
-    runner: RunnerOptions,
+    checkpoint: Checkpoint,
+    options: RankOptions,
 }
 
 impl Task for Follower {
     type Out = ();
 
     fn on<D: Devices>(mut self, devices: D) -> Result<(), WorkerError> {
-        let checkpoint = Checkpoint::open(&self.model)?;
         let progress: LoadProgress<'_> = &mut |_, _| {};
-        let mut runner = load(&devices, self.data, &checkpoint, self.runner, progress)?;
+        let mut runner = load(&devices, self.data, &self.checkpoint, &self.options, progress)?;
         meet(&mut self.control)?;
         follow(&mut runner, &mut self.control)
     }
@@ -135,7 +136,7 @@ pub(super) fn start<D: Devices>(
             .map_err(|error| WorkerError::Config(format!("options for the ranks: {error}")))?;
         control.broadcast(&mut message, JOIN_DEADLINE).map_err(ModelError::from)?;
         let data = accept(data_door, ranks, &token, &failures)?;
-        let options = sizing.options.runner;
+        let options = &sizing.options;
         let runner = load(&devices, data, &sizing.checkpoint, options, progress)?;
         meet(&mut control)?;
         Ok((control, runner))

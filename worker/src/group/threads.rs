@@ -13,12 +13,12 @@ use super::{
     LoadProgress,
     devices::Devices,
     failures::RankFailures,
-    follower::{LOAD_DEADLINE, follow, load, meet},
+    follower::{LOAD_DEADLINE, RankOptions, follow, load, meet},
     leader::{Followers, lead},
     sizing::Sizing,
 };
 use crate::{WorkerError, panic_text};
-use model::{Checkpoint, RunnerOptions};
+use model::Checkpoint;
 
 /// The follower threads of a group.
 struct RankThreads(Vec<JoinHandle<()>>);
@@ -40,7 +40,7 @@ pub(super) fn start<D: Devices>(
 ) -> Result<Box<dyn Executor>, WorkerError> {
     let failures = RankFailures::default();
     let ranks = sizing.config.ranks;
-    let options = sizing.options.runner;
+    let options = &sizing.options;
     // Loading takes as long as it takes; later, broadcasts bring their own deadline.
     let mut controls = Threads::group_with_deadline(ranks, LOAD_DEADLINE).into_iter();
     let mut datas = Threads::group(ranks).into_iter();
@@ -51,9 +51,9 @@ pub(super) fn start<D: Devices>(
     for (control, data) in controls.zip(datas) {
         let rank = control.rank();
         let (failures, checkpoint) = (failures.clone(), Arc::clone(&sizing.checkpoint));
-        let devices = devices.clone();
+        let (devices, options) = (devices.clone(), options.clone());
         let body = move || {
-            let ranked = || follow_as_thread(&devices, (control, data), &checkpoint, options);
+            let ranked = || follow_as_thread(&devices, (control, data), &checkpoint, &options);
             match catch_unwind(AssertUnwindSafe(ranked)) {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => failures.report(rank, error.to_string()),
@@ -76,7 +76,7 @@ fn follow_as_thread<D: Devices>(
     devices: &D,
     (mut control, data): (Threads, Threads),
     checkpoint: &Checkpoint,
-    options: RunnerOptions,
+    options: &RankOptions,
 ) -> Result<(), WorkerError> {
     let mut runner = load(devices, data, checkpoint, options, &mut |_, _| {})?;
     meet(&mut control)?;

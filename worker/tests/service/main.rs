@@ -115,6 +115,7 @@ fn info() -> ModelInfo {
         prefix_reuse_max: None,
         step_tokens_max: 64,
         step_target: None,
+        step_deadline: None,
         sequences_max: 4,
         text_files: BTreeMap::from([
             ("empty.json".to_owned(), Vec::new()),

@@ -3,7 +3,7 @@
 use super::{Bar, Bench, Peer, Prepare, Scale, Work, batch, noisy};
 use crate::{BF16, flat::no_turn};
 use cuda::{Cuda, CudaConfig, Driver, Element, KvFormat, PrefillKernel};
-use kernels::{BLOCK_TOKENS, Backend, Heads, Rotation, Tensor};
+use kernels::{BLOCK_TOKENS, Backend, Heads, KernelError, Rotation, Tensor};
 
 const QWEN_72B: Heads = Heads { q: 64, kv: 8, dim: 128 };
 const QWEN_7B: Heads = Heads { q: 28, kv: 4, dim: 128 };
@@ -110,20 +110,7 @@ fn prepared<D: Driver>(
 ) -> Prepare<D> {
     Box::new(move |device| {
         let blocks = sequences * context.div_ceil(BLOCK_TOKENS);
-        let mut kv = device.kv(blocks, heads)?;
-        let slots = blocks * BLOCK_TOKENS;
-        let mut noise = noisy(device, slots.min(FILL_ROWS), heads.qkv_cols())?;
-        let mut piece = batch(device, 1, noise.rows, noise.rows)?;
-        let cos_sin = no_turn(device, heads.dim)?;
-        device.write_ints(&mut piece.rope_rows, &vec![0; noise.rows])?;
-        let rotation = Rotation { norm: None, cos_sin: &cos_sin, heads };
-        for first in (0..slots).step_by(FILL_ROWS) {
-            noise.rows = FILL_ROWS.min(slots - first);
-            piece.tokens = noise.rows;
-            let places: Vec<i32> = (first..first + noise.rows).map(|slot| slot as i32).collect();
-            device.write_ints(&mut piece.slots, &places)?;
-            device.rotate_and_store(&mut kv, &mut noise, &rotation, &piece)?;
-        }
+        let kv = filled(device, blocks, heads)?;
         let qkv = noisy(device, sequences * rows, heads.qkv_cols())?;
         let batch = batch(device, sequences, rows, context)?;
         let mut out = Tensor::zeros(device, sequences * rows, heads.q * heads.dim)?;
@@ -131,4 +118,27 @@ fn prepared<D: Driver>(
             device.attention(&mut out, &qkv, &kv, &batch, heads, None)
         }))
     })
+}
+
+/// A cache of so many blocks, all of noise.
+pub(super) fn filled<D: Driver>(
+    device: &Cuda<D>,
+    blocks: usize,
+    heads: Heads,
+) -> Result<<Cuda<D> as Backend>::Kv, KernelError> {
+    let mut kv = device.kv(blocks, heads)?;
+    let slots = blocks * BLOCK_TOKENS;
+    let mut noise = noisy(device, slots.min(FILL_ROWS), heads.qkv_cols())?;
+    let mut piece = batch(device, 1, noise.rows, noise.rows)?;
+    let cos_sin = no_turn(device, heads.dim)?;
+    device.write_ints(&mut piece.rope_rows, &vec![0; noise.rows])?;
+    let rotation = Rotation { norm: None, cos_sin: &cos_sin, heads };
+    for first in (0..slots).step_by(FILL_ROWS) {
+        noise.rows = FILL_ROWS.min(slots - first);
+        piece.tokens = noise.rows;
+        let places: Vec<i32> = (first..first + noise.rows).map(|slot| slot as i32).collect();
+        device.write_ints(&mut piece.slots, &places)?;
+        device.rotate_and_store(&mut kv, &mut noise, &rotation, &piece)?;
+    }
+    Ok(kv)
 }

@@ -1,11 +1,11 @@
 //! Products with 4-bit weights, beside those with the same weight in bf16.
 
 use super::linear::{self, FEW, WHOLE};
-use super::{Bar, Bench, PIECE, Prepare, Scale, Work, noisy, repeated};
+use super::{Bar, Bench, Prepare, Scale, Work, noisy, parts_of};
 use crate::{BF16, noise};
 use cuda::{Cuda, Driver, RECORDS_ROWS_MAX};
 use half::f16;
-use kernels::{Backend, Grouped, Groups, Stored, Tensor, WeightPart};
+use kernels::{Backend, Grouped, Groups, KernelError, Stored, Tensor, WeightPart};
 
 /// Columns with one scale.
 const GROUP: usize = 128;
@@ -20,8 +20,7 @@ pub fn benches<D: Driver>(scale: Scale) -> Vec<Bench<D>> {
 
 fn product<D: Driver>((m, n, k): (usize, usize, usize)) -> Bench<D> {
     let in_records = m <= RECORDS_ROWS_MAX;
-    // A number in half a byte, and 4 bytes of scale and zero point for each group of a row.
-    let weight = n * k / 2 + 4 * n * k.div_ceil(GROUP);
+    let weight = weight_bytes((n, k));
     // As bf16 it is written, then read.
     let unpacked = if in_records { 0 } else { 2 * 2 * n * k };
     let bar = match m {
@@ -44,18 +43,36 @@ fn product<D: Driver>((m, n, k): (usize, usize, usize)) -> Bench<D> {
 
 fn prepared<D: Driver>((m, n, k): (usize, usize, usize)) -> Prepare<D> {
     Box::new(move |device| {
-        let integer = |v: &f32| ((v + 1.0) * 8.0) as u8 & 15;
-        let piece: Vec<u8> = noise(9, PIECE.min(n * k)).iter().map(integer).collect();
-        let count = n * k.div_ceil(GROUP);
+        let weight = weight(device, (n, k))?;
+        let (x, mut out) = (noisy(device, m, k)?, Tensor::zeros(device, m, n)?);
+        Ok(Box::new(move |device: &Cuda<D>| device.linear(&mut out, &x, &weight, None)))
+    })
+}
+
+/// [n, k] of noise in groups of 128.
+pub(super) fn weight<D: Driver>(
+    device: &Cuda<D>,
+    (n, k): (usize, usize),
+) -> Result<<Cuda<D> as Backend>::Weight, KernelError> {
+    let integer = |v: &f32| ((v + 1.0) * 8.0) as u8 & 15;
+    let most = parts_of(n, k).next().unwrap_or(0) * k;
+    let piece: Vec<u8> = noise(9, most).iter().map(integer).collect();
+    let part = |rows: usize| {
+        let count = rows * k.div_ceil(GROUP);
         let stored = Stored::Grouped(Grouped {
             bits: 4,
-            values: repeated(&piece, n * k).into(),
+            values: (&piece[..rows * k]).into(),
             groups: Groups::Runs { size: GROUP, first: 0 },
             scales: vec![f16::ONE; count],
             zeros: vec![8; count],
         });
-        let weight = device.weight(&[WeightPart { rows: n, cols: k, stored }])?;
-        let (x, mut out) = (noisy(device, m, k)?, Tensor::zeros(device, m, n)?);
-        Ok(Box::new(move |device: &Cuda<D>| device.linear(&mut out, &x, &weight, None)))
-    })
+        WeightPart { rows, cols: k, stored }
+    };
+    device.weight(&parts_of(n, k).map(part).collect::<Vec<_>>())
+}
+
+/// Bytes of it: a number in half a byte, and 4 bytes of scale and zero point for each group of a
+/// row.
+pub(super) fn weight_bytes((n, k): (usize, usize)) -> usize {
+    n * k / 2 + 4 * n * k.div_ceil(GROUP)
 }

@@ -39,6 +39,15 @@ pub fn ceiling<D: Driver>(scale: Scale) -> Bench<D> {
     Bench { prepare, ..product((m, n, k)) }
 }
 
+/// What it multiplies in e4m3, rounded already.
+pub fn fp8_ceiling<D: Driver>(scale: Scale) -> Bench<D> {
+    let shape = scale.of((8192, 8192, 8192), (5, 16, 32));
+    let (m, n, k) = shape;
+    let work = Work::Flops(2.0 * (m * n) as f64 * k as f64);
+    let prepare = rounded_already(shape);
+    Bench { work, bar: Bar::None, prepare, baseline: None, ..fp8_product(shape) }
+}
+
 pub fn benches<D: Driver>(scale: Scale) -> Vec<Bench<D>> {
     let few = |shapes: &[(usize, usize)]| -> Vec<(usize, usize, usize)> {
         let of = |m| shapes.iter().map(move |&(n, k)| (m, n, k)).collect::<Vec<_>>();

@@ -1,9 +1,9 @@
-//! One report of one run on one device: as JSON for programs, as Markdown for people.
+//! One report of one run on one device: as JSON for programs, as Markdown for people. Whole at any
+//! moment: what has not run yet says so.
 
-use super::{Bar, Bench, Outcome, Work};
-use cuda::Driver;
+use super::{Bar, Outcome, StepOutcome, Work};
 use serde_json::{Value, json};
-use std::fmt::Write;
+use std::{collections::BTreeMap, fmt::Write};
 
 /// Where and when.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -18,73 +18,75 @@ pub struct About {
     pub peer: Option<String>,
 }
 
+/// How far a line of the report has come.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum End {
+    #[default]
+    Waiting,
+    Running,
+    /// All of it was run, with whatever result.
+    Done,
+    /// Why not all of it.
+    Cut(String),
+}
+
+/// A line of the report.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Told {
+    pub name: String,
+    /// Seconds that it may take, and has taken.
+    pub may: u64,
+    pub took: f64,
+    pub end: End,
+}
+
+/// Failures that are asked for one by one.
+const NEXT_MAX: usize = 8;
+
 /// All that a run has found out.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Report {
     pub about: About,
-    /// The device's own copy, bytes read and written per second.
-    pub copy_rate: f64,
-    /// The device's own bf16 product, FLOP/s.
-    pub product_rate: f64,
+    pub lines: Vec<Told>,
+    /// What the machine is, in words.
+    pub facts: Vec<(String, String)>,
+    /// What the device can do at all, by name: `copy_bytes_per_second` (read and written),
+    /// `read_bytes_per_second`, `bf16_flops_per_second` and others.
+    pub ceilings: BTreeMap<String, f64>,
     /// Name of each check, and what was wrong.
     pub checks: Vec<(String, Option<String>)>,
     /// Name of each sanitizer's tool, and what came of it: `Ok` says how much ran.
     pub sanitizer: Vec<(String, Result<String, String>)>,
+    pub steps: Vec<(String, StepOutcome)>,
     pub outcomes: Vec<Outcome>,
-    /// Benches that did not run, and why.
+    /// Measurements that did not run, and why.
     pub failed: Vec<(String, String)>,
 }
 
 impl Report {
-    /// Whether all there is to know is known, nothing is wrong and every bar holds.
+    /// Whether all that was asked for is known, nothing is wrong and every bar holds.
     pub fn holds(&self) -> bool {
-        let bars = self.outcomes.iter().all(|o| o.holds(self.copy_rate) != Some(false));
+        let bars = self.outcomes.iter().all(|o| o.holds(self.copy_rate()) != Some(false));
         let sanitizer = self.sanitizer.iter().all(|(_, result)| result.is_ok());
-        let all = [self.checks.len(), self.sanitizer.len(), self.outcomes.len()];
+        let lines = self.lines.iter().all(|line| line.end == End::Done);
         let right = self.failed.is_empty() && self.checks.iter().all(|check| check.1.is_none());
-        bars && sanitizer && right && !all.contains(&0)
+        bars && sanitizer && lines && right
     }
 
-    /// What [`Self::json`] told after an earlier run, of these `benches` and of checks; `None`
-    /// where it told of another device or day.
-    pub fn kept<D: Driver>(&self, json: &Value, benches: &[Bench<D>]) -> Option<Self> {
-        let About { device, date, .. } = &self.about;
-        if json["device"] != **device || json["date"] != **date {
-            return None;
-        }
-        let list = |key: &str| json[key].as_array().cloned().unwrap_or_default();
-        let text = |value: &Value| value.as_str().map(str::to_owned);
-        let pair = |pair: &Value| Some((text(&pair[0])?, text(&pair[1])));
-        let pair_of_texts = |pair: &Value| Some((text(&pair[0])?, text(&pair[1])?));
-        let tool = |tool: &Value| {
-            let (name, detail) = (text(&tool["tool"])?, text(&tool["detail"])?);
-            Some((name, if tool["clean"] == true { Ok(detail) } else { Err(detail) }))
-        };
-        let figure = |figure: &Value| {
-            let same =
-                |bench: &&Bench<D>| figure["op"] == bench.op && figure["shape"] == bench.shape;
-            let seconds = |key: &str| figure[key].as_f64();
-            let mut outcome = benches.iter().find(same)?.outcome(seconds("seconds")?);
-            outcome.baseline_seconds = seconds("baseline_seconds");
-            outcome.peer_seconds = seconds("peer_seconds");
-            Some(outcome)
-        };
-        Some(Self {
-            about: About { peer: text(&json["peer"]), ..self.about.clone() },
-            copy_rate: json["copy_bytes_per_second"].as_f64().unwrap_or(0.0),
-            product_rate: json["product_flops_per_second"].as_f64().unwrap_or(0.0),
-            checks: list("checks").iter().filter_map(pair).collect(),
-            sanitizer: list("sanitizer").iter().filter_map(tool).collect(),
-            outcomes: list("figures").iter().filter_map(figure).collect(),
-            failed: list("failed").iter().filter_map(pair_of_texts).collect(),
-        })
+    fn ceiling(&self, name: &str) -> f64 {
+        self.ceilings.get(name).copied().unwrap_or(f64::NAN)
+    }
+
+    /// The device's own copy, bytes read and written per second.
+    fn copy_rate(&self) -> f64 {
+        self.ceiling("copy_bytes_per_second")
     }
 
     /// What the rate is a share of, and the share.
     fn share(&self, outcome: &Outcome) -> (&'static str, f64) {
         match outcome.work {
-            Work::Bytes(_) => ("copy", outcome.rate() / self.copy_rate),
-            Work::Flops(_) => ("product", outcome.rate() / self.product_rate),
+            Work::Bytes(_) => ("copy", outcome.rate() / self.copy_rate()),
+            Work::Flops(_) => ("product", outcome.rate() / self.ceiling("bf16_flops_per_second")),
         }
     }
 
@@ -102,11 +104,14 @@ impl Report {
             "driver_cuda": driver,
             "date": date,
             "peer": peer,
-            "copy_bytes_per_second": self.copy_rate,
-            "product_flops_per_second": self.product_rate,
+            "lines": self.lines.iter().map(line).collect::<Vec<_>>(),
+            "next": self.next(),
+            "facts": self.facts,
+            "ceilings": self.ceilings,
             "holds": self.holds(),
             "checks": checks,
             "sanitizer": sanitizer.collect::<Vec<_>>(),
+            "steps": self.steps.iter().map(|(n, s)| self.step(n, s)).collect::<Vec<_>>(),
             "figures": figures,
             "failed": self.failed,
         })
@@ -122,10 +127,59 @@ impl Report {
             "ceiling": of,
             "share": share,
             "bar": bar(outcome.bar),
-            "holds": outcome.holds(self.copy_rate),
+            "holds": outcome.holds(self.copy_rate()),
             "baseline_seconds": outcome.baseline_seconds,
             "peer_seconds": outcome.peer_seconds,
         })
+    }
+
+    /// Its share of what reading its bytes takes at best.
+    fn of_floor(&self, step: &StepOutcome) -> f64 {
+        step.bytes() / self.ceiling("read_bytes_per_second") / step.seconds
+    }
+
+    fn step(&self, name: &str, step: &StepOutcome) -> Value {
+        let kernel = |kernel: &(String, f64, f64)| {
+            let (name, seconds, bytes) = kernel;
+            json!({ "kernel": name, "seconds": seconds, "bytes": bytes })
+        };
+        json!({
+            "name": name,
+            "layers": step.layers,
+            "seconds": step.seconds,
+            "bytes": step.bytes(),
+            "of_read_floor": self.of_floor(step),
+            "kernels": step.kernels.iter().map(kernel).collect::<Vec<_>>(),
+        })
+    }
+
+    /// What to do with this report, the most pressing first.
+    pub fn next(&self) -> Vec<String> {
+        let mut all = Vec::new();
+        let wrong = self.checks.iter().filter(|(_, error)| error.is_some()).map(|(name, _)| name);
+        let failed = self.failed.iter().map(|(name, _)| name);
+        for name in wrong.chain(failed).take(NEXT_MAX) {
+            all.push(format!(
+                "CUDA_LAUNCH_BLOCKING=1 ./dev gpu-check --budget 60 --only \"{name}\": it failed"
+            ));
+        }
+        let cut: Vec<&str> = self
+            .lines
+            .iter()
+            .filter(|line| line.end != End::Done)
+            .map(|line| line.name.as_str())
+            .collect();
+        if !cut.is_empty() {
+            let names = cut.join(",");
+            all.push(format!("./dev gpu-check --lines {names}: they did not come to their end"));
+        }
+        if all.is_empty() {
+            all.push(
+                "a served run with 64 clients: every line came to its end, no check fails".into(),
+            );
+        }
+        all.push("commit this report with the card's name and the day".into());
+        all
     }
 
     pub fn markdown(&self) -> String {
@@ -133,12 +187,27 @@ impl Report {
         let peer = peer.as_deref().unwrap_or("no figures");
         let mut text = format!(
             "# {device}, {date}\n\nCompute capability {compute_capability}, driver for CUDA \
-             {driver}. Copy {:.2} TB/s (bytes read and written), bf16 product {:.0} TFLOP/s, both \
-             measured with the figures. PyTorch: {peer}.\n\n",
-            self.copy_rate / 1e12,
-            self.product_rate / 1e12
+             {driver}. PyTorch: {peer}. A figure is a share of a ceiling measured in the same \
+             run.\n\nNext:\n"
         );
+        for next in self.next() {
+            text += &format!("1. {next}\n");
+        }
+        text += "\n| line | may take s | took s | how it ended |\n|---|---:|---:|---|\n";
+        for Told { name, may, took, end } in &self.lines {
+            let end = match end {
+                End::Waiting => "not begun",
+                End::Running => "**running**",
+                End::Done => "done",
+                End::Cut(why) => why,
+            };
+            text += &format!("| {name} | {may} | {took:.1} | {end} |\n");
+        }
+        text.push('\n');
+        self.facts.iter().for_each(|(name, value)| text += &format!("- {name}: {value}\n"));
+        self.ceilings.iter().for_each(|(name, value)| text += &format!("- {name}: {value:.4e}\n"));
         self.faults(&mut text);
+        self.step_tables(&mut text);
         text += "| op | shape | µs | rate | of ceiling | bar | holds | PyTorch µs |\n\
                  |---|---|---:|---:|---:|---|---|---:|\n";
         for outcome in &self.outcomes {
@@ -147,13 +216,37 @@ impl Report {
         text
     }
 
+    /// Steps, and what each kernel has of them.
+    fn step_tables(&self, text: &mut String) {
+        if self.steps.is_empty() {
+            return;
+        }
+        *text += "| step | layers | ms | GB | of the read floor | each kernel: µs (GB/s) |\n\
+                  |---|---:|---:|---:|---:|---|\n";
+        for (name, step) in &self.steps {
+            let kernel = |(name, seconds, bytes): &(String, f64, f64)| {
+                format!("{name} {:.1} ({:.0})", seconds * 1e6, bytes / seconds / 1e9)
+            };
+            let kernels: Vec<String> = step.kernels.iter().map(kernel).collect();
+            *text += &format!(
+                "| {name} | {} | {:.3} | {:.2} | {} | {} |\n",
+                step.layers,
+                step.seconds * 1e3,
+                step.bytes() / 1e9,
+                percent(self.of_floor(step)),
+                kernels.join(", "),
+            );
+        }
+        text.push('\n');
+    }
+
     fn row(&self, outcome: &Outcome) -> String {
         let (of, share) = self.share(outcome);
         let rate = match outcome.work {
             Work::Bytes(_) => format!("{:.2} TB/s", outcome.rate() / 1e12),
             Work::Flops(_) => format!("{:.0} TFLOP/s", outcome.rate() / 1e12),
         };
-        let holds = match outcome.holds(self.copy_rate) {
+        let holds = match outcome.holds(self.copy_rate()) {
             Some(true) => "yes",
             Some(false) => "**no**",
             None => "",
@@ -163,9 +256,9 @@ impl Report {
         let Outcome { op, shape, seconds, .. } = outcome;
         let beside = |s: f64| format!("{:.1}, {:.2} × ours", s * 1e6, s / seconds);
         let peer = outcome.peer_seconds.map_or(String::new(), beside);
-        let (us, percent, bar) = (seconds * 1e6, 100.0 * share, bar(outcome.bar));
+        let (us, share, bar) = (seconds * 1e6, percent(share), bar(outcome.bar));
         format!(
-            "| {op} | {shape} | {us:.1} | {rate} | {percent:.0} % of {of}{times} | {bar} \
+            "| {op} | {shape} | {us:.1} | {rate} | {share} of {of}{times} | {bar} \
              | {holds} | {peer} |\n"
         )
     }
@@ -182,9 +275,6 @@ impl Report {
         for (name, error) in wrong {
             line(format!("**{name}**: {}", error.as_deref().unwrap_or_default()));
         }
-        if self.sanitizer.is_empty() {
-            line("**compute-sanitizer**: not run".into());
-        }
         for (tool, result) in &self.sanitizer {
             line(match result {
                 Ok(ran) => format!("compute-sanitizer {tool}: clean, {ran}"),
@@ -196,6 +286,21 @@ impl Report {
         }
         text.push('\n');
     }
+}
+
+/// Of a ceiling, where it is known.
+fn percent(share: f64) -> String {
+    if share.is_finite() { format!("{:.0} %", 100.0 * share) } else { "unknown share".into() }
+}
+
+fn line(told: &Told) -> Value {
+    let end = match &told.end {
+        End::Waiting => "not begun",
+        End::Running => "running",
+        End::Done => "done",
+        End::Cut(why) => why,
+    };
+    json!({ "line": told.name, "may": told.may, "took": told.took, "end": end })
 }
 
 fn bar(bar: Bar) -> String {
@@ -237,28 +342,40 @@ mod tests {
 
     #[test]
     fn whatever_is_wrong_is_told_and_the_report_does_not_hold() {
+        let ceilings = [("copy_bytes_per_second", 100.0), ("read_bytes_per_second", 50.0)];
+        let ceilings = ceilings.map(|(name, rate)| (name.to_owned(), rate)).into();
+        let told = |end| vec![Told { name: "benches".into(), end, ..Told::default() }];
+        let step =
+            StepOutcome { layers: 2, seconds: 1.0, kernels: vec![("qkv".into(), 0.4, 10.0)] };
         let report = Report {
-            copy_rate: 100.0,
-            product_rate: 1.0,
+            ceilings,
+            lines: told(End::Done),
             checks: vec![("add".into(), None)],
             sanitizer: vec![("memcheck".into(), Ok("1 check".into()))],
+            steps: vec![("Qwen, 1 × 8".into(), step)],
             outcomes: vec![outcome(Bar::OfCopy(0.8), 1.0)],
             ..Report::default()
         };
-        assert!(report.holds());
+        assert!(report.holds() && report.next()[0].contains("served run"));
         let row = "80 % of copy, 4.0 × the baseline | ≥ 80 % of copy | yes | ";
         assert!(report.markdown().contains(row));
         assert!(report.markdown().contains("2000000.0, 2.00 × ours |"));
+        // 20 bytes at 50 a second are 0.4 of its second.
+        assert!(report.markdown().contains("| Qwen, 1 × 8 | 2 | 1000.000 | 0.00 | 40 % |"));
         let slow = vec![outcome(Bar::OfCopy(0.8), 2.0)];
         let slow = Report { outcomes: slow, ..report.clone() };
         assert!(!slow.holds() && slow.markdown().contains("**no**"));
         let wrong = vec![("rope".to_owned(), Some("element 3".to_owned()))];
         let wrong = Report { checks: wrong, ..report.clone() };
         assert!(!wrong.holds() && wrong.markdown().contains("**rope**: element 3"));
+        assert!(wrong.next()[0].contains("--only \"rope\""));
         let racy = vec![("racecheck".to_owned(), Err("a race".to_owned()))];
         let racy = Report { sanitizer: racy, ..report.clone() };
         assert!(!racy.holds() && racy.json()["sanitizer"][0]["clean"] == false);
-        let unwatched = Report { sanitizer: Vec::new(), ..report };
-        assert!(!unwatched.holds() && unwatched.markdown().contains("sanitizer**: not run"));
+        let cut = Report { lines: told(End::Cut("its time was over".into())), ..report.clone() };
+        assert!(!cut.holds() && cut.next()[0].contains("--lines benches"));
+        assert!(cut.json()["lines"][0]["end"] == "its time was over");
+        let blind = Report { ceilings: BTreeMap::new(), ..report };
+        assert!(!blind.holds() && blind.markdown().contains("unknown share of copy"));
     }
 }

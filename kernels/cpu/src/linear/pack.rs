@@ -25,6 +25,7 @@ pub(super) fn pack(
         Stored::Grouped(grouped) => integers(part, first, grouped),
         Stored::Scaled(scaled) if precision == Precision::Fast => rounded(part, first, scaled),
         Stored::Scaled(scaled) => codes(part, first, scaled),
+        Stored::Random(_) => pack(&part.made(), first, precision),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Sequences with one row: splits of the context, then their sum. Kernels: `attention_decode.cu`,
 //! `attention_combine.cu`.
 
-use super::Call;
+use super::{Call, SPLIT_TOKENS};
 use crate::{Cuda, Driver, KvFormat, Launch};
 use kernels::{Heads, KernelError, Tensor};
 
@@ -62,6 +62,27 @@ fn kernel(dim: usize, format: KvFormat) -> (&'static str, usize) {
     (name, WARPS * ring.max(merged))
 }
 
+/// Bytes that splits leave for their sum, where sequences that may be that long all decode.
+pub(crate) fn sums_bytes(
+    sequences_max: usize,
+    context_max: usize,
+    Heads { q, dim, .. }: Heads,
+) -> usize {
+    match context_max.div_ceil(SPLIT_TOKENS) {
+        // One split has nothing to be summed with.
+        0 | 1 => 0,
+        splits => {
+            let bytes = split_sums(q, dim) * size_of::<f32>();
+            sequences_max.saturating_mul(splits).saturating_mul(bytes)
+        }
+    }
+}
+
+/// Numbers that one split leaves: a sum and two weights of every query head.
+fn split_sums(q: usize, dim: usize) -> usize {
+    q * (dim + 2)
+}
+
 impl<D: Driver> Cuda<D> {
     pub(super) fn decode(
         &self,
@@ -71,8 +92,8 @@ impl<D: Driver> Cuda<D> {
         let (cuts, Heads { q, kv, dim }) = (&call.batch.cuts, call.heads);
         // Sums of every split and query head, then the weights beside them.
         let sums_len = cuts.sums_len * q * dim;
-        let weights_len = cuts.sums_len * q * 2;
-        let sums = self.workspace((sums_len + weights_len) * size_of::<f32>())?;
+        let all_len = cuts.sums_len * split_sums(q, dim);
+        let sums = self.workspace(all_len * size_of::<f32>())?;
         let weights = sums + (sums_len * size_of::<f32>()) as u64;
         let args = self.decode_args(out, call, (sums, weights));
         let (name, shared) = kernel(dim, call.kv.format());

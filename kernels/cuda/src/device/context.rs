@@ -1,13 +1,22 @@
 //! The driver, one device's context, and everything that waits for it.
 
-use super::{GpuConfig, sys};
+use super::{
+    GpuConfig,
+    event::Event,
+    patience::{self, Next, Patience},
+    retired::Retired,
+    sys,
+};
 use crate::Facts;
 use kernels::KernelError;
 use std::{
     ffi::{CStr, c_char, c_int},
     fmt::Display,
     ptr,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -15,9 +24,6 @@ use sys::{CUdevice_attribute_enum as Attribute, CUresult};
 
 /// What the calls here need from the driver, whatever compiled the kernels: 12.8.
 const VERSION_MIN: c_int = 12080;
-/// A wait yields for this long, then sleeps between looks.
-const YIELD_LIMIT: Duration = Duration::from_millis(2);
-const POLL: Duration = Duration::from_micros(50);
 
 /// Calls the driver: `call!(context, what, function(arguments))`.
 macro_rules! call {
@@ -139,10 +145,15 @@ pub(super) struct Context {
     handle: sys::CUcontext,
     stream: sys::CUstream,
     wait_limit: Duration,
+    first_wait_limit: Duration,
     /// The first failure: all that comes after is refused.
     broken: OnceLock<String>,
     /// The last kernel launched, for messages: failures come later than their cause.
     launched: Mutex<Option<Arc<str>>>,
+    /// Kernels launched since the last wait.
+    kernels: AtomicU32,
+    patience: Mutex<Patience>,
+    retired: Mutex<Retired>,
 }
 
 // SAFETY: the driver's handles may be used from any thread, each call making the context current.
@@ -153,7 +164,7 @@ unsafe impl Sync for Context {}
 impl Context {
     pub fn open(config: GpuConfig) -> Result<(Self, Facts), KernelError> {
         let count = count()?;
-        let GpuConfig { ordinal, wait_limit } = config;
+        let GpuConfig { ordinal, wait_limit, first_wait_limit } = config;
         let last = count - 1;
         let index = c_int::try_from(ordinal).ok().filter(|_| ordinal < count).ok_or_else(|| {
             KernelError::Device(format!("there is no device {ordinal}: they are 0 to {last}"))
@@ -175,13 +186,48 @@ impl Context {
         started("making the device's context", result)?;
         let (broken, launched) = (OnceLock::new(), Mutex::new(None));
         let stream = ptr::null_mut();
-        let mut context = Self { ordinal, device, handle, stream, wait_limit, broken, launched };
+        let (kernels, patience, retired) = (AtomicU32::new(0), Mutex::default(), Mutex::default());
+        let mut context = Self {
+            ordinal,
+            device,
+            handle,
+            stream,
+            wait_limit,
+            first_wait_limit,
+            broken,
+            launched,
+            kernels,
+            patience,
+            retired,
+        };
         context.enter()?;
         let mut stream = ptr::null_mut();
         let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
         call!(context, "making a stream", cuStreamCreate(&mut stream, flags))?;
         context.stream = stream;
         Ok((context, facts))
+    }
+
+    /// As the driver counts devices.
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
+    pub fn device(&self) -> sys::CUdevice {
+        self.device
+    }
+
+    /// Nobody uses this memory any more.
+    pub fn retire(&self, address: sys::CUdeviceptr, bytes: usize) {
+        let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
+        if retired.put(address, bytes) {
+            retired.give_back(self);
+        }
+    }
+
+    /// Gives back what is not used any more; whether there was anything.
+    pub fn give_back(&self) -> bool {
+        self.retired.lock().unwrap_or_else(PoisonError::into_inner).give_back(self)
     }
 
     pub fn stream(&self) -> sys::CUstream {
@@ -216,6 +262,7 @@ impl Context {
     }
 
     pub fn launched(&self, kernel: &Arc<str>) {
+        self.kernels.fetch_add(1, Ordering::Relaxed);
         let mut last = self.launched.lock().unwrap_or_else(PoisonError::into_inner);
         *last = Some(Arc::clone(kernel));
     }
@@ -236,21 +283,28 @@ impl Context {
 
     /// Asks until the answer is another than "not ready".
     fn poll(&self, query: impl Fn() -> CUresult) -> Result<(), KernelError> {
+        let kernels = self.kernels.swap(0, Ordering::Relaxed);
+        let known = || self.patience.lock().unwrap_or_else(PoisonError::into_inner);
+        let expected = known().expected(kernels);
+        let limit = if expected.is_zero() { self.first_wait_limit } else { self.wait_limit };
         let start = Instant::now();
         loop {
             match query() {
-                CUresult::CUDA_SUCCESS => return Ok(()),
+                CUresult::CUDA_SUCCESS => {
+                    known().learn(kernels, start.elapsed());
+                    return Ok(());
+                }
                 CUresult::CUDA_ERROR_NOT_READY => {}
                 result => return self.check("running kernels", result),
             }
             let waited = start.elapsed();
-            if waited > self.wait_limit {
-                let limit = self.wait_limit.as_secs_f64();
+            if waited > limit {
+                let limit = limit.as_secs_f64();
                 return Err(self.fail(format!("the device has not finished within {limit} s")));
             }
-            match waited < YIELD_LIMIT {
-                true => thread::yield_now(),
-                false => thread::sleep(POLL),
+            match patience::next(waited, expected) {
+                Next::Yield => thread::yield_now(),
+                Next::Sleep(time) => thread::sleep(time.min(limit)),
             }
         }
     }
@@ -258,6 +312,7 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
+        self.give_back();
         // A device that hangs would be waited for; the process is about to end anyway.
         if self.settle().is_err() {
             return;
@@ -300,57 +355,4 @@ fn facts(device: sys::CUdevice) -> Result<Facts, KernelError> {
         shared_bytes_max: attribute(device, shared)?,
         memory_bytes: memory as u64,
     })
-}
-
-/// A point in the stream.
-pub(super) struct Event {
-    handle: sys::CUevent,
-    context: Arc<Context>,
-}
-
-// SAFETY: the driver's handles may be used from any thread.
-unsafe impl Send for Event {}
-// SAFETY: as above.
-unsafe impl Sync for Event {}
-
-impl Event {
-    /// To wait for.
-    pub fn new(context: &Arc<Context>) -> Result<Self, KernelError> {
-        Self::with(context, sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32)
-    }
-
-    /// To measure with.
-    pub fn timed(context: &Arc<Context>) -> Result<Self, KernelError> {
-        Self::with(context, sys::CUevent_flags_enum::CU_EVENT_DEFAULT as u32)
-    }
-
-    fn with(context: &Arc<Context>, flags: u32) -> Result<Self, KernelError> {
-        context.enter()?;
-        let mut handle = ptr::null_mut();
-        call!(context, "making an event", cuEventCreate(&mut handle, flags))?;
-        Ok(Self { handle, context: Arc::clone(context) })
-    }
-
-    /// Places it behind all work so far.
-    pub fn record(&self, context: &Context) -> Result<(), KernelError> {
-        context.enter()?;
-        call!(context, "recording an event", cuEventRecord(self.handle, context.stream))
-    }
-
-    /// The device's time between two events that it has passed.
-    pub fn since(&self, start: &Self, context: &Context) -> Result<Duration, KernelError> {
-        let mut milliseconds: f32 = 0.0;
-        let (from, to) = (start.handle, self.handle);
-        call!(context, "reading a timer", cuEventElapsedTime_v2(&mut milliseconds, from, to))?;
-        Ok(Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3))
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        if self.context.enter().is_ok() {
-            // SAFETY: nobody waits for it any more.
-            unsafe { sys::cuEventDestroy_v2(self.handle) };
-        }
-    }
 }

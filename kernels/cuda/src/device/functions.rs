@@ -66,6 +66,10 @@ impl Functions {
         Ok(functions)
     }
 
+    pub fn len(&self) -> usize {
+        self.by_name.len()
+    }
+
     fn handles(&self) -> Result<Vec<sys::CUfunction>, KernelError> {
         let (context, module, what) = (&self.context, self.module, "listing the kernels");
         let mut count = 0;
@@ -86,6 +90,9 @@ impl Functions {
         let name: Arc<str> = unsafe { CStr::from_ptr(name) }.to_string_lossy().into();
         let (mut offset, mut args_bytes) = (0, 0);
         call!(context, what, cuFuncGetParamInfo(handle, 0, &mut offset, &mut args_bytes))?;
+        // The driver loads code at its first launch otherwise, and waits for the device to be idle:
+        // in a step, and for ever behind a kernel that waits for another device's.
+        call!(context, format_args!("loading {name}"), cuFuncLoad(handle))?;
         Ok(Function { name, handle, args_bytes, large: AtomicBool::new(false) })
     }
 

@@ -1,7 +1,9 @@
 //! Device memory, and the pinned host memory through which bytes come and go.
 
 use super::{
-    context::{Context, Event, call},
+    context::{Context, call},
+    event::Event,
+    mapping::Mapping,
     sys,
 };
 use kernels::KernelError;
@@ -14,6 +16,8 @@ const PIECE_BYTES: usize = 4 << 20;
 pub struct Memory {
     address: sys::CUdeviceptr,
     bytes: usize,
+    /// Behind the address, where other ranks may have mapped the memory too.
+    mapping: Option<Mapping>,
     context: Arc<Context>,
 }
 
@@ -27,15 +31,52 @@ impl Memory {
         let mut address = 0;
         // The driver has no empty allocations; addresses are multiples of 256 at least.
         // SAFETY: the context is current; the call writes an address.
-        let result = unsafe { sys::cuMemAlloc_v2(&mut address, bytes.max(1)) };
+        let mut allocate = || unsafe { sys::cuMemAlloc_v2(&mut address, bytes.max(1)) };
+        let mut result = allocate();
+        if result == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY && context.give_back() {
+            result = allocate();
+        }
         if result == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
             return Err(KernelError::Memory { what, bytes });
         }
         context.check("allocating memory", result)?;
-        let memory = Self { address, bytes, context: Arc::clone(context) };
-        let stream = context.stream();
-        call!(context, "clearing memory", cuMemsetD8Async(address, 0, bytes.max(1), stream))?;
+        let memory = Self { address, bytes, mapping: None, context: Arc::clone(context) };
+        memory.clear(bytes.max(1))?;
         Ok(memory)
+    }
+
+    fn clear(&self, bytes: usize) -> Result<(), KernelError> {
+        let stream = self.context.stream();
+        call!(self.context, "clearing memory", cuMemsetD8Async(self.address, 0, bytes, stream))
+    }
+
+    /// As [`Self::zeroed`], for others to map.
+    pub(super) fn shared(
+        context: &Arc<Context>,
+        what: &'static str,
+        bytes: usize,
+    ) -> Result<Self, KernelError> {
+        let mapping = Mapping::create(context, bytes)?;
+        let mapping = mapping.ok_or(KernelError::Memory { what, bytes })?;
+        let memory = Self::mapped(context, mapping);
+        memory.clear(bytes)?;
+        // Another rank may write as soon as it has the ticket.
+        context.settle()?;
+        Ok(memory)
+    }
+
+    pub(super) fn export(&self) -> Result<Vec<u8>, KernelError> {
+        let ticket = self.mapping.as_ref().and_then(Mapping::ticket);
+        ticket.ok_or_else(|| KernelError::Device("memory that is not shared".into()))
+    }
+
+    pub(super) fn import(context: &Arc<Context>, ticket: &[u8]) -> Result<Self, KernelError> {
+        Ok(Self::mapped(context, Mapping::import(context, ticket)?))
+    }
+
+    fn mapped(context: &Arc<Context>, mapping: Mapping) -> Self {
+        let (address, bytes) = (mapping.address(), mapping.bytes());
+        Self { address, bytes, mapping: Some(mapping), context: Arc::clone(context) }
     }
 
     pub(super) fn address(&self) -> u64 {
@@ -55,12 +96,8 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // Where the device hangs, the process's end gives it back.
-        if self.context.settle().is_ok() {
-            // SAFETY: nobody else has the address, and the work that used it is done.
-            let result = unsafe { sys::cuMemFree_v2(self.address) };
-            // A failure is kept by the context, and returned by its next use.
-            drop(self.context.check("freeing memory", result));
+        if self.mapping.is_none() {
+            self.context.retire(self.address, self.bytes);
         }
     }
 }

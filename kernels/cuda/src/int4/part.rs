@@ -1,7 +1,7 @@
 //! Integers of 4 bits in groups as the kernels can take them.
 
 use half::f16;
-use kernels::{Grouped, Groups, IntegerShape, PartShape, Stored, WeightPart};
+use kernels::{Grouped, Groups, IntegerShape, PartShape, RandomFormat, Stored, WeightPart};
 
 /// Rows and columns come in eights: half a word of the device's.
 const EIGHT: usize = 8;
@@ -60,6 +60,17 @@ impl<'a> Columns<'a> {
             Groups::Listed(_) => true,
         }
     }
+}
+
+/// The shape of random integers; `None` where a part is stored otherwise.
+pub(super) fn random_shape(part: &WeightPart<'_>) -> Option<PartShape> {
+    let WeightPart { rows, cols, ref stored } = *part;
+    let Stored::Random(random) = stored else { return None };
+    let RandomFormat::Int4 { group } = random.format else { return None };
+    let first = random.first_col % group;
+    let groups = Groups::Runs { size: group, first };
+    let integers = IntegerShape { bits: 4, groups, count: (first + cols).div_ceil(group) };
+    Some(PartShape { rows, cols, integers: Some(integers) })
 }
 
 /// A stored matrix [N, K] of 4-bit integers, or a rank's rows and columns of one.

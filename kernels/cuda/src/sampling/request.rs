@@ -47,6 +47,13 @@ pub(super) struct Packed {
     masks_len: i32,
 }
 
+/// Bytes of one row of [`Packed`] that has a mask and `adjusted` tokens, each with a bias.
+pub(super) fn packed_row_bytes(vocab: usize, adjusted: usize) -> usize {
+    const ADJUSTMENT: usize = 4 * size_of::<u32>();
+    let mask = vocab.div_ceil(32) * size_of::<u32>();
+    Row::BYTES + adjusted * (ADJUSTMENT + size_of::<f32>()) + mask
+}
+
 impl Packed {
     pub fn new(requests: &[SampleRequest<'_>], vocab: usize) -> Result<Self, ShapeError> {
         let mut packed = Self {

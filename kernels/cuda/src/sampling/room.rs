@@ -1,6 +1,9 @@
 //! Device memory for sampling, made once.
 
-use super::{OP, request::Packed};
+use super::{
+    OP,
+    request::{Packed, packed_row_bytes},
+};
 use crate::{Array, Driver};
 use kernels::{KernelError, sampling::TOP_MAX, shape::ensure};
 
@@ -57,6 +60,31 @@ impl Args {
     }
 }
 
+/// Bytes of a row in each of [`SampleRoom`]'s arrays from `scans` on.
+fn row_bytes(vocab: usize) -> [usize; 8] {
+    let spans = vocab.div_ceil(SPAN);
+    let bins = spans.div_ceil(HISTOGRAM_SPANS) * BINS;
+    [
+        spans.div_ceil(PASS_SPANS) * SCAN_PART,
+        spans * SPAN_PART,
+        bins * size_of::<u32>(),
+        bins * size_of::<u64>(),
+        BOUNDS,
+        spans * size_of::<u64>(),
+        CANDIDATES * size_of::<u32>(),
+        OUT,
+    ]
+}
+
+/// Bytes of a [`SampleRoom`] whose rows have up to `adjusted` biased or seen tokens each.
+pub(crate) fn bytes(rows: usize, vocab: usize, adjusted: usize) -> usize {
+    let room: usize = row_bytes(vocab).iter().sum();
+    let request = packed_row_bytes(vocab, adjusted);
+    let saved = adjusted * size_of::<f32>();
+    // As both grow.
+    rows * room + (rows * request).next_power_of_two() + (rows * saved).next_power_of_two()
+}
+
 /// What the kernels of one call leave for each other.
 pub struct SampleRoom<D: Driver> {
     vocab: usize,
@@ -95,23 +123,23 @@ impl<D: Driver> SampleRoom<D> {
         ensure(OP, made_for && rows_max <= ROWS_MAX, || {
             format!("no kernel for {rows_max} rows of {vocab} logits, {drawable} of them tokens")
         })?;
-        let spans = vocab.div_ceil(SPAN);
-        let bins = spans.div_ceil(HISTOGRAM_SPANS) * BINS;
         let array = |each: usize| Array::zeroed(driver, "sampling", rows_max * each);
+        let [scans, span_parts, counts, masses, bounds, span_masses, candidates, out] =
+            row_bytes(vocab);
         Ok(Self {
             vocab,
             drawable,
             rows_max,
             requests: Array::zeroed(driver, "sampling", 0)?,
             saved: Array::zeroed(driver, "sampling", 0)?,
-            scans: array(spans.div_ceil(PASS_SPANS) * SCAN_PART)?,
-            span_parts: array(spans * SPAN_PART)?,
-            counts: array(bins * size_of::<u32>())?,
-            masses: array(bins * size_of::<u64>())?,
-            bounds: array(BOUNDS)?,
-            span_masses: array(spans * size_of::<u64>())?,
-            candidates: array(CANDIDATES * size_of::<u32>())?,
-            out: array(OUT)?,
+            scans: array(scans)?,
+            span_parts: array(span_parts)?,
+            counts: array(counts)?,
+            masses: array(masses)?,
+            bounds: array(bounds)?,
+            span_masses: array(span_masses)?,
+            candidates: array(candidates)?,
+            out: array(out)?,
         })
     }
 

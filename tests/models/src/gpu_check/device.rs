@@ -1,8 +1,11 @@
 //! The device: opened once for all that a process runs, described, and timed.
 
-use checks::bench::{About, Run};
+pub mod ceilings;
+
+use checks::bench::{Run, Scale};
 use cuda::{Cuda, CudaConfig, Driver, Facts, Gemm, Gpu, GpuConfig, Launch};
 use kernels::KernelError;
+use serde_json::{Value, json};
 use std::{sync::Arc, time::Duration};
 
 /// Several times what any device caches.
@@ -10,10 +13,6 @@ const FLUSH_BYTES: usize = 1 << 30;
 /// What is read then, to so few bytes that a cache hardly has any to write back.
 const READ_BYTES: usize = 512 << 20;
 const SMALL_BYTES: usize = 8 << 20;
-const COPY_BYTES: usize = 2 << 30;
-/// A copy of the ceiling takes a millisecond; the first ones find low clocks.
-const COPIES: usize = 200;
-const COPIES_TIMED: usize = 15;
 
 type Memory = <Gpu as Driver>::Memory;
 
@@ -27,7 +26,7 @@ pub struct Card {
 
 impl Card {
     pub fn open(ordinal: usize, wait_limit: Duration) -> Result<Self, KernelError> {
-        Self::with(GpuConfig { wait_limit, ..GpuConfig::new(ordinal) })
+        Self::with(GpuConfig::with_limit(ordinal, wait_limit))
     }
 
     fn with(config: GpuConfig) -> Result<Self, KernelError> {
@@ -47,34 +46,37 @@ impl Card {
         Cuda::new(card, config)
     }
 
-    pub fn about(&self, date: &str) -> Result<About, KernelError> {
+    /// Who it is, for the report.
+    pub fn about(&self) -> Result<Value, KernelError> {
         let facts = self.facts();
         let (major, minor) = facts.compute_capability;
-        Ok(About {
-            device: facts.name.clone(),
-            compute_capability: format!("{major}.{minor}"),
-            driver: self.gpu.driver_version()?,
-            date: date.to_owned(),
-            peer: None,
-        })
+        Ok(json!({
+            "device": facts.name,
+            "compute_capability": format!("{major}.{minor}"),
+            "driver": self.gpu.driver_version()?,
+        }))
+    }
+
+    /// cuBLASLt's version, and what its products were led around.
+    pub fn products(&self) -> (String, Vec<String>) {
+        self.gpu.products()
+    }
+
+    pub fn kernels(&self) -> usize {
+        self.gpu.kernels()
+    }
+
+    /// By the device's own clock.
+    pub fn time(
+        &self,
+        work: &mut dyn FnMut() -> Result<(), KernelError>,
+    ) -> Result<Duration, KernelError> {
+        self.gpu.time(work)
     }
 
     /// Waits for all work so far: a fault is told to whom it belongs.
     pub fn settle(&self) -> Result<(), KernelError> {
         self.gpu.settle()
-    }
-
-    /// Bytes read and written per second by the driver's own copy.
-    pub fn copy_rate(&self) -> Result<f64, KernelError> {
-        let room = || self.zeroed("a copy", COPY_BYTES);
-        let (from, to) = (room()?, room()?);
-        let mut times = Vec::new();
-        for _ in 0..COPIES {
-            times.push(self.gpu.time(&mut || self.gpu.copy(&to, (&from, 0), COPY_BYTES))?);
-        }
-        let mut times = times.split_off(COPIES - COPIES_TIMED);
-        times.sort();
-        Ok(2.0 * COPY_BYTES as f64 / times[COPIES_TIMED / 2].as_secs_f64())
     }
 }
 
@@ -87,6 +89,18 @@ impl Driver for Card {
 
     fn zeroed(&self, what: &'static str, bytes: usize) -> Result<Memory, KernelError> {
         self.gpu.zeroed(what, bytes)
+    }
+
+    fn shared(&self, what: &'static str, bytes: usize) -> Result<Memory, KernelError> {
+        self.gpu.shared(what, bytes)
+    }
+
+    fn export(&self, memory: &Memory) -> Result<Vec<u8>, KernelError> {
+        self.gpu.export(memory)
+    }
+
+    fn import(&self, ticket: &[u8]) -> Result<Memory, KernelError> {
+        self.gpu.import(ticket)
     }
 
     fn address(&self, memory: &Memory) -> u64 {
@@ -108,6 +122,10 @@ impl Driver for Card {
     fn gemm(&self, gemm: Gemm) -> Result<(), KernelError> {
         self.gpu.gemm(gemm)
     }
+
+    fn expect_products(&self, n_k: (usize, usize), is_fp8: bool) -> Result<(), KernelError> {
+        self.gpu.expect_products(n_k, is_fp8)
+    }
 }
 
 /// Empties the device's caches and times a run by the device's own clock.
@@ -115,12 +133,15 @@ pub struct Stopwatch {
     from: Memory,
     to: Memory,
     small: Memory,
+    /// Of `from`, `small`, and what is read of `from`.
+    bytes: [usize; 3],
 }
 
 impl Stopwatch {
-    pub fn new(card: &Card) -> Result<Self, KernelError> {
+    pub fn new(card: &Card, scale: Scale) -> Result<Self, KernelError> {
         let room = |bytes| card.zeroed("emptying caches", bytes);
-        Ok(Self { from: room(FLUSH_BYTES)?, to: room(FLUSH_BYTES)?, small: room(SMALL_BYTES)? })
+        let bytes = scale.of([FLUSH_BYTES, SMALL_BYTES, READ_BYTES], [1024, 512, 1024]);
+        Ok(Self { from: room(bytes[0])?, to: room(bytes[0])?, small: room(bytes[1])?, bytes })
     }
 
     /// A copy drives everything out of the caches, and reads drive out what it wrote: else the run
@@ -128,9 +149,10 @@ impl Stopwatch {
     /// launching is not timed.
     pub fn time(&self, device: &Cuda<Card>, run: &mut Run<Card>) -> Result<Duration, KernelError> {
         let gpu = &device.driver().gpu;
-        gpu.copy(&self.to, (&self.from, 0), FLUSH_BYTES)?;
-        for at in (0..READ_BYTES).step_by(SMALL_BYTES) {
-            gpu.copy(&self.small, (&self.from, at), SMALL_BYTES)?;
+        let [all, small, read] = self.bytes;
+        gpu.copy(&self.to, (&self.from, 0), all)?;
+        for at in (0..read).step_by(small) {
+            gpu.copy(&self.small, (&self.from, at), small)?;
         }
         gpu.time(&mut || run(device))
     }

@@ -1,83 +1,70 @@
 #![forbid(unsafe_code)]
-//! `gpu-check`: every check on a real device, under compute-sanitizer too but for the long ones,
-//! then every bench, then the same by PyTorch; one report as JSON and Markdown, written after each
-//! step. Needs a CUDA device and its driver, nothing else.
+//! `gpu-check`: what one call on a borrowed device is to find out, in the order of what it is
+//! worth: the machine, the checks that are likeliest to fail, the device's ceilings, every check,
+//! decode steps of large models, every bench, profiles, compute-sanitizer, and PyTorch on the same
+//! shapes.
 //!
-//! Parts can be run one by one: a report of the same device and day keeps what an earlier run
-//! found out of the others.
+//! Each line has a share of the budget and processes of its own: a kernel that faults or hangs
+//! costs its piece, and a line its own time at most. The report is whole at any moment.
 
 mod device;
-mod parts;
+mod lines;
 mod peer;
 mod process;
+mod sanitizer;
 mod work;
 
-use checks::bench::{self, Bar, Bench, Report, Scale};
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use device::Card;
-use parts::Order;
-use std::{fs, path::PathBuf, process::ExitCode, time::Duration};
-use work::{Done, Wanted};
-
-/// The bars in numbers of their own, not in shares of a ceiling, are this device's.
-const BARS_DEVICE: &str = "H200";
+use checks::bench::{About, End, Report, Scale, Told};
+use clap::{Args, Parser, Subcommand};
+use lines::{Line, Order};
+use std::{
+    fs,
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 #[derive(Parser)]
 struct Cli {
     /// The device's number
     #[arg(long, default_value_t = 0, global = true)]
     device: usize,
-    /// Nothing but checks and benches with this in their names; the report gets a name of its own
+    /// Nothing but pieces with this in their names; the report gets a name of its own
     #[arg(long, default_value = "", global = true)]
     only: String,
+    /// Shapes that just run every line, for a device in software
+    #[arg(long, global = true)]
+    tiny: bool,
     /// Where the report goes
     #[arg(long, default_value = "docs/gpu")]
     out: PathBuf,
     /// The day, for the report
     #[arg(long, default_value = "undated")]
     date: String,
-    /// What to run, in this order
-    #[arg(long, value_delimiter = ',', default_value = "checks,sanitizer,benches,peer")]
-    parts: Vec<Part>,
-    /// Begins nothing of a part, or of one of the sanitizer's three tools, after so many seconds
-    #[arg(long, default_value_t = 240)]
-    seconds: u64,
+    /// Seconds that all lines together may take; each has its share
+    #[arg(long, default_value_t = 560)]
+    budget: u64,
+    /// Which lines, by name or number [default: all, in their order]
+    #[arg(long, value_delimiter = ',')]
+    lines: Vec<Line>,
     #[command(subcommand)]
     command: Option<Command>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Part {
-    Checks,
-    Sanitizer,
-    Benches,
-    Peer,
-}
-
 #[derive(Subcommand)]
 enum Command {
-    /// Runs checks in this process, one line of JSON each
-    Checks {
-        #[command(flatten)]
-        piece: Piece,
-        /// The long ones too
-        #[arg(long)]
-        long: bool,
-    },
-    /// Runs benches in this process, one line of JSON each
-    Benches {
-        #[command(flatten)]
-        piece: Piece,
-    },
+    /// Runs a line's pieces in this process, one line of JSON each
+    Pieces(Pieces),
 }
 
 #[derive(Args)]
-struct Piece {
+struct Pieces {
+    line: Line,
     /// Begins nothing after so many seconds
-    #[arg(long, default_value_t = 240)]
+    #[arg(long)]
     within: u64,
     /// Seconds that the device may take for a piece of work
-    #[arg(long, default_value_t = 30)]
+    #[arg(long)]
     patience: u64,
     /// So many of the first are left out
     #[arg(long, default_value_t = 0)]
@@ -88,15 +75,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match &cli.command {
         None => run(&cli),
-        Some(Command::Checks { piece, long }) => {
-            let mut checks = checks::all();
-            if *long {
-                checks.extend(checks::sampling::long_checks());
-                checks.extend(models::checks());
-            }
-            alone(&cli, piece, |card, wanted| Ok(work::checks(card, &checks, wanted)))
-        }
-        Some(Command::Benches { piece }) => alone(&cli, piece, work::benches),
+        Some(Command::Pieces(pieces)) => pieces_of(&cli, pieces),
     };
     done.unwrap_or_else(|error| {
         eprintln!("gpu-check: {error}");
@@ -104,98 +83,103 @@ fn main() -> ExitCode {
     })
 }
 
-fn alone(
-    cli: &Cli,
-    piece: &Piece,
-    work: impl FnOnce(&Card, &Wanted<'_>) -> Result<Done, String>,
-) -> Result<ExitCode, String> {
-    let patience = Duration::from_secs(piece.patience);
-    let card = Card::open(cli.device, patience).map_err(|error| error.to_string())?;
-    let within = Duration::from_secs(piece.within);
-    Ok(match work(&card, &Wanted { within, skip: piece.skip, only: &cli.only })? {
-        Done::All => ExitCode::SUCCESS,
-        Done::Broken => ExitCode::from(process::BROKEN),
+fn scale(cli: &Cli) -> Scale {
+    if cli.tiny { Scale::Tiny } else { Scale::Full }
+}
+
+fn pieces_of(cli: &Cli, pieces: &Pieces) -> Result<ExitCode, String> {
+    let wanted = work::Wanted {
+        device: cli.device,
+        patience: Duration::from_secs(pieces.patience),
+        within: Duration::from_secs(pieces.within),
+        skip: pieces.skip,
+        only: &cli.only,
+        scale: scale(cli),
+    };
+    let done = work::run(pieces.line, &wanted);
+    // What the report should say, beside what the process ends with.
+    if let Err(error) = &done {
+        println!("{}", serde_json::json!({ "facts": { "no device": error } }));
+    }
+    Ok(match done? {
+        work::Done::All => ExitCode::SUCCESS,
+        work::Done::Broken => ExitCode::from(process::BROKEN),
     })
 }
 
-/// Everything asked for; success where all of the report holds.
+/// Every line asked for; success where all of the report holds.
 fn run(cli: &Cli) -> Result<ExitCode, String> {
-    let card = Card::open(cli.device, Duration::from_secs(30));
-    let about = card.and_then(|card| card.about(&cli.date)).map_err(|error| error.to_string())?;
-    let mut benches = bench::all::<Card>(Scale::Full);
-    if !about.device.contains(BARS_DEVICE) {
-        benches.iter_mut().for_each(|bench| bench.bar = elsewhere(bench.bar));
-    }
-    let blank = Report { about, ..Report::default() };
-    let paths = Paths::new(cli, &blank.about.device);
-    let mut report = paths.kept(&blank, &benches).unwrap_or(blank);
-    let order = Order { device: cli.device, seconds: cli.seconds, only: cli.only.clone() };
-    let told = |report: &Report| paths.write(report);
-    let mut troubles = Vec::new();
-    for part in &cli.parts {
-        let done = match part {
-            Part::Checks => parts::checks(&order, &mut report),
-            Part::Sanitizer => parts::sanitizer(&order, &mut report, &told),
-            Part::Benches => parts::benches(&order, &benches, &mut report, &told),
-            Part::Peer => peer::ask(&benches, &mut report, cli.seconds),
+    let asked = if cli.lines.is_empty() { Line::ALL.to_vec() } else { cli.lines.clone() };
+    // Who the device is belongs into every report.
+    let lines: Vec<Line> =
+        Line::ALL.into_iter().filter(|l| *l == Line::Machine || asked.contains(l)).collect();
+    let all: u64 = lines.iter().map(|line| line.seconds()).sum();
+    // A device takes some seconds to open. Of one piece alone, nobody knows in which line it is.
+    let share = |line: &Line| match cli.only.as_str() {
+        "" => (cli.budget * line.seconds() / all).max(10),
+        _ => cli.budget,
+    };
+    let told = |line: &Line| Told { name: line.name().into(), may: share(line), ..Told::default() };
+    let about = About { date: cli.date.clone(), ..About::default() };
+    let mut report = Report { about, lines: lines.iter().map(told).collect(), ..Report::default() };
+    for (at, line) in lines.iter().enumerate() {
+        report.lines[at].end = End::Running;
+        let order = Order {
+            device: cli.device,
+            only: cli.only.clone(),
+            scale: scale(cli),
+            seconds: share(line),
+            out: cli.out.clone(),
         };
-        told(&report)?;
-        troubles.extend(done.err());
+        let begun = Instant::now();
+        // Its name has the device's in it, which the first line finds out.
+        let told = |report: &Report| match report.about.device.as_str() {
+            "" => Ok(()),
+            _ => write(cli, report),
+        };
+        let done = lines::run(*line, &order, &mut report, &told);
+        report.lines[at].took = begun.elapsed().as_secs_f64();
+        report.lines[at].end = match done {
+            Ok(()) => End::Done,
+            Err(why) => {
+                eprintln!("gpu-check: {}: {why}", line.name());
+                End::Cut(why)
+            }
+        };
+        write(cli, &report)?;
     }
     print!("{}", report.markdown());
-    troubles.iter().for_each(|trouble| eprintln!("gpu-check: {trouble}"));
-    let right = report.holds() && troubles.is_empty();
-    Ok(if right { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if report.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// A bar on a device that it was not set for.
-fn elsewhere(bar: Bar) -> Bar {
-    match bar {
-        Bar::Tflops(_) | Bar::Microseconds(_) => Bar::None,
-        bar => bar,
-    }
+/// Where the report lies, without its ending.
+fn name(cli: &Cli, report: &Report) -> String {
+    let plain = |text: &str| -> String {
+        let words = text.split(|c: char| !c.is_ascii_alphanumeric());
+        words.filter(|word| !word.is_empty()).collect::<Vec<_>>().join("-").to_lowercase()
+    };
+    let device = match report.about.device.as_str() {
+        "" => "no-device".into(),
+        device => plain(device),
+    };
+    let only =
+        if cli.only.is_empty() { String::new() } else { format!("-only-{}", plain(&cli.only)) };
+    let names: Vec<&str> = cli.lines.iter().map(|line| line.name()).collect();
+    let lines = if names.is_empty() { String::new() } else { format!("-{}", names.join("-")) };
+    format!("{device}-{}{lines}{only}", cli.date)
 }
 
-/// Where a report lies.
-struct Paths {
-    folder: PathBuf,
-    name: String,
-    whole: bool,
-}
-
-impl Paths {
-    fn new(cli: &Cli, device: &str) -> Self {
-        let plain = |text: &str| -> String {
-            let words = text.split(|c: char| !c.is_ascii_alphanumeric());
-            words.filter(|word| !word.is_empty()).collect::<Vec<_>>().join("-").to_lowercase()
-        };
-        let whole = cli.only.is_empty();
-        let only = if whole { String::new() } else { format!("-only-{}", plain(&cli.only)) };
-        let name = format!("{}-{}{only}", plain(device), cli.date);
-        Self { folder: cli.out.clone(), name, whole }
+fn write(cli: &Cli, report: &Report) -> Result<(), String> {
+    let failed = |path: &PathBuf, error| format!("{}: {error}", path.display());
+    fs::create_dir_all(&cli.out).map_err(|error| failed(&cli.out, error))?;
+    let name = name(cli, report);
+    let json = serde_json::to_string_pretty(&report.json()).map_err(|error| error.to_string())?;
+    for (ending, contents) in [("json", json + "\n"), ("md", report.markdown())] {
+        // Whole at any moment: whoever stops this keeps the last one.
+        let path = cli.out.join(format!("{name}.{ending}"));
+        let new = cli.out.join(format!("{name}.{ending}.new"));
+        fs::write(&new, contents).map_err(|error| failed(&new, error))?;
+        fs::rename(&new, &path).map_err(|error| failed(&path, error))?;
     }
-
-    fn path(&self, ending: &str) -> PathBuf {
-        self.folder.join(format!("{}.{ending}", self.name))
-    }
-
-    /// What an earlier run has found out.
-    fn kept(&self, blank: &Report, benches: &[Bench<Card>]) -> Option<Report> {
-        let text = fs::read_to_string(self.path("json")).ok().filter(|_| self.whole)?;
-        blank.kept(&serde_json::from_str(&text).ok()?, benches)
-    }
-
-    fn write(&self, report: &Report) -> Result<(), String> {
-        let failed = |path: &PathBuf, error| format!("{}: {error}", path.display());
-        fs::create_dir_all(&self.folder).map_err(|error| failed(&self.folder, error))?;
-        let json =
-            serde_json::to_string_pretty(&report.json()).map_err(|error| error.to_string())?;
-        for (ending, contents) in [("json", json + "\n"), ("md", report.markdown())] {
-            // Whole at any moment: whoever stops this keeps the last one.
-            let (path, new) = (self.path(ending), self.path(&format!("{ending}.new")));
-            fs::write(&new, contents).map_err(|error| failed(&new, error))?;
-            fs::rename(&new, &path).map_err(|error| failed(&path, error))?;
-        }
-        Ok(())
-    }
+    Ok(())
 }

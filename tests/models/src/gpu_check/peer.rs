@@ -10,8 +10,6 @@ use std::{
 };
 
 const SCRIPT: &str = include_str!("../../torch_peer.py");
-/// It needs as long to load; then it has a line for each shape.
-const SILENCE: Duration = Duration::from_secs(120);
 
 /// Asks for the shapes of all benches that have an outcome and a peer, and puts the figures beside.
 ///
@@ -32,7 +30,9 @@ pub fn ask<D: Driver>(
         return Err("no figures to set PyTorch's beside: run the benches first".into());
     }
     let shapes: Vec<Value> = asked.iter().map(|(_, peer)| question(*peer)).collect();
-    let limits = Limits { end: Instant::now() + Duration::from_secs(seconds), silence: SILENCE };
+    // It takes long to load; then it has a line for each shape.
+    let silence = Duration::from_secs(seconds);
+    let limits = Limits { end: Instant::now() + silence, silence };
     let mut asked = asked.into_iter();
     let mut command = Command::new("python3");
     let command = command.args(["-c", SCRIPT]);

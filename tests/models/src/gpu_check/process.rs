@@ -37,7 +37,6 @@ pub fn run(
     limits: Limits,
     mut each: impl FnMut(&str),
 ) -> Result<Ended, String> {
-    let text = |error: std::io::Error| error.to_string();
     // A group of its own, so that what it starts ends with it.
     let command = command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
     let mut child =
@@ -63,7 +62,7 @@ pub fn run(
             }
         }
     };
-    child.wait().map_err(text)?;
+    reap(&mut child)?;
     // What it said last.
     lines.try_iter().for_each(|line| each(&line));
     Ok(ended)
@@ -86,15 +85,27 @@ fn lines(child: &mut Child) -> Result<Receiver<String>, String> {
 const END: Duration = Duration::from_secs(20);
 
 fn end(child: &mut Child) -> Result<Ended, String> {
-    let start = Instant::now();
-    while start.elapsed() < END {
-        if let Some(status) = child.try_wait().map_err(|error| error.to_string())? {
-            return Ok(Ended::By(status));
-        }
-        thread::sleep(Duration::from_millis(10));
+    if let Some(status) = ended(child, END)? {
+        return Ok(Ended::By(status));
     }
     kill(child)?;
     Ok(Ended::Killed("it hung at its end".into()))
+}
+
+fn ended(child: &mut Child, within: Duration) -> Result<Option<ExitStatus>, String> {
+    let start = Instant::now();
+    loop {
+        let status = child.try_wait().map_err(|error| error.to_string())?;
+        if status.is_some() || start.elapsed() > within {
+            return Ok(status);
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A process that was ended inside its driver may stay there: then it is left behind.
+fn reap(child: &mut Child) -> Result<(), String> {
+    ended(child, Duration::from_secs(3)).map(|_| ())
 }
 
 fn kill(child: &mut Child) -> Result<(), String> {
@@ -113,8 +124,8 @@ const PAUSE: Duration = Duration::from_secs(2);
 
 /// Has all work done, by as many processes as it takes. `command` makes one that leaves out so many
 /// of the first pieces and ends at the limit by itself; `each` gets every line, and one with an
-/// error for work that its process did not survive. Answers how a process ended that should not
-/// have ended so, though its work was done.
+/// error for work that its process did not survive. Answers why not all was done, or how a process
+/// ended that should not have ended so, though its work was.
 pub fn every(
     command: impl Fn(usize) -> Command,
     limits: Limits,
@@ -147,7 +158,7 @@ pub fn every(
             done += 1;
         }
         if Instant::now() >= limits.end {
-            return Ok(None);
+            return Ok(Some("its time was over".into()));
         }
         // The device may still be busy with the end of the process before.
         idle = if done == before { idle + 1 } else { 0 };
@@ -254,7 +265,8 @@ mod tests {
         let (result, done) = told(work("2) sleep 100 & sleep 100;;"), limits(20_000, 300));
         assert_eq!((result, names(&done)), (Ok(None), "012!34".into()));
         let (result, done) = told(work("0) sleep 100 & exec sleep 100;;"), limits(300, 20_000));
-        assert_eq!((result, names(&done)), (Ok(None), "0!".into()));
+        let over = Ok(Some("its time was over".to_owned()));
+        assert_eq!((result, names(&done)), (over, "0!".into()));
         assert!(start.elapsed() < Duration::from_secs(15));
     }
 

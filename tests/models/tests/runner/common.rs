@@ -3,7 +3,7 @@
 use cpu::{Cpu, CpuConfig, Isa, Precision};
 use kernels::Backend;
 use model::{Checkpoint, RunnerOptions};
-use models::{Group, folder};
+use models::{Group, folder, staged};
 use std::sync::Arc;
 
 /// The product's backend, with the best instructions of this machine.
@@ -39,5 +39,5 @@ pub fn load<B: Backend>(
     device: fn() -> B,
 ) -> Group<B> {
     let devices = (0..world_size).map(|_| device()).collect();
-    Group::load(checkpoint, options, devices).unwrap()
+    Group::load(checkpoint, options, devices, staged).unwrap()
 }

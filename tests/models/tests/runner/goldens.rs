@@ -3,14 +3,14 @@
 
 use crate::common::exact;
 use kernels::plain::Plain;
-use models::{IN_F32, NAMES, check};
+use models::{IN_F32, NAMES, check, staged};
 
 #[test]
 fn the_plain_backend_agrees_with_the_reference_implementations() {
-    assert_eq!(check(&NAMES, &|| Plain, IN_F32), Ok(()));
+    assert_eq!(check(&NAMES, &|| Plain, staged, IN_F32), Ok(()));
 }
 
 #[test]
 fn the_cpu_backend_agrees_with_the_reference_implementations() {
-    assert_eq!(check(&NAMES, &exact, IN_F32), Ok(()));
+    assert_eq!(check(&NAMES, &exact, staged, IN_F32), Ok(()));
 }

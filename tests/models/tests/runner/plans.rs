@@ -207,20 +207,32 @@ fn sizes_that_cannot_be_indexed_are_refused() {
 #[test]
 fn activation_memory_is_told_before_it_is_taken() {
     let checkpoint = open("qwen2_mha_hd64");
-    let bytes = |options: &RunnerOptions| {
-        model::activation_bytes(checkpoint.config(), &checkpoint.shard(0, 1).unwrap(), options)
+    let elements = |options: &RunnerOptions| {
+        model::elements(checkpoint.config(), &checkpoint.shard(0, 1).unwrap(), options)
     };
-    // A token: 3 H, 3 · 2 · 64 of QKV, 2 · 64 of attention, 3 I. A row of logits: 2 H and V.
+    // A token: 3 H, 3 · 2 · 64 of QKV, 2 · 64 of attention, 3 I. A row of logits: 2 H, and V exact.
     let token = 3 * 128 + 384 + 128 + 3 * 320;
     let rope = 240 * 64;
-    assert_eq!(bytes(&OPTIONS), 4 * (256 * token + 64 * (2 * 128 + 384) + rope));
+    // Norms and biases of two layers, and the last norm.
+    let vectors = |bias: usize| 2 * (2 * 128 + bias) + 128;
+    // Five a token; of each sequence its first row, its length and 15 blocks; the end.
+    let ints = 5 * 256 + OPTIONS.sequences_max * (2 + 15) + 1;
+    let wanted = model::Elements {
+        floats: 256 * token + 64 * 2 * 128 + vectors(384),
+        exact: 64 * 384 + rope,
+        ints,
+    };
+    assert_eq!(elements(&OPTIONS), wanted);
+    assert_eq!(wanted.bytes(2), 2 * wanted.floats as u64 + 4 * (wanted.exact + ints) as u64);
     // Half of the heads, H, I and V on one of two ranks, and the four exchanged matrices whole.
     let shard = checkpoint.shard(0, 2).unwrap();
     let token = 2 * 128 + 192 + (64 + 128) + (64 + 128) + 2 * 160 + (160 + 320);
-    let logits = 2 * 128 + (192 + 384);
-    assert_eq!(
-        model::activation_bytes(checkpoint.config(), &shard, &OPTIONS),
-        4 * (256 * token + 64 * logits + rope)
-    );
-    assert_eq!(bytes(&RunnerOptions { step_tokens_max: usize::MAX, ..OPTIONS }), usize::MAX);
+    let wanted = model::Elements {
+        floats: 256 * token + 64 * 2 * 128 + vectors(192),
+        exact: 64 * (192 + 384) + rope,
+        ints,
+    };
+    assert_eq!(model::elements(checkpoint.config(), &shard, &OPTIONS), wanted);
+    let endless = elements(&RunnerOptions { step_tokens_max: usize::MAX, ..OPTIONS });
+    assert_eq!(endless.bytes(4), u64::MAX);
 }

@@ -1,0 +1,104 @@
+//! What a rank takes of a CUDA card. Needs no card: sizes follow from shapes.
+
+use std::time::Duration;
+
+use cuda::{CudaConfig, Element, KvFormat, PeerConfig, StepShape, WeightFormat};
+use model::{Checkpoint, DecoderConfig, ModelError, RunnerOptions, Shard, Stack, logit_rows_max};
+
+use super::layout::{KvShare, RankCost};
+use crate::WorkerError;
+
+/// Of a card's free memory, what is left alone for each rank: kernels that the driver and cuBLASLt
+/// load as they are first used, and the rest of the 2 MiB pages that larger allocations end in.
+const RESERVE_BYTES: u64 = 1 << 30;
+
+/// Refuses a cache that would spoil the answers of this model.
+///
+/// # Errors
+/// `Config`, with the reason.
+pub(crate) fn check_cache(cuda: CudaConfig, model: &DecoderConfig) -> Result<(), WorkerError> {
+    if cuda.kv_format == KvFormat::Bf16 || holds_fp8_keys(model) {
+        return Ok(());
+    }
+    Err(WorkerError::Config(
+        "--kv-cache fp8: the keys of this model have biases, whose outliers e4m3 without scales \
+         cannot hold, and answers would be garbage; leave the flag out"
+            .into(),
+    ))
+}
+
+/// Whether keys of this model are small and even enough for e4m3: Qwen3's are normed; those of
+/// Qwen1 and Qwen2 have biases far larger than the rest.
+pub(crate) fn holds_fp8_keys(model: &DecoderConfig) -> bool {
+    !model.qkv_bias
+}
+
+/// What ranks can use of `free` bytes.
+pub(crate) fn usable(free: u64, ranks: usize) -> u64 {
+    free.saturating_sub(RESERVE_BYTES * ranks as u64)
+}
+
+/// What the driver takes of a card before anything is allocated: its context, and the kernels.
+const CONTEXT_BYTES: u64 = 512 << 20;
+
+/// What one rank can use of a card that nobody else uses.
+pub(crate) fn usable_when_idle(memory: u64) -> u64 {
+    usable(memory.saturating_sub(CONTEXT_BYTES), 1)
+}
+
+/// A card serves one model: the KV pool takes all that is left.
+pub(crate) const KV_SHARE: KvShare = KvShare { part: 1, contexts_max: u64::MAX };
+
+/// What a rank holds of a model on a card with `fp8_products`, as `cuda::Facts` tells it.
+///
+/// # Errors
+/// As [`Checkpoint::stacks`].
+pub(crate) fn cost(
+    cuda: CudaConfig,
+    fp8_products: bool,
+    checkpoint: &Checkpoint,
+    shard: &Shard,
+    step_tokens_max: usize,
+) -> Result<RankCost, ModelError> {
+    let layers = checkpoint.config().layers as u64;
+    let block = layers * cuda.kv_format.block_bytes(shard.heads()) as u64;
+    let mut cost = RankCost { weights: 0, block, products: 0 };
+    for Stack { is_table, parts } in checkpoint.stacks(shard)? {
+        if is_table {
+            cost.weights += WeightFormat::table_bytes(&parts);
+        } else {
+            cost.weights += cuda.weights.bytes(&parts);
+            let products = cuda.product_bytes(&parts, step_tokens_max, fp8_products);
+            cost.products = cost.products.max(products);
+        }
+    }
+    Ok(cost)
+}
+
+/// Bytes beside weights and KV cache.
+pub(crate) fn scratch(
+    cuda: CudaConfig,
+    config: &DecoderConfig,
+    shard: &Shard,
+    cost: &RankCost,
+    options: &RunnerOptions,
+) -> u64 {
+    let RunnerOptions { step_tokens_max, sequences_max, context_max, .. } = *options;
+    let sampled = (logit_rows_max(step_tokens_max), config.vocab);
+    let step = cuda.step_bytes(&StepShape {
+        tokens_max: step_tokens_max,
+        sequences_max,
+        context_max,
+        heads: shard.heads(),
+        sampled: (shard.rank == 0).then_some(sampled),
+        products: cost.products,
+    });
+    let exchange = match shard.world_size {
+        1 => 0,
+        ranks => PeerConfig::new(ranks, Duration::ZERO).region_bytes() as u64,
+    };
+    model::elements(config, shard, options).bytes(Element::Bf16.bytes()) + step + exchange
+}
+
+#[cfg(test)]
+mod tests;
