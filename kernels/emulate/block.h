@@ -77,6 +77,8 @@ struct Block {
     Barrier barriers[16];
     // Threads in a wait that nobody wakes: asked again after others ran.
     std::vector<unsigned> polling;
+    // Switches while there were such.
+    unsigned turns = 0;
     void* shared = nullptr;
     size_t shared_bytes = 0;
     unsigned live = 0;

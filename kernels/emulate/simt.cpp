@@ -34,10 +34,14 @@ Fiber& take_turn() {
     return fiber;
 }
 
+// Threads that poll are asked when nobody else may run, and now and then.
+constexpr unsigned TURNS_A_POLL = 64;
+
 // Leaves off here, for the next thread; where there is none, or threads must be asked whether they
 // may go on, for the launch.
 inline void leave(Fiber& fiber) {
-    const bool next = !block->runnable.empty() && block->polling.empty();
+    const bool polls = !block->polling.empty() && ++block->turns % TURNS_A_POLL == 0;
+    const bool next = !block->runnable.empty() && !polls;
     Stack::change(fiber.stack, next ? take_turn().stack : block->launch);
 }
 
@@ -106,6 +110,17 @@ bool all_called_came() {
     return true;
 }
 
+// The block's memory ends with it.
+bool all_copies_landed() {
+    const size_t left = bulk_copies_to_land();
+    if (left == 0) return true;
+    const Index& index = block->fibers[0].index.block;
+    std::snprintf(block->error, sizeof block->error,
+                  "block (%u, %u, %u) ends before %zu bulk copies have landed", index.x, index.y,
+                  index.z, left);
+    return false;
+}
+
 void at_barrier(int id, unsigned threads, const char* what, bool waits) {
     Barrier& barrier = block->barriers[id];
     if (waits) {
@@ -167,7 +182,7 @@ bool run_block() {
         }
         Stack::change(block->launch, take_turn().stack);
     }
-    return !block->failed && all_called_came();
+    return !block->failed && all_called_came() && all_copies_landed();
 }
 
 void fail(const char* format, ...) {

@@ -79,6 +79,8 @@ std::vector<Copy> cp_async_take();
 void copy_now(const Copy& copy);
 // Those of them that `thread` began and nobody has landed.
 size_t copies_to_arrive(unsigned thread);
+// Bulk copies of the block that nobody has landed: their threads need not wait, somebody must.
+size_t bulk_copies_to_land();
 // A copy of `thread` has landed; see `simt_hopper.h`.
 void note_landing(const Copy& copy, unsigned thread);
 

@@ -10,7 +10,8 @@
 // wrote with no proxy fence after its landing, by the writer or by the warp that reads.
 //
 // A cp.async behind mbarrier_arrive_copies lands when somebody waits for the barrier (threads in
-// turn), at once (backwards) or either (at random).
+// turn), at once (backwards) or either (at random). So does a bulk copy; one that begins before its
+// bytes are expected is an error, and bytes that are expected and never come hold the phase up.
 //
 // Registers are counted: warps start with what the kernel's threads share of 65536, and who asks
 // setmaxnreg for more than others gave back waits for ever.
@@ -47,6 +48,10 @@ uint32_t shared_address(const void* p);
 void mbarrier_init(uint64_t* barrier, int arrivals);
 void mbarrier_arrive(uint64_t* barrier);
 void mbarrier_arrive_copies(uint64_t* barrier);
+// An arrival that makes the phase wait for `bytes` more of bulk copies, which begin after it.
+void mbarrier_arrive_expect(uint64_t* barrier, unsigned bytes);
+// Global to shared memory, of multiples of 16 bytes.
+void bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* barrier);
 void mbarrier_wait(uint64_t* barrier, uint32_t parity);
 
 }  // namespace simt

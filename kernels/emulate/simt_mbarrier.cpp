@@ -15,10 +15,18 @@ struct Arrival {
     std::vector<Copy> copies;
 };
 
+// What a barrier knows of bulk copies.
+struct Transactions {
+    uint64_t expected = 0;  // bytes that the phase still wants
+    uint64_t promised = 0;  // of these, the bytes of copies that have not begun
+    std::vector<Copy> begun;
+};
+
 struct State {
     uint64_t block = 0;
     std::vector<std::vector<Arrival>> arrivals;  // by thread, in order
     std::map<const uint64_t*, size_t> coming;    // how many of them, by barrier
+    std::map<const uint64_t*, Transactions> transactions;
     std::map<const uint64_t*, races::Clock> clocks;
     uint64_t random = 0x2545f4914f6cdd1dull;
 };
@@ -29,6 +37,7 @@ State& state() {
     kept.block = block_serial();
     kept.arrivals.assign(self().block_size.x, {});
     kept.coming.clear();
+    kept.transactions.clear();
     kept.clocks.clear();
     return kept;
 }
@@ -59,10 +68,30 @@ void check_barrier(const uint64_t* barrier) {
     if (!is_barrier(*barrier)) fail("an mbarrier that nobody has initialised");
 }
 
+// Ends the phase where neither arrivals nor bytes are missing.
+void settle(uint64_t* barrier) {
+    const Phase phase = unpack(*barrier);
+    if (phase.wanted == 0 && state().transactions[barrier].expected == 0)
+        *barrier = pack({phase.arrivals, phase.arrivals, phase.parity ^ 1});
+}
+
 void arrive(uint64_t* barrier) {
     Phase phase = unpack(*barrier);
-    if (--phase.wanted == 0) phase = {phase.arrivals, phase.arrivals, phase.parity ^ 1};
+    // Past the last one while bytes are missing: the count is below zero, and the phase never ends.
+    phase.wanted = (phase.wanted - 1) & ARRIVALS_MAX;
     *barrier = pack(phase);
+    settle(barrier);
+}
+
+void land_bulk(uint64_t* barrier) {
+    Transactions& transactions = state().transactions[barrier];
+    if (transactions.begun.empty()) return;
+    for (const Copy& copy : transactions.begun) {
+        copy_now(copy);
+        transactions.expected -= copy.bytes;
+    }
+    transactions.begun.clear();
+    settle(barrier);
 }
 
 // The first `count` arrivals that a thread has on their way.
@@ -80,8 +109,9 @@ void land(unsigned thread, size_t count) {
 }
 
 // An arrival is behind all copies that its thread began before, and so behind its earlier ones.
-void land_up_to(const uint64_t* barrier) {
+void land_up_to(uint64_t* barrier) {
     State& s = state();
+    land_bulk(barrier);
     if (s.coming[barrier] == 0) return;
     for (unsigned thread = 0; thread < s.arrivals.size(); ++thread) {
         const auto& arrivals = s.arrivals[thread];
@@ -140,10 +170,47 @@ void mbarrier_arrive_copies(uint64_t* barrier) {
     if (lands_at_once(s)) land(thread, arrivals.size());
 }
 
+void mbarrier_arrive_expect(uint64_t* barrier, unsigned bytes) {
+    check_barrier(barrier);
+    Transactions& transactions = state().transactions[barrier];
+    transactions.expected += bytes;
+    transactions.promised += bytes;
+    races::release(self().thread.x, state().clocks[barrier]);
+    arrive(barrier);
+}
+
+void bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
+    check_barrier(barrier);
+    aligned(to, 16);
+    aligned(from, 16);
+    if (bytes == 0 || bytes % 16 != 0) fail("a bulk copy of %u bytes", bytes);
+    if (static_cast<uint64_t>(shared_address(to)) + bytes > shared_bytes())
+        fail("bulk copy outside shared memory");
+    State& s = state();
+    Transactions& transactions = s.transactions[barrier];
+    if (transactions.promised < bytes)
+        fail("a bulk copy of %u bytes at an mbarrier that expects %llu more", bytes,
+             static_cast<unsigned long long>(transactions.promised));
+    transactions.promised -= bytes;
+    // It may land from now on, and who waits for the barrier sees it.
+    races::touch(to, bytes, true);
+    races::release(self().thread.x, s.clocks[barrier]);
+    transactions.begun.push_back({to, from, bytes, true});
+    if (lands_at_once(s)) land_bulk(barrier);
+}
+
 size_t copies_to_arrive(unsigned thread) {
     size_t found = 0;
     if (kept.block != block_serial()) return found;
     for (const Arrival& arrival : kept.arrivals[thread]) found += arrival.copies.size();
+    return found;
+}
+
+size_t bulk_copies_to_land() {
+    size_t found = 0;
+    if (kept.block != block_serial()) return found;
+    for (const auto& [barrier, transactions] : kept.transactions)
+        found += transactions.begun.size();
     return found;
 }
 

@@ -131,17 +131,34 @@ pub(crate) fn parts_of(rows: usize, cols: usize) -> impl Iterator<Item = usize> 
     (0..rows).step_by(each).map(move |first| each.min(rows - first))
 }
 
+/// A weight of one kind or another.
+type Weight<D> = <Cuda<D> as Backend>::Weight;
+
+/// Hands [rows, cols] of noise in bf16 to `upload`, in parts.
+fn with_noise<T>(rows: usize, cols: usize, upload: impl FnOnce(&[WeightPart<'_>]) -> T) -> T {
+    let most = parts_of(rows, cols).next().unwrap_or(0) * cols;
+    let piece: Vec<u8> =
+        noise(7, most).iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
+    let part = |rows| WeightPart::plain(Format::Bf16, rows, cols, &piece[..2 * rows * cols]);
+    upload(&parts_of(rows, cols).map(part).collect::<Vec<_>>())
+}
+
+/// A table [rows, cols] of noise.
+pub(crate) fn noisy_table<D: Driver>(
+    device: &Cuda<D>,
+    rows: usize,
+    cols: usize,
+) -> Result<Weight<D>, KernelError> {
+    with_noise(rows, cols, |parts| device.table(parts))
+}
+
 /// A weight [rows, cols] of noise.
 pub(crate) fn noisy_weight<D: Driver>(
     device: &Cuda<D>,
     rows: usize,
     cols: usize,
-) -> Result<<Cuda<D> as Backend>::Weight, KernelError> {
-    let most = parts_of(rows, cols).next().unwrap_or(0) * cols;
-    let piece: Vec<u8> =
-        noise(7, most).iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
-    let part = |rows| WeightPart::plain(Format::Bf16, rows, cols, &piece[..2 * rows * cols]);
-    device.weight(&parts_of(rows, cols).map(part).collect::<Vec<_>>())
+) -> Result<Weight<D>, KernelError> {
+    with_noise(rows, cols, |parts| device.weight(parts))
 }
 
 pub(crate) fn ints<D: Driver>(

@@ -93,7 +93,7 @@ fn embed<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
         ids: &[i32],
     ) -> Result<Tensor<B>, KernelError> {
         let batch = Indices { tokens: ids.len(), ids: ids.to_vec(), ..Indices::default() };
-        let table = device.weight(&[part(cols, table)])?;
+        let table = device.table(&[part(cols, table)])?;
         let mut out = unwritten(device, ids.len(), cols)?;
         device.embed(&mut out, &table, first, &batch.batch(device)?)?;
         Ok(out)

@@ -1,8 +1,8 @@
 //! Products with 4-bit weights: shapes, groups, ranges that begin inside one, permuted
-//! columns; the same bits in every batch up to the fused kernel's limit.
+//! columns; the same bits in every batch of up to as many rows as records are multiplied with.
 
 use crate::{BF16, Check, Device, Tolerance, compare, noise, rounded};
-use cuda::{Cuda, Driver, FUSED_ROWS_MAX};
+use cuda::{Cuda, Driver, RECORDS_ROWS_MAX};
 use half::{bf16, f16};
 use kernels::{Backend, Grouped, Groups, KernelError, Stored, Tensor, WeightPart};
 
@@ -165,7 +165,7 @@ fn check<D: Driver>(device: &Cuda<D>, matrix: &Matrix, tokens: usize) -> Result<
     let bias = rounded(&noise(10, matrix.rows));
     let got = run(device, &[matrix.part()], (&x, matrix.cols), Some(&bias));
     let got = got.map_err(|error| format!("{what}: {error}"))?;
-    let wanted = matrix.product(&x, tokens > FUSED_ROWS_MAX);
+    let wanted = matrix.product(&x, tokens > RECORDS_ROWS_MAX);
     // f32 sums of values of order 1: the order of the additions is all that differs.
     compare(&what, &got, &wanted, Tolerance::Absolute(1e-6 * matrix.cols as f32))
 }
@@ -173,12 +173,12 @@ fn check<D: Driver>(device: &Cuda<D>, matrix: &Matrix, tokens: usize) -> Result<
 fn shapes<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let device = device(BF16);
     let cases = [
-        ([8, 128, 128, 0], vec![1, 2, 65]),
+        ([8, 128, 128, 0], vec![1, 2, 193]),
         ([264, 256, 64, 0], vec![7, 16]),
         ([72, 256, 32, 0], vec![8, 17, 64]),
         ([320, 136, 64, 0], vec![9]),
-        ([16, 512, 128, 0], vec![33, 130]),
-        ([8, 96, 32, 0], vec![1, 32, 66]),
+        ([16, 512, 128, 0], vec![33, 130, 200]),
+        ([8, 96, 32, 0], vec![1, 32, 66, 194]),
         ([16, 768, 256, 0], vec![3]),
         ([16, 200, 200, 0], vec![4, 70]),
     ];
@@ -211,9 +211,9 @@ fn ranges<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
         ([16, 232, 128, 8], vec![12]),
         ([8, 40, 64, 56], vec![1, 40]),
         ([72, 216, 32, 24], vec![2]),
-        ([8, 216, 32, 24], vec![67]),
+        ([8, 216, 32, 24], vec![67, 195]),
         ([8, 264, 128, 328], vec![8]),
-        ([8, 8, 32, 24], vec![1, 65]),
+        ([8, 8, 32, 24], vec![1, 65, 193]),
     ];
     for (shape, tokens) in cases {
         for tokens in tokens {
@@ -228,10 +228,10 @@ fn stacked<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let device = device(BF16);
     let matrices = [40, 8, 24].map(|rows| Matrix::new(rows as u64, [rows, 256, 128, 0]));
     let parts = matrices.each_ref().map(Matrix::part);
-    for tokens in [4, 66] {
+    for tokens in [4, 194] {
         let x = rounded(&noise(5, tokens * 256));
         let got = run(&device, &parts, (&x, 256), None)?;
-        let rounding = tokens > FUSED_ROWS_MAX;
+        let rounding = tokens > RECORDS_ROWS_MAX;
         let each = matrices.each_ref().map(|m| m.product(&x, rounding));
         let row = |t: usize| {
             matrices.iter().zip(&each).flat_map(move |(m, out)| &out[t * m.rows..][..m.rows])
@@ -249,7 +249,7 @@ fn permuted<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
         let mut matrix = Matrix::new(50, [24, cols, group, 0]);
         let groups = matrix.zeros.len() / matrix.rows;
         matrix.column_groups = Some((0..cols).map(|k| k * stride / 7 % groups).collect());
-        for tokens in [1, 10, 65] {
+        for tokens in [1, 10, 65, 193] {
             check(&device, &matrix, tokens)?;
         }
     }
@@ -286,12 +286,12 @@ fn extremes<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
 fn batches<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let device = device(BF16);
     let matrix = Matrix::new(70, [24, 520, 128, 0]);
-    let x = rounded(&noise(71, FUSED_ROWS_MAX * matrix.cols));
+    let x = rounded(&noise(71, RECORDS_ROWS_MAX * matrix.cols));
     let multiply = |tokens: std::ops::Range<usize>| {
         let x = &x[tokens.start * matrix.cols..tokens.end * matrix.cols];
         run(&device, &[matrix.part()], (x, matrix.cols), None)
     };
-    let all = multiply(0..FUSED_ROWS_MAX)?;
+    let all = multiply(0..RECORDS_ROWS_MAX)?;
     for tokens in [0..1, 63..64, 30..37, 0..8, 5..14, 48..64, 1..18, 20..53] {
         let got = multiply(tokens.clone())?;
         let wanted = &all[tokens.start * matrix.rows..tokens.end * matrix.rows];

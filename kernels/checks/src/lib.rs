@@ -26,6 +26,7 @@ pub mod prefill_sm90;
 pub mod random;
 pub mod rope;
 pub mod sampling;
+pub mod skinny;
 
 pub use compare::{Tolerance, compare};
 
@@ -68,6 +69,7 @@ pub fn all<D: Driver>() -> Vec<Check<D>> {
         decode::checks(),
         decode::long_checks(),
         sampling::checks(),
+        skinny::checks(),
     ]
     .into_iter()
     .flatten()
@@ -76,8 +78,16 @@ pub fn all<D: Driver>() -> Vec<Check<D>> {
 
 /// The checks of what reading alone expects to fail on a device first, in that order.
 pub fn risks<D: Driver>() -> Vec<Check<D>> {
-    let rooms = [every_rows::checks(), prefill_sm90::checks(), int4::checks(), decode::checks()];
-    rooms.into_iter().flatten().collect()
+    [
+        every_rows::checks(),
+        prefill_sm90::checks(),
+        skinny::checks(),
+        int4::checks(),
+        decode::checks(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// Reproducible values, about evenly spread over (-1, 1).

@@ -15,22 +15,22 @@ pub fn checks<D: Driver>() -> Vec<Check<D>> {
     ]
 }
 
-const FP8: CudaConfig = CudaConfig { weights: WeightFormat::Fp8, ..BF16 };
+pub(crate) const FP8: CudaConfig = CudaConfig { weights: WeightFormat::Fp8, ..BF16 };
 
 /// Written where no op may write.
 const CANARY: f32 = 77.0;
 
 /// A product x [m, k] · weight [n, k]ᵀ (+ bias).
-struct Product {
-    shape: (usize, usize, usize),
-    x: Vec<f32>,
-    weight: Vec<f32>,
-    bias: Option<Vec<f32>>,
+pub(crate) struct Product {
+    pub shape: (usize, usize, usize),
+    pub x: Vec<f32>,
+    pub weight: Vec<f32>,
+    pub bias: Option<Vec<f32>>,
 }
 
 impl Product {
     /// Rows of very different sizes, so that no scale can stand for another's.
-    fn new(seed: u64, (m, n, k): (usize, usize, usize), bias: bool) -> Self {
+    pub fn new(seed: u64, (m, n, k): (usize, usize, usize), bias: bool) -> Self {
         let sized = |seed, rows: usize| -> Vec<f32> {
             let size = |row: usize| [1.0, 0.04, 6.0, 0.5, 25.0][row % 5];
             let values = noise(seed, rows * k).into_iter().enumerate();
@@ -40,13 +40,13 @@ impl Product {
         Self { shape: (m, n, k), x: sized(seed, m), weight: sized(seed + 1, n), bias }
     }
 
-    fn stored(&self) -> Vec<u8> {
+    pub fn stored(&self) -> Vec<u8> {
         let bf16 = |v: &f32| half::bf16::from_f32(*v).to_le_bytes();
         self.weight.iter().flat_map(bf16).collect()
     }
 
     /// On the device; the row behind the last is looked at too.
-    fn run<D: Driver>(
+    pub fn run<D: Driver>(
         &self,
         device: &Cuda<D>,
         weight: &<Cuda<D> as Backend>::Weight,
@@ -74,7 +74,7 @@ impl Product {
     }
 
     /// In f64, and for each result the sum of its terms' sizes, which bounds its rounding.
-    fn oracle(&self, x: &[f64], weight: &[f64]) -> Vec<(f64, f64)> {
+    pub fn oracle(&self, x: &[f64], weight: &[f64]) -> Vec<(f64, f64)> {
         let (_, n, k) = self.shape;
         let bias = |col: usize| self.bias.as_ref().map_or(0.0, |bias| f64::from(bias[col]));
         let one = |x: &[f64], col: usize| {
@@ -86,7 +86,12 @@ impl Product {
 }
 
 /// `Ok` where every result is within `share` of the sum of its terms' sizes, or one step of bf16.
-fn near(what: &str, got: &[f32], wanted: &[(f64, f64)], share: f64) -> Result<(), String> {
+pub(crate) fn near(
+    what: &str,
+    got: &[f32],
+    wanted: &[(f64, f64)],
+    share: f64,
+) -> Result<(), String> {
     for (at, (&got, &(wanted, sizes))) in got.iter().zip(wanted).enumerate() {
         let allowed = share * sizes + wanted.abs() / 256.0;
         // Said so that NaN is refused.
@@ -98,12 +103,12 @@ fn near(what: &str, got: &[f32], wanted: &[(f64, f64)], share: f64) -> Result<()
     Ok(())
 }
 
-fn widened(values: &[f32]) -> Vec<f64> {
+pub(crate) fn widened(values: &[f32]) -> Vec<f64> {
     values.iter().map(|v| f64::from(*v)).collect()
 }
 
 /// Rows as e4m3 with a scale each holds them.
-fn quantised(values: &[f32], cols: usize) -> Vec<f64> {
+pub(crate) fn quantised(values: &[f32], cols: usize) -> Vec<f64> {
     let row = |row: &[f32]| -> Vec<f64> {
         let scale = row.iter().fold(0.0f32, |largest, v| largest.max(v.abs())) / 448.0;
         let code = |v: &f32| e4m3::nearest(v * scale.recip()).and_then(e4m3::value);
@@ -130,33 +135,25 @@ fn narrow<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     Ok(())
 }
 
+/// Weights rounded to e4m3, activations as they are.
 fn fp8<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let device = device(FP8);
-    let products = device.driver().facts().fp8_products();
     for (seed, shape) in SHAPES.into_iter().enumerate() {
         for bias in [false, true] {
             let product = Product::new(seed as u64, shape, bias);
             let data = product.stored();
             let weight = uploaded(&data, shape, |parts| device.weight(parts))?;
             let got = product.run(&device, &weight, !bias)?;
-            let (x, weight) = if products {
-                // Tensor cores keep about 13 bits of a sum of fp8 products before it is added up,
-                // of the largest term's size: of few products that is more than of many.
-                (quantised(&product.x, shape.2), quantised(&product.weight, shape.2))
-            } else {
-                let weight = quantised(&product.weight, shape.2);
-                let round = |w: f64| f64::from(half::bf16::from_f64(w).to_f32());
-                (widened(&product.x), weight.into_iter().map(round).collect())
-            };
-            let wanted = product.oracle(&x, &weight);
-            near(&format!("{shape:?}"), &got, &wanted, if products { 5e-4 } else { 1e-6 })?;
+            let weight = quantised(&product.weight, shape.2);
+            let wanted = product.oracle(&widened(&product.x), &weight);
+            near(&format!("{shape:?}"), &got, &wanted, 1e-6)?;
         }
     }
     Ok(())
 }
 
 /// A weight [n, k] stored in bf16, as `upload` takes it.
-fn uploaded<W>(
+pub(crate) fn uploaded<W>(
     data: &[u8],
     (_, n, k): (usize, usize, usize),
     upload: impl Fn(&[WeightPart<'_>]) -> Result<W, KernelError>,

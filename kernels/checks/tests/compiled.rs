@@ -13,12 +13,15 @@ use std::{
 };
 
 /// Start of a kernel's name, the targets it concerns, and opcodes that its machine code must hold.
-/// The longest start that fits counts.
+/// The longest start that fits counts, for each target.
 const MEANT: &[(&str, &[&str], &[&str])] = &[
     ("attention_decode", &BOTH, &["HMMA", "LDSM", "LDGSTS"]),
     ("attention_prefill", &BOTH, &["HMMA", "LDSM", "LDGSTS"]),
     ("expert_linear", &BOTH, &["HMMA", "LDSM", "LDGSTS"]),
-    ("int4_linear", &BOTH, &["HMMA", "LDGSTS"]),
+    // Weights by 16 bytes a lane, or in bulk beside x; barriers in shared memory, and arrivals
+    // behind copies.
+    ("skinny_linear", &["sm_80"], &["HMMA", "LDGSTS", "ARRIVES"]),
+    ("skinny_linear", &["sm_90a"], &["HMMA", "LDGSTS", "ARRIVES", "UBLKCP", "SYNCS"]),
     ("attention_prefill_sm90", &["sm_90a"], &WGMMA),
 ];
 
@@ -31,6 +34,36 @@ const WGMMA: [&str; 6] = ["HGMMA", "LDGSTS", "SYNCS", "ARRIVES", "FENCE", "USETM
 /// compiler may give a kernel fewer.
 const REGISTERS_OF_384: u32 = 65536 / 384 / 8 * 8;
 
+/// What a thread of 288 may have: of their nine warps three share the 16384 of a scheduler.
+const REGISTERS_OF_288: u32 = 16384 / (3 * 32) / 8 * 8;
+
+/// Kernels whose loop over records is one piece of code, and bytes of a record: eight warps must
+/// have issued it for four records before memory brings the next four.
+const KEEPS_UP: &[(&str, u32)] = &[
+    ("skinny_linear_bf16_t8", 8192),
+    ("skinny_linear_bf16_t16", 8192),
+    ("skinny_linear_bf16_t32", 8192),
+    ("skinny_linear_bf16_t64", 8192),
+    ("skinny_linear_e4m3_t8", 8192),
+    ("skinny_linear_e4m3_t16", 8192),
+    ("skinny_linear_e4m3_t32", 8192),
+    ("skinny_linear_e4m3_t64", 8192),
+    ("skinny_linear_int4_g128_t8", 4352),
+    ("skinny_linear_int4_g128_t16", 4352),
+    ("skinny_linear_int4_g128_t32", 4352),
+    ("skinny_linear_int4_g64_t8", 4608),
+    ("skinny_linear_int4_g64_t16", 4608),
+    ("skinny_linear_int4_g32_t8", 5120),
+    ("skinny_linear_int4_g32_t16", 5120),
+];
+
+/// Instructions that a warp has for its loop, where a multiprocessor gets `record_bytes` at its
+/// share of an H200's copies, 4.3 TB/s among 132 at 1.7 GHz, and four schedulers issue one a clock.
+fn slots_of_a_warp(record_bytes: u32) -> u32 {
+    let bytes_a_clock = 4.3e12 / 132.0 / 1.7e9;
+    (4.0 * f64::from(record_bytes) / bytes_a_clock * 4.0 / 8.0) as u32
+}
+
 /// What is known about one kernel on one target.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Compiled {
@@ -38,6 +71,32 @@ struct Compiled {
     stack_bytes: u32,
     spill_bytes: u32,
     opcodes: BTreeSet<String>,
+    /// Instructions of the shortest loop with tensor-core products in it.
+    product_loop: Option<u32>,
+    /// Address of each instruction so far, and whether it is such a product.
+    seen: Vec<(u64, bool)>,
+}
+
+impl Compiled {
+    /// Takes note of an instruction: of its opcode, and of the loop that it ends.
+    fn read(&mut self, address: u64, instruction: &str) {
+        let mut words = instruction.split_whitespace();
+        // A predicate may come first.
+        let word = words.find(|word| !word.starts_with('@')).unwrap_or_default();
+        let opcode: String = word.chars().take_while(char::is_ascii_alphanumeric).collect();
+        self.seen.push((address, opcode == "HMMA"));
+        let to = instruction.split("0x").nth(1).filter(|_| opcode == "BRA");
+        let to = to.and_then(|digits| {
+            let end = digits.find(|c: char| !c.is_ascii_hexdigit()).unwrap_or(digits.len());
+            u64::from_str_radix(&digits[..end], 16).ok()
+        });
+        let body = self.seen.iter().filter(|(at, _)| to.is_some_and(|to| *at >= to));
+        let (len, products) = body.fold((0, false), |(len, any), (_, hmma)| (len + 1, any | hmma));
+        if products {
+            self.product_loop = Some(self.product_loop.map_or(len, |shortest| shortest.min(len)));
+        }
+        self.opcodes.insert(opcode);
+    }
 }
 
 fn root() -> PathBuf {
@@ -74,20 +133,18 @@ fn read_usage(text: &str, found: &mut BTreeMap<String, Compiled>) {
     }
 }
 
-/// Reads a disassembly: the opcodes of each kernel, without what follows the first dot.
+/// Reads a disassembly: the opcodes of each kernel, without what follows the first dot, and loops.
 fn read_opcodes(text: &str, found: &mut BTreeMap<String, Compiled>) {
     let mut kernel = None;
     for line in text.lines().map(str::trim) {
         if let Some(name) = line.strip_prefix("Function : ") {
             kernel = Some(found.entry(name.to_owned()).or_default());
         }
-        let instruction = line.split("*/").nth(1).filter(|_| line.starts_with("/*"));
-        let Some((kernel, instruction)) = kernel.as_mut().zip(instruction) else { continue };
-        let mut words = instruction.split_whitespace();
-        // A predicate may come first.
-        let word = words.find(|word| !word.starts_with('@')).unwrap_or_default();
-        let opcode: String = word.chars().take_while(char::is_ascii_alphanumeric).collect();
-        kernel.opcodes.insert(opcode);
+        let parts = line.strip_prefix("/*").and_then(|rest| rest.split_once("*/"));
+        let Some((kernel, (address, instruction))) = kernel.as_mut().zip(parts) else { continue };
+        // Words of the encoding that stand alone are no addresses.
+        let Ok(address) = u64::from_str_radix(address, 16) else { continue };
+        kernel.read(address, instruction);
     }
 }
 
@@ -122,7 +179,7 @@ fn compile(nvcc: &Path, (arch, target): (&str, &str)) -> BTreeMap<String, Compil
 /// What is wrong with a kernel.
 fn faults(name: &str, target: &str, compiled: &Compiled) -> Vec<String> {
     let mut faults = Vec::new();
-    let Compiled { registers, stack_bytes, spill_bytes, opcodes } = compiled;
+    let Compiled { registers, stack_bytes, spill_bytes, opcodes, product_loop, .. } = compiled;
     if stack_bytes + spill_bytes > 0 {
         let found = format!("{spill_bytes} bytes spilled, {stack_bytes} bytes of stack");
         faults.push(format!("{name} for {target}: {found}"));
@@ -131,9 +188,24 @@ fn faults(name: &str, target: &str, compiled: &Compiled) -> Vec<String> {
         let counted = format!("{registers} registers at first, not {REGISTERS_OF_384}");
         faults.push(format!("{name} for {target}: {counted}"));
     }
-    let fits = MEANT.iter().filter(|(start, ..)| name.starts_with(start));
-    let meant = fits.max_by_key(|(start, ..)| start.len());
-    for opcode in meant.filter(|(_, on, _)| on.contains(&target)).map_or(&[][..], |meant| meant.2) {
+    if name.starts_with("skinny_linear") && *registers > REGISTERS_OF_288 {
+        let counted = format!("{registers} registers, {REGISTERS_OF_288} at most");
+        faults.push(format!("{name} for {target}: {counted}"));
+    }
+    for (_, record_bytes) in KEEPS_UP.iter().filter(|(kernel, _)| *kernel == name) {
+        let slots = slots_of_a_warp(*record_bytes);
+        if target == "sm_90a" && product_loop.is_none_or(|len| len > slots) {
+            faults
+                .push(format!("{name} for {target}: a loop of {product_loop:?}, {slots} at most"));
+        }
+    }
+    let fits = |start: &str| name.starts_with(start);
+    let longest = MEANT.iter().filter(|(start, ..)| fits(start)).map(|(start, ..)| start.len());
+    let longest = longest.max().unwrap_or(0);
+    let meant = MEANT
+        .iter()
+        .filter(|(start, on, _)| fits(start) && start.len() == longest && on.contains(&target));
+    for opcode in meant.flat_map(|(.., opcodes)| *opcodes) {
         if !opcodes.contains(*opcode) {
             faults.push(format!("{name} for {target}: no {opcode} in its machine code"));
         }
@@ -175,6 +247,31 @@ fn spills_and_missing_instructions_are_faults() {
     let wrong = faults("attention_decode_x", "sm_80", compiled);
     assert_eq!(wrong.len(), 2, "{wrong:?}");
     assert!(wrong[0].contains("20 bytes spilled") && wrong[1].contains("no LDSM"), "{wrong:?}");
+}
+
+#[test]
+fn a_loop_that_memory_outruns_is_a_fault() {
+    let mut found = BTreeMap::new();
+    let assembly = "\t\tFunction : skinny_linear_int4_g128_t8\n\
+                    /*0000*/  HMMA.16816.F32.BF16 R4, R4, R8, R4 ;  /* 0x1 */\n\
+                    /*0010*/  LDS.128 R1, [R2] ;  /* 0x1 */\n\
+                    /*0020*/  @P0 BRA 0x10 ;  /* 0x1 */\n\
+                    /*0030*/  @P1 BRA.U.ANY 0x0 ;  /* 0x1 */\n\
+                    /*0040*/  @P1 BRA 0x80 ;  /* 0x1 */\n\
+                    /*0080*/  HMMA.16816.F32.BF16 R4, R4, R8, R4 ;  /* 0x1 */\n";
+    read_opcodes(assembly, &mut found);
+    let kernel = found.get_mut("skinny_linear_int4_g128_t8").expect("it was read");
+    // Neither the loop without a product nor what a jump ahead leaves out.
+    assert_eq!(kernel.product_loop, Some(4));
+    assert_eq!(slots_of_a_warp(4352), 454);
+    kernel.product_loop = Some(455);
+    kernel.registers = 176;
+    let wrong = faults("skinny_linear_int4_g128_t8", "sm_90a", kernel);
+    assert!(wrong.iter().any(|fault| fault.contains("a loop of Some(455)")), "{wrong:?}");
+    assert!(wrong.iter().any(|fault| fault.contains("176 registers, 168")), "{wrong:?}");
+    assert!(wrong.iter().any(|fault| fault.contains("no UBLKCP")), "{wrong:?}");
+    let older = faults("skinny_linear_int4_g128_t8", "sm_80", kernel);
+    assert!(!older.iter().any(|fault| fault.contains("UBLKCP")), "{older:?}");
 }
 
 #[test]

@@ -2,8 +2,9 @@
 //! AddressSanitizer.
 
 use checks::Check;
-use cuda::Cuda;
+use cuda::{Cuda, CudaConfig, WeightFormat};
 use emulate::{ASAN, Emulator, PLAIN, RACES, Schedule, Variant, libasan, library};
+use kernels::{Backend, Format, Tensor, WeightPart};
 use std::{env, process::Command};
 
 /// Set for the process that runs under AddressSanitizer.
@@ -83,16 +84,47 @@ fn attention_is_about_as_exact_as_pytorchs() {
     run(&checks::accuracy::checks(), PLAIN, Schedule::InTurn);
 }
 
-/// Where there are no products in fp8, such weights are widened.
+/// Where there are neither products in fp8 nor bulk copies, and few multiprocessors, whose blocks
+/// make many parts of a product each.
 #[test]
-fn linear_agrees_on_an_older_device() {
+fn products_agree_on_an_older_and_smaller_device() {
     let library = library(PLAIN);
     let device = |config| {
-        let emulator = Emulator::load(&library, Schedule::InTurn).expect("it loads");
-        Cuda::new(emulator.of_capability((8, 0)), config)
+        let emulator = Emulator::load(&library, Schedule::Random(2)).expect("it loads");
+        Cuda::new(emulator.of_capability((8, 0)).of_multiprocessors(3), config)
     };
-    for check in checks::linear::checks() {
-        assert_eq!((check.run)(&device), Ok(()), "{}", check.name);
+    for check in [checks::linear::checks(), checks::skinny::checks(), checks::int4::checks()] {
+        for check in check {
+            assert_eq!((check.run)(&device), Ok(()), "{}", check.name);
+        }
+    }
+}
+
+/// [5, 264] · [272, 264]ᵀ on a device of so many multiprocessors, in bits.
+fn product_bits(multiprocessors: u32, weights: WeightFormat) -> Vec<u32> {
+    let library = library(PLAIN);
+    let emulator = Emulator::load(&library, Schedule::Backwards).expect("it loads");
+    let config = CudaConfig { weights, ..CudaConfig::default() };
+    let device = Cuda::new(emulator.of_multiprocessors(multiprocessors), config);
+    let data: Vec<u8> = checks::noise(1, 272 * 264).iter().flat_map(|v| v.to_le_bytes()).collect();
+    let weight =
+        device.weight(&[WeightPart::plain(Format::F32, 272, 264, data)]).expect("a weight");
+    let x = Tensor::from_host(&device, 264, &checks::noise(2, 5 * 264)).expect("x");
+    let mut out = Tensor::exact_zeros(&device, 5, 272).expect("out");
+    device.linear(&mut out, &x, &weight, None).expect("a product");
+    let mut got = vec![0.0; 5 * 272];
+    device.read_floats(&mut got, &out.data).expect("floats");
+    got.into_iter().map(f32::to_bits).collect()
+}
+
+#[test]
+fn the_number_of_multiprocessors_changes_no_bit() {
+    for weights in [WeightFormat::Bf16, WeightFormat::Fp8] {
+        let wanted = product_bits(132, weights);
+        for multiprocessors in [1, 2, 5] {
+            let got = product_bits(multiprocessors, weights);
+            assert_eq!(got, wanted, "{multiprocessors} of {weights:?}");
+        }
     }
 }
 
@@ -102,4 +134,4 @@ fn many_draws_follow_the_distribution() {
 }
 
 emulated!(elementwise, every_rows, experts, fp8, int4, linear, norm, peers);
-emulated!(rope, prefill, prefill_sm90, decode, random, sampling);
+emulated!(rope, prefill, prefill_sm90, decode, random, sampling, skinny);

@@ -22,6 +22,16 @@ fn planted(
     fault: (&str, &str),
     variant: Variant,
 ) -> (PathBuf, tempfile::TempDir) {
+    planted_in(&[name], file, fault, variant)
+}
+
+/// As `planted`, of several kernel files.
+fn planted_in(
+    names: &[&str],
+    file: &str,
+    fault: (&str, &str),
+    variant: Variant,
+) -> (PathBuf, tempfile::TempDir) {
     let here = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("kernels/");
     let dir = tempfile::tempdir().expect("a folder");
     let copy = dir.path().join("cuda");
@@ -35,7 +45,7 @@ fn planted(
     assert!(text.contains(fault.0), "{file} has no {:?} to damage", fault.0);
     fs::write(&damaged, text.replace(fault.0, fault.1)).expect("a writable copy");
     let places = Places { kernels: &copy, out: dir.path() };
-    let library = compile::compile(&places, variant, &|found| found == name);
+    let library = compile::compile(&places, variant, &|found| names.contains(&found));
     (library.expect("the damaged kernels compile"), dir)
 }
 
@@ -118,6 +128,73 @@ fn a_product_of_what_was_copied_wants_a_proxy_fence() {
     );
     let error = wgmma_planted(KERNEL, fence);
     assert!(error.contains("no fence.proxy.async between"), "{error}");
+}
+
+/// What the checks of products with weights of bf16 in records say, on a device of one
+/// multiprocessor, whose ring comes round, where `fault.0` of `file` is replaced by `fault.1`.
+fn records_planted(file: &str, fault: (&str, &str), variant: Variant) -> String {
+    let files = &["skinny_bf16", "skinny_pack"];
+    let (library, _dir) = planted_in(files, file, fault, variant);
+    let device = |config| {
+        let emulator = Emulator::load(&library, Schedule::InTurn).expect("the library loads");
+        Cuda::new(emulator.of_multiprocessors(1), config)
+    };
+    let of_bf16 = |check: &Check<Emulator>| check.name.ends_with("of bf16");
+    let checks = checks::skinny::checks().into_iter().filter(of_bf16);
+    let verdict = checks.map(|check| (check.run)(&device)).collect::<Result<Vec<()>, String>>();
+    verdict.expect_err("an error")
+}
+
+const LINEAR: &str = "skinny_linear.cuh";
+const FULL: &str = "            barrier_wait(&ring.full[place.stage], place.parity);\n";
+
+#[test]
+fn a_record_that_nobody_waited_for_is_a_race() {
+    let error = records_planted(LINEAR, (FULL, ""), compile::RACES);
+    assert!(error.contains("race on byte"), "{error}");
+}
+
+#[test]
+fn a_record_that_nobody_waited_for_never_lands() {
+    let error = records_planted(LINEAR, (FULL, ""), compile::PLAIN);
+    assert!(error.contains("bulk copies have landed"), "{error}");
+}
+
+#[test]
+fn waiting_for_the_wrong_phase_is_a_race() {
+    let other = FULL.replace("place.parity", "place.parity ^ 1");
+    let error = records_planted(LINEAR, (FULL, &other), compile::RACES);
+    assert!(error.contains("race on byte"), "{error}");
+}
+
+#[test]
+fn a_stage_that_is_filled_before_it_is_read_is_an_error() {
+    let empty = ("            barrier_wait(&ring.empty[place.stage], place.parity ^ 1);\n", "");
+    let error = records_planted(LINEAR, empty, compile::PLAIN);
+    assert!(error.contains("copies have landed"), "{error}");
+}
+
+const EXPECTED: &str = "barrier_arrive_expect(full, unit.strips * Format::BYTES);";
+
+#[test]
+fn bytes_that_nobody_expects_are_an_error() {
+    let fewer = EXPECTED.replace("unit.strips *", "(unit.strips - 1) *");
+    let error = records_planted(LINEAR, (EXPECTED, &fewer), compile::PLAIN);
+    assert!(error.contains("a bulk copy of"), "{error}");
+}
+
+#[test]
+fn bytes_that_never_come_are_waited_for() {
+    let more = EXPECTED.replace("unit.strips *", "(unit.strips + 1) *");
+    let error = records_planted(LINEAR, (EXPECTED, &more), compile::PLAIN);
+    assert!(error.contains("deadlock") && error.contains("an mbarrier"), "{error}");
+}
+
+#[test]
+fn sums_that_are_added_before_the_last_has_arrived_are_wrong() {
+    let early = ("atomicAdd(arrived, 1u) == parts - 1", "atomicAdd(arrived, 1u) == parts - 2");
+    let error = records_planted("skinny_sums.cuh", early, compile::PLAIN);
+    assert!(error.contains("wanted"), "{error}");
 }
 
 /// What the checks of exchanges say where `fault.0` of `file` is replaced by `fault.1`.

@@ -174,6 +174,20 @@ DEVICE void cp_async_16(void* shared, const void* global, bool valid = true) {
     cp_async_16(shared_address(shared), global, valid);
 }
 
+// As cp_async_16, of what is read once: it leaves the L2 first.
+DEVICE void cp_async_16_once(void* shared, const void* global) {
+#ifdef LOCKSTEP_EMULATE
+    cp_async_16(shared, global);
+#else
+    asm volatile(
+        "{\n.reg .b64 once;\ncreatepolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+        "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, once;\n}" ::"r"(
+            shared_address(shared)),
+        "l"(global)
+        : "memory");
+#endif
+}
+
 // Ends a group of copies.
 DEVICE void cp_async_commit() {
 #ifdef LOCKSTEP_EMULATE

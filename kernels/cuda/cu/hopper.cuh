@@ -1,5 +1,6 @@
-// What only sm_90a has: warpgroup products (wgmma), barriers in shared memory (mbarrier), fences
-// between proxies and registers that move between warpgroups.
+// What only sm_90a has: warpgroup products (wgmma), bulk copies, fences between proxies and
+// registers that move between warpgroups; and barriers in shared memory (mbarrier), which sm_80 has
+// too.
 //
 // As in common.cuh, each function has a PTX body and one for the emulation (`simt_hopper.h`). The
 // semantics, descriptors and fragment layouts are those of the PTX ISA's chapters on
@@ -79,14 +80,75 @@ DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
 #else
     uint32_t ended = 0;
     while (!ended) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define MBARRIER_TRY "mbarrier.try_wait"
+#else
+#define MBARRIER_TRY "mbarrier.test_wait"
+#endif
         asm volatile(
-            "{\n.reg .pred ended;\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n"
+            "{\n.reg .pred ended;\n" MBARRIER_TRY
+            ".parity.shared::cta.b64 ended, [%1], %2;\n"
             "selp.u32 %0, 1, 0, ended;\n}"
             : "=r"(ended)
             : "r"(shared_address(barrier)), "r"(parity)
             : "memory");
     }
+#endif
+}
+
+// Barriers that this thread has initialised are there for bulk copies too, once a __syncthreads
+// follows.
+DEVICE void barriers_made() {
+#if !defined(LOCKSTEP_EMULATE) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900)
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Whether weights move by bulk copies: where the device has them. Only the emulation, which has
+// both, asks what the launcher says.
+DEVICE bool moves_in_bulk(uint32_t said) {
+#if defined(LOCKSTEP_EMULATE)
+    return said != 0;
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    return static_cast<void>(said), true;
+#else
+    return static_cast<void>(said), false;
+#endif
+}
+
+// One arrival; the phase ends no sooner than `bytes` more of bulk copies, which begin after it,
+// have landed.
+DEVICE void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
+#if defined(LOCKSTEP_EMULATE)
+    simt::mbarrier_arrive_expect(&barrier->state, bytes);
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                     shared_address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+#else
+    static_cast<void>(barrier), static_cast<void>(bytes);
+    __trap();
+#endif
+}
+
+// Copies `bytes`, a multiple of 16, from global memory that is read once to shared memory in the
+// background, both aligned to 16 bytes; whoever waits for the phase of `barrier` that expects them
+// sees them.
+DEVICE void bulk_copy(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
+#if defined(LOCKSTEP_EMULATE)
+    simt::bulk_copy(to, from, bytes, &barrier->state);
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n.reg .b64 once;\ncreatepolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1], %2, [%3], once;\n}" ::"r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+#else
+    static_cast<void>(to), static_cast<void>(from), static_cast<void>(bytes);
+    static_cast<void>(barrier);
+    __trap();
 #endif
 }
 

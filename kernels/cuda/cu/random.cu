@@ -3,7 +3,7 @@
 //
 // Bound by the integer units, about 60 operations a number: 70 thousand million of them take an
 // H100 some seconds.
-#include "int4.cuh"
+#include "skinny.cuh"
 
 constexpr int THREADS = 256;
 // Numbers of a thread, THREADS apart.
@@ -52,16 +52,16 @@ struct RandomPart {
 
 constexpr int PARTS = 3;
 
-// Records of int4.cuh.
+// Records of skinny.cuh.
 struct RandomInt4Args {
     uint32_t* records;
     RandomPart parts[PARTS];
     uint64_t words;  // of all records
     uint32_t cols;
     uint32_t lead;
-    uint32_t stages;
-    uint32_t unit;    // columns with one scale
-    uint32_t factor;  // of every row and unit that is there
+    uint32_t strip_records;
+    uint32_t group;   // columns with one scale
+    uint32_t factor;  // of every row and group that is there
     uint32_t zero;    // the integer that stands for 0
 };
 
@@ -88,32 +88,33 @@ DEVICE bool random_has_row(const RandomInt4Args& args, uint64_t row) {
 }
 
 KERNEL(random_int4_records, RandomInt4Args, THREADS) {
-    using namespace int4_weights;
+    using skinny::HALF, skinny::LANE_ROWS, skinny::SLOT_COLS, skinny::STRIP;
+    using Format = skinny::Int4<128>;
     const uint64_t at = static_cast<uint64_t>(blockIdx.x) * THREADS + threadIdx.x;
     if (at >= args.words) return;
-    const uint32_t weights = STRIP_BYTES / 4;
-    const uint32_t record = weights + STAGE_COLS / args.unit * (FACTOR_BYTES / 4);
-    const uint32_t word = static_cast<uint32_t>(at % record);
-    const uint32_t stage = static_cast<uint32_t>(at / record % args.stages);
-    const uint64_t first_row = at / record / args.stages * STRIP;
-    if (word < weights) {
+    const uint32_t numbers = Format::NUMBER_BYTES / 4;
+    const uint32_t words = numbers + Format::COLS / args.group * (Format::GROUP_BYTES / 4);
+    const uint32_t word = static_cast<uint32_t>(at % words);
+    const uint32_t record = static_cast<uint32_t>(at / words % args.strip_records);
+    const uint64_t first_row = at / words / args.strip_records * STRIP;
+    if (word < numbers) {
         const uint32_t lane = word / 4 % 32, half = word / 128 % 2, slot = word / 256;
-        const uint64_t row = first_row + half * 32 + word % 4 / 2 * 16 + lane / 4;
+        const uint64_t row = first_row + half * HALF + lane / 4 * LANE_ROWS + word % 4 / 2 * 2;
         const uint32_t in_slot = lane % 4 * 8 + word % 2 * 4;
-        const uint32_t place = stage * STAGE_COLS + slot * SLOT_COLS + in_slot;
+        const uint32_t place = record * Format::COLS + slot * SLOT_COLS + in_slot;
         uint32_t packed = 0;
         for (int r = 0; r < 4; ++r) {
             const uint32_t even = place + r / 2 * 2;
-            packed |= random_int4(args, row + r % 2 * 8, even) << 4 * r;
-            packed |= random_int4(args, row + r % 2 * 8, even + 1) << (16 + 4 * r);
+            packed |= random_int4(args, row + r % 2, even) << 4 * r;
+            packed |= random_int4(args, row + r % 2, even + 1) << (16 + 4 * r);
         }
         args.records[at] = packed;
         return;
     }
-    const uint32_t factor = word - weights, i = factor % STRIP;
-    const uint64_t row = first_row + i / 32 * 32 + i / 4 % 8 + i % 4 * 8;
-    const uint32_t unit_first = stage * STAGE_COLS + factor / STRIP * args.unit;
-    const bool has_cols = unit_first < args.lead + args.cols && unit_first + args.unit > args.lead;
+    const uint32_t factor = word - numbers;
+    const uint64_t row = first_row + factor % STRIP;
+    const uint32_t first = record * Format::COLS + factor / STRIP * args.group;
     // 128 without a scale: what is not there counts nothing.
+    const bool has_cols = first < args.lead + args.cols && first + args.group > args.lead;
     args.records[at] = has_cols && random_has_row(args, row) ? args.factor : 0x43000000u;
 }

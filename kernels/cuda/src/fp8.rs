@@ -72,13 +72,8 @@ impl<D: Driver> Fp8<D> {
         &self.scales
     }
 
-    /// Every row there is room for has been written.
-    pub(super) fn fill(&mut self) {
-        self.rows = self.rows_max;
-    }
-
     /// All there is room for, from rows in bf16 at `x`.
-    pub(super) fn scaled_rows(&self, device: &Cuda<D>, x: u64) -> ScaledRows {
+    fn scaled_rows(&self, device: &Cuda<D>, x: u64) -> ScaledRows {
         ScaledRows {
             codes: self.codes.address(&device.driver),
             scales: self.scales.address(&device.driver),
@@ -171,21 +166,10 @@ impl<D: Driver> Cuda<D> {
         ensure(OP, fits, || {
             format!("out is [{}, {}], x [{}, {}]", out.rows, out.cols, x.rows, x.cols)
         })?;
-        self.dequantize_to(self.at(out), x)
-    }
-
-    /// Codes and scales of rows.
-    pub(super) fn quantize_rows(&self, rows: &ScaledRows) -> Result<(), KernelError> {
-        let shape = (rows.rows as usize, rows.cols as usize);
-        self.launch_rows("quantize_fp8", &QUANTIZE_ROWS, shape, rows)
-    }
-
-    /// [rows, cols] in bf16, at `to`.
-    pub(super) fn dequantize_to(&self, to: u64, x: &Fp8<D>) -> Result<(), KernelError> {
         let vectors = x.rows * x.cols / VECTOR;
         let args = ScaleArgs {
             codes: x.codes.address(&self.driver),
-            x: to,
+            x: self.at(out),
             scales: x.scales.address(&self.driver),
             vectors: vectors as u32,
             // A scale for all is one for more vectors than there are.
@@ -194,6 +178,12 @@ impl<D: Driver> Cuda<D> {
                 Fp8Scaling::Tensor(_) => u32::MAX,
             },
         };
-        self.launch_vectors("dequantize_bf16", blocks("dequantize_fp8", vectors)?, &args)
+        self.launch_vectors("dequantize_bf16", blocks(OP, vectors)?, &args)
+    }
+
+    /// Codes and scales of rows.
+    pub(super) fn quantize_rows(&self, rows: &ScaledRows) -> Result<(), KernelError> {
+        let shape = (rows.rows as usize, rows.cols as usize);
+        self.launch_rows("quantize_fp8", &QUANTIZE_ROWS, shape, rows)
     }
 }

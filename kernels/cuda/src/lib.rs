@@ -25,6 +25,7 @@ mod random;
 mod rope;
 mod rows;
 mod sampling;
+mod skinny;
 
 pub use array::{Array, Element, Floats, Ints};
 pub use attention::PrefillKernel;
@@ -35,8 +36,7 @@ pub use device::{Gpu, GpuConfig};
 pub use driver::{Driver, Facts, GEMM_WORKSPACE_BYTES, Gemm, Launch, Scales};
 pub use experts::CudaExperts;
 pub use fp8::{Fp8, Fp8Scaling};
-pub use int4::FUSED_ROWS_MAX;
-pub use linear::WeightFormat;
+pub use linear::{RECORDS_ROWS_MAX, WeightFormat};
 pub use peers::{PEERS_MAX, PeerConfig, PeerRegion, Peers};
 pub use rope::{CudaKv, KvFormat};
 pub use sampling::SampleRoom;

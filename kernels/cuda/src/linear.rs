@@ -1,13 +1,17 @@
 //! Weights and the matrix product.
 
+mod route;
 pub(super) mod upload;
 
 use super::{
-    Array, Cuda, Driver, Element, Floats, Fp8, Gemm, Scales,
+    Array, Cuda, Driver, Element, Floats, Gemm, Scales,
     fp8::{SCALED_COLS_MAX, ScaledRows},
     int4::{self, Int4},
+    skinny::{self, Extent, Inputs, Numbers, Records},
 };
 use kernels::{KernelError, PartShape, Tensor, WeightPart, shape::ensure};
+pub use route::RECORDS_ROWS_MAX;
+use route::{Route, aligned, in_records, product_bytes, route};
 use serde::{Deserialize, Serialize};
 
 /// How the matrices of a model's layers are kept on the device, but for those that a checkpoint
@@ -15,9 +19,10 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WeightFormat {
     Bf16,
-    /// e4m3 with a scale for each row (output), found when the weight is uploaded; activations get
-    /// one for each token as they come. On devices without such products the weight is widened to
-    /// bf16 for each. Matrices whose rows or columns are no multiple of 16 stay bf16.
+    /// e4m3 with a scale for each row (output), found when the weight is uploaded. Few tokens are
+    /// multiplied in bf16; many get a scale each and are rounded to e4m3, but for devices without
+    /// such products, where the weight becomes bf16. Matrices whose rows or columns are no multiple
+    /// of 16 stay bf16.
     Fp8,
 }
 
@@ -35,18 +40,28 @@ impl WeightFormat {
 
     /// As [`Self::bytes`], of a table (`Backend::table`).
     pub fn table_bytes(stack: &[PartShape]) -> u64 {
-        Self::Bf16.rounded_bytes(stack)
+        let (rows, cols) = stacked(stack);
+        (rows * cols * Element::Bf16.bytes()) as u64
     }
 
     fn rounded_bytes(self, stack: &[PartShape]) -> u64 {
-        let rows: usize = stack.iter().map(|part| part.rows).sum();
-        let cols = stack.first().map_or(0, |part| part.cols);
-        let row_bytes = match self.is_fp8(rows, cols) {
-            true => cols + size_of::<f32>(),
-            false => cols * Element::Bf16.bytes(),
-        };
-        (rows * row_bytes) as u64
+        let (rows, cols) = stacked(stack);
+        match self.records((rows, cols)) {
+            Some(numbers) => skinny::bytes(numbers, Extent { rows, cols, lead: 0 }) as u64,
+            None => Self::table_bytes(stack),
+        }
     }
+
+    /// What the records of a matrix [N, K] consist of; `None` where it is kept as rows of bf16.
+    fn records(self, (rows, cols): (usize, usize)) -> Option<Numbers> {
+        let numbers = if self.is_fp8(rows, cols) { Numbers::E4m3 } else { Numbers::Bf16 };
+        in_records((rows, cols)).then_some(numbers)
+    }
+}
+
+/// Rows and columns of matrices stacked by rows.
+fn stacked(stack: &[PartShape]) -> (usize, usize) {
+    (stack.iter().map(|part| part.rows).sum(), stack.first().map_or(0, |part| part.cols))
 }
 
 /// Bytes of the workspace that products of up to `tokens` rows with a stack want.
@@ -56,23 +71,24 @@ pub(super) fn workspace_bytes(
     tokens: usize,
     fp8_products: bool,
 ) -> usize {
-    if let Some(bytes) = int4::workspace_bytes(stack, tokens) {
-        return bytes;
-    }
-    let rows: usize = stack.iter().map(|part| part.rows).sum();
-    let cols = stack.first().map_or(0, |part| part.cols);
-    match format.is_fp8(rows, cols) {
-        true if fp8_products => {
-            tokens.saturating_mul(size_of::<f32>()).saturating_add(codes_bytes(tokens, cols))
-        }
-        true => rows * cols * Element::Bf16.bytes(),
-        false => 0,
-    }
+    let rounded = || {
+        let (rows, cols) = stacked(stack);
+        Some((format.records((rows, cols))?, Extent { rows, cols, lead: 0 }, false))
+    };
+    let Some((numbers, extent, is_permuted)) = int4::records(stack).or_else(rounded) else {
+        return 0;
+    };
+    let of = |m: usize| {
+        let gathered = if is_permuted { gathered_bytes(m, extent) } else { 0 };
+        gathered.saturating_add(product_bytes(m, numbers, extent, fp8_products))
+    };
+    // The most rows of either way.
+    of(tokens.min(RECORDS_ROWS_MAX)).max(of(tokens))
 }
 
-/// Activations in e4m3, so that their scales can follow.
-fn codes_bytes(rows: usize, cols: usize) -> usize {
-    rows.saturating_mul(cols).checked_next_multiple_of(256).unwrap_or(usize::MAX)
+/// m rows of x in the order of a weight's columns.
+fn gathered_bytes(m: usize, extent: Extent) -> usize {
+    aligned(m, extent.cols * Element::Bf16.bytes())
 }
 
 /// A weight [N, K] on the device.
@@ -84,10 +100,10 @@ pub struct Weight<D: Driver> {
 
 /// What the device holds.
 enum Stored<D: Driver> {
-    /// Row-major.
-    Bf16(Array<D>),
-    /// With a scale for each row.
-    Fp8(Fp8<D>),
+    /// bf16, row-major.
+    Rows(Array<D>),
+    /// bf16 or e4m3.
+    Records(Records<D>),
     Int4(Int4<D>),
 }
 
@@ -103,10 +119,16 @@ impl<D: Driver> Weight<D> {
         match Int4::new(device, parts)? {
             Some(values) => Ok(Self { rows, cols, stored: Stored::Int4(values) }),
             None => {
-                let driver = &device.driver;
-                let is_fp8 = format.is_fp8(rows, cols) && driver.facts().fp8_products();
-                driver.expect_products((rows, cols), is_fp8)?;
-                Self::rounded(device, parts, (rows, cols), format)
+                let stored = match format.records((rows, cols)) {
+                    Some(numbers) => {
+                        Stored::Records(upload::records(device, parts, (rows, cols), numbers)?)
+                    }
+                    None => {
+                        device.driver.expect_products((rows, cols), false)?;
+                        Stored::Rows(upload::bf16(device, parts, (rows, cols))?)
+                    }
+                };
+                Ok(Self { rows, cols, stored })
             }
         }
     }
@@ -116,22 +138,8 @@ impl<D: Driver> Weight<D> {
         device: &Cuda<D>,
         parts: &[WeightPart<'_>],
     ) -> Result<Self, KernelError> {
-        let shape = WeightPart::check(parts)?;
-        Self::rounded(device, parts, shape, WeightFormat::Bf16)
-    }
-
-    /// Parts that were found to be of one shape, rounded to what `format` says.
-    fn rounded(
-        device: &Cuda<D>,
-        parts: &[WeightPart<'_>],
-        (rows, cols): (usize, usize),
-        format: WeightFormat,
-    ) -> Result<Self, KernelError> {
-        let stored = if format.is_fp8(rows, cols) {
-            Stored::Fp8(upload::fp8(device, parts, (rows, cols))?)
-        } else {
-            Stored::Bf16(upload::bf16(device, parts, (rows, cols))?)
-        };
+        let (rows, cols) = WeightPart::check(parts)?;
+        let stored = Stored::Rows(upload::bf16(device, parts, (rows, cols))?);
         Ok(Self { rows, cols, stored })
     }
 
@@ -151,9 +159,9 @@ impl<D: Driver> Weight<D> {
     /// `KernelError::Weight` where they do not.
     pub(super) fn table(&self, driver: &D) -> Result<u64, KernelError> {
         match &self.stored {
-            Stored::Bf16(values) => Ok(values.address(driver)),
-            Stored::Fp8(_) | Stored::Int4(_) => Err(KernelError::Weight(
-                "quantised rows cannot be looked up; upload the matrix as a table".into(),
+            Stored::Rows(values) => Ok(values.address(driver)),
+            Stored::Records(_) | Stored::Int4(_) => Err(KernelError::Weight(
+                "packed rows cannot be looked up; upload the matrix as a table".into(),
             )),
         }
     }
@@ -176,40 +184,93 @@ impl<D: Driver> Cuda<D> {
         if x.rows == 0 {
             return Ok(());
         }
-        let gemm = |x: &Tensor<Self>, weight| Gemm {
-            out: self.at(out),
-            out_element: out.data.element(),
-            x: self.at(x),
-            weight,
-            scales: None,
-            bias: bias.map(|bias| self.at(bias)),
-            m: x.rows,
-            n: out.cols,
-            k: x.cols,
-        };
+        let call = Call { x: self.at(x), m: x.rows, bias: bias.map(|bias| self.at(bias)) };
         match &weight.stored {
-            Stored::Bf16(values) => self.driver.gemm(gemm(x, values.address(&self.driver))),
-            Stored::Fp8(values) if self.driver.facts().fp8_products() => {
-                self.fp8_product(gemm(x, values.codes().address(&self.driver)), values)
+            Stored::Rows(values) => {
+                let values = values.address(&self.driver);
+                self.driver.gemm(self.gemm(out, (weight.rows, weight.cols), call, values))
             }
-            Stored::Fp8(values) => {
-                let widened = self.workspace(weight.rows * weight.cols * Element::Bf16.bytes())?;
-                self.dequantize_to(widened, values)?;
-                self.driver.gemm(gemm(x, widened))
+            Stored::Records(records) => self.records_product(out, records, call, 0),
+            Stored::Int4(Int4 { records, order: None }) => {
+                self.records_product(out, records, call, 0)
             }
-            Stored::Int4(values) => self.int4_product(out, x, values, bias),
+            Stored::Int4(weight @ Int4 { records, order: Some(order) }) => {
+                let bytes = gathered_bytes(x.rows, records.extent());
+                // For the whole product at once: the workspace moves as it grows.
+                let gathered = self.workspace(bytes + self.product_bytes(records, x.rows))?;
+                self.gather_columns(gathered, (call.x, x.rows, x.cols), weight, order)?;
+                self.records_product(out, records, Call { x: gathered, ..call }, bytes)
+            }
         }
     }
 
-    /// `gemm` with its x in bf16, rounded here to e4m3 with a scale for each row.
-    fn fp8_product(&self, gemm: Gemm, weight: &Fp8<D>) -> Result<(), KernelError> {
-        let codes_bytes = codes_bytes(gemm.m, gemm.k);
-        let codes = self.workspace(codes_bytes + gemm.m * size_of::<f32>())?;
-        let scales = codes + codes_bytes as u64;
-        let (rows, cols) = (gemm.m as u64, gemm.k as u64);
-        self.quantize_rows(&ScaledRows { codes, scales, x: gemm.x, rows, cols })?;
-        let weight_scales = weight.scales().address(&self.driver);
-        let scales = Some(Scales { x: scales, weight: weight_scales });
-        self.driver.gemm(Gemm { x: codes, scales, ..gemm })
+    /// A product of bf16 by the device.
+    fn gemm(&self, out: &Tensor<Self>, (n, k): (usize, usize), call: Call, weight: u64) -> Gemm {
+        Gemm {
+            out: self.at(out),
+            out_element: out.data.element(),
+            x: call.x,
+            weight,
+            scales: None,
+            bias: call.bias,
+            m: call.m,
+            n,
+            k,
+        }
     }
+
+    /// What a product with a weight in records needs of the workspace.
+    fn product_bytes(&self, weight: &Records<D>, m: usize) -> usize {
+        let fp8_products = self.driver.facts().fp8_products();
+        product_bytes(m, weight.numbers(), weight.extent(), fp8_products)
+    }
+
+    /// The first `taken` bytes of the workspace are the caller's.
+    fn records_product(
+        &self,
+        out: &mut Tensor<Self>,
+        weight: &Records<D>,
+        call: Call,
+        taken: usize,
+    ) -> Result<(), KernelError> {
+        let (Call { x, m, bias }, extent) = (call, weight.extent());
+        let fits = i32::try_from(m).is_ok();
+        ensure("linear", fits, || format!("{m} rows of one product are too many"))?;
+        let free = match taken + self.product_bytes(weight, m) {
+            0 => 0,
+            bytes => self.workspace(bytes)? + taken as u64,
+        };
+        let shape = (extent.rows, extent.cols);
+        match route(m, weight.numbers(), extent, self.driver.facts().fp8_products()) {
+            Route::Records => {
+                let inputs = Inputs { x, m, bias, sums: free };
+                self.multiply_records(&mut out.data, weight, inputs)
+            }
+            Route::Bf16 => {
+                self.unpack_rows(free, weight)?;
+                self.driver.gemm(self.gemm(out, shape, call, free))
+            }
+            Route::Codes => {
+                let scales = free + aligned(m, extent.cols) as u64;
+                let codes = scales + aligned(m, size_of::<f32>()) as u64;
+                let (rows, cols) = (m as u64, extent.cols as u64);
+                self.quantize_rows(&ScaledRows { codes: free, scales, x, rows, cols })?;
+                self.unpack_codes(codes, weight)?;
+                let of_weight = weight.scales().map_or(0, |scales| scales.address(&self.driver));
+                let scales = Some(Scales { x: scales, weight: of_weight });
+                let gemm = self.gemm(out, shape, call, codes);
+                self.driver.gemm(Gemm { x: free, scales, ..gemm })
+            }
+        }
+    }
+}
+
+/// What is multiplied by a weight, by address.
+#[derive(Clone, Copy)]
+struct Call {
+    /// [m, K] in bf16.
+    x: u64,
+    m: usize,
+    /// [N] in bf16.
+    bias: Option<u64>,
 }

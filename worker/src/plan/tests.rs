@@ -131,7 +131,9 @@ fn ranks_and_formats_share_the_bytes() {
     let (_folder, one) = asked(&qwen2_5_72b(), "h200", WeightFormat::Bf16);
     let four = plan(&PlanConfig { ranks: 4, ..one.clone() }).expect("four ranks");
     let weights: u64 = four.ranks.iter().map(|rank| rank.weights_bytes).sum();
-    assert_eq!(weights, plan(&one).expect("one rank").ranks[0].weights_bytes);
+    let whole = plan(&one).expect("one rank").ranks[0].weights_bytes;
+    // A quarter of down's columns ends inside a record of 64, which is held whole.
+    assert!((whole..whole + whole / 500).contains(&weights), "{weights}, {whole} on one rank");
     assert!(four.fits && four.decode[0].floor_ms < 29.8 / 4.0 + 0.1);
     let int4 = PlanConfig { numbers: Some(Numbers::INT4), ..one.clone() };
     let int4 = plan(&int4).expect("int4").ranks[0].weights_bytes as f64 / 1e9;

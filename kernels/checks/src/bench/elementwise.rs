@@ -1,7 +1,7 @@
 //! embed, gather_rows, silu_mul, add, rms_norm, add_rms_norm, rotate_and_store: all bound by
 //! memory.
 
-use super::{Bar, Bench, Run, Scale, Work, batch, noisy, noisy_weight};
+use super::{Bar, Bench, Run, Scale, Work, batch, noisy, noisy_table};
 use crate::BF16;
 use cuda::{Cuda, CudaConfig, Driver, KvFormat};
 use kernels::{BLOCK_TOKENS, Backend, Heads, KernelError, Rotation, Tensor};
@@ -78,7 +78,7 @@ fn embed<D: Driver>(
     (rows, cols): (usize, usize),
     vocab: usize,
 ) -> Result<Run<D>, KernelError> {
-    let table = noisy_weight(device, vocab, cols)?;
+    let table = noisy_table(device, vocab, cols)?;
     let (batch, mut out) = (batch(device, 1, rows, rows)?, Tensor::zeros(device, rows, cols)?);
     Ok(Box::new(move |device| device.embed(&mut out, &table, 0, &batch)))
 }

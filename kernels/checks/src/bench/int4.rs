@@ -1,8 +1,9 @@
 //! Products with 4-bit weights, beside those with the same weight in bf16.
 
-use super::{Bar, Bench, Prepare, Scale, Work, linear, noisy, parts_of};
+use super::linear::{self, FEW, WHOLE};
+use super::{Bar, Bench, Prepare, Scale, Work, noisy, parts_of};
 use crate::{BF16, noise};
-use cuda::{Cuda, Driver, FUSED_ROWS_MAX};
+use cuda::{Cuda, Driver, RECORDS_ROWS_MAX};
 use half::f16;
 use kernels::{Backend, Grouped, Groups, KernelError, Stored, Tensor, WeightPart};
 
@@ -10,27 +11,33 @@ use kernels::{Backend, Grouped, Groups, KernelError, Stored, Tensor, WeightPart}
 const GROUP: usize = 128;
 
 pub fn benches<D: Driver>(scale: Scale) -> Vec<Bench<D>> {
-    // A 72B model's query, key and value, and its down.
-    let shapes: &[_] = scale.of(&[(10240, 8192), (8192, 29568)], &[(16, 256)]);
-    let tokens: &[usize] = scale.of(&[1, 8, 16, 128], &[1, FUSED_ROWS_MAX + 1]);
+    let shapes: &[_] = scale.of(&WHOLE, &[(16, 256)]);
+    let few = FEW.into_iter().chain([16, 256]).collect();
+    let tokens: Vec<usize> = scale.of(few, vec![1, RECORDS_ROWS_MAX + 1]);
     let shapes = shapes.iter().flat_map(|&(n, k)| tokens.iter().map(move |&m| (m, n, k)));
     shapes.map(product).collect()
 }
 
 fn product<D: Driver>((m, n, k): (usize, usize, usize)) -> Bench<D> {
-    let fused = m <= FUSED_ROWS_MAX;
+    let in_records = m <= RECORDS_ROWS_MAX;
     let weight = weight_bytes((n, k));
     // As bf16 it is written, then read.
-    let unpacked = if fused { 0 } else { 2 * 2 * n * k };
+    let unpacked = if in_records { 0 } else { 2 * 2 * n * k };
+    let bar = match m {
+        0..=8 => Bar::OfCopy(linear::OF_COPY),
+        9..=16 => Bar::Times(3.0),
+        _ => Bar::None,
+    };
     Bench {
-        op: if fused { "int4 linear" } else { "int4 linear, dequantised" },
+        op: if in_records { "int4 linear" } else { "int4 linear, dequantised" },
         shape: format!("{m} × [{n}, {k}], groups of {GROUP}"),
         config: BF16,
         work: Work::Bytes((weight + unpacked + 2 * m * (k + n)) as f64),
-        bar: if m <= 16 { Bar::Times(3.0) } else { Bar::None },
+        bar,
         peer: None,
         prepare: prepared((m, n, k)),
-        baseline: Some(linear::prepared((m, n, k))),
+        // Beside a weight of bf16.
+        baseline: (m == 16).then(|| linear::prepared((m, n, k))),
     }
 }
 

@@ -1,28 +1,21 @@
-//! Repacks 4-bit weights into the records that the kernels load (see `int4.cuh`).
+//! Repacks 4-bit weights into the records that the kernels load (see `skinny.cuh`).
 //!
 //! Columns take places: first in the order in which they lie or, where the checkpoint permuted
 //! them, group by group. Places without a column are filled with zeros, so that a run of `unit`
 //! places is of one group and a stage is whole.
 
 use super::part::{Columns, Int4Part};
+use crate::skinny::{Numbers, STRIP};
 
-/// Rows that a warp multiplies.
-pub(super) const STRIP: usize = 64;
 /// Columns of a record.
-pub(super) const STAGE_COLS: usize = 128;
+const STAGE_COLS: usize = 128;
 /// Columns of a lane's 16 bytes; the shortest run of columns with one scale.
 const SLOT_COLS: usize = 32;
 /// Longer runs that there are kernels for.
 const UNITS: [usize; 2] = [64, 128];
 const STRIP_BYTES: usize = STRIP * STAGE_COLS / 2;
-const FACTOR_BYTES: usize = STRIP * 4;
 /// 128 as bf16: with a small integer in the mantissa, 128 and that.
 const BIASED: u32 = 0x4300;
-
-/// Bytes of 64 rows and 128 columns whose scales are those of `unit` columns each.
-pub(super) fn record_bytes(unit: usize) -> usize {
-    STRIP_BYTES + STAGE_COLS / unit * FACTOR_BYTES
-}
 
 /// Which column takes which place.
 #[derive(Debug, PartialEq, Eq)]
@@ -69,12 +62,12 @@ impl Plan {
         Self { unit, columns, groups, lead }
     }
 
-    pub(super) fn stages(&self) -> usize {
+    fn stages(&self) -> usize {
         self.columns.len() / STAGE_COLS
     }
 
-    pub(super) fn record_bytes(&self) -> usize {
-        record_bytes(self.unit)
+    fn record_bytes(&self) -> usize {
+        Numbers::Int4 { group: self.unit }.record_bytes()
     }
 
     /// Of one strip.
@@ -127,10 +120,8 @@ pub(super) fn strip(parts: &[Int4Part<'_>], plan: &Plan, strip: usize) -> Vec<u8
         stage_weights(&mut words, &quants[stage * STAGE_COLS * STRIP..]);
         let units = STAGE_COLS / plan.unit;
         for unit in stage * units..(stage + 1) * units {
-            // [2 halves][8][4]: rows g, g + 8, g + 16, g + 24 of the half.
-            let row = |i: usize| i / 32 * 32 + i / 4 % 8 + i % 4 * 8;
-            let factor = |i| factors[unit * STRIP + row(i)];
-            words.extend((0..STRIP).flat_map(|i| u32::to_le_bytes(factor(i))));
+            let of_rows = &factors[unit * STRIP..][..STRIP];
+            words.extend(of_rows.iter().flat_map(|factor| factor.to_le_bytes()));
         }
     }
     words
@@ -142,11 +133,11 @@ fn stage_weights(to: &mut Vec<u8>, quants: &[u8]) {
     for i in 0..words {
         let (word, lane) = (i % 4, i / 4 % 32);
         let (half, slot) = (i / 128 % 2, i / 256);
-        let row = half * 32 + word / 2 * 16 + lane / 4;
+        let row = half * 32 + lane / 4 * 4 + word / 2 * 2;
         let place = slot * SLOT_COLS + lane % 4 * 8 + word % 2 * 4;
-        // Register r of the fragment: row + 8 for the odd ones, two places on for the last two.
+        // Register r of the fragment: the next row for the odd ones, two places on for the last.
         let value = (0..4).fold(0, |value, r| {
-            let at = (place + r / 2 * 2) * STRIP + row + r % 2 * 8;
+            let at = (place + r / 2 * 2) * STRIP + row + r % 2;
             let pair = (u32::from(quants[at]), u32::from(quants[at + STRIP]));
             value | pair.0 << (4 * r) | pair.1 << (16 + 4 * r)
         });
@@ -185,13 +176,12 @@ mod tests {
             u32::from_le_bytes([record[at], record[at + 1], record[at + 2], record[at + 3]])
         };
         let (slot, half) = (place / 32, row / 32);
-        let (matrix, g, lower) = (row % 32 / 16, row % 8, row % 16 / 8);
+        let (matrix, g, lower) = (row % 4 / 2, row % 32 / 4, row % 2);
         let (lane, step, col) = (g * 4 + place % 32 / 8, place % 8 / 4, place % 4);
         let bits = word(slot * 1024 + half * 512 + lane * 16 + (matrix * 2 + step) * 4);
         let register = lower + col / 2 * 2;
         let quant = bits >> (4 * register + 16 * (col % 2)) & 15;
-        let factors = STRIP_BYTES + place / unit * FACTOR_BYTES;
-        let factor = word(factors + half * 128 + g * 16 + (matrix * 2 + lower) * 4);
+        let factor = word(STRIP_BYTES + place / unit * STRIP * 4 + row * 4);
         let zero = (factor >> 16) - BIASED;
         (quant, zero, half::f16::from_bits(factor as u16).to_f32())
     }

@@ -1,6 +1,12 @@
 //! Weights on their way to the device.
 
-use crate::{Array, Cuda, Driver, Element, Fp8, Fp8Scaling, fp8::ScaledRows, random::random};
+use super::route::{RECORDS_ROWS_MAX, Route, route};
+use crate::{
+    Array, Cuda, Driver, Element,
+    fp8::ScaledRows,
+    random::random,
+    skinny::{Extent, Numbers, Records},
+};
 use kernels::{Format, KernelError, Random, RandomFormat, Stored, WeightPart, plain::dequant};
 use std::ops::Range;
 
@@ -39,37 +45,60 @@ pub(crate) fn bf16_at<D: Driver>(
     })
 }
 
-/// [N, K] in e4m3, rounded on the device.
-pub(super) fn fp8<D: Driver>(
+/// Records of zeros, once the device has chosen how it multiplies what is unpacked of them.
+pub(crate) fn room<D: Driver>(
+    driver: &D,
+    numbers: Numbers,
+    extent: Extent,
+) -> Result<Records<D>, KernelError> {
+    let unpacked = route(RECORDS_ROWS_MAX + 1, numbers, extent, driver.facts().fp8_products());
+    driver.expect_products((extent.rows, extent.cols), unpacked == Route::Codes)?;
+    Records::zeroed(driver, numbers, extent)
+}
+
+/// [N, K] in records of bf16 or, rounded on the device, of e4m3.
+pub(super) fn records<D: Driver>(
     device: &Cuda<D>,
     parts: &[WeightPart<'_>],
     (rows, cols): (usize, usize),
-) -> Result<Fp8<D>, KernelError> {
+    numbers: Numbers,
+) -> Result<Records<D>, KernelError> {
     let driver = device.driver();
+    let values = room(driver, numbers, Extent { rows, cols, lead: 0 })?;
     let row_bytes = cols * Element::Bf16.bytes();
-    let piece_bytes = rows_each(row_bytes).min(rows) * row_bytes;
-    let piece_memory = Array::zeroed(driver, "a piece of a weight", piece_bytes)?;
-    let mut values = Fp8::zeros(device, (rows, cols), Fp8Scaling::Row)?;
-    let all = values.scaled_rows(device, piece_memory.address(driver));
+    let rows_most = rows_each(row_bytes).min(rows);
+    let piece_memory = Array::zeroed(driver, "a piece of a weight", rows_most * row_bytes)?;
+    let x = piece_memory.address(driver);
+    // Leaves a piece's rows in bf16 at x.
+    let rows_of = |piece: Piece<'_>| match piece {
+        Piece::Bytes(bytes) => {
+            piece_memory.write(driver, bytes)?;
+            Ok::<_, KernelError>(bytes.len() / row_bytes)
+        }
+        Piece::Random { random, rows } => {
+            device.random_rows(x, random, (rows.start, rows.len(), cols))?;
+            Ok(rows.len())
+        }
+    };
+    let Some(scales) = values.scales() else {
+        pieces(parts, cols, |first, piece| {
+            let rows = rows_of(piece)?;
+            device.pack_rows(&values, (first, rows), x)
+        })?;
+        return Ok(values);
+    };
+    let codes = Array::zeroed(driver, "a piece of a weight", rows_most * cols)?;
     pieces(parts, cols, |first, piece| {
-        let rows = match piece {
-            Piece::Bytes(bytes) => {
-                piece_memory.write(driver, bytes)?;
-                bytes.len() / row_bytes
-            }
-            Piece::Random { random, rows } => {
-                device.random_rows(all.x, random, (rows.start, rows.len(), cols))?;
-                rows.len()
-            }
-        };
+        let rows = rows_of(piece)?;
         device.quantize_rows(&ScaledRows {
-            codes: all.codes + (first * cols) as u64,
-            scales: all.scales + (first * size_of::<f32>()) as u64,
+            codes: codes.address(driver),
+            scales: scales.address(driver) + (first * size_of::<f32>()) as u64,
+            x,
             rows: rows as u64,
-            ..all
-        })
+            cols: cols as u64,
+        })?;
+        device.pack_rows(&values, (first, rows), codes.address(driver))
     })?;
-    values.fill();
     Ok(values)
 }
 

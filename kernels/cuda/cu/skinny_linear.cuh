@@ -1,0 +1,261 @@
+// Products of few tokens: every weight is read once, at the speed of memory. Layout: `skinny.cuh`.
+//
+// out [T, N] = x [T, K] · W [N, K]ᵀ (· scale of the row) + bias, for 8, 16, 32 or 64 tokens. W is
+// the M side of the product and the tokens are its N side, in eights: few waste nothing.
+//
+// Work. A unit is a tile of 256 rows (four strips) and one of `parts` runs of whole 128 columns,
+// cut by the weight's shape alone. Blocks, one a multiprocessor, take every gridDim.x-th unit;
+// the parts of a tile are neighbours, and so run at one time and find their sums in the L2. Four
+// strips share what is read of x: 64 tokens of it cost 4 KB of L2 a record, where strips of their
+// own would cost 16, as much as a record of bf16.
+//
+// A block is eight warps that multiply, two a strip with 32 rows each, and one that feeds them
+// through a ring of stages: a record of each strip and the tokens' columns of x, in shared memory
+// as [slot][token][32], where the 32 lanes of a fragment read 512 consecutive bytes. Records come
+// by bulk copies (sm_80: 16 bytes a lane), x by 16 bytes a lane, zeros where it ends; all arrive at
+// the stage's `full` barrier, and the warps that are done with it at `empty`. The ring runs on into
+// the next unit, so no unit waits for memory.
+//
+// Bits. A row's sum is made of its columns in order within a part, one accumulator each, and of the
+// parts in order: a warp leaves its sums, and the last of a tile's to arrive adds all of them.
+// Neither the tokens beside it, nor the kernel for more tokens, nor the number of blocks is in it.
+//
+// Speed. At 1.7 GHz a multiprocessor's share of 4.3 TB/s, among 132 of them, is 19.2 bytes a clock,
+// while its four schedulers issue four instructions. A stage is four records, which take (bytes) /
+// 19.2 clocks and leave four times as many slots to the loops of eight warps. On sm_90a, of slots:
+//
+//            bytes   slots   8 tokens     16     32     64
+//   bf16     32768    6827         6 %    7 %   11 %   16 %
+//   e4m3     32768    6827        38 %   41 %   44 %   54 %
+//   int4     17408    3627        59 %   65 %   75 %  172 %   (groups of 128)
+//
+// Tensor cores take about 8 clocks for one of these products a scheduler: a stage of T tokens keeps
+// them 32 T clocks (bf16 16 T). 64 tokens of int4 are bound by both, at about half of memory's
+// speed, 64 of e4m3 (2048 clocks of 1707) by the tensor cores; all others by memory.
+#pragma once
+
+#include "hopper.cuh"
+#include "skinny_sums.cuh"
+
+namespace skinny {
+
+template <class Format, int tokens>
+constexpr uint32_t STAGE_BYTES = STRIPS * Format::BYTES + tokens * Format::COLS * 2;
+
+// A place in the ring and how often it came round.
+struct Place {
+    uint32_t stage = 0, parity = 0;
+
+    DEVICE void next(uint32_t stages) {
+        if (++stage < stages) return;
+        stage = 0;
+        parity ^= 1;
+    }
+};
+
+struct Ring {
+    Barrier* full;
+    Barrier* empty;
+    unsigned char* stages;
+
+    DEVICE Ring() {
+        full = shared_memory<Barrier>();
+        empty = full + STAGES_MAX;
+        stages = shared_memory<unsigned char>() + HEAD_BYTES;
+    }
+};
+
+DEVICE uint32_t tiles_of(const SkinnyArgs& args) {
+    return (args.rows + STRIPS * STRIP - 1) / (STRIPS * STRIP);
+}
+
+template <class Format>
+DEVICE Unit unit_of(const SkinnyArgs& args, uint32_t index) {
+    constexpr uint32_t A_STEP = RECORDS_A_STEP<Format>;
+    const uint32_t steps = (args.records + A_STEP - 1) / A_STEP;
+    const uint32_t tile = index / args.parts, part = index % args.parts;
+    const uint32_t strips = (args.rows + STRIP - 1) / STRIP;
+    return {tile, part, steps * part / args.parts * A_STEP,
+            min(steps * (part + 1) / args.parts * A_STEP, args.records),
+            min(strips - tile * STRIPS, static_cast<uint32_t>(STRIPS))};
+}
+
+// ---- the feeding warp -------------------------------------------------------------------------
+
+// Columns of the tokens that belong to record `record`.
+template <class Format, int tokens>
+DEVICE void copy_x(const SkinnyArgs& args, unsigned char* to, uint32_t record) {
+    constexpr uint32_t PIECES = tokens * Format::COLS / 8;
+    const uint32_t lane = threadIdx.x % WARP;
+    // Columns before the first wrap around to large ones.
+    const uint32_t first = record * Format::COLS - args.lead + lane % 4 * 8;
+#pragma unroll
+    for (uint32_t at = 0; at < PIECES; at += WARP) {
+        const uint32_t row = (at + lane) / 4, token = row % tokens;
+        const uint32_t col = first + row / tokens * SLOT_COLS;
+        const bool valid = col < args.cols && token < args.tokens;
+        const bf16* from = args.x + static_cast<uint64_t>(token) * args.cols + col;
+        cp_async_16(to + (at + lane) * 16, valid ? from : args.x, valid);
+    }
+}
+
+template <class Format>
+DEVICE void copy_records(const SkinnyArgs& args, unsigned char* to, const Unit& unit,
+                         uint32_t record, Barrier* full) {
+    const uint32_t lane = threadIdx.x % WARP;
+    const uint64_t stride = static_cast<uint64_t>(args.records) * Format::BYTES;
+    const unsigned char* from = args.weight + unit.tile * STRIPS * stride +
+                                static_cast<uint64_t>(record) * Format::BYTES;
+    if (moves_in_bulk(args.in_bulk)) {
+        if (lane != 0) return;
+        barrier_arrive_expect(full, unit.strips * Format::BYTES);
+        for (uint32_t i = 0; i < unit.strips; ++i)
+            bulk_copy(to + i * Format::BYTES, from + i * stride, Format::BYTES, full);
+    } else {
+        for (uint32_t i = 0; i < unit.strips; ++i)
+            for (uint32_t at = lane * 16; at < Format::BYTES; at += CHUNK_BYTES)
+                cp_async_16_once(to + i * Format::BYTES + at, from + i * stride + at);
+        if (lane == 0) barrier_arrive(full);
+    }
+}
+
+template <class Format, int tokens>
+DEVICE void feed(const SkinnyArgs& args, const Ring& ring) {
+    constexpr uint32_t BYTES = STAGE_BYTES<Format, tokens>;
+    const uint32_t units = tiles_of(args) * args.parts;
+    Place place, last;
+    for (uint32_t index = blockIdx.x; index < units; index += gridDim.x) {
+        const Unit unit = unit_of<Format>(args, index);
+        for (uint32_t record = unit.first; record < unit.end; ++record) {
+            unsigned char* to = ring.stages + place.stage * BYTES;
+            Barrier* full = &ring.full[place.stage];
+            barrier_wait(&ring.empty[place.stage], place.parity ^ 1);
+            copy_records<Format>(args, to, unit, record, full);
+            copy_x<Format, tokens>(args, to + STRIPS * Format::BYTES, record);
+            barrier_arrive_copies(full);
+            last = place;
+            place.next(args.stages);
+        }
+    }
+    // A thread stays until its copies of x have landed.
+    barrier_wait(&ring.full[last.stage], last.parity);
+}
+
+// ---- the multiplying warps --------------------------------------------------------------------
+
+// Tokens whose sums of one group a lane can hold beside those of all: integers of 64 tokens become
+// bf16 twice.
+template <class Format, int tokens>
+constexpr int AT_ONCE = Format::SCALED && tokens > 32 ? 32 : tokens;
+
+// Adds the products of a group of columns, and of tokens `first` to `first + AT_ONCE`.
+template <class Format, int tokens, int first>
+DEVICE void multiply_group(Sums<tokens>& sums, const unsigned char* record,
+                           const unsigned char* x, int half, int group) {
+    constexpr int SLOTS = Format::GROUP / SLOT_COLS, COUNT = AT_ONCE<Format, tokens>;
+    const int lane = threadIdx.x % WARP;
+    const typename Format::Factors factors(record, group, half);
+    Sums<COUNT> part = {};
+    // Rolled where both times would be made one, for which there are no registers.
+    [[maybe_unused]] constexpr int UNROLL = COUNT < tokens ? 1 : SLOTS;
+#pragma unroll UNROLL
+    for (int i = 0; i < SLOTS; ++i) {
+        const int slot = group * SLOTS + i;
+        Bytes16 b[COUNT / 8], chunks[Format::CHUNKS];
+#pragma unroll
+        for (int n = 0; n < COUNT / 8; ++n)
+            b[n] = load16(x + ((slot * tokens + first + n * 8) * SLOT_COLS * 2 + lane * 16));
+        const unsigned char* from = lane_chunks<Format>(record, slot, half);
+#pragma unroll
+        for (int c = 0; c < Format::CHUNKS; ++c) chunks[c] = load16(from + c * CHUNK_BYTES);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int m = j / 2, s = j % 2;
+            uint32_t a[4];
+            Format::fragment(a, chunks, factors, m, s);
+#pragma unroll
+            for (int n = 0; n < COUNT / 8; ++n) {
+                float(&to)[4] = Format::SCALED ? part[m][n] : sums[m][first / 8 + n];
+                mma_16816(to, a, b[n].words[2 * s], b[n].words[2 * s + 1]);
+            }
+        }
+    }
+    if constexpr (Format::SCALED) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const int m = i % 2, r = i / 2 % 2, n = i / 8, at = 2 * r + i / 4 % 2;
+            float& sum = sums[m][first / 8 + n][at];
+            sum = fmaf(part[m][n][at], factors.scale(m, r), sum);
+        }
+    }
+}
+
+// Adds a half's 32 rows of a record to its sums.
+template <class Format, int tokens, int first = 0>
+DEVICE void multiply(Sums<tokens>& sums, const unsigned char* record, const unsigned char* x,
+                     int half) {
+    constexpr int GROUPS = Format::COLS / Format::GROUP, COUNT = AT_ONCE<Format, tokens>;
+    [[maybe_unused]] constexpr int UNROLL = tokens < 32 ? GROUPS : 1;
+#pragma unroll UNROLL
+    for (int group = 0; group < GROUPS; ++group)
+        multiply_group<Format, tokens, first>(sums, record, x, half, group);
+    if constexpr (first + COUNT < tokens)
+        multiply<Format, tokens, first + COUNT>(sums, record, x, half);
+}
+
+template <class Format, int tokens>
+DEVICE void multiply_all(const SkinnyArgs& args, const Ring& ring) {
+    constexpr uint32_t BYTES = STAGE_BYTES<Format, tokens>;
+    const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const uint32_t units = tiles_of(args) * args.parts;
+    Place place;
+    for (uint32_t index = blockIdx.x; index < units; index += gridDim.x) {
+        const Unit unit = unit_of<Format>(args, index);
+        const bool has_rows = warp / 2 < unit.strips;
+        Sums<tokens> sums = {};
+        for (uint32_t record = unit.first; record < unit.end; ++record) {
+            const unsigned char* stage = ring.stages + place.stage * BYTES;
+            barrier_wait(&ring.full[place.stage], place.parity);
+            if (has_rows)
+                multiply<Format, tokens>(sums, stage + warp / 2 * Format::BYTES,
+                                         stage + STRIPS * Format::BYTES, warp % 2);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&ring.empty[place.stage]);
+            place.next(args.stages);
+        }
+        if (has_rows) finish<tokens>(args, unit, sums);
+    }
+}
+
+template <class Format, int tokens>
+DEVICE void skinny_product(const SkinnyArgs& args) {
+    static_assert(2 * STAGES_MAX * sizeof(Barrier) <= HEAD_BYTES, "room for the barriers");
+    const Ring ring;
+    if (threadIdx.x == 0) {
+        for (uint32_t i = 0; i < args.stages; ++i) {
+            // Its records, and each lane's share of x.
+            barrier_init(&ring.full[i], 1 + WARP);
+            barrier_init(&ring.empty[i], WARPS);
+        }
+        barriers_made();
+    }
+    __syncthreads();
+    if (threadIdx.x / WARP == WARPS) {
+        feed<Format, tokens>(args, ring);
+    } else {
+        multiply_all<Format, tokens>(args, ring);
+    }
+}
+
+}  // namespace skinny
+
+// The kernels of a format. Each file of them is compiled on its own.
+#define SKINNY_KERNEL(name, Format, tokens)                                \
+    KERNEL(skinny_linear_##name##_t##tokens, SkinnyArgs, THREADS, 1) {     \
+        skinny_product<Format, tokens>(args);                              \
+    }
+#define SKINNY_KERNELS(name, Format)  \
+    SKINNY_KERNEL(name, Format, 8)    \
+    SKINNY_KERNEL(name, Format, 16)   \
+    SKINNY_KERNEL(name, Format, 32)   \
+    SKINNY_KERNEL(name, Format, 64)
