@@ -3,7 +3,9 @@
 //! Every index that an op follows (slots, block ids, rows) is checked here before the op runs, so
 //! that a wrong plan is an error and never a read outside a buffer.
 
-use crate::{BLOCK_TOKENS, Backend, Batch, KernelError, Routes, ShapeError, shape::ensure};
+use crate::{
+    BLOCK_TOKENS, Backend, Batch, KernelError, Routes, ShapeError, Step, TableBlock, shape::ensure,
+};
 use std::ops::Range;
 
 /// The first `len` elements of a buffer.
@@ -51,6 +53,46 @@ fn below(op: &'static str, name: &str, values: &[i32], end: usize) -> Result<(),
         Some(bad) => ensure(op, false, || format!("{name} {bad} is outside 0..{end}")),
         None => Ok(()),
     }
+}
+
+/// What [`Backend::lay_out`] does where the batch lies in host memory.
+///
+/// # Errors
+/// As [`Batch::begin`]; for padding, which is for devices that run recorded steps.
+pub fn lay_out<B>(batch: &mut Batch<B>, step: &Step) -> Result<(), ShapeError>
+where
+    B: Backend<Ints: AsRef<[i32]> + AsMut<[i32]>, Floats: AsRef<[f32]> + AsMut<[f32]>>,
+{
+    const OP: &str = "lay_out";
+    ensure(OP, step.padding == 0, || format!("{} rows of padding", step.padding))?;
+    batch.begin(step)?;
+    write(batch.ids.as_mut(), &step.ids)?;
+    write(batch.logit_rows.as_mut(), &step.logit_rows)?;
+    let cols = batch.block_table_cols;
+    for &TableBlock { table, index, block } in &step.new_blocks {
+        batch.block_tables.as_mut()[table * cols + index] = block as i32;
+    }
+    let mut row = 0;
+    for (s, sequence) in step.sequences.iter().enumerate() {
+        let blocks = &batch.block_tables.as_ref()[sequence.table * cols..];
+        for token in 0..sequence.rows {
+            let position = sequence.start + token;
+            let block = blocks[position / BLOCK_TOKENS] as usize;
+            let slot = block * BLOCK_TOKENS + position % BLOCK_TOKENS;
+            batch.slots.as_mut()[row + token] = slot as i32;
+            batch.positions.as_mut()[row + token] = position as i32;
+            batch.rope_rows.as_mut()[row + token] = (sequence.rope_start + token) as i32;
+            if let (Some(to), Some(scales)) = (&mut batch.q_scale, &batch.q_scales) {
+                to.as_mut()[row + token] = scales.as_ref()[position];
+            }
+        }
+        batch.row_starts.as_mut()[s] = row as i32;
+        batch.context_lens.as_mut()[s] = sequence.context() as i32;
+        batch.tables.as_mut()[s] = sequence.table as i32;
+        row += sequence.rows;
+    }
+    batch.row_starts.as_mut()[step.sequences.len()] = row as i32;
+    Ok(())
 }
 
 /// [T] token ids.
@@ -185,7 +227,9 @@ pub fn sequences<B: Backend<Ints: AsRef<[i32]>>>(
     })?;
     let lens = first(OP, "context_lens", batch.context_lens.as_ref(), count)?;
     below(OP, "context length", lens, cols * BLOCK_TOKENS + 1)?;
-    let tables = first(OP, "block_tables", batch.block_tables.as_ref(), count * cols)?;
+    let tables = first(OP, "tables", batch.tables.as_ref(), count)?;
+    let all_blocks = batch.block_tables.as_ref();
+    below(OP, "table", tables, all_blocks.len() / cols.max(1))?;
     let positions = first(OP, "positions", batch.positions.as_ref(), tokens)?;
     let mut found = Vec::with_capacity(count);
     for s in 0..count {
@@ -199,7 +243,7 @@ pub fn sequences<B: Backend<Ints: AsRef<[i32]>>>(
         ensure(OP, in_order, || {
             format!("positions of sequence {s} do not run from {start} to {context}")
         })?;
-        let table = &tables[s * cols..][..context.div_ceil(BLOCK_TOKENS)];
+        let table = &all_blocks[tables[s] as usize * cols..][..context.div_ceil(BLOCK_TOKENS)];
         below(OP, "block", table, blocks)?;
         found.push(BatchSequence { rows, start, blocks: table });
     }

@@ -7,6 +7,7 @@
 //! Shape letters: `T` tokens, `S` sequences, `H` hidden, `D` head_dim, `I` intermediate, `V`
 //! vocabulary, `E` experts, `k` experts of a token.
 
+mod batch;
 pub mod host;
 pub mod plain;
 pub mod routing;
@@ -14,6 +15,7 @@ pub mod sampling;
 pub mod shape;
 pub mod weight;
 
+pub use batch::{Batch, BatchRoom, Step, StepSequence, TableBlock};
 pub use routing::{ExpertRows, Routes, Routing};
 use sampling::{Refused, SampleRequest, Sampled};
 pub use shape::ShapeError;
@@ -94,37 +96,6 @@ impl<B: Backend> Tensor<B> {
     }
 }
 
-/// One step as the device sees it. Allocated once; each step overwrites the contents.
-pub struct Batch<B: Backend> {
-    /// T.
-    pub tokens: usize,
-    /// S.
-    pub sequences: usize,
-    /// Rows whose logits are wanted, R.
-    pub logit_rows_len: usize,
-    /// [T] token ids.
-    pub ids: B::Ints,
-    /// [T] position of each token in its sequence.
-    pub positions: B::Ints,
-    /// [T] row of the cos/sin table for each token (a position, plus an offset for dynamic NTK).
-    pub rope_rows: B::Ints,
-    /// [T] where each token's K and V go: block · 16 + offset in the block.
-    pub slots: B::Ints,
-    /// [S + 1] first row of each sequence, then T.
-    pub row_starts: B::Ints,
-    /// [S] cached tokens of each sequence once this step's are stored: the last row's position + 1.
-    pub context_lens: B::Ints,
-    /// [S, block_table_cols] block ids; entries past a sequence's own are never read.
-    pub block_tables: B::Ints,
-    pub block_table_cols: usize,
-    /// [R] rows whose logits are wanted.
-    pub logit_rows: B::Ints,
-    /// [T] factor on the query of each token (logn attention), in f32; `None` is 1 everywhere.
-    pub q_scale: Option<B::Floats>,
-    /// How the device cuts this step's attention; made by [`Backend::cut`].
-    pub cuts: B::Cuts,
-}
-
 /// What happens to packed rows between the product that makes them and attention.
 pub struct Rotation<'a, B: Backend> {
     /// Weights [1, D] of the query heads' norm and of the key heads', and its epsilon.
@@ -175,8 +146,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     // A step, in the order of its ops.
 
-    /// Makes `batch.cuts` of the rest of the batch, once for all layers of a step.
-    fn cut(&self, batch: &mut Batch<Self>) -> Result<(), KernelError>;
+    /// Makes the batch what `step` says. Block tables stay as they were but for the new blocks.
+    fn lay_out(&self, batch: &mut Batch<Self>, step: &Step) -> Result<(), KernelError>;
     /// out [T, H] = row `ids[t] - first_id` of `table` [V_local, H]; zeros where that is outside
     /// the table.
     fn embed(
@@ -331,8 +302,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn kv(&self, blocks: usize, heads: Heads) -> Result<Self::Kv, KernelError>;
     /// Bytes that `kv` takes for one block of one layer.
     fn kv_block_bytes(&self, heads: Heads) -> usize;
-    /// Room for the cuts of steps of up to `tokens_max` tokens of `sequences_max` sequences.
-    fn cuts(&self, tokens_max: usize, sequences_max: usize) -> Result<Self::Cuts, KernelError>;
+    /// Room for the cuts of steps of that size.
+    fn cuts(&self, room: &BatchRoom) -> Result<Self::Cuts, KernelError>;
     /// Room for choosing tokens from up to `rows_max` rows of `vocab` logits, of which the first
     /// `drawable` stand for tokens; `None` where the host had better read the logits.
     fn sampling(

@@ -7,8 +7,8 @@ pub mod dequant;
 mod experts;
 
 use crate::{
-    BLOCK_TOKENS, Backend, Batch, ExpertRows, Heads, KernelError, Rotation, Routes, Tensor,
-    WeightPart,
+    BLOCK_TOKENS, Backend, Batch, BatchRoom, ExpertRows, Heads, KernelError, Rotation, Routes,
+    Step, Tensor, WeightPart,
     host::{self, BatchSequence},
     sampling::{Refused, SampleRequest, Sampled},
     shape,
@@ -203,12 +203,12 @@ impl Backend for Plain {
         2 * BLOCK_TOKENS * heads.kv * heads.dim * size_of::<f32>()
     }
 
-    fn cuts(&self, _tokens_max: usize, _sequences_max: usize) -> Result<(), KernelError> {
+    fn cuts(&self, _room: &BatchRoom) -> Result<(), KernelError> {
         Ok(())
     }
 
-    fn cut(&self, _batch: &mut Batch<Self>) -> Result<(), KernelError> {
-        Ok(())
+    fn lay_out(&self, batch: &mut Batch<Self>, step: &Step) -> Result<(), KernelError> {
+        Ok(host::lay_out(batch, step)?)
     }
 
     fn embed(

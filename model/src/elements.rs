@@ -66,15 +66,16 @@ pub fn elements(config: &DecoderConfig, shard: &Shard, options: &RunnerOptions) 
 /// Of `BatchBuilder`, without the device's cuts.
 fn batch(config: &DecoderConfig, options: &RunnerOptions) -> Elements {
     let RunnerOptions { step_tokens_max: tokens, sequences_max, context_max, .. } = *options;
-    // ids, positions, rope rows, slots and rows of logits; of sequences the first row, the length
-    // and the blocks.
-    let sequence = Elements::ints(2 + context_max.div_ceil(BLOCK_TOKENS));
-    let logn = config.logn.is_some_and(|trained| trained < context_max);
+    // ids, positions, rope rows, slots and rows of logits; of sequences the first row, the length,
+    // the table and its blocks.
+    let sequence = Elements::ints(3 + context_max.div_ceil(BLOCK_TOKENS));
+    let logn = usize::from(config.logn.is_some_and(|trained| trained < context_max));
     Elements::ints(5)
-        .and(Elements::exact(usize::from(logn)))
+        .and(Elements::exact(logn))
         .times(tokens)
         .and(sequence.times(sequences_max))
         .and(Elements::ints(1))
+        .and(Elements::exact(logn).times(context_max))
 }
 
 /// Norms and biases.

@@ -7,6 +7,7 @@
 mod batch;
 mod check;
 mod results;
+mod tables;
 
 use crate::{
     Checkpoint, DecoderConfig, ModelError, Shard,
@@ -20,7 +21,7 @@ use collective::Collective;
 use engine::plan::{
     Admission, BLOCK_TOKENS, SamplingParams, SequenceId, StepOutput, StepPlan, Tokens,
 };
-use kernels::Backend;
+use kernels::{Backend, BatchRoom, Heads};
 use results::Results;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -41,6 +42,20 @@ pub struct RunnerOptions {
     pub context_max: usize,
 }
 
+impl RunnerOptions {
+    /// The largest steps of a rank with `heads`.
+    pub fn room(&self, heads: Heads) -> BatchRoom {
+        let Self { step_tokens_max, sequences_max, context_max, .. } = *self;
+        BatchRoom {
+            tokens: step_tokens_max,
+            sequences: sequences_max,
+            tables: sequences_max,
+            context: context_max,
+            heads,
+        }
+    }
+}
+
 /// What is remembered of a sequence between its chunks.
 pub(crate) struct RunningSequence {
     /// The row of position 0 in the rope tables.
@@ -49,6 +64,8 @@ pub(crate) struct RunningSequence {
     cached: usize,
     /// In the order of their positions.
     blocks: Vec<u32>,
+    /// How many of them the device's table holds.
+    blocks_told: usize,
     params: SamplingParams,
     /// Rank 0 only.
     seen: Seen,
@@ -82,6 +99,7 @@ impl RunningSequence {
             rope_first_row: tables.first_row(admission.prompt_len),
             cached: 0,
             blocks: Vec::new(),
+            blocks_told: 0,
             params: admission.params.clone(),
             seen: if samples { Seen::new(admission) } else { Seen::default() },
             last: LastSample::Nothing,
@@ -166,7 +184,7 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
             false => None,
         };
         Ok(Self {
-            batch: BatchBuilder::new(&device, &options, config.logn)?,
+            batch: BatchBuilder::new(&device, &options, shard.heads(), config.logn)?,
             logit_rows_max: shape.logit_rows_max(),
             on_device,
             sampler: samples.then(|| Sampler::new(config.vocab, config.sampled_vocab)),
@@ -211,7 +229,7 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         if plan.chunks.is_empty() {
             return Ok(StepOutput { number: plan.number, ..StepOutput::default() });
         }
-        self.batch.fill(&self.device, plan, &self.sequences)?;
+        self.batch.fill(&self.device, plan, &mut self.sequences)?;
         let mut cx = Context {
             device: &self.device,
             group: &mut self.group,

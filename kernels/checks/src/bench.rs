@@ -22,7 +22,10 @@ pub use step::{Form, Layer, Sized, Step, StepOutcome, Timer, steps};
 
 use crate::noise;
 use cuda::{Cuda, CudaConfig, Driver};
-use kernels::{BLOCK_TOKENS, Backend, Batch, Format, Heads, KernelError, Tensor, WeightPart};
+use kernels::{
+    Backend, Batch, BatchRoom, Format, Heads, KernelError, StepSequence, TableBlock, Tensor,
+    WeightPart,
+};
 
 /// How large benches are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,15 +164,6 @@ pub(crate) fn noisy_weight<D: Driver>(
     with_noise(rows, cols, |parts| device.weight(parts))
 }
 
-pub(crate) fn ints<D: Driver>(
-    device: &Cuda<D>,
-    values: &[i32],
-) -> Result<<Cuda<D> as Backend>::Ints, KernelError> {
-    let mut ints = device.ints(values.len())?;
-    device.write_ints(&mut ints, values)?;
-    Ok(ints)
-}
-
 /// A step of `sequences` sequences with `rows` rows each at the end of contexts of `context`
 /// tokens. Blocks of a sequence lie apart in the cache, as they do after a while of serving.
 pub(crate) fn batch<D: Driver>(
@@ -177,34 +171,20 @@ pub(crate) fn batch<D: Driver>(
     sequences: usize,
     rows: usize,
     context: usize,
+    heads: Heads,
 ) -> Result<Batch<Cuda<D>>, KernelError> {
-    let cols = context.div_ceil(BLOCK_TOKENS);
-    let block = |s: usize, at: usize| at * sequences + s;
-    let each = |f: &dyn Fn(usize, usize) -> usize| -> Vec<i32> {
-        let of = |s| (context - rows..context).map(move |p| f(s, p) as i32);
-        (0..sequences).flat_map(of).collect()
-    };
-    let positions = each(&|_, position| position);
-    let slots = each(&|s, p| block(s, p / BLOCK_TOKENS) * BLOCK_TOKENS + p % BLOCK_TOKENS);
-    let tables = (0..sequences).flat_map(|s| (0..cols).map(move |at| block(s, at) as i32));
     let tokens = sequences * rows;
-    let starts: Vec<i32> = (0..=sequences).map(|s| (s * rows) as i32).collect();
-    let mut batch = Batch {
-        tokens,
-        sequences,
-        logit_rows_len: tokens,
-        ids: ints(device, &(0..tokens as i32).collect::<Vec<_>>())?,
-        positions: ints(device, &positions)?,
-        rope_rows: ints(device, &positions)?,
-        slots: ints(device, &slots)?,
-        row_starts: ints(device, &starts)?,
-        context_lens: ints(device, &vec![context as i32; sequences])?,
-        block_tables: ints(device, &tables.collect::<Vec<_>>())?,
-        block_table_cols: cols,
-        logit_rows: ints(device, &(0..tokens as i32).rev().collect::<Vec<_>>())?,
-        q_scale: None,
-        cuts: device.cuts(tokens, sequences)?,
-    };
-    device.cut(&mut batch)?;
+    let room = BatchRoom { tokens, sequences, tables: sequences, context, heads };
+    let ids = (0..tokens as i32).collect();
+    let mut step = kernels::Step { ids, ..kernels::Step::default() };
+    for table in 0..sequences {
+        let start = context - rows;
+        step.sequences.push(StepSequence { table, start, rows, rope_start: start });
+        let block = |index| TableBlock { table, index, block: index * sequences + table };
+        step.new_blocks.extend((0..room.table_cols()).map(block));
+    }
+    step.logit_rows = (0..tokens as i32).rev().collect();
+    let mut batch = Batch::new(device, room, None)?;
+    device.lay_out(&mut batch, &step)?;
     Ok(batch)
 }

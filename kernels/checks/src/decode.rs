@@ -1,7 +1,7 @@
 //! Attention of sequences with one row: blocks, splits and windows at their edges.
 
 use crate::{
-    BF16, Check, Device, Tolerance, compare, cuts,
+    BF16, Check, Device, Tolerance, compare, laid_out,
     paged::{Case, Rows, SPLIT_TOKENS as SPLIT},
 };
 use cuda::{CudaConfig, Driver, KvFormat};
@@ -78,7 +78,7 @@ fn e4m3<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
 
 fn refusals<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let case = contexts((4, 2, 64), &[41, SPLIT + 6, 17]);
-    cuts::refusals(&device(BF16), &case)
+    laid_out::refusals(&device(BF16), &case)
 }
 
 fn long_context<D: Driver>(device: Device<'_, D>) -> Result<(), String> {

@@ -151,10 +151,8 @@ fn refusals<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     refused("12 columns", device.add(&mut zeros(1, 12)?, &zeros(1, 12)?), "multiple of 8")?;
     refused("f32", device.add(&mut zeros(1, 8)?, &exact), "not bf16")?;
     refused("12 columns", device.silu_mul(&mut zeros(1, 12)?, &zeros(1, 24)?), "multiple of 8")?;
-    let x = table(7, 8);
-    for row in [7, -1] {
-        let result = gather(&device, (8, &x), &[0, row], (0, 2)).map(drop);
-        refused("a row outside", result, "is outside 0..7")?;
-    }
-    Ok(())
+    let step = Indices { tokens: 3, ids: vec![0; 3], logit_rows: vec![0], ..Indices::default() };
+    let (batch, x) = (step.batch(&device).map_err(text)?, zeros(2, 8)?);
+    let few = device.gather_rows(&mut zeros(1, 8)?, &x, &batch, 0, 1);
+    refused("rows of another step", few, "2 rows of a step of 3 tokens")
 }

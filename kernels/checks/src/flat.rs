@@ -1,6 +1,6 @@
 //! Steps for ops that work on rows one by one, and outputs that show what was written.
 
-use kernels::{Backend, Batch, KernelError, Tensor};
+use kernels::{BLOCK_TOKENS, Backend, Batch, BatchRoom, Heads, KernelError, Tensor};
 
 /// The indices of a step that has no sequences.
 #[derive(Clone, Debug, Default)]
@@ -27,21 +27,20 @@ impl Indices {
             device.write_floats(&mut to, values)?;
             Ok::<_, KernelError>(to)
         });
+        let end = |values: &[i32]| values.iter().max().map_or(0, |&most| most as usize + 1);
+        let heads = Heads { q: 1, kv: 1, dim: 64 };
+        let room = BatchRoom { tokens: 0, sequences: 0, tables: 0, context: 0, heads };
         Ok(Batch {
             tokens: self.tokens,
-            sequences: 0,
             logit_rows_len: self.logit_rows.len(),
             ids: ints(&self.ids)?,
-            positions: ints(&[])?,
             rope_rows: ints(&self.rope_rows)?,
+            rope_rows_end: end(&self.rope_rows),
             slots: ints(&self.slots)?,
-            row_starts: ints(&[0])?,
-            context_lens: ints(&[])?,
-            block_tables: ints(&[])?,
-            block_table_cols: 0,
+            blocks_end: end(&self.slots).div_ceil(BLOCK_TOKENS),
             logit_rows: ints(&self.logit_rows)?,
             q_scale: q_scale.transpose()?,
-            cuts: device.cuts(0, 0)?,
+            ..Batch::new(device, room, None)?
         })
     }
 }

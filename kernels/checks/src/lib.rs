@@ -8,7 +8,6 @@
 pub mod accuracy;
 pub mod bench;
 mod compare;
-mod cuts;
 pub mod decode;
 mod e4m3;
 pub mod elementwise;
@@ -17,6 +16,7 @@ pub mod experts;
 mod flat;
 pub mod fp8;
 pub mod int4;
+pub mod laid_out;
 pub mod linear;
 pub mod norm;
 pub mod paged;
@@ -58,6 +58,7 @@ pub fn all<D: Driver>() -> Vec<Check<D>> {
         experts::checks(),
         fp8::checks(),
         int4::checks(),
+        laid_out::checks(),
         linear::checks(),
         norm::checks(),
         peers::checks(),

@@ -6,7 +6,10 @@
 
 use crate::{e4m3, flat::no_turn, noise, rounded};
 use cuda::{Cuda, CudaKv, Driver, KvFormat};
-use kernels::{BLOCK_TOKENS, Backend, Batch, Heads, KernelError, Rotation, Tensor, plain::Plain};
+use kernels::{
+    BLOCK_TOKENS, Backend, Batch, BatchRoom, Heads, KernelError, Rotation, Step, StepSequence,
+    TableBlock, Tensor, plain::Plain,
+};
 
 /// Queries are as much larger than keys and values, so that few keys have most of the weight and
 /// the loss of one shows.
@@ -199,47 +202,48 @@ impl Case {
         (self.sequences.iter().map(take).collect(), blocks)
     }
 
-    /// The call's indices, cut.
-    pub(crate) fn batch<B: Backend>(&self, device: &B) -> Result<Batch<B>, KernelError> {
-        let (tables, _) = self.layout();
-        let table_cols = tables.iter().map(Vec::len).max().unwrap_or(0) + 2;
-        let (mut positions, mut slots, mut starts) = (Vec::new(), Vec::new(), vec![0]);
-        let (mut lens, mut block_tables) = (Vec::new(), Vec::new());
-        for (s, table) in self.sequences.iter().zip(&tables) {
-            let rows = s.prefix..s.context();
-            positions.extend(rows.clone().map(|p| p as i32));
-            let within = |p| (p % BLOCK_TOKENS) as i32;
-            let slot = |p| table[p / BLOCK_TOKENS] * BLOCK_TOKENS as i32 + within(p);
-            slots.extend(rows.map(slot));
-            starts.push(positions.len() as i32);
-            lens.push(s.context() as i32);
-            let mut row = vec![i32::MAX; table_cols];
-            row[..table.len()].copy_from_slice(table);
-            block_tables.extend(row);
-        }
-        let ints = |values: &[i32]| -> Result<B::Ints, KernelError> {
-            let mut to = device.ints(values.len())?;
-            device.write_ints(&mut to, values)?;
-            Ok(to)
-        };
-        let tokens = positions.len();
-        let mut batch = Batch {
-            tokens,
+    /// Room for the call, and for tables that it does not use.
+    pub(crate) fn room(&self) -> BatchRoom {
+        let context = self.sequences.iter().map(Rows::context).max().unwrap_or(0);
+        BatchRoom {
+            tokens: self.tokens(),
             sequences: self.sequences.len(),
-            logit_rows_len: 0,
-            ids: device.ints(tokens)?,
-            positions: ints(&positions)?,
-            rope_rows: ints(&vec![0; tokens])?,
-            slots: ints(&slots)?,
-            row_starts: ints(&starts)?,
-            context_lens: ints(&lens)?,
-            block_tables: ints(&block_tables)?,
-            block_table_cols: table_cols,
-            logit_rows: device.ints(0)?,
-            q_scale: None,
-            cuts: device.cuts(tokens, self.sequences.len())?,
-        };
-        device.cut(&mut batch)?;
+            tables: self.sequences.len() + 3,
+            context: context + 2 * BLOCK_TOKENS,
+            heads: self.heads,
+        }
+    }
+
+    /// The call as a step. Tables are the sequences' in another order.
+    pub(crate) fn step(&self) -> Step {
+        let mut step = Step::default();
+        for ((s, blocks), at) in self.sequences.iter().zip(self.layout().0).zip(0..) {
+            let table = self.sequences.len() + 1 - at;
+            let (start, rows) = (s.prefix, s.rows);
+            step.sequences.push(StepSequence { table, start, rows, rope_start: 0 });
+            step.ids.extend(vec![0; rows]);
+            let block = |(index, block)| TableBlock { table, index, block: block as usize };
+            step.new_blocks.extend(blocks.into_iter().enumerate().map(block));
+        }
+        step
+    }
+
+    /// The call's batch, as it is before a step: tables hold numbers that are no blocks.
+    pub(crate) fn empty<B: Backend>(&self, device: &B) -> Result<Batch<B>, KernelError> {
+        let room = self.room();
+        let mut batch = Batch::new(device, room, None)?;
+        let nobodys = vec![i32::MAX; room.tables * room.table_cols()];
+        device.write_ints(&mut batch.block_tables, &nobodys)?;
+        Ok(batch)
+    }
+
+    /// The call's batch.
+    pub(crate) fn batch<B: Backend>(&self, device: &B) -> Result<Batch<B>, KernelError> {
+        let mut batch = self.empty(device)?;
+        device.lay_out(&mut batch, &self.step())?;
+        // One row of the cos/sin table for all.
+        device.write_ints(&mut batch.rope_rows, &vec![0; self.tokens()])?;
+        batch.rope_rows_end = 1;
         Ok(batch)
     }
 

@@ -1,7 +1,7 @@
 //! Prefill attention: sequences with several rows.
 
 use crate::{
-    BF16, Check, Device, Tolerance, compare, cuts,
+    BF16, Check, Device, Tolerance, compare, laid_out,
     paged::{Case, Rows},
 };
 use cuda::{CudaConfig, Driver, KvFormat, PrefillKernel};
@@ -118,5 +118,5 @@ fn e4m3<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
 }
 
 fn refusals<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
-    cuts::refusals(&device(BF16), &Case::new((4, 2, 64), &[(40, 3), (0, 130), (16, 1)]))
+    laid_out::refusals(&device(BF16), &Case::new((4, 2, 64), &[(40, 3), (0, 130), (16, 1)]))
 }

@@ -4,7 +4,10 @@
 
 use collective::{HostCollective, Threads};
 use cpu::{Cpu, CpuConfig, Isa, Pool, Precision};
-use kernels::{BLOCK_TOKENS, Backend, Batch, Heads, KernelError, Rotation, Tensor};
+use kernels::{
+    BLOCK_TOKENS, Backend, Batch, BatchRoom, Heads, KernelError, Rotation, Step, StepSequence,
+    TableBlock, Tensor,
+};
 use std::{
     hint::black_box,
     thread,
@@ -32,32 +35,19 @@ fn batch(
     rows: usize,
     context: usize,
 ) -> Result<Batch<Cpu>, KernelError> {
-    let cols = context.div_ceil(BLOCK_TOKENS);
-    let ints = |values: Vec<usize>| {
-        let values: Vec<i32> = values.into_iter().map(|v| v as i32).collect();
-        let mut to = d.ints(values.len())?;
-        d.write_ints(&mut to, &values).map(|()| to)
-    };
-    let each = |f: &dyn Fn(usize, usize) -> usize| {
-        let positions = move |s: usize| (context - rows..context).map(move |p| (s, p));
-        ints((0..sequences).flat_map(positions).map(|(s, p)| f(s, p)).collect())
-    };
-    Ok(Batch {
-        tokens: sequences * rows,
-        sequences,
-        logit_rows_len: 0,
-        ids: each(&|_, p| p)?,
-        positions: each(&|_, p| p)?,
-        rope_rows: each(&|_, p| p)?,
-        slots: each(&|s, p| s * cols * BLOCK_TOKENS + p)?,
-        row_starts: ints((0..=sequences).map(|s| s * rows).collect())?,
-        context_lens: ints(vec![context; sequences])?,
-        block_tables: ints((0..sequences * cols).collect())?,
-        block_table_cols: cols,
-        logit_rows: ints(vec![])?,
-        q_scale: None,
-        cuts: (),
-    })
+    let tokens = sequences * rows;
+    let heads = Heads { q: 1, kv: 1, dim: 1 };
+    let room = BatchRoom { tokens, sequences, tables: sequences, context, heads };
+    let mut step = Step { ids: vec![0; tokens], ..Step::default() };
+    for table in 0..sequences {
+        let start = context - rows;
+        step.sequences.push(StepSequence { table, start, rows, rope_start: start });
+        let block = |index| TableBlock { table, index, block: table * room.table_cols() + index };
+        step.new_blocks.extend((0..room.table_cols()).map(block));
+    }
+    let mut batch = Batch::new(d, room, None)?;
+    d.lay_out(&mut batch, &step)?;
+    Ok(batch)
 }
 
 fn tensor(d: &Cpu, rows: usize, cols: usize) -> Result<Tensor<Cpu>, KernelError> {

@@ -24,7 +24,8 @@ pub use pool::Pool;
 
 use attention::{Attention, Scratch};
 use kernels::{
-    Backend, Batch, ExpertRows, Heads, KernelError, Rotation, Routes, Tensor, WeightPart, host,
+    Backend, Batch, BatchRoom, ExpertRows, Heads, KernelError, Rotation, Routes, Step, Tensor,
+    WeightPart, host,
     sampling::{Refused, SampleRequest, Sampled},
     shape,
 };
@@ -181,12 +182,12 @@ impl Backend for Cpu {
         kv::block_elements(heads) * element
     }
 
-    fn cuts(&self, _tokens_max: usize, _sequences_max: usize) -> Result<(), KernelError> {
+    fn cuts(&self, _room: &BatchRoom) -> Result<(), KernelError> {
         Ok(())
     }
 
-    fn cut(&self, _batch: &mut Batch<Self>) -> Result<(), KernelError> {
-        Ok(())
+    fn lay_out(&self, batch: &mut Batch<Self>, step: &Step) -> Result<(), KernelError> {
+        Ok(host::lay_out(batch, step)?)
     }
 
     fn embed(

@@ -122,6 +122,12 @@ impl<T> AsRef<[T]> for Aligned<T> {
     }
 }
 
+impl<T> AsMut<[T]> for Aligned<T> {
+    fn as_mut(&mut self) -> &mut [T] {
+        self
+    }
+}
+
 /// A slice that threads write disjoint parts of.
 pub(crate) struct Disjoint<'a, T> {
     start: *mut T,

@@ -4,7 +4,7 @@
 // Computes, for the row of each sequence and each query head h that shares key head h / group:
 // out = softmax(q kᵀ · scale) v over the keys at positions max(0, context - window) .. context.
 // Layout: K and V are [blocks, kv heads, 16 tokens, D], bf16 or e4m3, so that one head's 16 tokens
-// are contiguous; a row of block_tables [S, cols] names a sequence's blocks in order. Slots past
+// are contiguous; a row of block_tables [.., cols] names a sequence's blocks in order. Slots past
 // the context and table entries past a sequence's own may hold anything and are never read.
 //
 // Work: a thread block takes SPLIT_TOKENS keys of one key head, and up to 16 query heads that share
@@ -12,8 +12,10 @@
 // warps go through the split's KV blocks in turn (warp w has blocks w, w + 4, ...), each on its
 // own: own copies, own running maximum and sums, no barrier in the loop. At the end they are
 // merged through shared memory in the order of the warps. A sequence of one split is finished
-// there; others leave f32 sums, which attention_combine adds in a fixed order. How a
-// sequence is cut depends on its context alone, so its bits do not depend on the batch.
+// there; others leave f32 sums, which the block that comes last adds in the order of the splits.
+// How a sequence is cut depends on its context alone, so its bits do not depend on the batch. The
+// grid is always the same: blocks go through a list on the device (`step.cu`), so that a recorded
+// launch serves every step.
 //
 // Moves 2 · context · D · element bytes a key head, and 8 (D + 2) bytes for each query head and
 // split: 4 · group / (512 · element bytes) of the former, 3 % at a group of 8 in bf16, and that
@@ -29,8 +31,7 @@
 // (32 products: 128 of the 450 cycles that the data takes) of 1800 slots; of e4m3 about 410 of 900
 // on sm_90a. On sm_80, which converts with integers, e4m3 is bound by issue: about 1200.
 //
-// What a warp does with its tiles, and e4m3: `decode.cuh`. What adds the splits' sums:
-// `attention_combine.cu`.
+// What a warp does with its tiles, and e4m3: `decode.cuh`.
 #include "decode.cuh"
 
 using namespace decoding;
@@ -43,35 +44,52 @@ struct DecodeArgs {
     bf16* out;                   // [T, q_heads * D]
     const unsigned char* keys;   // [blocks, kv_heads, 16, D]
     const unsigned char* values;
-    const int* splits;           // [grid.x, 3]: sequence, split, slot of its sums
+    const int* splits;           // [.., 3]: sequence, its split, place of its first split
+    const int* splits_count;     // [1]
     const int* row_starts;       // [S + 1]
     const int* context_lens;     // [S]
-    const int* block_tables;     // [S, table_cols]
-    float* sums;                 // [slots, q_heads, D]: Σ 2^(score - max) · value
-    float* weights;              // [slots, q_heads, 2]: max of the scores, Σ 2^(score - max)
+    const int* tables;           // [S]: rows of block_tables
+    const int* block_tables;     // [.., table_cols]
+    float* sums;                 // [splits, q_heads, D]: Σ 2^(score - max) · value
+    float* weights;              // [splits, q_heads, 2]: max of the scores, Σ 2^(score - max)
+    uint32_t* arrivals;          // [S, q_heads]: splits that left sums; zeros between launches
     float score_scale;           // log2(e) / sqrt(D), and the keys' scale
     float value_scale;
     int qkv_cols;
     int q_heads;
-    int kv_heads;                // grid.y
+    int kv_heads;
     int table_cols;
     int group;                   // q_heads / kv_heads
     int window;                  // keys that a row sees, itself included; 2^30 for all
 };
 
-// What a thread block has before it.
+// What a thread block has before it: one split, and the query heads of one key head, up to 16.
 struct Split {
-    int sequence, slot, first, end;  // keys first..end; none where first >= end
-    bool alone;                      // the sequence has no other
+    int sequence, kv_head, first_head, heads;
+    int place, first_place, last_place;  // of this split and of those that have keys, in the list
+    int first, end;                      // keys; none where first >= end
+    bool alone;                          // the sequence has no other
 };
 
-DEVICE Split split_of(const DecodeArgs& args) {
-    const int* cut = args.splits + 3 * static_cast<uint64_t>(blockIdx.x);
+DEVICE Split split_of(const DecodeArgs& args, int item, int count) {
+    const int place = item % count, rest = item / count;
+    const int* cut = args.splits + 3 * static_cast<int64_t>(place);
     const int sequence = cut[0], start = cut[1] * SPLIT_TOKENS;
     const int context = args.context_lens[sequence];
     const int visible = max(context - args.window, 0);
-    return {sequence, cut[2], max(start, visible), min(start + SPLIT_TOKENS, context),
-            context <= SPLIT_TOKENS};
+    const int kv_head = rest % args.kv_heads, tile = rest / args.kv_heads * TILE_HEADS;
+    Split split;
+    split.sequence = sequence;
+    split.kv_head = kv_head;
+    split.first_head = kv_head * args.group + tile;
+    split.heads = min(args.group - tile, TILE_HEADS);
+    split.place = place;
+    split.first_place = cut[2] + visible / SPLIT_TOKENS;
+    split.last_place = cut[2] + (context - 1) / SPLIT_TOKENS;
+    split.first = max(start, visible);
+    split.end = min(start + SPLIT_TOKENS, context);
+    split.alone = context <= SPLIT_TOKENS;
+    return split;
 }
 
 // Where warps leave their results, over the tiles.
@@ -81,6 +99,7 @@ struct Merge {
     static constexpr int STRIDE = D + (sizeof(T) == 2 ? 8 : 16);
     float sums[WARPS][TILE_HEADS][STRIDE];
     Weight weights[WARPS][TILE_HEADS];
+    bool last;  // whether this block came last of its sequence
 };
 
 // Goes through the warp's KV blocks.
@@ -96,7 +115,8 @@ DEVICE void walk(const DecodeArgs& args, const Split& split, Lane<T, D>& mine) {
     const int first_block = split.first / BLOCK_TOKENS;
     const int blocks = (split.end + BLOCK_TOKENS - 1) / BLOCK_TOKENS - first_block;
     const int count = blocks > warp ? (blocks - warp + WARPS - 1) / WARPS : 0;
-    const int* table = args.block_tables + static_cast<uint64_t>(split.sequence) * args.table_cols;
+    const int* table =
+        args.block_tables + static_cast<int64_t>(args.tables[split.sequence]) * args.table_cols;
     const int ids = lane < blocks ? table[first_block + lane] : 0;
 
     // Copies the warp's i-th tile of keys (which = 0) or values (1); each copy is a group of its
@@ -107,7 +127,7 @@ DEVICE void walk(const DecodeArgs& args, const Split& split, Lane<T, D>& mine) {
             const int64_t block = __shfl_sync(ALL_LANES, ids, at);
             const unsigned char* from = which == 0 ? args.keys : args.values;
             Shape::fetch(ring + (i % STAGES * 2 + which) * Shape::BYTES,
-                         from + (block * args.kv_heads + blockIdx.y) * Shape::BYTES,
+                         from + (block * args.kv_heads + split.kv_head) * Shape::BYTES,
                          split.first - token, split.end - token);
         }
         cp_async_commit();
@@ -118,9 +138,7 @@ DEVICE void walk(const DecodeArgs& args, const Split& split, Lane<T, D>& mine) {
         fetch(i, 1);
     }
     const uint64_t row = static_cast<uint64_t>(args.row_starts[split.sequence]) * args.qkv_cols;
-    const int tile = static_cast<int>(blockIdx.z) * TILE_HEADS;
-    mine.load_q(args.qkv + row + (blockIdx.y * args.group + tile) * D,
-                min(args.group - tile, TILE_HEADS), args.score_scale);
+    mine.load_q(args.qkv + row + split.first_head * D, split.heads, args.score_scale);
 
     for (int i = 0; i < count; ++i) {
         const unsigned char* keys = ring + i % STAGES * 2 * Shape::BYTES;
@@ -148,8 +166,7 @@ template <typename T, int D>
 DEVICE void merge(const DecodeArgs& args, const Split& split, const Lane<T, D>& mine) {
     const int warp = static_cast<int>(threadIdx.x) / WARP;
     const int lane = static_cast<int>(threadIdx.x) % WARP;
-    const int tile = static_cast<int>(blockIdx.z) * TILE_HEADS;
-    const int heads = min(args.group - tile, TILE_HEADS);
+    const int heads = split.heads;
     auto* all = shared_memory<Merge<T, D>>();
     __syncthreads();
 #pragma unroll
@@ -165,7 +182,6 @@ DEVICE void merge(const DecodeArgs& args, const Split& split, const Lane<T, D>& 
     }
     __syncthreads();
     const uint64_t row = static_cast<uint64_t>(args.row_starts[split.sequence]) * args.q_heads;
-    const int first = static_cast<int>(blockIdx.y) * args.group + tile;
     for (int at = static_cast<int>(threadIdx.x); at < heads * (D / 4); at += THREADS) {
         const int head = at / (D / 4), d = at % (D / 4) * 4;
         Weight weight{-INFINITY, 0.0f};
@@ -182,10 +198,11 @@ DEVICE void merge(const DecodeArgs& args, const Split& split, const Lane<T, D>& 
             const float scale = args.value_scale / weight.sum;
             const Bytes8 result{{pack_bf16(x[0] * scale, x[1] * scale),
                                  pack_bf16(x[2] * scale, x[3] * scale)}};
-            store8(args.out + (row + first + head) * D + d, result);
+            store8(args.out + (row + split.first_head + head) * D + d, result);
             continue;
         }
-        const uint64_t slot = static_cast<uint64_t>(split.slot) * args.q_heads + first + head;
+        const uint64_t slot =
+            static_cast<uint64_t>(split.place) * args.q_heads + split.first_head + head;
         Bytes16 sums;
         for (int i = 0; i < 4; ++i) sums.words[i] = __float_as_uint(x[i] * args.value_scale);
         store16(args.sums + slot * D + d, sums);
@@ -193,15 +210,85 @@ DEVICE void merge(const DecodeArgs& args, const Split& split, const Lane<T, D>& 
     }
 }
 
+// Whether this block's sums are the last of the sequence's to come, which it then sees.
+template <typename T, int D>
+DEVICE bool came_last(const DecodeArgs& args, const Split& split) {
+    auto* all = shared_memory<Merge<T, D>>();
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        uint32_t* arrived = args.arrivals + static_cast<uint64_t>(split.sequence) * args.q_heads +
+                            split.first_head;
+        const uint32_t due = static_cast<uint32_t>(split.last_place - split.first_place);
+        all->last = atomicAdd(arrived, 1u) == due;
+        if (all->last) *arrived = 0;
+    }
+    __syncthreads();
+    const bool last = all->last;
+    if (last) __threadfence();
+    return last;
+}
+
+// out = Σ 2^(max - greatest max) · sums / Σ 2^(max - greatest max) · sum over the sequence's splits
+// in their order: a warp has a head at a time, a lane D / 32 dimensions.
+template <int D>
+DEVICE void combine(const DecodeArgs& args, const Split& split) {
+    constexpr int EACH = D / WARP;
+    const int warp = static_cast<int>(threadIdx.x) / WARP;
+    const int lane = static_cast<int>(threadIdx.x) % WARP;
+    const uint64_t row = static_cast<uint64_t>(args.row_starts[split.sequence]) * args.q_heads;
+    for (int h = warp; h < split.heads; h += WARPS) {
+        const int head = split.first_head + h;
+        const auto weight_of = [&](int place) {
+            const float* at =
+                args.weights + 2 * (static_cast<uint64_t>(place) * args.q_heads + head);
+            return Weight{load_shared_by_blocks(at), load_shared_by_blocks(at + 1)};
+        };
+        float most = -INFINITY, total = 0.0f;
+        for (int s = split.first_place + lane; s <= split.last_place; s += WARP)
+            most = fmaxf(most, weight_of(s).max);
+        most = warp_max(most);
+        for (int s = split.first_place + lane; s <= split.last_place; s += WARP) {
+            const Weight weight = weight_of(s);
+            total += exp2_approx(weight.max - most) * weight.sum;
+        }
+        total = warp_sum(total);
+        float x[EACH] = {};
+#pragma unroll 8
+        for (int s = split.first_place; s <= split.last_place; ++s) {
+            const float share = exp2_approx(weight_of(s).max - most);
+            const float* part =
+                args.sums + (static_cast<uint64_t>(s) * args.q_heads + head) * D + lane * EACH;
+            if constexpr (EACH == 4) {
+                const Bytes16 four = load16_shared_by_blocks(part);
+                for (int i = 0; i < EACH; ++i) x[i] += share * __uint_as_float(four.words[i]);
+            } else {
+                for (int i = 0; i < EACH; ++i) x[i] += share * load_shared_by_blocks(part + i);
+            }
+        }
+        bf16* out = args.out + (row + head) * D + lane * EACH;
+        for (int i = 0; i < EACH; ++i) out[i] = to_bf16(x[i] / total);
+    }
+}
+
 template <typename T, int D>
 DEVICE void decode(const DecodeArgs& args) {
-    const Split split = split_of(args);
-    // Outside the window: attention_combine does not look here.
-    if (split.first >= split.end) return;
-    Lane<T, D> mine;
-    mine.clear();
-    walk(args, split, mine);
-    merge(args, split, mine);
+    const int count = *args.splits_count;
+    const int tiles = (args.group + TILE_HEADS - 1) / TILE_HEADS;
+    const int items = count * args.kv_heads * tiles;
+    for (int item = static_cast<int>(blockIdx.x); item < items;
+         item += static_cast<int>(gridDim.x)) {
+        const Split split = split_of(args, item, count);
+        // Outside the window: nobody waits for it.
+        if (split.first >= split.end) continue;
+        Lane<T, D> mine;
+        mine.clear();
+        walk(args, split, mine);
+        merge(args, split, mine);
+        if (!split.alone && came_last<T, D>(args, split)) combine<D>(args, split);
+        // The ring is where warps may still read.
+        __syncthreads();
+    }
 }
 
 KERNEL(attention_decode_d64_bf16, DecodeArgs, THREADS, BLOCKS) { decode<bf16, 64>(args); }

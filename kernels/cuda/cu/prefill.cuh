@@ -14,7 +14,8 @@ struct PrefillArgs {
     const int32_t* tiles;         // [tiles, 2]: sequence, and its first row in the batch
     const int32_t* row_starts;    // [S + 1]
     const int32_t* context_lens;  // [S]
-    const int32_t* block_tables;  // [S, block_table_cols]
+    const int32_t* tables;        // [S]: rows of block_tables
+    const int32_t* block_tables;  // [.., block_table_cols]
     int32_t block_table_cols;
     int32_t q_heads;
     int32_t kv_heads;
@@ -42,6 +43,7 @@ DEVICE PrefillTile prefill_tile(const PrefillArgs& args, int index) {
     tile.position = args.context_lens[sequence] - rows_left;
     tile.first_key = max(tile.position + 1 - args.window, 0);
     tile.keys_end = tile.position + tile.rows;
-    tile.blocks = args.block_tables + static_cast<int64_t>(sequence) * args.block_table_cols;
+    const int64_t table = args.tables[sequence];
+    tile.blocks = args.block_tables + table * args.block_table_cols;
     return tile;
 }

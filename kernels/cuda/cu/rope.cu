@@ -31,7 +31,7 @@ struct RopeArgs {
     const float* cos_sin;
     const int32_t* rope_rows;  // [tokens]
     const float* q_scale;      // [tokens], or null
-    const int32_t* slots;      // [tokens]
+    const int32_t* slots;      // [tokens], negative for those that are not stored
     void* keys;
     void* values;
     uint32_t tokens;
@@ -131,7 +131,7 @@ DEVICE void rotate_and_store(const RopeArgs& args) {
     load_floats(table, cos);
     load_floats(table + D / 2, sin);
     const float q_scale = args.q_scale != nullptr ? args.q_scale[token] : 1.0f;
-    const uint32_t slot = static_cast<uint32_t>(args.slots[token]);
+    const int32_t slot = args.slots[token];
 
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i) {
@@ -159,11 +159,12 @@ DEVICE void rotate_and_store(const RopeArgs& args) {
             store16_global(row + head * D + D / 2, high[i]);
         }
         // Keys are read from the cache alone.
-        if (is_query || head >= heads) continue;
+        if (is_query || head >= heads || slot < 0) continue;
         const bool is_key = head < rotated;
+        const uint32_t place = static_cast<uint32_t>(slot);
         const uint32_t kv_head = head - (is_key ? args.q_heads : rotated);
-        const uint64_t block = slot / BLOCK_TOKENS * static_cast<uint64_t>(args.kv_heads) + kv_head;
-        const uint64_t to = (block * BLOCK_TOKENS + slot % BLOCK_TOKENS) * D + at;
+        const uint64_t block = place / BLOCK_TOKENS * static_cast<uint64_t>(args.kv_heads) + kv_head;
+        const uint64_t to = (block * BLOCK_TOKENS + place % BLOCK_TOKENS) * D + at;
         store_cached<D>(args, is_key, to, low[i], high[i]);
     }
 }

@@ -2,7 +2,6 @@
 
 use super::Driver;
 use kernels::{KernelError, ShapeError};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// How an array's numbers are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,19 +143,8 @@ impl<D: Driver> Floats<D> {
     }
 }
 
-/// Indices. The host keeps its copy, so that launchers can check what kernels will follow.
-pub struct Ints<D: Driver> {
-    array: Array<D>,
-    host: Vec<i32>,
-    last_write: u64,
-}
-
-/// Writes to indices so far, and arrays made: no two have the same number.
-static WRITES: AtomicU64 = AtomicU64::new(0);
-
-fn next_write() -> u64 {
-    WRITES.fetch_add(1, Ordering::Relaxed)
-}
+/// Indices.
+pub struct Ints<D: Driver>(Array<D>);
 
 impl<D: Driver> Ints<D> {
     /// `len` zeros.
@@ -164,35 +152,32 @@ impl<D: Driver> Ints<D> {
     /// # Errors
     /// `KernelError::Memory` where there is not enough.
     pub fn zeroed(driver: &D, len: usize) -> Result<Self, KernelError> {
-        let array = Array::zeroed(driver, "indices", len.saturating_mul(size_of::<i32>()))?;
-        let host = kernels::host::zeroed("indices", len)?;
-        Ok(Self { array, host, last_write: next_write() })
-    }
-
-    /// A number that no other contents of any array has.
-    pub(super) fn last_write(&self) -> u64 {
-        self.last_write
+        Ok(Self(Array::zeroed(driver, "indices", len.saturating_mul(size_of::<i32>()))?))
     }
 
     /// The device's address of the first element.
     pub fn address(&self, driver: &D) -> u64 {
-        self.array.address(driver)
+        self.0.address(driver)
     }
 
     /// Writes from the start on.
     ///
     /// # Errors
     /// `KernelError::Shape` where the values do not fit; the driver's own.
-    pub fn write(&mut self, driver: &D, values: &[i32]) -> Result<(), KernelError> {
-        self.last_write = next_write();
-        kernels::host::write(&mut self.host, values)?;
+    pub fn write(&self, driver: &D, values: &[i32]) -> Result<(), KernelError> {
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        self.array.write(driver, &bytes)
+        self.0.write(driver, &bytes)
     }
-}
 
-impl<D: Driver> AsRef<[i32]> for Ints<D> {
-    fn as_ref(&self) -> &[i32] {
-        &self.host
+    /// Reads from the start on.
+    ///
+    /// # Errors
+    /// `KernelError::Shape` where there are fewer values; the driver's own.
+    pub fn read(&self, driver: &D, to: &mut [i32]) -> Result<(), KernelError> {
+        let mut bytes = vec![0; size_of_val(to)];
+        self.0.read(driver, &mut bytes)?;
+        let values = bytes.as_chunks::<4>().0;
+        to.iter_mut().zip(values).for_each(|(to, v)| *to = i32::from_le_bytes(*v));
+        Ok(())
     }
 }

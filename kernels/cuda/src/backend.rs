@@ -2,10 +2,11 @@
 
 use super::{
     Array, CudaExperts, CudaKv, Driver, Element, Floats, Ints, KvFormat, PrefillKernel, SampleRoom,
-    WeightFormat, attention, linear,
+    WeightFormat, attention, linear, step::Cuts,
 };
 use kernels::{
-    Backend, Batch, ExpertRows, Heads, Join, KernelError, Rotation, Routes, Tensor, WeightPart,
+    Backend, Batch, BatchRoom, ExpertRows, Heads, Join, KernelError, Rotation, Routes, Step,
+    Tensor, WeightPart,
     sampling::{Refused, SampleRequest, Sampled},
     shape,
 };
@@ -75,7 +76,7 @@ impl<D: Driver> Backend for Cuda<D> {
     type Weight = linear::Weight<D>;
     type Experts = CudaExperts<D>;
     type Kv = CudaKv<D>;
-    type Cuts = attention::Cuts<D>;
+    type Cuts = Cuts<D>;
     type Sampling = SampleRoom<D>;
 
     /// Ranks have a link of their own between cards, by which sums are twice as few bytes and
@@ -136,12 +137,12 @@ impl<D: Driver> Backend for Cuda<D> {
         self.config.kv_format.block_bytes(heads)
     }
 
-    fn cuts(&self, tokens_max: usize, sequences_max: usize) -> Result<Self::Cuts, KernelError> {
-        attention::Cuts::room(&self.driver, tokens_max, sequences_max)
+    fn cuts(&self, room: &BatchRoom) -> Result<Cuts<D>, KernelError> {
+        Cuts::room(self, room)
     }
 
-    fn cut(&self, batch: &mut Batch<Self>) -> Result<(), KernelError> {
-        attention::cut(&self.driver, batch)
+    fn lay_out(&self, batch: &mut Batch<Self>, step: &Step) -> Result<(), KernelError> {
+        self.begin_step(batch, step)
     }
 
     fn embed(

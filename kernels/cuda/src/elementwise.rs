@@ -1,7 +1,7 @@
 //! Ops that move or combine rows: embed, add, silu_mul, gather_rows. Kernels: `elementwise.cu`.
 
 use super::{Cuda, Driver, Element, Launch, linear::Weight};
-use kernels::{Batch, KernelError, Tensor, host, shape::ensure};
+use kernels::{Batch, KernelError, Tensor, shape::ensure};
 
 /// Threads in a block of the element-wise kernels.
 pub(super) const THREADS: u32 = 256;
@@ -90,7 +90,6 @@ impl<D: Driver> Cuda<D> {
         batch: &Batch<Self>,
     ) -> Result<(), KernelError> {
         // Any id may come: those outside the table are the other ranks'.
-        host::ids(batch)?;
         let first = i64::try_from(first_id).ok();
         ensure("embed", first.is_some(), || format!("first id {first_id} is out of range"))?;
         let from = Gather {
@@ -125,7 +124,9 @@ impl<D: Driver> Cuda<D> {
         first: usize,
     ) -> Result<(), KernelError> {
         bf16_vectors("gather_rows", &[x])?;
-        host::logit_rows(batch, first..first + out.rows, x.rows)?;
+        ensure("gather_rows", x.rows >= batch.tokens, || {
+            format!("{} rows of a step of {} tokens", x.rows, batch.tokens)
+        })?;
         let rows = batch.logit_rows.address(&self.driver) + (first * size_of::<i32>()) as u64;
         let from = Gather { table: self.at(x), table_rows: x.rows, rows, first: 0 };
         self.gather_from("gather_rows", out, &from)

@@ -26,6 +26,7 @@ mod rope;
 mod rows;
 mod sampling;
 mod skinny;
+mod step;
 
 pub use array::{Array, Element, Floats, Ints};
 pub use attention::PrefillKernel;

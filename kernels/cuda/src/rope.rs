@@ -1,7 +1,7 @@
 //! Head norms, rotation and the KV cache's layout. Kernels: `rope.cu`.
 
 use super::{Array, Cuda, Driver, Element, Launch, elementwise::bf16_vectors, fp8::usable_scale};
-use kernels::{BLOCK_TOKENS, Batch, Heads, KernelError, Rotation, Tensor, host, shape};
+use kernels::{BLOCK_TOKENS, Batch, Heads, KernelError, Rotation, Tensor, shape};
 use kernels::{ShapeError, shape::ensure};
 use serde::{Deserialize, Serialize};
 
@@ -144,8 +144,13 @@ impl<D: Driver> Cuda<D> {
         batch: &Batch<Self>,
     ) -> Result<(), KernelError> {
         let Rotation { norm, cos_sin, heads: Heads { q, kv: kv_heads, dim } } = *rotation;
-        host::rope_rows(batch, cos_sin.rows)?;
-        host::slots(batch, kv.blocks)?;
+        let (rows, blocks) = (batch.rope_rows_end, batch.blocks_end);
+        ensure(OP, rows <= cos_sin.rows, || {
+            format!("table row {} is outside 0..{}", rows - 1, cos_sin.rows)
+        })?;
+        ensure(OP, blocks <= kv.blocks, || {
+            format!("block {} of a cache of {}", blocks - 1, kv.blocks)
+        })?;
         f32s("cos_sin", cos_sin.data.element())?;
         bf16_vectors(OP, &[qkv])?;
         if let Some((q, k, _)) = norm {

@@ -83,13 +83,9 @@ pub(crate) fn scratch(
     cost: &RankCost,
     options: &RunnerOptions,
 ) -> u64 {
-    let RunnerOptions { step_tokens_max, sequences_max, context_max, .. } = *options;
-    let sampled = (logit_rows_max(step_tokens_max), config.vocab);
+    let sampled = (logit_rows_max(options.step_tokens_max), config.vocab);
     let step = cuda.step_bytes(&StepShape {
-        tokens_max: step_tokens_max,
-        sequences_max,
-        context_max,
-        heads: shard.heads(),
+        batch: options.room(shard.heads()),
         sampled: (shard.rank == 0).then_some(sampled),
         products: cost.products,
     });

@@ -112,7 +112,7 @@ fn prepared<D: Driver>(
         let blocks = sequences * context.div_ceil(BLOCK_TOKENS);
         let kv = filled(device, blocks, heads)?;
         let qkv = noisy(device, sequences * rows, heads.qkv_cols())?;
-        let batch = batch(device, sequences, rows, context)?;
+        let batch = batch(device, sequences, rows, context, heads)?;
         let mut out = Tensor::zeros(device, sequences * rows, heads.q * heads.dim)?;
         Ok(Box::new(move |device: &Cuda<D>| {
             device.attention(&mut out, &qkv, &kv, &batch, heads, None)
@@ -129,7 +129,8 @@ pub(super) fn filled<D: Driver>(
     let mut kv = device.kv(blocks, heads)?;
     let slots = blocks * BLOCK_TOKENS;
     let mut noise = noisy(device, slots.min(FILL_ROWS), heads.qkv_cols())?;
-    let mut piece = batch(device, 1, noise.rows, noise.rows)?;
+    let mut piece = batch(device, 1, noise.rows, noise.rows, heads)?;
+    (piece.rope_rows_end, piece.blocks_end) = (1, blocks);
     let cos_sin = no_turn(device, heads.dim)?;
     device.write_ints(&mut piece.rope_rows, &vec![0; noise.rows])?;
     let rotation = Rotation { norm: None, cos_sin: &cos_sin, heads };

@@ -4,7 +4,7 @@
 use super::{Bar, Bench, Run, Scale, Work, batch, noisy, noisy_table};
 use crate::BF16;
 use cuda::{Cuda, CudaConfig, Driver, KvFormat};
-use kernels::{BLOCK_TOKENS, Backend, Heads, KernelError, Rotation, Tensor};
+use kernels::{BLOCK_TOKENS, Backend, Batch, Heads, KernelError, Rotation, Tensor};
 
 /// Rows, then the widths of a 72B model.
 struct Shape {
@@ -73,13 +73,18 @@ fn silu_mul<D: Driver>(
     Ok(Box::new(move |device| device.silu_mul(&mut out, &x)))
 }
 
+/// A step of rows that no attention looks at.
+fn rows_alone<D: Driver>(device: &Cuda<D>, rows: usize) -> Result<Batch<Cuda<D>>, KernelError> {
+    batch(device, 1, rows, rows, Heads { q: 1, kv: 1, dim: 64 })
+}
+
 fn embed<D: Driver>(
     device: &Cuda<D>,
     (rows, cols): (usize, usize),
     vocab: usize,
 ) -> Result<Run<D>, KernelError> {
     let table = noisy_table(device, vocab, cols)?;
-    let (batch, mut out) = (batch(device, 1, rows, rows)?, Tensor::zeros(device, rows, cols)?);
+    let (batch, mut out) = (rows_alone(device, rows)?, Tensor::zeros(device, rows, cols)?);
     Ok(Box::new(move |device| device.embed(&mut out, &table, 0, &batch)))
 }
 
@@ -88,7 +93,7 @@ fn gather<D: Driver>(
     (rows, cols): (usize, usize),
 ) -> Result<Run<D>, KernelError> {
     let (x, mut out) = (noisy(device, rows, cols)?, Tensor::zeros(device, rows, cols)?);
-    let batch = batch(device, 1, rows, rows)?;
+    let batch = rows_alone(device, rows)?;
     Ok(Box::new(move |device| device.gather_rows(&mut out, &x, &batch, 0, rows)))
 }
 
@@ -114,7 +119,7 @@ fn rotation<D: Driver>(scale: Scale, kv_format: KvFormat) -> Bench<D> {
             let (q, k) = (noisy(device, 1, dim)?, noisy(device, 1, dim)?);
             let table = crate::noise(5, rows * dim);
             let cos_sin = Tensor::exact_from_host(device, dim, &table)?;
-            let batch = batch(device, 1, rows, rows)?;
+            let batch = batch(device, 1, rows, rows, heads)?;
             let mut kv = device.kv(rows.div_ceil(BLOCK_TOKENS), heads)?;
             Ok(Box::new(move |device: &Cuda<D>| {
                 let norm = Some((&q, &k, 1e-6));

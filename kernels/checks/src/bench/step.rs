@@ -267,9 +267,10 @@ impl<D: Driver> Running<D> {
         let Step { of, sequences, context, .. } = *step;
         let Sized { heads, hidden, intermediate, .. } = of;
         let noisy = |cols| noisy(device, sequences, cols);
-        let mut batch = batch(device, sequences, 1, context)?;
+        let mut batch = batch(device, sequences, 1, context, heads)?;
         // One row of angles for all.
         device.write_ints(&mut batch.rope_rows, &vec![0; sequences])?;
+        batch.rope_rows_end = 1;
         Ok(Self {
             heads,
             kv: filled(device, sequences * context.div_ceil(BLOCK_TOKENS), heads)?,

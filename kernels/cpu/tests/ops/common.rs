@@ -1,7 +1,7 @@
 //! What the tests share: values, devices, comparisons and batches.
 
 use cpu::{Cpu, CpuConfig, Isa, Precision};
-use kernels::{Backend, Batch, Format, Tensor, WeightPart};
+use kernels::{Backend, Batch, BatchRoom, Format, Heads, Tensor, WeightPart};
 
 /// Multiples of 1/1024 in [-1, 1): exact in half precision, so that both precisions agree on
 /// inputs.
@@ -60,23 +60,9 @@ pub fn assert_same_bits(name: &str, got: &[f32], want: &[f32]) {
 
 /// A batch whose every buffer is empty.
 pub fn no_batch<B: Backend>(device: &B) -> Batch<B> {
-    let ints = || device.ints(0).unwrap();
-    Batch {
-        tokens: 0,
-        sequences: 0,
-        logit_rows_len: 0,
-        ids: ints(),
-        positions: ints(),
-        rope_rows: ints(),
-        slots: ints(),
-        row_starts: device.ints(1).unwrap(),
-        context_lens: ints(),
-        block_tables: ints(),
-        block_table_cols: 0,
-        logit_rows: ints(),
-        q_scale: None,
-        cuts: device.cuts(0, 0).unwrap(),
-    }
+    let heads = Heads { q: 1, kv: 1, dim: 1 };
+    let room = BatchRoom { tokens: 0, sequences: 0, tables: 0, context: 0, heads };
+    Batch::new(device, room, None).unwrap()
 }
 
 pub fn ints<B: Backend>(device: &B, values: &[i32]) -> B::Ints {

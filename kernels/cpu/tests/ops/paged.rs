@@ -59,6 +59,7 @@ impl Paged {
             slots: ints(device, &slots),
             row_starts: ints(device, &starts),
             context_lens: ints(device, &contexts),
+            tables: ints(device, &(0..rows.len() as i32).collect::<Vec<_>>()),
             block_tables: ints(device, &tables),
             block_table_cols: cols,
             ..no_batch(device)

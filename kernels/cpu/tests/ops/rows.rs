@@ -60,6 +60,7 @@ impl Turned {
             slots: ints(d, &each),
             row_starts: ints(d, &[0, tokens as i32]),
             context_lens: ints(d, &[tokens as i32]),
+            tables: ints(d, &[0]),
             block_tables: ints(d, &each[..blocks]),
             block_table_cols: blocks,
             q_scale: self.q_scale.as_ref().map(|scale| floats(d, scale)),

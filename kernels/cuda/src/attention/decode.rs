@@ -1,12 +1,13 @@
-//! Sequences with one row: splits of the context, then their sum. Kernels: `attention_decode.cu`,
-//! `attention_combine.cu`.
+//! Sequences with one row: splits of the context, and their sum. Kernels: `attention_decode.cu`.
 
 use super::{Call, SPLIT_TOKENS};
-use crate::{Cuda, Driver, KvFormat, Launch};
-use kernels::{Heads, KernelError, Tensor};
+use crate::{Cuda, Driver, KvFormat, Launch, step::splits_max};
+use kernels::{BatchRoom, Heads, KernelError, Tensor};
 
-/// Threads in a block of both kernels, and its warps.
+/// Threads in a block of the kernel, and its warps.
 const THREADS: u32 = 128;
+/// Blocks that a multiprocessor has room for.
+const BLOCKS: usize = 3;
 const WARPS: usize = 4;
 /// Query heads of one key head that one block works on.
 const TILE_HEADS: usize = 16;
@@ -19,11 +20,14 @@ struct DecodeArgs {
     keys: u64,
     values: u64,
     splits: u64,
+    splits_count: u64,
     row_starts: u64,
     context_lens: u64,
+    tables: u64,
     block_tables: u64,
     sums: u64,
     weights: u64,
+    arrivals: u64,
     score_scale: f32,
     value_scale: f32,
     qkv_cols: i32,
@@ -31,19 +35,6 @@ struct DecodeArgs {
     kv_heads: i32,
     table_cols: i32,
     group: i32,
-    window: i32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct CombineArgs {
-    out: u64,
-    sums: u64,
-    weights: u64,
-    decoding: u64,
-    row_starts: u64,
-    context_lens: u64,
-    q_heads: i32,
     window: i32,
 }
 
@@ -62,60 +53,35 @@ fn kernel(dim: usize, format: KvFormat) -> (&'static str, usize) {
     (name, WARPS * ring.max(merged))
 }
 
-/// Bytes that splits leave for their sum, where sequences that may be that long all decode.
-pub(crate) fn sums_bytes(
-    sequences_max: usize,
-    context_max: usize,
-    Heads { q, dim, .. }: Heads,
-) -> usize {
-    match context_max.div_ceil(SPLIT_TOKENS) {
+/// Bytes that splits leave for their sum, where sequences of full length all decode.
+pub(crate) fn sums_bytes(room: &BatchRoom) -> usize {
+    if room.context <= SPLIT_TOKENS {
         // One split has nothing to be summed with.
-        0 | 1 => 0,
-        splits => {
-            let bytes = split_sums(q, dim) * size_of::<f32>();
-            sequences_max.saturating_mul(splits).saturating_mul(bytes)
-        }
+        return 0;
     }
-}
-
-/// Numbers that one split leaves: a sum and two weights of every query head.
-fn split_sums(q: usize, dim: usize) -> usize {
-    q * (dim + 2)
+    let Heads { q, dim, .. } = room.heads;
+    // A sum and two weights of every query head.
+    splits_max(room).saturating_mul(q * (dim + 2) * size_of::<f32>())
 }
 
 impl<D: Driver> Cuda<D> {
+    /// One grid for every step: blocks take splits from a list on the device.
     pub(super) fn decode(
         &self,
         out: &mut Tensor<Self>,
         call: &Call<'_, D>,
     ) -> Result<(), KernelError> {
-        let (cuts, Heads { q, kv, dim }) = (&call.batch.cuts, call.heads);
+        let (room, Heads { q, kv, dim }) = (&call.batch.room, call.heads);
         // Sums of every split and query head, then the weights beside them.
-        let sums_len = cuts.sums_len * q * dim;
-        let all_len = cuts.sums_len * split_sums(q, dim);
-        let sums = self.workspace(all_len * size_of::<f32>())?;
+        let sums = self.workspace(sums_bytes(room))?;
+        let sums_len = splits_max(room) * q * dim;
         let weights = sums + (sums_len * size_of::<f32>()) as u64;
         let args = self.decode_args(out, call, (sums, weights));
         let (name, shared) = kernel(dim, call.kv.format());
-        let grid = [cuts.splits_len as u32, kv as u32, (q / kv).div_ceil(TILE_HEADS) as u32];
-        self.driver.launch(Launch::new(name, grid, THREADS, &args).shared(shared as u32))?;
-        if cuts.divided_len == 0 {
-            return Ok(());
-        }
-        let name = if dim == 64 { "attention_combine_d64" } else { "attention_combine_d128" };
-        let args = CombineArgs {
-            out: args.out,
-            sums,
-            weights,
-            decoding: cuts.decoding.address(&self.driver),
-            row_starts: args.row_starts,
-            context_lens: args.context_lens,
-            q_heads: args.q_heads,
-            window: args.window,
-        };
-        let shared = (WARPS * dim * size_of::<f32>()) as u32;
-        let grid = [cuts.divided_len as u32, q as u32, 1];
-        self.driver.launch(Launch::new(name, grid, THREADS, &args).shared(shared))
+        let items = splits_max(room).saturating_mul(kv * (q / kv).div_ceil(TILE_HEADS));
+        let blocks = items.min(BLOCKS * self.driver.facts().multiprocessors as usize);
+        let grid = [blocks as u32, 1, 1];
+        self.driver.launch(Launch::new(name, grid, THREADS, &args).shared(shared as u32))
     }
 
     fn decode_args(
@@ -132,11 +98,14 @@ impl<D: Driver> Cuda<D> {
             keys: kv.keys().address(driver),
             values: kv.values().address(driver),
             splits: batch.cuts.splits.address(driver),
+            splits_count: batch.cuts.splits_count.address(driver),
             row_starts: batch.row_starts.address(driver),
             context_lens: batch.context_lens.address(driver),
+            tables: batch.tables.address(driver),
             block_tables: batch.block_tables.address(driver),
             sums,
             weights,
+            arrivals: batch.cuts.arrivals.address(driver),
             score_scale: std::f32::consts::LOG2_E / (heads.dim as f32).sqrt() * kv.key_scale(),
             value_scale: kv.value_scale(),
             qkv_cols: qkv.cols as i32,
