@@ -93,6 +93,10 @@ pub trait Collective<B: Backend>: Send + 'static {
     ) -> Result<(), CollectiveError> {
         self.all_gather_cols(device, out, x, cols)
     }
+    /// Whether exchanges are launches on the device alone, which can be captured with a step's others.
+    fn is_captured(&self) -> bool {
+        false
+    }
     /// Whether every exchange so far has come about, where that shows only once the device is done.
     /// Results are to be believed only then.
     fn check(&mut self, _device: &B) -> Result<(), CollectiveError> {

@@ -103,6 +103,10 @@ impl<D: Driver, H: HostCollective> Collective<Cuda<D>> for PeerMemory<D, H> {
         self.gather(device, (out, x), cols, false)
     }
 
+    fn is_captured(&self) -> bool {
+        true
+    }
+
     fn check(&mut self, device: &Cuda<D>) -> Result<(), CollectiveError> {
         let Some(peers) = &self.peers else { return Ok(()) };
         Ok(peers.check(device.driver())?)

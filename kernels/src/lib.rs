@@ -27,6 +27,9 @@ pub use weight::{
 /// Tokens in one KV block.
 pub const BLOCK_TOKENS: usize = 16;
 
+/// Rows of logits that are computed together where a device knows nothing better.
+pub const LOGIT_ROWS_MAX: usize = 64;
+
 /// Why an op, an allocation or an upload was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
@@ -253,6 +256,28 @@ pub trait Backend: Send + Sync + Sized + 'static {
         logits: &mut Tensor<Self>,
         requests: &[SampleRequest<'_>],
     ) -> Result<Vec<Result<Sampled, Refused>>, KernelError>;
+
+    // Steps that are the same each time.
+
+    /// Rows to which a step of `rows` sequences with one row each is padded, so that its ops can be
+    /// run as they were captured from another of that size; `None` where nothing is captured.
+    fn graph_rows(&self, _rows: usize) -> Option<usize> {
+        None
+    }
+    /// Runs `ops`, which write to the same tensors each time they come with the same `key`, or runs
+    /// again what they were captured as.
+    fn captured<E: From<KernelError>>(
+        &self,
+        _key: usize,
+        ops: impl FnOnce() -> Result<(), E>,
+    ) -> Result<(), E> {
+        ops()
+    }
+    /// Rows of logits that are computed, and that tokens are chosen from, together: bounds their
+    /// memory whatever a step asks for.
+    fn logit_rows_max(&self) -> usize {
+        LOGIT_ROWS_MAX
+    }
 
     // What is taken before the first step, and what the host writes and reads.
 

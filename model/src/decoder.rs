@@ -14,7 +14,7 @@ use crate::ModelError;
 use collective::Collective;
 use feed_forward::FeedForward;
 use kernels::{AddNorm, Backend, Batch, Heads, Join, Rotation, Tensor};
-pub use scratch::{ExpertsShape, Scratch, ScratchShape, Width, logit_rows_max};
+pub use scratch::{ExpertsShape, Scratch, ScratchShape, Width};
 
 /// This rank's part of a model.
 pub struct Decoder<B: Backend> {

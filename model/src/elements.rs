@@ -52,11 +52,17 @@ impl Elements {
 }
 
 /// What a rank with `shard` allocates beside matrices, KV cache and what its device needs of its
-/// own: activations, a step's indices, rope tables, norms and biases.
-pub fn elements(config: &DecoderConfig, shard: &Shard, options: &RunnerOptions) -> Elements {
+/// own: activations, a step's indices, rope tables, norms and biases. It computes up to
+/// `logit_rows_max` rows of logits at once.
+pub fn elements(
+    config: &DecoderConfig,
+    shard: &Shard,
+    options: &RunnerOptions,
+    logit_rows_max: usize,
+) -> Elements {
     let tables = RopeTables::new(&config.rope, options.context_max);
     let rope = tables.rows().saturating_mul(config.head_dim);
-    scratch_shape(config, shard, options)
+    scratch_shape(config, shard, options, logit_rows_max)
         .elements()
         .and(batch(config, options))
         .and(Elements::exact(rope))

@@ -19,7 +19,6 @@ mod shard;
 mod weights;
 
 pub use config::{DecoderConfig, Experts, Rope, RopeScaling};
-pub use decoder::logit_rows_max;
 pub use elements::{Elements, elements};
 pub use error::ModelError;
 pub use families::{FAMILIES, Family};

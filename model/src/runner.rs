@@ -19,7 +19,7 @@ use batch::BatchBuilder;
 use check::Limits;
 use collective::Collective;
 use engine::plan::{
-    Admission, BLOCK_TOKENS, SamplingParams, SequenceId, StepOutput, StepPlan, Tokens,
+    Admission, BLOCK_TOKENS, Chunk, SamplingParams, SequenceId, StepOutput, StepPlan, Tokens, Want,
 };
 use kernels::{Backend, BatchRoom, Heads};
 use results::Results;
@@ -139,11 +139,13 @@ pub(crate) fn scratch_shape(
     config: &DecoderConfig,
     shard: &Shard,
     options: &RunnerOptions,
+    logit_rows_max: usize,
 ) -> ScratchShape {
     let (heads, dim) = (shard.heads(), config.head_dim);
     let intermediate = if config.has_dense_layers() { config.intermediate } else { 0 };
     ScratchShape {
         tokens_max: options.step_tokens_max,
+        logit_rows_max: options.step_tokens_max.min(logit_rows_max),
         heads,
         attention: shard.gathered(heads.q * dim, config.q_heads * dim),
         hidden: Width { local: shard.hidden.len(), whole: config.hidden },
@@ -177,15 +179,15 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         let decoder = Decoder::load(&device, checkpoint, &shard, &tables, progress)?;
         let kv = (0..config.layers).map(|_| device.kv(options.blocks, shard.heads()));
         let kv = kv.collect::<Result<_, _>>()?;
-        let shape = scratch_shape(config, &shard, &options);
+        let shape = scratch_shape(config, &shard, &options, device.logit_rows_max());
         let samples = group.rank() == 0;
         let on_device = match samples {
-            true => device.sampling(shape.logit_rows_max(), config.vocab, config.sampled_vocab)?,
+            true => device.sampling(shape.logit_rows_max, config.vocab, config.sampled_vocab)?,
             false => None,
         };
         Ok(Self {
             batch: BatchBuilder::new(&device, &options, shard.heads(), config.logn)?,
-            logit_rows_max: shape.logit_rows_max(),
+            logit_rows_max: shape.logit_rows_max,
             on_device,
             sampler: samples.then(|| Sampler::new(config.vocab, config.sampled_vocab)),
             limits: Limits {
@@ -229,17 +231,30 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         if plan.chunks.is_empty() {
             return Ok(StepOutput { number: plan.number, ..StepOutput::default() });
         }
-        self.batch.fill(&self.device, plan, &mut self.sequences)?;
-        let mut cx = Context {
-            device: &self.device,
-            group: &mut self.group,
-            kv: &mut self.kv,
-            scratch: &mut self.scratch,
-        };
-        self.decoder.forward(&mut cx, &self.batch.batch)?;
-        let output = self.read_logits(plan)?;
+        let rows = self.graph_rows(plan);
+        self.batch.fill(&self.device, plan, &mut self.sequences, rows)?;
+        let Self { device, group, kv, scratch, decoder, batch, .. } = self;
+        let mut cx = Context { device: &*device, group, kv, scratch };
+        let batch = &batch.batch;
+        match rows {
+            Some(rows) => device.captured(rows, || -> Result<(), ModelError> {
+                decoder.forward(&mut cx, batch)?;
+                decoder.logits(&mut cx, batch, 0, rows)
+            })?,
+            None => decoder.forward(&mut cx, batch)?,
+        }
+        let output = self.read_logits(plan, rows.is_some())?;
         self.group.check(&self.device)?;
         Ok(output)
+    }
+
+    /// The size to which `plan` is padded, where all it does is to sample a token of each sequence
+    /// and the device captures such steps.
+    fn graph_rows(&self, plan: &StepPlan) -> Option<usize> {
+        let decodes = |chunk: &Chunk| chunk.tokens.len() == 1 && chunk.want == Want::Sample;
+        let rows = self.device.graph_rows(plan.chunks.len())?;
+        let fits = rows <= self.logit_rows_max && self.group.is_captured();
+        (fits && plan.chunks.iter().all(decodes)).then_some(rows)
     }
 
     fn update_sequences(&mut self, plan: &StepPlan) {
@@ -262,15 +277,19 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         }
     }
 
-    /// Computes the wanted logits, some rows at a time, and turns them into results.
-    fn read_logits(&mut self, plan: &StepPlan) -> Result<StepOutput, ModelError> {
+    /// Computes the wanted logits, unless they are there, some rows at a time, and turns them into
+    /// results.
+    fn read_logits(&mut self, plan: &StepPlan, are_there: bool) -> Result<StepOutput, ModelError> {
         let Self { device, decoder, batch, scratch, limits, .. } = self;
         let mut cx = Context { device, group: &mut self.group, kv: &mut self.kv, scratch };
         let mut results =
             self.sampler.as_mut().map(|sampler| Results::new(plan, sampler, &mut self.sequences));
         for (group, rows) in batch.wanted.chunks(self.logit_rows_max).enumerate() {
             let first = group * self.logit_rows_max;
-            decoder.logits(&mut cx, &batch.batch, first, rows.len())?;
+            match are_there {
+                true => cx.scratch.set_logit_rows(rows.len()),
+                false => decoder.logits(&mut cx, &batch.batch, first, rows.len())?,
+            }
             let Some(results) = &mut results else { continue };
             let answers = match &mut self.on_device {
                 Some(room) => results.ask(cx.device, room, cx.scratch.logits_mut(), rows)?,

@@ -2,7 +2,10 @@
 
 use super::{
     Array, CudaExperts, CudaKv, Driver, Element, Floats, Ints, KvFormat, PrefillKernel, SampleRoom,
-    WeightFormat, attention, linear, step::Cuts,
+    WeightFormat, attention,
+    graphs::{self, Graphs},
+    linear,
+    step::Cuts,
 };
 use kernels::{
     Backend, Batch, BatchRoom, ExpertRows, Heads, Join, KernelError, Rotation, Routes, Step,
@@ -38,11 +41,15 @@ pub struct Cuda<D: Driver> {
     pub(super) config: CudaConfig,
     /// What split attention and others leave for a second kernel; grows to the largest need seen.
     workspace: Mutex<Option<Array<D>>>,
+    pub(super) graphs: Graphs<D>,
 }
+
+/// Rows of logits at once: a step of as many sequences waits for its tokens once.
+pub const LOGIT_ROWS_MAX: usize = 256;
 
 impl<D: Driver> Cuda<D> {
     pub fn new(driver: D, config: CudaConfig) -> Self {
-        Self { driver, config, workspace: Mutex::new(None) }
+        Self { driver, config, workspace: Mutex::new(None), graphs: Graphs::new() }
     }
 
     pub fn driver(&self) -> &D {
@@ -57,7 +64,10 @@ impl<D: Driver> Cuda<D> {
         let array = match large_enough {
             Some(array) => array,
             // To the next power of two, so that few steps come here.
-            None => Array::zeroed(&self.driver, "the workspace", bytes.next_power_of_two())?,
+            None => {
+                self.graphs.forget();
+                Array::zeroed(&self.driver, "the workspace", bytes.next_power_of_two())?
+            }
         };
         let address = array.address(&self.driver);
         *workspace = Some(array);
@@ -261,6 +271,22 @@ impl<D: Driver> Backend for Cuda<D> {
     ) -> Result<(), KernelError> {
         shape::gather_rows(out, x, batch, first, len)?;
         self.gather(out, x, batch, first)
+    }
+
+    fn graph_rows(&self, rows: usize) -> Option<usize> {
+        graphs::rows(rows).filter(|_| self.driver.captures())
+    }
+
+    fn captured<E: From<KernelError>>(
+        &self,
+        key: usize,
+        ops: impl FnOnce() -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.run_captured(key, ops)
+    }
+
+    fn logit_rows_max(&self) -> usize {
+        LOGIT_ROWS_MAX
     }
 
     fn sampling(

@@ -8,6 +8,7 @@ mod blas;
 mod context;
 mod event;
 mod functions;
+mod graph;
 mod handles;
 mod mapping;
 mod memory;
@@ -20,6 +21,7 @@ use context::{Context, call};
 use cudarc::driver::sys;
 use event::Event;
 use functions::Functions;
+pub use graph::Graph;
 use kernels::KernelError;
 pub use memory::Memory;
 use memory::{Downloads, Uploads};
@@ -173,6 +175,7 @@ impl Gpu {
 
 impl Driver for Gpu {
     type Memory = Memory;
+    type Graph = Graph;
 
     fn facts(&self) -> &Facts {
         &self.facts
@@ -199,14 +202,14 @@ impl Driver for Gpu {
     }
 
     fn write(&self, to: &Memory, offset: usize, bytes: &[u8]) -> Result<(), KernelError> {
-        self.context.enter()?;
+        self.context.enter_to("writing")?;
         let address = to.at(offset, bytes.len())?;
         let mut uploads = self.uploads.lock().unwrap_or_else(PoisonError::into_inner);
         uploads.send(&self.context, address, bytes)
     }
 
     fn read(&self, to: &mut [u8], from: &Memory, offset: usize) -> Result<(), KernelError> {
-        self.context.enter()?;
+        self.context.enter_to("reading")?;
         let address = from.at(offset, to.len())?;
         let mut downloads = self.downloads.lock().unwrap_or_else(PoisonError::into_inner);
         downloads.fetch(&self.context, address, to)
@@ -226,5 +229,21 @@ impl Driver for Gpu {
     fn expect_products(&self, n_k: (usize, usize), is_fp8: bool) -> Result<(), KernelError> {
         self.context.enter()?;
         self.blas().choose(n_k, is_fp8)
+    }
+
+    fn captures(&self) -> bool {
+        true
+    }
+
+    fn begin_capture(&self) -> Result<(), KernelError> {
+        graph::begin(&self.context)
+    }
+
+    fn end_capture(&self) -> Result<Graph, KernelError> {
+        Graph::end(&self.context)
+    }
+
+    fn replay(&self, graph: &Graph) -> Result<(), KernelError> {
+        graph.launch()
     }
 }

@@ -95,6 +95,8 @@ pub struct Scales {
 pub trait Driver: Send + Sync + Sized + 'static {
     /// Device memory, given back when dropped.
     type Memory: Send + Sync;
+    /// Launches and products that can be run again. What their arguments point to must be alive.
+    type Graph: Send + Sync;
 
     fn facts(&self) -> &Facts;
     /// `bytes` zeroed bytes, aligned to 256.
@@ -143,4 +145,22 @@ pub trait Driver: Send + Sync + Sized + 'static {
     fn expect_products(&self, _n_k: (usize, usize), _is_fp8: bool) -> Result<(), KernelError> {
         Ok(())
     }
+    /// Whether launches can be captured.
+    fn captures(&self) -> bool;
+    /// From now on launches and products are kept and not run. Meanwhile memory is neither taken,
+    /// written nor read.
+    ///
+    /// # Errors
+    /// `KernelError::Device` where the device fails, or is capturing already.
+    fn begin_capture(&self) -> Result<(), KernelError>;
+    /// What was launched since [`Self::begin_capture`].
+    ///
+    /// # Errors
+    /// `KernelError::Device` where something was called that cannot be captured.
+    fn end_capture(&self) -> Result<Self::Graph, KernelError>;
+    /// Runs what was captured, as one launch.
+    ///
+    /// # Errors
+    /// `KernelError::Device` where the device refuses.
+    fn replay(&self, graph: &Self::Graph) -> Result<(), KernelError>;
 }

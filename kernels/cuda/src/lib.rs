@@ -16,6 +16,7 @@ mod driver;
 mod elementwise;
 mod experts;
 mod fp8;
+mod graphs;
 mod int4;
 mod linear;
 mod measure;
@@ -30,7 +31,7 @@ mod step;
 
 pub use array::{Array, Element, Floats, Ints};
 pub use attention::PrefillKernel;
-pub use backend::{Cuda, CudaConfig};
+pub use backend::{Cuda, CudaConfig, LOGIT_ROWS_MAX};
 pub use bytes::StepShape;
 #[cfg(feature = "cuda")]
 pub use device::{Gpu, GpuConfig};

@@ -199,7 +199,6 @@ void run(void* data) {
             else static_cast<uint16_t*>(job->out)[at] = to_bf16(sum);
         }
     }
-    delete job;
 }
 
 bool on_device(Pointer at, uint64_t bytes) {
@@ -316,6 +315,7 @@ EXPORTED int cublasLtMatmul(void*, Desc* desc, const float* alpha, Pointer x, La
     if (const int status = check_algorithm(product, *algorithm)) return status;
     if (*beta != 0 || c_at != out || !on_device(workspace, workspace_bytes)) return INVALID_VALUE;
     if (!on_device(x, *a) || !on_device(y, *b) || !on_device(out, *d)) return EXECUTION_FAILED;
+    // Never freed: a graph may run it again.
     auto* job = new Job{*desc, *a, *b, *d, *alpha, x, y, out};
     return cuLaunchHostFunc(stream, run, job) == 0 ? SUCCESS : EXECUTION_FAILED;
 }

@@ -108,6 +108,38 @@ EXPORTED int cuLaunchHostFunc(Stream* stream, void (*call)(void*), void* data) {
     return error ? error : stream->add([=] { return call(data), SUCCESS; });
 }
 
+// A graph is the work itself, and so is what is made of it.
+EXPORTED int cuStreamBeginCapture_v2(Stream* stream, int mode) {
+    if (const int error = usable(stream)) return error;
+    const std::lock_guard lock(stream->mutex);
+    if (stream->captures || mode != 1) return INVALID_VALUE;
+    stream->captured.clear();
+    return stream->captures = true, SUCCESS;
+}
+EXPORTED int cuStreamEndCapture(Stream* stream, std::vector<Work>** graph) {
+    if (const int error = usable(stream)) return error;
+    const std::lock_guard lock(stream->mutex);
+    if (!stream->captures) return INVALID_VALUE;
+    stream->captures = false;
+    *graph = new std::vector<Work>(std::move(stream->captured));
+    return SUCCESS;
+}
+EXPORTED int cuGraphInstantiateWithFlags(std::vector<Work>** made, std::vector<Work>* graph,
+                                         unsigned long long flags) {
+    return *made = new std::vector<Work>(*graph), flags ? INVALID_VALUE : SUCCESS;
+}
+EXPORTED int cuGraphLaunch(std::vector<Work>* graph, Stream* stream) {
+    if (const int error = usable(stream)) return error;
+    if (stream->is_capturing()) return CAPTURE_UNSUPPORTED;
+    return stream->add([=] {
+        for (const Work& item : *graph)
+            if (const int code = item()) return code;
+        return static_cast<int>(SUCCESS);
+    });
+}
+EXPORTED int cuGraphDestroy(std::vector<Work>* graph) { return delete graph, SUCCESS; }
+EXPORTED int cuGraphExecDestroy(std::vector<Work>* graph) { return delete graph, SUCCESS; }
+
 EXPORTED int cuEventCreate(Event** event, unsigned flags) {
     if (current == nullptr) return INVALID_CONTEXT;
     *event = new Event{current, std::make_shared<Passed>(Passed{!(flags & 2), {}})};
@@ -117,6 +149,8 @@ EXPORTED int cuEventDestroy_v2(Event* event) { return delete event, SUCCESS; }
 EXPORTED int cuEventRecord(Event* event, Stream* stream) {
     if (const int error = usable(stream)) return error;
     if (event->device != current) return INVALID_HANDLE;
+    // Captured events order graphs; nobody here waits for one.
+    if (stream->is_capturing()) return CAPTURE_UNSUPPORTED;
     const int error = stream->add([passed = event->passed] {
         return passed->at = Clock::now(), SUCCESS;
     });
@@ -138,6 +172,7 @@ EXPORTED int cuEventElapsedTime_v2(float* milliseconds, Event* from, Event* to) 
 EXPORTED int cuMemAlloc_v2(Address* at, size_t bytes) {
     if (current == nullptr) return INVALID_CONTEXT;
     if (bytes == 0) return INVALID_VALUE;
+    if (is_capturing(current)) return CAPTURE_UNSUPPORTED;
     const std::lock_guard lock(current->mutex);
     if (current->error) return current->error;
     if (bytes > memory_bytes() - current->used) return OUT_OF_MEMORY;
@@ -274,6 +309,7 @@ EXPORTED int cuGetErrorName(int code, const char** name) {
         case INVALID_CONTEXT: *name = "CUDA_ERROR_INVALID_CONTEXT"; break;
         case INVALID_HANDLE: *name = "CUDA_ERROR_INVALID_HANDLE"; break;
         case ILLEGAL_ADDRESS: *name = "CUDA_ERROR_ILLEGAL_ADDRESS"; break;
+        case CAPTURE_UNSUPPORTED: *name = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"; break;
         case LAUNCH_FAILED: *name = "CUDA_ERROR_LAUNCH_FAILED"; break;
         default: *name = "CUDA_ERROR";
     }

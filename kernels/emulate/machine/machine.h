@@ -34,6 +34,7 @@ enum Result : int {
     NOT_READY = 600,
     ILLEGAL_ADDRESS = 700,
     LAUNCH_FAILED = 719,
+    CAPTURE_UNSUPPORTED = 900,
 };
 
 constexpr int SHARED_DEFAULT = 48 << 10, SHARED_MAX = 227 << 10;
@@ -182,6 +183,9 @@ struct Stream {
     std::deque<Work> work;
     // Pieces of work given, asked for, and done.
     uint64_t queued = 0, wanted = 0, done = 0;
+    // What is kept instead of being done, while work is captured.
+    bool captures = false;
+    std::vector<Work> captured;
 
     explicit Stream(Device* device) : device(device) {
         std::thread([this] { serve(); }).detach();
@@ -190,9 +194,17 @@ struct Stream {
     int add(Work item) {
         if (const int error = device->failed()) return error;
         const std::lock_guard lock(mutex);
+        if (captures) {
+            captured.push_back(std::move(item));
+            return SUCCESS;
+        }
         work.push_back(std::move(item));
         ++queued;
         return SUCCESS;
+    }
+    bool is_capturing() {
+        const std::lock_guard lock(mutex);
+        return captures;
     }
     uint64_t end() {
         const std::lock_guard lock(mutex);
@@ -201,6 +213,7 @@ struct Stream {
     // Whether it has come past its first `end` pieces of work.
     int ask(uint64_t end) {
         std::unique_lock lock(mutex);
+        if (captures) return CAPTURE_UNSUPPORTED;
         want(end);
         const auto passed = [&] { return done >= end || device->failed(); };
         changed.wait_for(lock, PATIENCE, passed);
@@ -235,6 +248,14 @@ private:
         }
     }
 };
+
+// Whether a stream of the device is captured: then nothing may be taken or waited for.
+bool is_capturing(Device* device) {
+    const std::lock_guard lock(device->mutex);
+    for (Stream* stream : device->streams)
+        if (stream->is_capturing()) return true;
+    return false;
+}
 
 void finish(Device* device) {
     std::vector<Stream*> all;

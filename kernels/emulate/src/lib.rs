@@ -41,10 +41,15 @@ impl Schedule {
 }
 
 pub mod compile;
+mod counts;
+mod graph;
 mod machine;
 mod product;
 
 pub use compile::{ASAN, PLAIN, RACES, Variant, libasan, library};
+pub use counts::Counts;
+use graph::Capture;
+pub use graph::Graph;
 pub use machine::{machine, on_machine};
 
 type LaunchFn = unsafe extern "C" fn(
@@ -64,6 +69,9 @@ pub struct Emulator {
     library: Library,
     schedule: Schedule,
     facts: Facts,
+    capture: Capture,
+    captures: bool,
+    counts: Counts,
 }
 
 /// Host memory that plays the device's.
@@ -87,6 +95,7 @@ unsafe impl Sync for Owned {}
 
 impl Drop for Owned {
     fn drop(&mut self) {
+        graph::given_back(self.start as u64);
         // SAFETY: allocated with this layout.
         unsafe { dealloc(self.start, self.layout) };
     }
@@ -111,7 +120,8 @@ impl Emulator {
             shared_bytes_max: 227 << 10,
             memory_bytes: 8 << 30,
         };
-        Ok(Self { library, schedule, facts })
+        let (capture, counts) = (Capture::default(), Counts::default());
+        Ok(Self { library, schedule, facts, capture, captures: true, counts })
     }
 
     /// As if it were of another generation: (8, 0) is Ampere.
@@ -126,6 +136,11 @@ impl Emulator {
     pub fn of_multiprocessors(mut self, count: u32) -> Self {
         self.facts.multiprocessors = count;
         self
+    }
+
+    /// What it was asked to do, from now on and so far.
+    pub fn counts(&self) -> Counts {
+        self.counts.clone()
     }
 
     /// The names of all kernels.
@@ -147,6 +162,44 @@ impl Emulator {
     }
 }
 
+impl Emulator {
+    /// Runs a kernel on threads and bytes of shared memory a block, with its argument.
+    fn run_kernel(
+        &self,
+        kernel: &str,
+        grid: [u32; 3],
+        (threads, shared): (u32, u32),
+        (args, args_len): (*const c_void, usize),
+    ) -> Result<(), KernelError> {
+        // SAFETY: the library exports it with this signature.
+        let run: Symbol<'_, LaunchFn> = unsafe { self.library.get(b"simt_launch\0") }
+            .map_err(|error| KernelError::Device(error.to_string()))?;
+        let name = CString::new(kernel)
+            .map_err(|_| KernelError::Device("a kernel's name with a zero in it".into()))?;
+        let mut error = [0u8; 1024];
+        // SAFETY: the argument struct is alive and as long as said, which the library compares with
+        // the kernel's; what its addresses point to is the launcher's promise.
+        let code = unsafe {
+            run(
+                name.as_ptr(),
+                grid.as_ptr(),
+                threads,
+                shared as usize,
+                args,
+                args_len,
+                self.schedule.code(),
+                error.as_mut_ptr().cast(),
+                error.len(),
+            )
+        };
+        if code == 0 {
+            return Ok(());
+        }
+        let text = CStr::from_bytes_until_nul(&error).unwrap_or_default();
+        Err(KernelError::Device(text.to_string_lossy().into_owned()))
+    }
+}
+
 fn outside(offset: usize, len: usize, bytes: usize) -> Result<(), KernelError> {
     if offset.checked_add(len).is_some_and(|end| end <= bytes) {
         return Ok(());
@@ -156,12 +209,15 @@ fn outside(offset: usize, len: usize, bytes: usize) -> Result<(), KernelError> {
 
 impl Driver for Emulator {
     type Memory = Memory;
+    type Graph = Graph;
 
     fn facts(&self) -> &Facts {
         &self.facts
     }
 
     fn zeroed(&self, what: &'static str, bytes: usize) -> Result<Memory, KernelError> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        self.capture.refuse("taking memory")?;
         let refused = KernelError::Memory { what, bytes };
         let layout = Layout::from_size_align(bytes.max(1), 256).map_err(|_| refused)?;
         // SAFETY: the layout is not empty.
@@ -169,6 +225,7 @@ impl Driver for Emulator {
         if start.is_null() {
             return Err(KernelError::Memory { what, bytes });
         }
+        graph::taken(start as u64, bytes, NEXT.fetch_add(1, Ordering::Relaxed));
         Ok(Memory { owned: Arc::new(Owned { start, layout, bytes }), ticket: None })
     }
 
@@ -201,6 +258,8 @@ impl Driver for Emulator {
     }
 
     fn write(&self, to: &Memory, offset: usize, bytes: &[u8]) -> Result<(), KernelError> {
+        self.capture.refuse("writing")?;
+        self.counts.wrote(bytes.len());
         outside(offset, bytes.len(), to.owned.bytes)?;
         // SAFETY: within the allocation; nobody else touches it during the call.
         unsafe { to.owned.start.add(offset).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
@@ -208,6 +267,8 @@ impl Driver for Emulator {
     }
 
     fn read(&self, to: &mut [u8], from: &Memory, offset: usize) -> Result<(), KernelError> {
+        self.capture.refuse("reading")?;
+        self.counts.read();
         outside(offset, to.len(), from.owned.bytes)?;
         // SAFETY: within the allocation; nobody else touches it during the call.
         unsafe { to.as_mut_ptr().copy_from_nonoverlapping(from.owned.start.add(offset), to.len()) };
@@ -215,36 +276,38 @@ impl Driver for Emulator {
     }
 
     fn launch(&self, launch: Launch<'_>) -> Result<(), KernelError> {
-        // SAFETY: the library exports it with this signature.
-        let run: Symbol<'_, LaunchFn> = unsafe { self.library.get(b"simt_launch\0") }
-            .map_err(|error| KernelError::Device(error.to_string()))?;
-        let name = CString::new(launch.kernel)
-            .map_err(|_| KernelError::Device("a kernel's name with a zero in it".into()))?;
-        let (args, args_len) = launch.args();
-        let mut error = [0u8; 1024];
-        // SAFETY: the argument struct is alive and as long as said, which the library compares with
-        // the kernel's; what its addresses point to is the launcher's promise.
-        let code = unsafe {
-            run(
-                name.as_ptr(),
-                launch.grid.as_ptr(),
-                launch.threads,
-                launch.shared as usize,
-                args,
-                args_len,
-                self.schedule.code(),
-                error.as_mut_ptr().cast(),
-                error.len(),
-            )
-        };
-        if code == 0 {
+        if self.capture.keeps(&launch) {
             return Ok(());
         }
-        let text = CStr::from_bytes_until_nul(&error).unwrap_or_default();
-        Err(KernelError::Device(text.to_string_lossy().into_owned()))
+        self.counts.launched();
+        let Launch { kernel, grid, threads, shared, .. } = launch;
+        self.run_kernel(kernel, grid, (threads, shared), launch.args())
     }
 
     fn gemm(&self, gemm: Gemm) -> Result<(), KernelError> {
+        if self.capture.keeps_product(&gemm) {
+            return Ok(());
+        }
+        self.counts.launched();
         product::run(&gemm)
+    }
+
+    fn captures(&self) -> bool {
+        self.captures
+    }
+
+    fn begin_capture(&self) -> Result<(), KernelError> {
+        self.capture.begin()
+    }
+
+    fn end_capture(&self) -> Result<Graph, KernelError> {
+        let graph = self.capture.end()?;
+        self.counts.has_captured(graph.kernels());
+        Ok(graph)
+    }
+
+    fn replay(&self, graph: &Graph) -> Result<(), KernelError> {
+        self.counts.replayed();
+        self.run(graph)
     }
 }

@@ -4,14 +4,6 @@ use crate::{ModelError, elements::Elements};
 use collective::Collective;
 use kernels::{Backend, Heads, KernelError, Routes, Routing, Tensor};
 
-/// Rows of logits computed together: bounds their memory whatever a step asks for.
-const LOGIT_ROWS_MAX: usize = 64;
-
-/// Rows of logits that a rank computes, and chooses tokens from, together.
-pub fn logit_rows_max(step_tokens_max: usize) -> usize {
-    step_tokens_max.min(LOGIT_ROWS_MAX)
-}
-
 /// Every intermediate result; a step only changes `rows`.
 pub struct Scratch<B: Backend> {
     /// [T, H], the residual stream.
@@ -165,7 +157,7 @@ impl<B: Backend> Gathered<B> {
 impl<B: Backend> Scratch<B> {
     /// For steps of up to `tokens_max` tokens.
     pub fn new(device: &B, shape: &ScratchShape) -> Result<Self, ModelError> {
-        let (tokens, rows) = (shape.tokens_max, shape.logit_rows_max());
+        let (tokens, rows) = (shape.tokens_max, shape.logit_rows_max);
         let hidden = shape.hidden.whole;
         let tensor = |rows, cols| Tensor::zeros(device, rows, cols);
         let gathered = |width| Gathered::new(width, |cols| tensor(tokens, cols));
@@ -221,7 +213,7 @@ impl<B: Backend> Scratch<B> {
         }
     }
 
-    pub(super) fn set_logit_rows(&mut self, rows: usize) {
+    pub fn set_logit_rows(&mut self, rows: usize) {
         self.last.rows = rows;
         self.last_normed.rows = rows;
         self.logits.set_rows(rows);
@@ -250,6 +242,8 @@ impl Width {
 #[derive(Clone, Debug)]
 pub struct ScratchShape {
     pub tokens_max: usize,
+    /// Rows of logits at once.
+    pub logit_rows_max: usize,
     /// On this rank.
     pub heads: Heads,
     /// q D.
@@ -286,11 +280,6 @@ impl ExpertsShape {
 }
 
 impl ScratchShape {
-    /// Rows of logits that fit at once.
-    pub fn logit_rows_max(&self) -> usize {
-        logit_rows_max(self.tokens_max)
-    }
-
     /// What [`Scratch::new`] allocates.
     pub fn elements(&self) -> Elements {
         let Self { tokens_max, heads, attention, hidden, intermediate, vocab, .. } = *self;
@@ -305,6 +294,6 @@ impl ScratchShape {
         let starts = experts.map_or(0, |experts| experts.routing.experts + 1);
         let row = Elements::floats(2 * hidden.whole).and(Elements::exact(vocab.kept()));
         let tokens = Elements::floats(token).and(of_token).times(tokens_max);
-        tokens.and(row.times(self.logit_rows_max())).and(Elements::ints(starts))
+        tokens.and(row.times(self.logit_rows_max)).and(Elements::ints(starts))
     }
 }

@@ -44,12 +44,14 @@ impl<B: Backend> BatchBuilder<B> {
         })
     }
 
-    /// Lays out `plan`, which was checked and is taken over into `sequences`.
+    /// Lays out `plan`, which was checked and is taken over into `sequences`, padded to `rows` where
+    /// that is some: then every row has logits.
     pub fn fill(
         &mut self,
         device: &B,
         plan: &StepPlan,
         sequences: &mut HashMap<SequenceId, RunningSequence>,
+        rows: Option<usize>,
     ) -> Result<(), ModelError> {
         self.wanted.clear();
         self.step.clear();
@@ -62,6 +64,11 @@ impl<B: Backend> BatchBuilder<B> {
                 refused(format!("sequence {} was never admitted", chunk.sequence))
             })?;
             self.push(index, chunk, sequence, place);
+        }
+        if let Some(rows) = rows {
+            let used = self.step.ids.len();
+            self.step.padding = rows.saturating_sub(used);
+            self.step.logit_rows.extend((used..rows).map(|row| row as i32));
         }
         Ok(device.lay_out(&mut self.batch, &self.step)?)
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use collective::{Collective, HostCollective, Staged};
 use cpu::{Cpu, CpuConfig};
-use kernels::{Backend, Join};
+use kernels::{Backend, Join, LOGIT_ROWS_MAX};
 use model::{Checkpoint, DecoderConfig, ModelError, RunnerOptions, Shard};
 
 use super::{
@@ -145,7 +145,7 @@ impl Devices for CpuConfig {
         _cost: &RankCost,
         options: &RunnerOptions,
     ) -> u64 {
-        model::elements(config, shard, options).bytes(size_of::<f32>())
+        model::elements(config, shard, options, LOGIT_ROWS_MAX).bytes(size_of::<f32>())
     }
 
     fn places(&self, ranks: usize) -> Result<Vec<Place>, WorkerError> {

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use cuda::{CudaConfig, Element, KvFormat, PeerConfig, StepShape, WeightFormat};
-use model::{Checkpoint, DecoderConfig, ModelError, RunnerOptions, Shard, Stack, logit_rows_max};
+use cuda::{CudaConfig, Element, KvFormat, LOGIT_ROWS_MAX, PeerConfig, StepShape, WeightFormat};
+use model::{Checkpoint, DecoderConfig, ModelError, RunnerOptions, Shard, Stack};
 
 use super::layout::{KvShare, RankCost};
 use crate::WorkerError;
@@ -83,7 +83,7 @@ pub(crate) fn scratch(
     cost: &RankCost,
     options: &RunnerOptions,
 ) -> u64 {
-    let sampled = (logit_rows_max(options.step_tokens_max), config.vocab);
+    let sampled = (options.step_tokens_max.min(LOGIT_ROWS_MAX), config.vocab);
     let step = cuda.step_bytes(&StepShape {
         batch: options.room(shard.heads()),
         sampled: (shard.rank == 0).then_some(sampled),
@@ -93,7 +93,9 @@ pub(crate) fn scratch(
         1 => 0,
         ranks => PeerConfig::new(ranks, Duration::ZERO).region_bytes() as u64,
     };
-    model::elements(config, shard, options).bytes(Element::Bf16.bytes()) + step + exchange
+    model::elements(config, shard, options, LOGIT_ROWS_MAX).bytes(Element::Bf16.bytes())
+        + step
+        + exchange
 }
 
 #[cfg(test)]

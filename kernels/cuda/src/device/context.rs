@@ -14,7 +14,7 @@ use std::{
     fmt::Display,
     ptr,
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
     thread,
@@ -152,6 +152,8 @@ pub(super) struct Context {
     launched: Mutex<Option<Arc<str>>>,
     /// Kernels launched since the last wait.
     kernels: AtomicU32,
+    /// While launches are captured, how many were not, since the last wait.
+    before_capture: Mutex<Option<u32>>,
     patience: Mutex<Patience>,
     retired: Mutex<Retired>,
 }
@@ -197,6 +199,7 @@ impl Context {
             broken,
             launched,
             kernels,
+            before_capture: Mutex::new(None),
             patience,
             retired,
         };
@@ -265,6 +268,39 @@ impl Context {
         self.kernels.fetch_add(1, Ordering::Relaxed);
         let mut last = self.launched.lock().unwrap_or_else(PoisonError::into_inner);
         *last = Some(Arc::clone(kernel));
+    }
+
+    /// So many more were launched as one.
+    pub fn add_kernels(&self, kernels: u32) {
+        self.kernels.fetch_add(kernels, Ordering::Relaxed);
+    }
+
+    fn before_capture(&self) -> MutexGuard<'_, Option<u32>> {
+        self.before_capture.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is launched from now on is captured.
+    pub fn begin_capture(&self) -> Result<(), KernelError> {
+        let before = self.kernels.load(Ordering::Relaxed);
+        match self.before_capture().replace(before) {
+            None => Ok(()),
+            Some(_) => Err(KernelError::Device("a capture within another".into())),
+        }
+    }
+
+    /// Says how many launches were captured.
+    pub fn end_capture(&self) -> Result<u32, KernelError> {
+        let before = self.before_capture().take();
+        let before = before.ok_or_else(|| KernelError::Device("no capture to end".into()))?;
+        Ok(self.kernels.swap(before, Ordering::Relaxed).saturating_sub(before))
+    }
+
+    /// Makes the context this thread's for what cannot be captured.
+    pub fn enter_to(&self, what: &str) -> Result<(), KernelError> {
+        if self.before_capture().is_some() {
+            return Err(KernelError::Device(format!("{what} while launches are captured")));
+        }
+        self.enter()
     }
 
     /// Waits until the device has come past `event`.

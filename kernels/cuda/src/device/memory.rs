@@ -27,7 +27,7 @@ impl Memory {
         what: &'static str,
         bytes: usize,
     ) -> Result<Self, KernelError> {
-        context.enter()?;
+        context.enter_to("taking memory")?;
         let mut address = 0;
         // The driver has no empty allocations; addresses are multiples of 256 at least.
         // SAFETY: the context is current; the call writes an address.

@@ -82,6 +82,7 @@ impl Card {
 
 impl Driver for Card {
     type Memory = Memory;
+    type Graph = <Gpu as Driver>::Graph;
 
     fn facts(&self) -> &Facts {
         self.gpu.facts()
@@ -125,6 +126,22 @@ impl Driver for Card {
 
     fn expect_products(&self, n_k: (usize, usize), is_fp8: bool) -> Result<(), KernelError> {
         self.gpu.expect_products(n_k, is_fp8)
+    }
+
+    fn captures(&self) -> bool {
+        self.gpu.captures()
+    }
+
+    fn begin_capture(&self) -> Result<(), KernelError> {
+        self.gpu.begin_capture()
+    }
+
+    fn end_capture(&self) -> Result<Self::Graph, KernelError> {
+        self.gpu.end_capture()
+    }
+
+    fn replay(&self, graph: &Self::Graph) -> Result<(), KernelError> {
+        self.gpu.replay(graph)
     }
 }
 

@@ -208,15 +208,15 @@ fn sizes_that_cannot_be_indexed_are_refused() {
 fn activation_memory_is_told_before_it_is_taken() {
     let checkpoint = open("qwen2_mha_hd64");
     let elements = |options: &RunnerOptions| {
-        model::elements(checkpoint.config(), &checkpoint.shard(0, 1).unwrap(), options)
+        model::elements(checkpoint.config(), &checkpoint.shard(0, 1).unwrap(), options, 64)
     };
     // A token: 3 H, 3 · 2 · 64 of QKV, 2 · 64 of attention, 3 I. A row of logits: 2 H, and V exact.
     let token = 3 * 128 + 384 + 128 + 3 * 320;
     let rope = 240 * 64;
     // Norms and biases of two layers, and the last norm.
     let vectors = |bias: usize| 2 * (2 * 128 + bias) + 128;
-    // Five a token; of each sequence its first row, its length and 15 blocks; the end.
-    let ints = 5 * 256 + OPTIONS.sequences_max * (2 + 15) + 1;
+    // Five a token; of each sequence its first row, its length, its table and 15 blocks; the end.
+    let ints = 5 * 256 + OPTIONS.sequences_max * (3 + 15) + 1;
     let wanted = model::Elements {
         floats: 256 * token + 64 * 2 * 128 + vectors(384),
         exact: 64 * 384 + rope,
@@ -232,7 +232,7 @@ fn activation_memory_is_told_before_it_is_taken() {
         exact: 64 * (192 + 384) + rope,
         ints,
     };
-    assert_eq!(model::elements(checkpoint.config(), &shard, &OPTIONS), wanted);
+    assert_eq!(model::elements(checkpoint.config(), &shard, &OPTIONS, 64), wanted);
     let endless = elements(&RunnerOptions { step_tokens_max: usize::MAX, ..OPTIONS });
     assert_eq!(endless.bytes(4), u64::MAX);
 }
