@@ -97,8 +97,14 @@ pub trait Collective<B: Backend>: Send + 'static {
     fn is_captured(&self) -> bool {
         false
     }
-    /// Whether every exchange so far has come about, where that shows only once the device is done.
-    /// Results are to be believed only then.
+    /// Rank 0's numbers of 32 bits reach every rank.
+    fn share(&mut self, device: &B, x: &mut Tensor<B>) -> Result<(), CollectiveError>;
+    /// A step's exchanges have been launched; [`Self::check`] is called later.
+    fn end_step(&mut self, _device: &B) -> Result<(), CollectiveError> {
+        Ok(())
+    }
+    /// Whether every exchange has come about up to the oldest [`Self::end_step`] that was not
+    /// checked. Results are to be believed only then.
     fn check(&mut self, _device: &B) -> Result<(), CollectiveError> {
         Ok(())
     }

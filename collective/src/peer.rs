@@ -107,8 +107,18 @@ impl<D: Driver, H: HostCollective> Collective<Cuda<D>> for PeerMemory<D, H> {
         true
     }
 
-    fn check(&mut self, device: &Cuda<D>) -> Result<(), CollectiveError> {
+    fn share(&mut self, device: &Cuda<D>, x: &mut Tensor<Cuda<D>>) -> Result<(), CollectiveError> {
         let Some(peers) = &self.peers else { return Ok(()) };
+        Ok(device.peer_share(peers, x)?)
+    }
+
+    fn end_step(&mut self, device: &Cuda<D>) -> Result<(), CollectiveError> {
+        let Some(peers) = &mut self.peers else { return Ok(()) };
+        Ok(peers.end_step(device.driver())?)
+    }
+
+    fn check(&mut self, device: &Cuda<D>) -> Result<(), CollectiveError> {
+        let Some(peers) = &mut self.peers else { return Ok(()) };
         Ok(peers.check(device.driver())?)
     }
 }

@@ -1,8 +1,12 @@
 //! A step as the host plans it, and as a device sees it.
 
-use crate::{BLOCK_TOKENS, Backend, Heads, KernelError, ShapeError, shape::ensure};
+use crate::{BLOCK_TOKENS, Backend, Heads, KernelError, ShapeError, Tensor, shape::ensure};
 
 const OP: &str = "lay_out";
+
+/// Stands for the id that was last sampled for the sequence, on devices that keep it
+/// ([`Backend::keeps_sampled`]).
+pub const LAST_SAMPLED: i32 = -1;
 
 /// One sequence's part of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +41,7 @@ pub struct TableBlock {
 pub struct Step {
     /// In the order of their rows.
     pub sequences: Vec<StepSequence>,
-    /// Token ids of the sequences' rows.
+    /// Token ids of the sequences' rows; [`LAST_SAMPLED`] where the device knows it alone.
     pub ids: Vec<i32>,
     /// Rows behind those, which are nobody's: they fill a step up to a size that the device has
     /// seen before. What comes of them is undefined, and nothing of it is stored.
@@ -118,6 +122,8 @@ pub struct Batch<B: Backend> {
     pub q_scale: Option<B::Floats>,
     /// [P] the same by position: what `q_scale` is made of.
     pub q_scales: Option<B::Floats>,
+    /// [1, tables] the id that was last sampled for each table's sequence, as bits.
+    pub last_ids: Tensor<B>,
     /// How the device cuts this step's attention.
     pub cuts: B::Cuts,
     pub room: BatchRoom,
@@ -158,6 +164,7 @@ impl<B: Backend> Batch<B> {
             logit_rows: ints(tokens)?,
             q_scale: q_scales.map(|_| device.exact_floats(tokens)).transpose()?,
             q_scales: q_scales.map(table).transpose()?,
+            last_ids: Tensor::exact_zeros(device, 1, tables)?,
             cuts: device.cuts(&room)?,
             room,
             filled: vec![0; tables],

@@ -4,7 +4,8 @@
 //! that a wrong plan is an error and never a read outside a buffer.
 
 use crate::{
-    BLOCK_TOKENS, Backend, Batch, KernelError, Routes, ShapeError, Step, TableBlock, shape::ensure,
+    BLOCK_TOKENS, Backend, Batch, KernelError, LAST_SAMPLED, Routes, ShapeError, Step, TableBlock,
+    shape::ensure,
 };
 use std::ops::Range;
 
@@ -65,6 +66,8 @@ where
 {
     const OP: &str = "lay_out";
     ensure(OP, step.padding == 0, || format!("{} rows of padding", step.padding))?;
+    let known = step.ids.iter().all(|&id| id != LAST_SAMPLED);
+    ensure(OP, known, || "an id that this device does not know".into())?;
     batch.begin(step)?;
     write(batch.ids.as_mut(), &step.ids)?;
     write(batch.logit_rows.as_mut(), &step.logit_rows)?;

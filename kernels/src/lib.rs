@@ -15,7 +15,7 @@ pub mod sampling;
 pub mod shape;
 pub mod weight;
 
-pub use batch::{Batch, BatchRoom, Step, StepSequence, TableBlock};
+pub use batch::{Batch, BatchRoom, LAST_SAMPLED, Step, StepSequence, TableBlock};
 pub use routing::{ExpertRows, Routes, Routing};
 use sampling::{Refused, SampleRequest, Sampled};
 pub use shape::ShapeError;
@@ -144,6 +144,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     type Kv: Send;
     /// How a step's attention is cut; `()` where nothing is made beforehand.
     type Cuts: Send + Sync;
+    /// A point in the device's work.
+    type Mark: Send;
     /// What choosing tokens on the device takes; `Infallible` where the host chooses them.
     type Sampling: Send;
 
@@ -247,15 +249,38 @@ pub trait Backend: Send + Sync + Sized + 'static {
         first: usize,
         len: usize,
     ) -> Result<(), KernelError>;
-    /// What each request asks of the row of `logits` [R, V], in f32, with its index. The logits are
-    /// changed meanwhile, and are as before when the call returns without error. A refused row says
-    /// why, and is no error for the others.
+    /// Takes what is asked of the rows of logits of the step that is laid out next, in their order,
+    /// and to which table's sequence a token is new. It goes to the device with the step.
+    fn ask(
+        &self,
+        batch: &mut Batch<Self>,
+        room: &mut Self::Sampling,
+        asked: &[(SampleRequest<'_>, Option<usize>)],
+    ) -> Result<(), KernelError>;
+    /// Begins to choose tokens from `logits` [R, V], in f32: rows `first` and on of what was asked
+    /// about. They are left in `batch.last_ids` too. The logits are changed meanwhile, and are as
+    /// before afterwards.
     fn sample(
         &self,
+        batch: &mut Batch<Self>,
         room: &mut Self::Sampling,
         logits: &mut Tensor<Self>,
-        requests: &[SampleRequest<'_>],
+        first: usize,
+    ) -> Result<(), KernelError>;
+    /// Waits for the oldest [`Self::sample`] that was not answered. A refused row says why, and is
+    /// no error for the others.
+    fn answers(
+        &self,
+        room: &mut Self::Sampling,
     ) -> Result<Vec<Result<Sampled, Refused>>, KernelError>;
+    /// Whether a step may follow another that was not answered: the device knows what it sampled.
+    fn keeps_sampled(&self) -> bool {
+        false
+    }
+    /// A point behind all work so far.
+    fn mark(&self) -> Result<Self::Mark, KernelError>;
+    /// Waits for it.
+    fn wait(&self, mark: Self::Mark) -> Result<(), KernelError>;
 
     // Steps that are the same each time.
 

@@ -138,6 +138,7 @@ impl Backend for Plain {
     type Experts = PlainExperts;
     type Kv = PlainKv;
     type Cuts = ();
+    type Mark = ();
     type Sampling = Infallible;
 
     fn floats(&self, len: usize) -> Result<Vec<f32>, KernelError> {
@@ -375,12 +376,34 @@ impl Backend for Plain {
         Ok(())
     }
 
+    fn ask(
+        &self,
+        _batch: &mut Batch<Self>,
+        room: &mut Infallible,
+        _asked: &[(SampleRequest<'_>, Option<usize>)],
+    ) -> Result<(), KernelError> {
+        match *room {}
+    }
+
     fn sample(
         &self,
+        _batch: &mut Batch<Self>,
         room: &mut Infallible,
         _logits: &mut Tensor<Self>,
-        _requests: &[SampleRequest<'_>],
-    ) -> Result<Vec<Result<Sampled, Refused>>, KernelError> {
+        _first: usize,
+    ) -> Result<(), KernelError> {
         match *room {}
+    }
+
+    fn answers(&self, room: &mut Infallible) -> Result<Vec<Result<Sampled, Refused>>, KernelError> {
+        match *room {}
+    }
+
+    fn mark(&self) -> Result<(), KernelError> {
+        Ok(())
+    }
+
+    fn wait(&self, (): ()) -> Result<(), KernelError> {
+        Ok(())
     }
 }

@@ -13,18 +13,18 @@ use crate::{
     Checkpoint, DecoderConfig, ModelError, Shard,
     decoder::{Context, Decoder, ExpertsShape, Scratch, ScratchShape, Width},
     rope::RopeTables,
-    sampler::{Sampler, Seen},
+    sampler::{Sampler, Seen, penalizes},
 };
-use batch::BatchBuilder;
+use batch::{BatchBuilder, WantedRow, wanted_rows};
 use check::Limits;
 use collective::Collective;
 use engine::plan::{
     Admission, BLOCK_TOKENS, Chunk, SamplingParams, SequenceId, StepOutput, StepPlan, Tokens, Want,
 };
 use kernels::{Backend, BatchRoom, Heads};
-use results::Results;
+use results::{Results, is_answered, samples};
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 // Plans count blocks in the tokens that the kernels put into one.
 const _: () = assert!(BLOCK_TOKENS == kernels::BLOCK_TOKENS);
@@ -67,43 +67,53 @@ pub(crate) struct RunningSequence {
     /// How many of them the device's table holds.
     blocks_told: usize,
     params: SamplingParams,
+    /// The plan that admitted it.
+    admitted: u64,
+    /// Whether its last chunk is sampled.
+    samples: bool,
     /// Rank 0 only.
     seen: Seen,
-    /// Rank 0 only.
-    last: LastSample,
-}
-
-/// What a sequence's last chunk sampled.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum LastSample {
-    /// It was not asked to.
-    Nothing,
-    Token(u32),
-    /// It could not. A chunk that was planned before that was known fails as well.
-    Refused,
-}
-
-impl LastSample {
-    /// The id to run: any where there is none, since its results are not used.
-    fn id(self) -> u32 {
-        match self {
-            Self::Token(id) => id,
-            Self::Nothing | Self::Refused => 0,
-        }
-    }
+    /// Rank 0 only: the last token that is known, and whether one could not be sampled. A chunk
+    /// that was planned before that was known fails as well.
+    last: u32,
+    refused: bool,
 }
 
 impl RunningSequence {
-    fn new(admission: &Admission, tables: &RopeTables, samples: bool) -> Self {
+    fn new(number: u64, admission: &Admission, tables: &RopeTables, samples: bool) -> Self {
         Self {
             rope_first_row: tables.first_row(admission.prompt_len),
             cached: 0,
             blocks: Vec::new(),
             blocks_told: 0,
             params: admission.params.clone(),
+            admitted: number,
+            samples: false,
             seen: if samples { Seen::new(admission) } else { Seen::default() },
-            last: LastSample::Nothing,
+            last: 0,
+            refused: false,
         }
+    }
+}
+
+/// A plan that was launched, whose tokens come later.
+struct Launched {
+    plan: StepPlan,
+    rows: Vec<WantedRow>,
+}
+
+/// A plan that was launched and not finished.
+struct InFlight<B: Backend> {
+    /// Behind its work; `None` where there is none.
+    mark: Option<B::Mark>,
+    /// `None` where `output` is all of it.
+    launched: Option<Launched>,
+    output: StepOutput,
+}
+
+impl<B: Backend> InFlight<B> {
+    fn done(output: StepOutput) -> Self {
+        Self { mark: None, launched: None, output }
     }
 }
 
@@ -120,6 +130,8 @@ pub struct Runner<B: Backend, C: Collective<B>> {
     tables: RopeTables,
     sequences: HashMap<SequenceId, RunningSequence>,
     next_number: u64,
+    /// The oldest first.
+    in_flight: VecDeque<InFlight<B>>,
     logit_rows_max: usize,
     /// Rank 0 only.
     sampler: Option<Sampler>,
@@ -194,6 +206,7 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
                 options,
                 vocab: config.vocab,
                 world_size: group.world_size(),
+                keeps_sampled: device.keeps_sampled(),
                 samples,
                 prefix_reuse_max: prefix_reuse_max(config),
             },
@@ -205,6 +218,7 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
             tables,
             sequences: HashMap::new(),
             next_number: 0,
+            in_flight: VecDeque::new(),
         })
     }
 
@@ -218,34 +232,148 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         &mut self.group
     }
 
-    /// Runs the next plan. Every rank must be given the same one. The output means something on
-    /// rank 0 only.
+    /// Runs the next plan to its end. Every rank must be given the same one. The output means
+    /// something on rank 0 only.
+    ///
+    /// # Errors
+    /// As [`Self::launch`] and [`Self::finish`].
+    pub fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, ModelError> {
+        self.launch(plan)?;
+        self.finish()
+    }
+
+    /// Plans that were launched and not finished.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// Whether `plan` can be launched while the one before it is in flight: whatever it goes on
+    /// with is on the device.
+    pub fn follows(&self, plan: &StepPlan) -> bool {
+        self.device.keeps_sampled() && self.is_on_device(plan)
+    }
+
+    /// Whether all that `plan` wants is chosen on the device, at once, and hangs on no token that
+    /// the host does not know.
+    fn is_on_device(&self, plan: &StepPlan) -> bool {
+        let rows: usize = plan.chunks.iter().map(wanted_rows).sum();
+        let answers = |chunk: &Chunk| {
+            let admitted = chunk.admission.as_ref().map(|admission| &admission.params);
+            let known = self.sequences.get(&chunk.sequence).map(|sequence| &sequence.params);
+            let Some(params) = admitted.or(known) else { return false };
+            let looks_back = chunk.tokens == Tokens::LastSampled && penalizes(params);
+            wanted_rows(chunk) == 0 || (is_answered(chunk, params) && !looks_back)
+        };
+        let answered = self.sampler.is_none() || plan.chunks.iter().all(answers);
+        rows <= self.logit_rows_max && answered
+    }
+
+    /// Begins to run the next plan.
     ///
     /// # Errors
     /// `Plan` for a plan that cannot be right, before anything is run; otherwise what failed of the
     /// device or the group, after which this rank is of no further use.
-    pub fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, ModelError> {
+    pub fn launch(&mut self, plan: &StepPlan) -> Result<(), ModelError> {
         self.limits.check(plan, self.next_number, &self.sequences)?;
+        if !self.in_flight.is_empty() && !self.follows(plan) {
+            return Err(ModelError::Plan {
+                number: plan.number,
+                reason: "it follows another that is not finished".into(),
+            });
+        }
+        let later = self.device.keeps_sampled() && self.is_on_device(plan);
         self.next_number += 1;
         self.update_sequences(plan);
         if plan.chunks.is_empty() {
-            return Ok(StepOutput { number: plan.number, ..StepOutput::default() });
+            let output = StepOutput { number: plan.number, ..StepOutput::default() };
+            self.in_flight.push_back(InFlight::done(output));
+            return Ok(());
         }
         let rows = self.graph_rows(plan);
-        self.batch.fill(&self.device, plan, &mut self.sequences, rows)?;
+        let Self { device, batch, sequences, on_device, .. } = self;
+        batch.prepare(plan, sequences, rows, device.keeps_sampled())?;
+        let answered = match on_device {
+            Some(room) => batch.ask(device, room, plan, sequences)?,
+            None => vec![false; batch.wanted.len()],
+        };
+        batch.lay_out(device)?;
+        self.forward(rows)?;
+        let step = match later {
+            true => self.sample(plan, rows.is_some())?,
+            false => InFlight::done(self.read_logits(plan, &answered)?),
+        };
+        self.share(plan)?;
+        self.group.end_step(&self.device)?;
+        let mark = Some(self.device.mark()?);
+        self.in_flight.push_back(InFlight { mark, ..step });
+        Ok(())
+    }
+
+    /// Waits for the oldest plan in flight.
+    ///
+    /// # Errors
+    /// What failed of the device or the group, after which this rank is of no further use; `Plan`
+    /// where none is in flight.
+    pub fn finish(&mut self) -> Result<StepOutput, ModelError> {
+        let none =
+            || ModelError::Plan { number: self.next_number, reason: "no plan is in flight".into() };
+        let InFlight { mark, launched, output } = self.in_flight.pop_front().ok_or_else(none)?;
+        let Some(mark) = mark else { return Ok(output) };
+        let Some(Launched { plan, rows }) = launched else {
+            self.device.wait(mark)?;
+            self.group.check(&self.device)?;
+            return Ok(output);
+        };
+        let answers = match &mut self.on_device {
+            Some(room) if !rows.is_empty() => self.device.answers(room)?,
+            _ => Vec::new(),
+        };
+        self.device.wait(mark)?;
+        self.group.check(&self.device)?;
+        let Some(sampler) = &mut self.sampler else { return Ok(output) };
+        let mut results = Results::new(&plan, sampler, &mut self.sequences);
+        for (row, answer) in rows.into_iter().zip(answers) {
+            results.answer(row, answer);
+        }
+        Ok(results.finish())
+    }
+
+    /// The layers; the logits of all rows too where the step is of a captured size.
+    fn forward(&mut self, rows: Option<usize>) -> Result<(), ModelError> {
         let Self { device, group, kv, scratch, decoder, batch, .. } = self;
         let mut cx = Context { device: &*device, group, kv, scratch };
         let batch = &batch.batch;
-        match rows {
-            Some(rows) => device.captured(rows, || -> Result<(), ModelError> {
-                decoder.forward(&mut cx, batch)?;
-                decoder.logits(&mut cx, batch, 0, rows)
-            })?,
-            None => decoder.forward(&mut cx, batch)?,
+        let Some(rows) = rows else { return decoder.forward(&mut cx, batch) };
+        device.captured(rows, || {
+            decoder.forward(&mut cx, batch)?;
+            decoder.logits(&mut cx, batch, 0, rows)
+        })
+    }
+
+    /// Begins to choose the tokens that are wanted, on rank 0.
+    fn sample(&mut self, plan: &StepPlan, are_there: bool) -> Result<InFlight<B>, ModelError> {
+        let Self { device, group, kv, scratch, decoder, batch, on_device, .. } = self;
+        let rows = batch.wanted.clone();
+        let mut cx = Context { device: &*device, group, kv, scratch };
+        match are_there {
+            true => cx.scratch.set_logit_rows(rows.len()),
+            false if rows.is_empty() => {}
+            false => decoder.logits(&mut cx, &batch.batch, 0, rows.len())?,
         }
-        let output = self.read_logits(plan, rows.is_some())?;
-        self.group.check(&self.device)?;
-        Ok(output)
+        if let Some(room) = on_device.as_mut().filter(|_| !rows.is_empty()) {
+            device.sample(&mut batch.batch, room, cx.scratch.logits_mut(), 0)?;
+        }
+        let output = StepOutput { number: plan.number, ..StepOutput::default() };
+        Ok(InFlight { mark: None, launched: Some(Launched { plan: plan.clone(), rows }), output })
+    }
+
+    /// What rank 0 sampled reaches the other ranks' devices, where they keep it.
+    fn share(&mut self, plan: &StepPlan) -> Result<(), ModelError> {
+        let samples = plan.chunks.iter().any(samples);
+        if !samples || !self.device.keeps_sampled() || self.limits.world_size == 1 {
+            return Ok(());
+        }
+        Ok(self.group.share(&self.device, &mut self.batch.batch.last_ids)?)
     }
 
     /// The size to which `plan` is padded, where all it does is to sample a token of each sequence
@@ -263,52 +391,65 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         }
         for chunk in &plan.chunks {
             if let Some(admission) = &chunk.admission {
-                let sequence =
-                    RunningSequence::new(admission, &self.tables, self.sampler.is_some());
+                let sequence = RunningSequence::new(
+                    plan.number,
+                    admission,
+                    &self.tables,
+                    self.sampler.is_some(),
+                );
                 self.sequences.insert(chunk.sequence, sequence);
             }
             if let Some(sequence) = self.sequences.get_mut(&chunk.sequence) {
                 sequence.cached = chunk.end();
                 sequence.blocks.extend(&chunk.blocks);
-                if chunk.tokens != Tokens::LastSampled {
-                    sequence.last = LastSample::Nothing;
-                }
+                sequence.samples = samples(chunk);
             }
         }
     }
 
-    /// Computes the wanted logits, unless they are there, some rows at a time, and turns them into
-    /// results.
-    fn read_logits(&mut self, plan: &StepPlan, are_there: bool) -> Result<StepOutput, ModelError> {
+    /// Computes the wanted logits, some rows at a time, and turns them into results.
+    fn read_logits(
+        &mut self,
+        plan: &StepPlan,
+        answered: &[bool],
+    ) -> Result<StepOutput, ModelError> {
         let Self { device, decoder, batch, scratch, limits, .. } = self;
         let mut cx = Context { device, group: &mut self.group, kv: &mut self.kv, scratch };
         let mut results =
             self.sampler.as_mut().map(|sampler| Results::new(plan, sampler, &mut self.sequences));
-        for (group, rows) in batch.wanted.chunks(self.logit_rows_max).enumerate() {
-            let first = group * self.logit_rows_max;
-            match are_there {
-                true => cx.scratch.set_logit_rows(rows.len()),
-                false => decoder.logits(&mut cx, &batch.batch, first, rows.len())?,
-            }
+        let wanted = batch.wanted.clone();
+        for first in (0..wanted.len()).step_by(self.logit_rows_max) {
+            let rows = &wanted[first..wanted.len().min(first + self.logit_rows_max)];
+            decoder.logits(&mut cx, &batch.batch, first, rows.len())?;
             let Some(results) = &mut results else { continue };
+            let answered = &answered[first..][..rows.len()];
             let answers = match &mut self.on_device {
-                Some(room) => results.ask(cx.device, room, cx.scratch.logits_mut(), rows)?,
-                None => vec![None; rows.len()],
+                Some(room) if answered.contains(&true) => {
+                    device.sample(&mut batch.batch, room, cx.scratch.logits_mut(), first)?;
+                    device.answers(room)?.into_iter().map(Some).collect()
+                }
+                _ => vec![None; rows.len()],
             };
             // Read only where a row needs them.
-            let logits = match answers.iter().any(Option::is_none) {
+            let logits = match answered.contains(&false) {
                 true => cx.scratch.read_logits(cx.device)?,
                 false => &[],
             };
             for (index, (&row, answer)) in rows.iter().zip(answers).enumerate() {
-                match answer {
+                match answer.filter(|_| answered[index]) {
                     Some(answer) => results.answer(row, answer),
                     None => results.push(row, &logits[index * limits.vocab..][..limits.vocab]),
                 }
             }
         }
-        let nothing = || StepOutput { number: plan.number, ..StepOutput::default() };
-        Ok(results.map_or_else(nothing, Results::finish))
+        let Some(results) = results else {
+            return Ok(StepOutput { number: plan.number, ..StepOutput::default() });
+        };
+        let output = results.finish();
+        if device.keeps_sampled() {
+            batch.tell(device, plan, &output)?;
+        }
+        Ok(output)
     }
 }
 

@@ -13,7 +13,7 @@ mod logits;
 mod penalties;
 mod philox;
 
-pub use penalties::Seen;
+pub use penalties::{Seen, penalizes};
 
 use candidates::Candidates;
 use engine::plan::{SamplingParams, TokenLogprob};

@@ -16,6 +16,7 @@ pub fn checks<D: Driver>() -> Vec<Check<D>> {
         Check { name: "decode: windows", run: windows },
         Check { name: "decode: e4m3", run: e4m3 },
         Check { name: "decode: the batch changes nothing", run: batch_changes_nothing },
+        Check { name: "decode: twice the same", run: twice },
         Check { name: "decode: what is refused", run: refusals },
     ]
 }
@@ -100,10 +101,17 @@ fn batch_changes_nothing<D: Driver>(device: Device<'_, D>) -> Result<(), String>
     Ok(())
 }
 
+/// Counters are as they were: the same batch again has the same bits.
+fn twice<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    let case = contexts((4, 2, 64), &[SPLIT + 6, 17, 2 * SPLIT + 1]);
+    let again = case.run_again(&device(BF16)).map_err(|error| error.to_string())?;
+    same(&case, &again, &run(device, &case)?)
+}
+
 fn same(case: &Case, got: &[f32], wanted: &[f32]) -> Result<(), String> {
     let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
     if bits(got) == bits(wanted) {
         return Ok(());
     }
-    Err(format!("{case:?}: other bits than in a batch"))
+    Err(format!("{case:?}: other bits than alone or at first"))
 }

@@ -49,7 +49,7 @@ const SHAPES: [(usize, usize, usize); 12] = [
 ];
 
 /// What a rank does with its device and its peers.
-type Body<'a, D, T> = &'a (dyn Fn(&Cuda<D>, &Peers<D>) -> Result<T, KernelError> + Sync);
+type Body<'a, D, T> = &'a (dyn Fn(&Cuda<D>, &mut Peers<D>) -> Result<T, KernelError> + Sync);
 
 /// Runs `body` on every rank at once; what each gave.
 fn on_ranks<D: Driver, T: Send>(
@@ -66,9 +66,9 @@ fn on_ranks<D: Driver, T: Send>(
         tickets.lock().unwrap_or_else(|error| error.into_inner())[rank] = ticket;
         met.wait();
         let all = tickets.lock().unwrap_or_else(|error| error.into_inner()).clone();
-        let peers = Peers::new(region, rank, Peers::map_others(device.driver(), rank, &all)?);
+        let mut peers = Peers::new(region, rank, Peers::map_others(device.driver(), rank, &all)?);
         met.wait();
-        body(&device, &peers)
+        body(&device, &mut peers)
     };
     let done: Vec<_> = thread::scope(|scope| {
         let rank = &rank;

@@ -15,7 +15,7 @@ use std::{
 /// Names the library that a process under AddressSanitizer runs.
 const UNDER_ASAN: &str = "LOCKSTEP_CHECKS_PLANTED";
 
-/// Compiles kernel file `name` with `fault.0` of `file` replaced by `fault.1`.
+/// Compiles kernel file `name`, and `step`, with `fault.0` of `file` replaced by `fault.1`.
 fn planted(
     name: &str,
     file: &str,
@@ -45,7 +45,9 @@ fn planted_in(
     assert!(text.contains(fault.0), "{file} has no {:?} to damage", fault.0);
     fs::write(&damaged, text.replace(fault.0, fault.1)).expect("a writable copy");
     let places = Places { kernels: &copy, out: dir.path() };
-    let library = compile::compile(&places, variant, &|found| names.contains(&found));
+    // Attention follows indices that `step` makes.
+    let wanted = |found: &str| found == "step" || names.contains(&found);
+    let library = compile::compile(&places, variant, &wanted);
     (library.expect("the damaged kernels compile"), dir)
 }
 
@@ -226,4 +228,38 @@ fn a_wait_without_a_limit_is_not_one() {
     // It ends, but only after a second a wait, of which the check makes hundreds.
     let forgotten = ("if (!all) control()->failed = 1;", "");
     peers_planted("peers.cuh", forgotten);
+}
+
+/// What the checks of laying out a step and of decoding say where a line of `step.cu` or
+/// `attention_decode.cu` is damaged.
+fn step_planted(file: &str, fault: (&str, &str)) -> String {
+    let (library, _dir) = planted("attention_decode", file, fault, compile::PLAIN);
+    let checks = [checks::laid_out::checks(), checks::decode::checks()].into_iter().flatten();
+    verdict(&library, &checks.collect::<Vec<_>>()).expect_err("an error")
+}
+
+#[test]
+fn a_table_that_new_blocks_do_not_reach_is_found() {
+    let told =
+        ("args.block_tables[args.new_blocks[2 * item]] = args.new_blocks[2 * item + 1];", "");
+    let error = step_planted("step.cu", told);
+    assert!(error.contains("slots [") || error.contains("block tables ["), "{error}");
+}
+
+#[test]
+fn a_slot_of_the_step_before_is_found() {
+    let error = step_planted("step.cu", ("args.slots[row] = -1;", ""));
+    assert!(error.contains("slots of padding"), "{error}");
+}
+
+#[test]
+fn a_sum_that_nobody_waits_for_is_found() {
+    let early =
+        ("all->last = atomicAdd(arrived, 1u) == due;", "all->last = atomicAdd(arrived, 1u) == 0;");
+    step_planted("attention_decode.cu", early);
+}
+
+#[test]
+fn a_counter_that_is_left_as_it_was_is_found() {
+    step_planted("attention_decode.cu", ("if (all->last) *arrived = 0;", ""));
 }

@@ -278,12 +278,16 @@ DEVICE void decode(const DecodeArgs& args) {
     const int items = count * args.kv_heads * tiles;
     for (int item = static_cast<int>(blockIdx.x); item < items;
          item += static_cast<int>(gridDim.x)) {
-        const Split split = split_of(args, item, count);
-        // Outside the window: nobody waits for it.
-        if (split.first >= split.end) continue;
         Lane<T, D> mine;
         mine.clear();
-        walk(args, split, mine);
+        {
+            const Split split = split_of(args, item, count);
+            // Outside the window: nobody waits for it.
+            if (split.first >= split.end) continue;
+            walk(args, split, mine);
+        }
+        // Read again: registers for it are short on the way.
+        const Split split = split_of(args, item, count);
         merge(args, split, mine);
         if (!split.alone && came_last<T, D>(args, split)) combine<D>(args, split);
         // The ring is where warps may still read.

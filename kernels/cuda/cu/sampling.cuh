@@ -55,7 +55,8 @@ struct SampleRow {
     int32_t token;
     // The likeliest tokens to report, or -1: no logprobs at all.
     int32_t top;
-    uint32_t unused;
+    // Where the token is left for the next step, or -1.
+    int32_t table;
 };
 
 // What bias and penalties do to one id of a row.
@@ -132,6 +133,7 @@ struct SampleArgs {
     uint64_t* span_masses;       // [R, spans]
     uint32_t* candidates;        // [R, CANDIDATES]
     SampleOut* out;              // [R]
+    int32_t* last_ids;           // by table
     uint32_t vocab;              // V
     uint32_t drawable;           // ids from here on are padding
     uint32_t spans;              // V / SPAN

@@ -25,12 +25,13 @@ struct StepWork {
 struct StepArgs {
     // From the host.
     const StepSequence* sequences;
-    const int* ids;              // [rows]
+    const int* ids;              // [rows]; negative: the sequence's last sampled id
     const int* new_blocks;       // [.., 2]: place in block_tables, block
     const int* wanted;           // [logit_rows_len]
     const StepWork* decoding;    // by their first split
     const StepWork* prefilling;  // by their first tile
     const float* q_scales;       // by position, or null
+    const int* last_ids;         // by table
     // Derived.
     int* out_ids;
     int* positions;
@@ -92,7 +93,8 @@ DEVICE void derive_row(const StepArgs& args, int row) {
     const int within = row - sequence.first_row, position = sequence.start + within;
     const int64_t table = static_cast<int64_t>(sequence.table) * args.table_cols;
     const int block = args.block_tables[table + position / BLOCK_TOKENS];
-    args.out_ids[row] = args.ids[row];
+    const int id = args.ids[row];
+    args.out_ids[row] = id >= 0 ? id : args.last_ids[sequence.table];
     args.positions[row] = position;
     args.rope_rows[row] = sequence.rope_start + within;
     args.slots[row] = block * BLOCK_TOKENS + position % BLOCK_TOKENS;

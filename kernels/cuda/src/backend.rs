@@ -42,6 +42,8 @@ pub struct Cuda<D: Driver> {
     /// What split attention and others leave for a second kernel; grows to the largest need seen.
     workspace: Mutex<Option<Array<D>>>,
     pub(super) graphs: Graphs<D>,
+    /// Read behind a step's work, to know that it is done.
+    end: Mutex<Option<Array<D>>>,
 }
 
 /// Rows of logits at once: a step of as many sequences waits for its tokens once.
@@ -49,7 +51,13 @@ pub const LOGIT_ROWS_MAX: usize = 256;
 
 impl<D: Driver> Cuda<D> {
     pub fn new(driver: D, config: CudaConfig) -> Self {
-        Self { driver, config, workspace: Mutex::new(None), graphs: Graphs::new() }
+        Self {
+            driver,
+            config,
+            workspace: Mutex::new(None),
+            graphs: Graphs::new(),
+            end: Mutex::new(None),
+        }
     }
 
     pub fn driver(&self) -> &D {
@@ -87,6 +95,7 @@ impl<D: Driver> Backend for Cuda<D> {
     type Experts = CudaExperts<D>;
     type Kv = CudaKv<D>;
     type Cuts = Cuts<D>;
+    type Mark = D::Reading;
     type Sampling = SampleRoom<D>;
 
     /// Ranks have a link of their own between cards, by which sums are twice as few bytes and
@@ -298,12 +307,48 @@ impl<D: Driver> Backend for Cuda<D> {
         self.sample_room(rows_max, vocab, drawable).map(Some)
     }
 
+    fn ask(
+        &self,
+        batch: &mut Batch<Self>,
+        room: &mut SampleRoom<D>,
+        asked: &[(SampleRequest<'_>, Option<usize>)],
+    ) -> Result<(), KernelError> {
+        self.ask_of_step(batch, room, asked)
+    }
+
     fn sample(
         &self,
+        batch: &mut Batch<Self>,
         room: &mut SampleRoom<D>,
         logits: &mut Tensor<Self>,
-        requests: &[SampleRequest<'_>],
+        first: usize,
+    ) -> Result<(), KernelError> {
+        self.begin_sampling(room, logits, (first, self.at(&batch.last_ids)))
+    }
+
+    fn answers(
+        &self,
+        room: &mut SampleRoom<D>,
     ) -> Result<Vec<Result<Sampled, Refused>>, KernelError> {
-        self.choose(room, logits, requests)
+        room.answers(&self.driver)
+    }
+
+    fn keeps_sampled(&self) -> bool {
+        true
+    }
+
+    fn mark(&self) -> Result<D::Reading, KernelError> {
+        let mut end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = match end.take() {
+            Some(place) => place,
+            None => Array::zeroed(&self.driver, "the end of a step", 4)?,
+        };
+        let reading = self.driver.begin_read(&place.memory, 0, 4)?;
+        *end = Some(place);
+        Ok(reading)
+    }
+
+    fn wait(&self, mark: D::Reading) -> Result<(), KernelError> {
+        self.driver.end_read(mark).map(drop)
     }
 }

@@ -23,8 +23,8 @@ use event::Event;
 use functions::Functions;
 pub use graph::Graph;
 use kernels::KernelError;
-pub use memory::Memory;
-use memory::{Downloads, Uploads};
+use memory::{Downloads, Readings, Uploads};
+pub use memory::{Memory, Reading};
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -59,6 +59,7 @@ pub struct Gpu {
     functions: Functions,
     uploads: Mutex<Uploads>,
     downloads: Mutex<Downloads>,
+    readings: Mutex<Readings>,
     blas: Mutex<Blas>,
     timers: (Event, Event),
     facts: Facts,
@@ -86,6 +87,7 @@ impl Gpu {
             functions: Functions::load(&context)?,
             uploads: Mutex::new(Uploads::new(&context)?),
             downloads: Mutex::new(Downloads::new(&context)?),
+            readings: Mutex::default(),
             // With its workspace, so that memory said to be free is.
             blas: Mutex::new(Blas::open(&context)?),
             timers: (Event::timed(&context)?, Event::timed(&context)?),
@@ -151,6 +153,10 @@ impl Gpu {
         self.blas.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn readings(&self) -> MutexGuard<'_, Readings> {
+        self.readings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// cuBLASLt's version, e.g. 13.0.2, and what its products were led around, in words.
     pub fn products(&self) -> (String, Vec<String>) {
         let version = Blas::version();
@@ -176,6 +182,7 @@ impl Gpu {
 impl Driver for Gpu {
     type Memory = Memory;
     type Graph = Graph;
+    type Reading = Reading;
 
     fn facts(&self) -> &Facts {
         &self.facts
@@ -213,6 +220,24 @@ impl Driver for Gpu {
         let address = from.at(offset, to.len())?;
         let mut downloads = self.downloads.lock().unwrap_or_else(PoisonError::into_inner);
         downloads.fetch(&self.context, address, to)
+    }
+
+    fn begin_read(
+        &self,
+        from: &Memory,
+        offset: usize,
+        bytes: usize,
+    ) -> Result<Reading, KernelError> {
+        self.context.enter_to("reading")?;
+        let address = from.at(offset, bytes)?;
+        self.readings().begin(&self.context, address, bytes)
+    }
+
+    fn end_read(&self, mut reading: Reading) -> Result<Vec<u8>, KernelError> {
+        self.context.enter()?;
+        let bytes = reading.wait(&self.context)?;
+        self.readings().keep(reading);
+        Ok(bytes)
     }
 
     fn launch(&self, launch: Launch<'_>) -> Result<(), KernelError> {

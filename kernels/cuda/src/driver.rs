@@ -95,6 +95,8 @@ pub struct Scales {
 pub trait Driver: Send + Sync + Sized + 'static {
     /// Device memory, given back when dropped.
     type Memory: Send + Sync;
+    /// Bytes on their way to the host.
+    type Reading: Send;
     /// Launches and products that can be run again. What their arguments point to must be alive.
     type Graph: Send + Sync;
 
@@ -131,6 +133,21 @@ pub trait Driver: Send + Sync + Sized + 'static {
     /// # Errors
     /// `KernelError::Device` where there are fewer bytes or work before has failed.
     fn read(&self, to: &mut [u8], from: &Self::Memory, offset: usize) -> Result<(), KernelError>;
+    /// Begins to read `bytes` bytes from `offset` on as they are behind all work so far.
+    ///
+    /// # Errors
+    /// `KernelError::Device` where there are fewer, or the device fails.
+    fn begin_read(
+        &self,
+        from: &Self::Memory,
+        offset: usize,
+        bytes: usize,
+    ) -> Result<Self::Reading, KernelError>;
+    /// Waits for them, and for no later work.
+    ///
+    /// # Errors
+    /// `KernelError::Device` where work before them has failed.
+    fn end_read(&self, reading: Self::Reading) -> Result<Vec<u8>, KernelError>;
     /// # Errors
     /// `KernelError::Device` where the kernel does not exist or the device refuses.
     fn launch(&self, launch: Launch<'_>) -> Result<(), KernelError>;

@@ -3,10 +3,7 @@
 
 use super::{Cuda, Driver, Element, Launch, elementwise::bf16_vectors};
 use kernels::{AddNorm, KernelError, Tensor, shape, shape::ensure};
-use std::{
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
-    time::Duration,
-};
+use std::{collections::VecDeque, time::Duration};
 
 /// Ranks that can exchange so; `PEERS_MAX` of the kernels.
 pub const PEERS_MAX: usize = 8;
@@ -17,6 +14,7 @@ const AREAS_START: usize = 256 + 2 * 2 * ITEMS_MAX * PEERS_MAX * size_of::<u64>(
 /// Columns of a piece of a row that is gathered; `GATHER_COLS` of the kernels.
 const GATHER_COLS: usize = 4096;
 const GATHER_THREADS: u32 = 256;
+const GATHER: &str = "peer_gather";
 
 /// How ranks use each other's memory; the same on every rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,7 +73,9 @@ pub struct Peers<D: Driver> {
     rank: usize,
     config: PeerConfig,
     /// Whether a step of exchanges has come about.
-    warm: AtomicBool,
+    warm: bool,
+    /// Whether exchanges have failed, of steps that were not checked, the oldest first.
+    unchecked: VecDeque<D::Reading>,
 }
 
 #[repr(C)]
@@ -173,7 +173,7 @@ impl<D: Driver> Peers<D> {
         let PeerRegion { memory, config } = own;
         let mut regions = others;
         regions.insert(rank, memory);
-        Self { regions, rank, config, warm: AtomicBool::new(false) }
+        Self { regions, rank, config, warm: false, unchecked: VecDeque::new() }
     }
 
     pub fn rank(&self) -> usize {
@@ -184,17 +184,30 @@ impl<D: Driver> Peers<D> {
         self.regions.len()
     }
 
-    /// Whether every exchange so far has come about; waits for all work.
+    /// A step's exchanges have been launched.
+    ///
+    /// # Errors
+    /// The driver's own.
+    pub fn end_step(&mut self, driver: &D) -> Result<(), KernelError> {
+        const FAILED: usize = 12;
+        self.unchecked.push_back(driver.begin_read(&self.regions[self.rank], FAILED, 4)?);
+        Ok(())
+    }
+
+    /// Whether every exchange has come about up to the oldest [`Self::end_step`] that was not
+    /// checked; waits for that.
     ///
     /// # Errors
     /// `KernelError::Device` where another rank did not come in time; the driver's own.
-    pub fn check(&self, driver: &D) -> Result<(), KernelError> {
-        const FAILED: usize = 12;
-        let mut mark = [0; 4];
-        driver.read(&mut mark, &self.regions[self.rank], FAILED)?;
+    pub fn check(&mut self, driver: &D) -> Result<(), KernelError> {
+        if self.unchecked.is_empty() {
+            self.end_step(driver)?;
+        }
+        let Some(reading) = self.unchecked.pop_front() else { return Ok(()) };
+        let mark = driver.end_read(reading)?;
         let limit = self.limit().as_secs_f64();
         if mark == [0; 4] {
-            self.warm.store(true, Relaxed);
+            self.warm = true;
             return Ok(());
         }
         Err(KernelError::Device(format!(
@@ -203,7 +216,7 @@ impl<D: Driver> Peers<D> {
     }
 
     fn limit(&self) -> Duration {
-        match self.warm.load(Relaxed) {
+        match self.warm {
             true => self.config.limit,
             false => self.config.first_limit,
         }
@@ -304,38 +317,62 @@ impl<D: Driver> Cuda<D> {
         cols: &[usize],
         to_all: bool,
     ) -> Result<(), KernelError> {
-        const OP: &str = "peer_gather";
+        let places = (self.at(out), self.at(x));
         let total: usize = cols.iter().sum();
         let fits = cols.len() == peers.ranks()
             && cols[peers.rank] == x.cols
             && (out.rows, out.cols) == (x.rows, total);
-        ensure(OP, fits, || {
+        ensure(GATHER, fits, || {
             format!("[{}, {}] of columns {cols:?} in [{}, {}]", x.rows, x.cols, out.rows, out.cols)
         })?;
         let exact = [&*out, x].iter().all(|tensor| tensor.data.element() == Element::F32);
-        ensure(OP, exact, || "columns are not in f32".into())?;
+        ensure(GATHER, exact, || "columns are not in f32".into())?;
+        self.send_columns(peers, places, (x.rows, cols), to_all)
+    }
+
+    /// x [T, H] of rank 0, in 32 bits, on every rank.
+    ///
+    /// # Errors
+    /// As [`Self::peer_gather`].
+    pub fn peer_share(&self, peers: &Peers<D>, x: &mut Tensor<Self>) -> Result<(), KernelError> {
+        let exact = x.data.element() == Element::F32;
+        ensure(GATHER, exact, || "numbers are not of 32 bits".into())?;
+        let mut cols = vec![0; peers.ranks()];
+        cols[0] = x.cols;
+        self.send_columns(peers, (self.at(x), self.at(x)), (x.rows, &cols), true)
+    }
+
+    /// Rows of `cols` columns from x to out, whose addresses these are.
+    fn send_columns(
+        &self,
+        peers: &Peers<D>,
+        (out, x): (u64, u64),
+        (rows, cols): (usize, &[usize]),
+        to_all: bool,
+    ) -> Result<(), KernelError> {
+        let total: usize = cols.iter().sum();
         let pieces = cols.iter().max().map_or(0, |widest| widest.div_ceil(GATHER_COLS)).max(1);
         let room = peers.config.area_bytes / (total * Element::F32.bytes()).max(1);
         let at_once = room.min(ITEMS_MAX / pieces);
-        ensure(OP, at_once > 0, || format!("rows of {total} elements are too long"))?;
+        ensure(GATHER, at_once > 0, || format!("rows of {total} elements are too long"))?;
         let mut widths = [0; PEERS_MAX];
         widths.iter_mut().zip(cols).for_each(|(to, cols)| *to = *cols as u32);
         let mut args = GatherArgs {
             regions: peers.args(&self.driver),
-            x: self.at(x),
-            out: self.at(out),
+            x,
+            out,
             cols: widths,
             rows: 0,
             pieces: pieces as u32,
             to_all: u32::from(to_all),
         };
-        for first in (0..x.rows).step_by(at_once) {
-            args.rows = at_once.min(x.rows - first) as u32;
+        for first in (0..rows).step_by(at_once) {
+            args.rows = at_once.min(rows - first) as u32;
             let items = args.rows * args.pieces;
             let grid = [items.min(self.driver.facts().multiprocessors), 1, 1];
             let launch = Launch::new("peer_gather", grid, GATHER_THREADS, &args);
             self.driver.launch(launch.shared(4))?;
-            args.x += (at_once * x.cols * Element::F32.bytes()) as u64;
+            args.x += (at_once * cols[peers.rank] * Element::F32.bytes()) as u64;
             args.out += (at_once * total * Element::F32.bytes()) as u64;
         }
         Ok(())

@@ -15,14 +15,16 @@ pub(super) use room::bytes;
 
 use super::{Cuda, Driver, Element, Launch};
 use kernels::{
-    KernelError, Tensor,
+    Batch, KernelError, Tensor,
     sampling::{Refused, SampleRequest, Sampled, TOP_MAX},
     shape::ensure,
 };
 use request::Packed;
-use room::{Args, CANDIDATES, Out, PASS_THREADS, SPANS_MAX};
+use room::{Args, Asked, CANDIDATES, Out, PASS_THREADS, SPANS_MAX};
 
 const OP: &str = "sample";
+/// Requests of up to so many bytes go with the step: any of a few hundred rows, without masks.
+pub(super) const ALONG_BYTES: usize = 64 << 10;
 /// Threads of a block of `sample_bounds`, `sample_draw` and `sample_report`.
 const ROW_THREADS: u32 = 512;
 /// Bytes of shared memory: `Histogram` of `sampling_filter.cu`, 512 bins.
@@ -52,36 +54,74 @@ impl<D: Driver> Cuda<D> {
         SampleRoom::new(&self.driver, rows_max, vocab, drawable)
     }
 
-    pub(super) fn choose(
+    /// Keeps what is asked of the rows of the next step, which takes it along.
+    pub(super) fn ask_of_step(
+        &self,
+        batch: &mut Batch<Self>,
+        room: &mut SampleRoom<D>,
+        asked: &[(SampleRequest<'_>, Option<usize>)],
+    ) -> Result<(), KernelError> {
+        let packed = Packed::new(asked, room.vocab())?;
+        let (bytes, starts) = packed.bytes();
+        let at = match bytes.len() <= ALONG_BYTES {
+            true => batch.cuts.take_along(&self.driver, &bytes),
+            false => room.upload(&self.driver, &bytes)?,
+        };
+        room.asked = Some(Asked { packed, starts, at });
+        Ok(())
+    }
+
+    /// Begins to choose for rows `first..first + logits.rows` of what was asked.
+    pub(super) fn begin_sampling(
         &self,
         room: &mut SampleRoom<D>,
         logits: &mut Tensor<Self>,
-        requests: &[SampleRequest<'_>],
-    ) -> Result<Vec<Result<Sampled, Refused>>, KernelError> {
+        (first, last_ids): (usize, u64),
+    ) -> Result<(), KernelError> {
         let (rows, cols) = (logits.rows, logits.cols);
-        let fits = rows == requests.len() && cols == room.vocab() && rows <= logits.rows_max;
+        let nothing = || KernelError::Device("nothing was asked of the step".into());
+        let asked = room.asked.take().ok_or_else(nothing)?;
+        let end = first.saturating_add(rows);
+        let of = asked.packed.refused.len();
+        let fits = end <= of && cols == room.vocab() && rows <= logits.rows_max;
         ensure(OP, fits, || {
             let vocab = room.vocab();
-            format!("logits are [{rows}, {cols}], wanted [{}, {vocab}]", requests.len())
+            format!("logits are [{rows}, {cols}], wanted [{}, {vocab}]", of.saturating_sub(first))
         })?;
         ensure(OP, rows <= room.rows_max(), || {
             format!("{rows} rows in a room for {}", room.rows_max())
         })?;
         let exact = logits.data.element() == Element::F32;
         ensure(OP, exact, || "logits are not f32".into())?;
-        if rows == 0 {
-            return Ok(Vec::new());
+        if rows > 0 {
+            let args = room.args(&self.driver, &asked, (self.at(logits), last_ids))?.from(first);
+            self.launch_sampling(&args, &asked.packed, rows as u32)?;
         }
-        let packed = Packed::new(requests, room.vocab())?;
-        let args = room.upload(&self.driver, &packed, self.at(logits))?;
-        self.launch_sampling(&args, &packed, rows as u32)?;
-        let out = room.read(&self.driver, rows)?;
-        let rows = packed.refused.into_iter().zip(requests).zip(out);
-        rows.map(|((refused, request), out)| match refused {
-            Some(refused) => Ok(Err(refused)),
-            None => out.sampled(request.logprobs.is_some()),
-        })
-        .collect()
+        room.begin_read(&self.driver, &asked, first..end)?;
+        room.asked = Some(asked);
+        Ok(())
+    }
+
+    /// Answers `requests`, one of each row of logits, at once.
+    ///
+    /// # Errors
+    /// As the backend's `ask`, `sample` and `answers`.
+    pub fn choose(
+        &self,
+        room: &mut SampleRoom<D>,
+        logits: &mut Tensor<Self>,
+        requests: &[SampleRequest<'_>],
+    ) -> Result<Vec<Result<Sampled, Refused>>, KernelError> {
+        let asked: Vec<_> = requests.iter().map(|request| (*request, None)).collect();
+        let packed = Packed::new(&asked, room.vocab())?;
+        ensure(OP, logits.rows == requests.len(), || {
+            format!("{} requests for {} rows", requests.len(), logits.rows)
+        })?;
+        let (bytes, starts) = packed.bytes();
+        let at = room.upload(&self.driver, &bytes)?;
+        room.asked = Some(Asked { packed, starts, at });
+        self.begin_sampling(room, logits, (0, 0))?;
+        room.answers(&self.driver)
     }
 
     fn launch_sampling(&self, args: &Args, packed: &Packed, rows: u32) -> Result<(), KernelError> {

@@ -4,6 +4,7 @@
 use super::{
     Array, Cuda, Driver, Ints, Launch,
     attention::{SPLIT_TOKENS, TILE_ROWS, sums_bytes},
+    sampling::ALONG_BYTES,
 };
 use kernels::{Batch, BatchRoom, KernelError, ShapeError, Step, StepSequence, shape::ensure};
 
@@ -20,6 +21,8 @@ pub struct Cuts<D: Driver> {
     input: Array<D>,
     /// The same on the host.
     words: Vec<i32>,
+    /// What goes along: it is not this room's affair.
+    along: Vec<u8>,
     /// [splits, 3]: sequence, split, item of the sequence's first split.
     pub(super) splits: Ints<D>,
     /// [1] of them.
@@ -70,6 +73,10 @@ pub(super) fn splits_max(room: &BatchRoom) -> usize {
     room.sequences.saturating_mul(room.context.div_ceil(SPLIT_TOKENS))
 }
 
+fn aligned_bytes(bytes: usize) -> usize {
+    bytes.next_multiple_of(16)
+}
+
 /// To whole pieces of 16 bytes.
 fn aligned(words: usize) -> usize {
     words.checked_next_multiple_of(4).unwrap_or(usize::MAX)
@@ -83,8 +90,9 @@ impl<D: Driver> Cuts<D> {
         // At its largest at once: it keeps its place.
         device.workspace(sums_bytes(room))?;
         Ok(Self {
-            input: Array::zeroed(driver, "a step", words.saturating_mul(size_of::<i32>()))?,
+            input: Array::zeroed(driver, "a step", input_bytes(words))?,
             words: Vec::new(),
+            along: Vec::new(),
             splits: ints(splits.saturating_mul(3))?,
             splits_count: ints(1)?,
             arrivals: ints(arrivals)?,
@@ -93,6 +101,12 @@ impl<D: Driver> Cuts<D> {
             decodes: false,
             of: None,
         })
+    }
+
+    /// Sends up to [`ALONG_BYTES`] with the next step; says where they will be.
+    pub(super) fn take_along(&mut self, driver: &D, bytes: &[u8]) -> u64 {
+        self.along = bytes.to_vec();
+        self.input.address(driver)
     }
 
     /// Appends a part and says where it begins, in integers.
@@ -104,11 +118,17 @@ impl<D: Driver> Cuts<D> {
     }
 }
 
+/// Of what the host sends: the step, behind what goes along.
+fn input_bytes(words: usize) -> usize {
+    words.saturating_mul(size_of::<i32>()).saturating_add(ALONG_BYTES)
+}
+
 /// Bytes of [`Cuts`].
 pub(super) fn cuts_bytes(room: &BatchRoom) -> usize {
     let Bounds { words, splits, tiles, arrivals } = Bounds::of(room);
-    let parts = [words, splits.saturating_mul(3), 1, arrivals, tiles.saturating_mul(2)];
-    parts.into_iter().fold(0, usize::saturating_add).saturating_mul(size_of::<i32>())
+    let parts = [splits.saturating_mul(3), 1, arrivals, tiles.saturating_mul(2)];
+    let ints = parts.into_iter().fold(0, usize::saturating_add);
+    ints.saturating_mul(size_of::<i32>()).saturating_add(input_bytes(words))
 }
 
 /// Where work begins, for the kernels: sequences, each with the number of its first item.
@@ -150,6 +170,7 @@ struct StepArgs {
     decoding: u64,
     prefilling: u64,
     q_scales: u64,
+    last_ids: u64,
     out_ids: u64,
     positions: u64,
     rope_rows: u64,
@@ -188,9 +209,11 @@ impl<D: Driver> Cuda<D> {
         let items = decoding.items.max(prefilling.items);
         ensure(OP, items <= i32::MAX as usize, || format!("{items} pieces of attention"))?;
         let args = self.step_args(batch, step, (&decoding, &prefilling));
-        let words = &batch.cuts.words;
-        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        batch.cuts.input.write(&self.driver, &bytes)?;
+        let cuts = &mut batch.cuts;
+        let mut bytes = std::mem::take(&mut cuts.along);
+        bytes.resize(aligned_bytes(bytes.len()), 0);
+        bytes.extend(cuts.words.iter().flat_map(|word| word.to_le_bytes()));
+        cuts.input.write(&self.driver, &bytes)?;
         let launch = |kernel, items: usize| {
             let blocks = items.div_ceil(THREADS as usize) as u32;
             self.driver.launch(Launch::new(kernel, [blocks, 1, 1], THREADS, &args))
@@ -235,7 +258,7 @@ impl<D: Driver> Cuda<D> {
             cuts.push(prefilling.words.iter().copied()),
         ];
         let driver = &self.driver;
-        let input = batch.cuts.input.address(driver);
+        let input = batch.cuts.input.address(driver) + aligned_bytes(batch.cuts.along.len()) as u64;
         let [sequences, ids, new_blocks, wanted, decodes, prefills] =
             starts.map(|start| input + (start * size_of::<i32>()) as u64);
         let at = |ints: &Ints<D>| ints.address(driver);
@@ -250,6 +273,7 @@ impl<D: Driver> Cuda<D> {
             decoding: decodes,
             prefilling: prefills,
             q_scales: floats(&batch.q_scales),
+            last_ids: self.at(&batch.last_ids),
             out_ids: at(&batch.ids),
             positions: at(&batch.positions),
             rope_rows: at(&batch.rope_rows),

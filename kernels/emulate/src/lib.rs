@@ -210,6 +210,7 @@ fn outside(offset: usize, len: usize, bytes: usize) -> Result<(), KernelError> {
 impl Driver for Emulator {
     type Memory = Memory;
     type Graph = Graph;
+    type Reading = Vec<u8>;
 
     fn facts(&self) -> &Facts {
         &self.facts
@@ -273,6 +274,21 @@ impl Driver for Emulator {
         // SAFETY: within the allocation; nobody else touches it during the call.
         unsafe { to.as_mut_ptr().copy_from_nonoverlapping(from.owned.start.add(offset), to.len()) };
         Ok(())
+    }
+
+    fn begin_read(
+        &self,
+        from: &Memory,
+        offset: usize,
+        bytes: usize,
+    ) -> Result<Vec<u8>, KernelError> {
+        let mut to = vec![0; bytes];
+        self.read(&mut to, from, offset)?;
+        Ok(to)
+    }
+
+    fn end_read(&self, reading: Vec<u8>) -> Result<Vec<u8>, KernelError> {
+        Ok(reading)
     }
 
     fn launch(&self, launch: Launch<'_>) -> Result<(), KernelError> {

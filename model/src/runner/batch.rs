@@ -2,11 +2,15 @@
 
 use super::{
     RunnerOptions, RunningSequence,
+    results::{request, samples},
     tables::{Place, Tables},
 };
 use crate::{ModelError, rope};
-use engine::plan::{Chunk, SequenceId, StepPlan, Tokens, Want};
-use kernels::{Backend, Batch, Heads, Step, StepSequence, TableBlock};
+use engine::plan::{Chunk, SequenceId, StepOutput, StepPlan, Tokens, Want};
+use kernels::{
+    Backend, Batch, Heads, LAST_SAMPLED, Step, StepSequence, TableBlock,
+    sampling::{SampleRequest, Wanted},
+};
 use std::collections::HashMap;
 
 /// A row whose logits are wanted, by its place in the plan.
@@ -44,14 +48,14 @@ impl<B: Backend> BatchBuilder<B> {
         })
     }
 
-    /// Lays out `plan`, which was checked and is taken over into `sequences`, padded to `rows` where
-    /// that is some: then every row has logits.
-    pub fn fill(
+    /// Takes over `plan`, which was checked and is in `sequences`, padded to `rows` where that is
+    /// some: then every row has logits. Where the device `keeps` what it samples, it is not told.
+    pub fn prepare(
         &mut self,
-        device: &B,
         plan: &StepPlan,
         sequences: &mut HashMap<SequenceId, RunningSequence>,
         rows: Option<usize>,
+        keeps: bool,
     ) -> Result<(), ModelError> {
         self.wanted.clear();
         self.step.clear();
@@ -63,22 +67,71 @@ impl<B: Backend> BatchBuilder<B> {
             let sequence = sequence.ok_or_else(|| {
                 refused(format!("sequence {} was never admitted", chunk.sequence))
             })?;
-            self.push(index, chunk, sequence, place);
+            let last = if keeps { LAST_SAMPLED } else { sequence.last as i32 };
+            self.push((index, chunk), sequence, place, last);
         }
         if let Some(rows) = rows {
             let used = self.step.ids.len();
             self.step.padding = rows.saturating_sub(used);
             self.step.logit_rows.extend((used..rows).map(|row| row as i32));
         }
+        Ok(())
+    }
+
+    /// Asks the device about every wanted row that it can answer; which ones.
+    pub fn ask(
+        &mut self,
+        device: &B,
+        room: &mut B::Sampling,
+        plan: &StepPlan,
+        sequences: &HashMap<SequenceId, RunningSequence>,
+    ) -> Result<Vec<bool>, ModelError> {
+        // Every row is asked something; of those that the host reads, as little as can be.
+        const NOTHING: SampleRequest<'_> =
+            SampleRequest { wanted: Wanted::Token(0), logprobs: None };
+        let requests = self.wanted.iter().map(|row| request(plan, *row, sequences));
+        let requests: Vec<_> = requests.collect();
+        let answered: Vec<bool> = requests.iter().map(Option::is_some).collect();
+        if !answered.contains(&true) {
+            return Ok(answered);
+        }
+        let asked = requests.into_iter().zip(&self.wanted).map(|(request, row)| {
+            let chunk = &plan.chunks[row.chunk];
+            let is_new = samples(chunk) && row.token + 1 == chunk.tokens.len();
+            let table = is_new.then(|| self.step.sequences[row.chunk].table);
+            (request.unwrap_or(NOTHING), table)
+        });
+        let asked: Vec<_> = asked.collect();
+        device.ask(&mut self.batch, room, &asked)?;
+        Ok(answered)
+    }
+
+    pub fn lay_out(&mut self, device: &B) -> Result<(), ModelError> {
         Ok(device.lay_out(&mut self.batch, &self.step)?)
+    }
+
+    /// Tells the device what the host has sampled of this step.
+    pub fn tell(
+        &mut self,
+        device: &B,
+        plan: &StepPlan,
+        output: &StepOutput,
+    ) -> Result<(), ModelError> {
+        let mut ids = vec![0.0; self.batch.last_ids.cols];
+        for (id, sampled) in &output.sampled {
+            if let Some(chunk) = plan.chunks.iter().position(|chunk| chunk.sequence == *id) {
+                ids[self.step.sequences[chunk].table] = f32::from_bits(sampled.token);
+            }
+        }
+        Ok(device.write_floats(&mut self.batch.last_ids.data, &ids)?)
     }
 
     fn push(
         &mut self,
-        index: usize,
-        chunk: &Chunk,
+        (index, chunk): (usize, &Chunk),
         sequence: &mut RunningSequence,
         Place { table, is_new }: Place,
+        last: i32,
     ) {
         if is_new {
             sequence.blocks_told = 0;
@@ -94,17 +147,15 @@ impl<B: Backend> BatchBuilder<B> {
             block: block as usize,
         }));
         sequence.blocks_told = sequence.blocks.len();
-        let last = [sequence.last.id()];
-        let ids = match &chunk.tokens {
-            Tokens::Known(ids) => ids,
-            Tokens::LastSampled => &last[..],
-        };
-        for (token, &id) in ids.iter().enumerate() {
+        for token in 0..rows {
             if wanted(chunk, token) {
-                step.logit_rows.push(step.ids.len() as i32);
+                step.logit_rows.push((step.ids.len() + token) as i32);
                 self.wanted.push(WantedRow { chunk: index, token });
             }
-            step.ids.push(id as i32);
+        }
+        match &chunk.tokens {
+            Tokens::Known(ids) => step.ids.extend(ids.iter().map(|&id| id as i32)),
+            Tokens::LastSampled => step.ids.push(last),
         }
     }
 }
@@ -113,6 +164,11 @@ impl<B: Backend> BatchBuilder<B> {
 fn q_scales(options: &RunnerOptions, logn: Option<usize>) -> Option<Vec<f32>> {
     let trained = logn.filter(|trained| *trained < options.context_max)?;
     Some((0..options.context_max).map(|position| rope::logn(position, trained)).collect())
+}
+
+/// Rows of `chunk` whose logits are wanted.
+pub fn wanted_rows(chunk: &Chunk) -> usize {
+    (0..chunk.tokens.len()).filter(|token| wanted(chunk, *token)).count()
 }
 
 /// Whether the logits after `token` of `chunk` are wanted.

@@ -3,7 +3,7 @@
 //! Every rank checks the same plan with the same outcome, so a refusal leaves no rank waiting. What
 //! rank 0 alone is given, an admission's tokens, it checks alone: the group ends with its refusal.
 
-use super::{LastSample, RunnerOptions, RunningSequence};
+use super::{RunnerOptions, RunningSequence};
 use crate::ModelError;
 use engine::plan::{Admission, BLOCK_TOKENS, Chunk, SequenceId, StepPlan, Tokens, Want};
 use std::collections::{HashMap, HashSet};
@@ -14,6 +14,8 @@ pub struct Limits {
     pub vocab: usize,
     /// Ranks in the group.
     pub world_size: usize,
+    /// Whether devices know what was sampled.
+    pub keeps_sampled: bool,
     /// Whether this rank samples, and so has what admissions bring for that.
     pub samples: bool,
     /// Prompts longer than this must not start behind a cached prefix.
@@ -122,7 +124,7 @@ impl Limits {
 
     /// Faults of a chunk whose token was sampled by the sequence's last one.
     fn last_sampled_fault(&self, chunk: &Chunk, known: Option<&RunningSequence>) -> Option<String> {
-        if self.world_size > 1 {
+        if self.world_size > 1 && !self.keeps_sampled {
             return Some(format!(
                 "goes on with a token that rank 0 alone has; a group of {} ranks needs it in the \
                  plan",
@@ -132,7 +134,7 @@ impl Limits {
         if chunk.want != Want::Sample {
             return Some("goes on with a sampled token for something else than a sample".into());
         }
-        let sampled = known.is_some_and(|known| known.last != LastSample::Nothing);
+        let sampled = known.is_some_and(|known| known.samples);
         (!sampled || chunk.admission.is_some())
             .then(|| "goes on with a token that its last chunk did not sample".into())
     }

@@ -1,16 +1,15 @@
 //! From rows of logits to what the plan asked for, by the device where it can. Rank 0 only.
 
-use super::{LastSample, RunningSequence, batch::WantedRow};
+use super::{RunningSequence, batch::WantedRow};
 use crate::sampler::{Sampler, next_token};
-use engine::plan::{Chunk, SequenceId, StepOutput, StepPlan, TokenLogprob, Tokens, Want};
-use kernels::{
-    Backend, KernelError, Tensor,
-    sampling::{Refused, SampleRequest, Sampled, TOP_MAX, Wanted},
+use engine::plan::{
+    Chunk, SamplingParams, SequenceId, StepOutput, StepPlan, TokenLogprob, Tokens, Want,
 };
+use kernels::sampling::{Refused, SampleRequest, Sampled, TOP_MAX, Wanted};
 use std::collections::HashMap;
 
 /// A token, or why there is none.
-pub type RowResult = Result<TokenLogprob, Refused>;
+type RowResult = Result<TokenLogprob, Refused>;
 
 /// What a row of logits is for.
 #[derive(Clone, Copy, Debug)]
@@ -24,6 +23,51 @@ struct Job {
     score: Option<u32>,
     /// The next token is.
     sample: bool,
+}
+
+fn job(plan: &StepPlan, row: WantedRow) -> Job {
+    let chunk = &plan.chunks[row.chunk];
+    let last = row.token + 1 == chunk.tokens.len();
+    let known = chunk.tokens.known().get(row.token + 1).copied();
+    let following = if last { chunk.next } else { known };
+    let scores = matches!(chunk.want, Want::Score { .. });
+    Job {
+        sequence: chunk.sequence,
+        position: chunk.start + row.token + 1,
+        logits: chunk.want == Want::Logits,
+        score: following.filter(|_| scores),
+        sample: last && samples(chunk),
+    }
+}
+
+/// Whether the token after `chunk` is sampled.
+pub fn samples(chunk: &Chunk) -> bool {
+    matches!(chunk.want, Want::Sample | Want::Score { sample: true })
+}
+
+/// Whether what a chunk wants can be answered by a device that chooses tokens.
+pub fn is_answered(chunk: &Chunk, params: &SamplingParams) -> bool {
+    let both = matches!(chunk.want, Want::Score { sample: true }) && chunk.next.is_some();
+    chunk.want != Want::Logits && !both && params.logprobs.is_none_or(|n| n as usize <= TOP_MAX)
+}
+
+/// What a device that chooses tokens is asked of one row; `None` where it cannot answer.
+pub fn request<'a>(
+    plan: &StepPlan,
+    row: WantedRow,
+    sequences: &'a HashMap<SequenceId, RunningSequence>,
+) -> Option<SampleRequest<'a>> {
+    let job = job(plan, row);
+    let RunningSequence { params, seen, .. } = sequences.get(&job.sequence)?;
+    if !is_answered(&plan.chunks[row.chunk], params) {
+        return None;
+    }
+    let top = params.logprobs.map(|top| top as usize);
+    let (wanted, logprobs) = match job.score {
+        Some(token) => (Wanted::Token(token), Some(top.unwrap_or(0))),
+        None => (Wanted::Next(next_token(params, seen, job.position)), top),
+    };
+    Some(SampleRequest { wanted, logprobs })
 }
 
 /// The output of one step while its rows come in, in the plan's order.
@@ -42,8 +86,8 @@ impl<'a> Results<'a> {
     ) -> Self {
         let mut output = StepOutput { number: plan.number, ..StepOutput::default() };
         for Chunk { sequence, start, tokens, want, .. } in &plan.chunks {
-            let last = sequences.get(sequence).map(|sequence| sequence.last);
-            if *tokens == Tokens::LastSampled && last == Some(LastSample::Refused) {
+            let refused = sequences.get(sequence).is_some_and(|sequence| sequence.refused);
+            if *tokens == Tokens::LastSampled && refused {
                 output
                     .failed
                     .push((*sequence, format!("no token was sampled at position {start}")));
@@ -57,58 +101,18 @@ impl<'a> Results<'a> {
         Self { plan, sampler, sequences, output }
     }
 
-    /// What the device says of each of `rows`, whose logits it holds; `None` for those that the
-    /// host has to read.
-    ///
-    /// # Errors
-    /// The device's own.
-    pub fn ask<B: Backend>(
-        &self,
-        device: &B,
-        room: &mut B::Sampling,
-        logits: &mut Tensor<B>,
-        rows: &[WantedRow],
-    ) -> Result<Vec<Option<RowResult>>, KernelError> {
-        // Every row is asked something; of those that the host reads, as little as can be.
-        const NOTHING: SampleRequest<'_> =
-            SampleRequest { wanted: Wanted::Token(0), logprobs: None };
-        let requests: Vec<_> = rows.iter().map(|row| self.request(*row)).collect();
-        if requests.iter().all(Option::is_none) {
-            return Ok(vec![None; rows.len()]);
-        }
-        let asked: Vec<_> = requests.iter().map(|request| request.unwrap_or(NOTHING)).collect();
-        let answers = device.sample(room, logits, &asked)?.into_iter().zip(&requests);
-        let token = |Sampled { token, logprob, top }| TokenLogprob { token, logprob, top };
-        Ok(answers.map(|(answer, request)| request.map(|_| answer.map(token))).collect())
-    }
-
-    /// What a device that chooses tokens is asked of one row; `None` where it cannot answer.
-    fn request(&self, row: WantedRow) -> Option<SampleRequest<'_>> {
-        let job = self.job(row);
-        let RunningSequence { params, seen, .. } = self.sequences.get(&job.sequence)?;
-        let top = params.logprobs.map(|top| top as usize);
-        if job.logits || top.is_some_and(|top| top > TOP_MAX) {
-            return None;
-        }
-        let (wanted, logprobs) = match (job.score, job.sample) {
-            (Some(token), false) => (Wanted::Token(token), Some(top.unwrap_or(0))),
-            (None, true) => (Wanted::Next(next_token(params, seen, job.position)), top),
-            _ => return None,
-        };
-        Some(SampleRequest { wanted, logprobs })
-    }
-
-    /// Uses what [`Self::ask`] was told of one row.
-    pub fn answer(&mut self, row: WantedRow, answer: RowResult) {
-        let job = self.job(row);
+    /// Uses what the device says of one row that it was asked about.
+    pub fn answer(&mut self, row: WantedRow, answer: Result<Sampled, Refused>) {
+        let job = job(self.plan, row);
         if !self.has_failed(job.sequence) {
-            self.take(job, job.score.is_some(), answer);
+            let token = |Sampled { token, logprob, top }| TokenLogprob { token, logprob, top };
+            self.take(job, job.score.is_some(), answer.map(token));
         }
     }
 
     /// Uses the logits [V] of one wanted row.
     pub fn push(&mut self, row: WantedRow, logits: &[f32]) {
-        let job = self.job(row);
+        let job = job(self.plan, row);
         let id = job.sequence;
         if job.logits {
             entry(&mut self.output.logits, id).extend_from_slice(logits);
@@ -129,24 +133,15 @@ impl<'a> Results<'a> {
         }
     }
 
-    fn job(&self, row: WantedRow) -> Job {
-        let chunk = &self.plan.chunks[row.chunk];
-        let last = row.token + 1 == chunk.tokens.len();
-        let known = chunk.tokens.known().get(row.token + 1).copied();
-        let following = if last { chunk.next } else { known };
-        let scores = matches!(chunk.want, Want::Score { .. });
-        Job {
-            sequence: chunk.sequence,
-            position: chunk.start + row.token + 1,
-            logits: chunk.want == Want::Logits,
-            score: following.filter(|_| scores),
-            sample: last && matches!(chunk.want, Want::Sample | Want::Score { sample: true }),
-        }
-    }
-
     /// Whether an earlier row of the sequence has, or the token that it goes on with.
     fn has_failed(&self, id: SequenceId) -> bool {
         self.output.failed.iter().any(|failed| failed.0 == id)
+    }
+
+    /// The sequence, where it was not admitted anew since the plan.
+    fn living(&mut self, id: SequenceId) -> Option<&mut RunningSequence> {
+        let number = self.plan.number;
+        self.sequences.get_mut(&id).filter(|sequence| sequence.admitted <= number)
     }
 
     fn take(&mut self, job: Job, scored: bool, answer: RowResult) {
@@ -154,15 +149,15 @@ impl<'a> Results<'a> {
         match answer {
             Ok(token) if scored => entry(&mut self.output.scored, id).push(token),
             Ok(token) => {
-                if let Some(sequence) = self.sequences.get_mut(&id) {
+                if let Some(sequence) = self.living(id) {
                     sequence.seen.push(token.token);
-                    sequence.last = LastSample::Token(token.token);
+                    sequence.last = token.token;
                 }
                 self.output.sampled.push((id, token));
             }
             Err(refused) => {
-                if let Some(sequence) = self.sequences.get_mut(&id) {
-                    sequence.last = LastSample::Refused;
+                if let Some(sequence) = self.living(id) {
+                    sequence.refused = true;
                 }
                 let text = format!("{refused} at position {}", job.position);
                 self.output.failed.push((id, text));
@@ -195,7 +190,8 @@ fn entry<T>(lists: &mut Vec<(SequenceId, Vec<T>)>, id: SequenceId) -> &mut Vec<T
 mod tests {
     use super::*;
     use crate::{rope::RopeTables, runner::RunningSequence};
-    use engine::plan::{Admission, SamplingParams};
+    use engine::plan::Admission;
+    use kernels::{Backend, Tensor};
 
     const GREEDY: SamplingParams = SamplingParams::GREEDY;
 
@@ -220,7 +216,7 @@ mod tests {
         let mut sequences = HashMap::new();
         for chunk in &chunks {
             let admission = chunk.admission.as_ref().unwrap();
-            sequences.insert(chunk.sequence, RunningSequence::new(admission, &tables, true));
+            sequences.insert(chunk.sequence, RunningSequence::new(4, admission, &tables, true));
         }
         let plan = StepPlan { number: 4, chunks, released: Vec::new() };
         let mut sampler = Sampler::new(4, 4);
@@ -330,25 +326,31 @@ mod tests {
 
         let rope = crate::Rope { base: 1e4, scaling: crate::RopeScaling::None, dynamic_ntk: None };
         let tables = RopeTables::new(&rope, 16);
-        let admitted = |chunk: &Chunk| {
+        let admit = |chunk: &Chunk| {
             let admission = chunk.admission.as_ref().unwrap();
-            (chunk.sequence, RunningSequence::new(admission, &tables, true))
+            (chunk.sequence, RunningSequence::new(0, admission, &tables, true))
         };
         let finish = |asks: bool| {
-            let mut sequences = plan.chunks.iter().map(admitted).collect();
+            let admitted: HashMap<_, _> = plan.chunks.iter().map(admit).collect();
+            let mut sequences = plan.chunks.iter().map(admit).collect();
             let mut sampler = Sampler::new(VOCAB, VOCAB - 10);
             let mut results = Results::new(&plan, &mut sampler, &mut sequences);
             let mut logits = Tensor::exact_from_host(&device, VOCAB, &values).unwrap();
             let mut room = device.sampling(rows.len(), VOCAB, VOCAB - 10).unwrap().unwrap();
-            let answers = match asks {
-                true => results.ask(&device, &mut room, &mut logits, &rows).unwrap(),
-                false => vec![None; rows.len()],
-            };
-            let answered = answers.iter().flatten().count();
-            for ((row, answer), logits) in rows.iter().zip(answers).zip(values.chunks(VOCAB)) {
-                match answer {
-                    Some(answer) => results.answer(*row, answer),
-                    None => results.push(*row, logits),
+            const NOTHING: SampleRequest<'_> =
+                SampleRequest { wanted: Wanted::Token(0), logprobs: None };
+            let asked: Vec<_> = rows.iter().map(|row| request(&plan, *row, &admitted)).collect();
+            let requests: Vec<_> = asked.iter().map(|asked| asked.unwrap_or(NOTHING)).collect();
+            let answers = device.choose(&mut room, &mut logits, &requests).unwrap();
+            let mut answered = 0;
+            let answers = answers.into_iter().zip(&asked).zip(values.chunks(VOCAB));
+            for (row, ((answer, asked), logits)) in rows.iter().zip(answers) {
+                match asked {
+                    Some(_) if asks => {
+                        answered += 1;
+                        results.answer(*row, answer);
+                    }
+                    _ => results.push(*row, logits),
                 }
             }
             (results.finish(), answered)

@@ -1,6 +1,6 @@
 //! Bias and penalties: changes to a few logits of a row.
 
-use engine::plan::Admission;
+use engine::plan::{Admission, SamplingParams};
 use kernels::sampling::{NextToken, Refused};
 
 /// What penalties look at: the tokens of a sequence, and how often the answer holds each.
@@ -14,13 +14,16 @@ pub struct Seen {
     penalized: bool,
 }
 
+/// Whether the next token hangs on those before it by more than the model.
+pub fn penalizes(params: &SamplingParams) -> bool {
+    let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } = *params;
+    repetition_penalty != 1.0 || presence_penalty != 0.0 || frequency_penalty != 0.0
+}
+
 impl Seen {
     /// The state after everything in `admission`.
     pub fn new(admission: &Admission) -> Self {
-        let params = &admission.params;
-        let penalized = params.repetition_penalty != 1.0
-            || params.presence_penalty != 0.0
-            || params.frequency_penalty != 0.0;
+        let penalized = penalizes(&admission.params);
         let mut seen = Self { in_answer: Vec::new(), penalized };
         if penalized {
             let (prompt, answer) = admission.tokens.split_at(admission.prompt_len);

@@ -4,7 +4,7 @@ use super::{Bar, Bench, Prepare, Scale, Work};
 use crate::{BF16, sampling::normal_row};
 use cuda::{Cuda, Driver};
 use kernels::{
-    Backend, KernelError, Tensor,
+    KernelError, Tensor,
     sampling::{NextToken, SampleRequest, Wanted},
 };
 
@@ -70,7 +70,7 @@ fn prepared<D: Driver>(kind: Kind, (rows, vocab): (usize, usize)) -> Prepare<D> 
                 SampleRequest { wanted: Wanted::Next(next), logprobs: None }
             };
             let requests: Vec<_> = (0..rows).map(request).collect();
-            let answers = device.sample(&mut room, &mut logits, &requests)?;
+            let answers = device.choose(&mut room, &mut logits, &requests)?;
             let refused = answers.into_iter().find_map(Result::err);
             refused.map_or(Ok(()), |refused| Err(KernelError::Device(refused.to_string())))
         }))

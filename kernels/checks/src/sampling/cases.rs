@@ -118,7 +118,7 @@ fn try_run<D: Driver>(
         let seen: Vec<_> = cases.iter().map(Case::seen).collect();
         let requests: Vec<_> =
             cases.iter().zip(&seen).map(|(case, seen)| case.request(seen)).collect();
-        answers.extend(device.sample(&mut room, &mut logits, &requests)?);
+        answers.extend(device.choose(&mut room, &mut logits, &requests)?);
         let mut after = vec![0.0; values.len()];
         device.read_floats(&mut after, &logits.data)?;
         let same = values.iter().zip(&after).position(|(a, b)| a.to_bits() != b.to_bits());

@@ -5,7 +5,7 @@ use crate::{BF16, Device};
 use cuda::{Cuda, Driver};
 use engine::plan::SamplingParams;
 use kernels::{
-    Backend, KernelError, Tensor,
+    KernelError, Tensor,
     sampling::{NextToken, Refused, SampleRequest, Wanted},
 };
 use model::Sampler;
@@ -88,7 +88,7 @@ pub fn calls<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let call = |rows: usize, cols: usize, request: SampleRequest<'_>, requests: usize| {
         let mut room = device.sample_room(2, LEN, DRAWABLE)?;
         let mut logits = Tensor::exact_zeros(&device, rows, cols)?;
-        device.sample(&mut room, &mut logits, &vec![request; requests]).map(|_| ())
+        device.choose(&mut room, &mut logits, &vec![request; requests]).map(|_| ())
     };
     let greedy =
         |next: NextToken<'static>| SampleRequest { wanted: Wanted::Next(next), logprobs: None };
@@ -97,7 +97,7 @@ pub fn calls<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let unsorted = greedy(NextToken { seen: &[(3, 1), (3, 2)], ..NextToken::GREEDY });
     let short = greedy(NextToken { allowed: Some(&[1, 2]), ..NextToken::GREEDY });
     refused("[2, 999]", call(2, 999, plain, 2))?;
-    refused("[1, 1000]", call(2, LEN, plain, 1))?;
+    refused("1 requests for 2 rows", call(2, LEN, plain, 1))?;
     refused("room for 2", call(3, LEN, plain, 3))?;
     refused("at most 20", call(1, LEN, many, 1))?;
     refused("ascend", call(1, LEN, unsorted, 1))?;
@@ -107,7 +107,7 @@ pub fn calls<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     refused("65536 rows", room(&device, 1 << 16, 5, 5))?;
     let mut rounded = Tensor::zeros(&device, 1, LEN).map_err(|error| error.to_string())?;
     let one = device.sample_room(1, LEN, LEN);
-    let result = one.and_then(|mut room| device.sample(&mut room, &mut rounded, &[plain]));
+    let result = one.and_then(|mut room| device.choose(&mut room, &mut rounded, &[plain]));
     refused("not f32", result.map(|_| ()))?;
     call(0, LEN, plain, 0).map_err(|error| error.to_string())
 }

@@ -105,6 +105,7 @@ impl Drop for Memory {
 /// Host memory that the device reads and writes by itself.
 struct Pinned {
     start: *mut u8,
+    bytes: usize,
     context: Arc<Context>,
 }
 
@@ -112,22 +113,22 @@ struct Pinned {
 unsafe impl Send for Pinned {}
 
 impl Pinned {
-    fn new(context: &Arc<Context>) -> Result<Self, KernelError> {
-        context.enter()?;
+    fn new(context: &Arc<Context>, bytes: usize) -> Result<Self, KernelError> {
+        context.enter_to("taking memory")?;
         let mut start: *mut c_void = ptr::null_mut();
         // Without flags: the host reads it too, which write-combined memory is slow at.
         let what = "allocating pinned host memory";
-        call!(context, what, cuMemHostAlloc(&mut start, PIECE_BYTES, 0))?;
-        let pinned = Self { start: start.cast(), context: Arc::clone(context) };
+        call!(context, what, cuMemHostAlloc(&mut start, bytes, 0))?;
+        let pinned = Self { start: start.cast(), bytes, context: Arc::clone(context) };
         // SAFETY: as many bytes were allocated; written before they are ever borrowed.
-        unsafe { pinned.start.write_bytes(0, PIECE_BYTES) };
+        unsafe { pinned.start.write_bytes(0, bytes) };
         Ok(pinned)
     }
 
     fn bytes(&mut self) -> &mut [u8] {
         // SAFETY: as many bytes, written when allocated; the device is done with those that the
         // caller touches.
-        unsafe { slice::from_raw_parts_mut(self.start, PIECE_BYTES) }
+        unsafe { slice::from_raw_parts_mut(self.start, self.bytes) }
     }
 }
 
@@ -160,7 +161,7 @@ pub(super) struct Uploads {
 impl Uploads {
     pub fn new(context: &Arc<Context>) -> Result<Self, KernelError> {
         let half = || -> Result<Half, KernelError> {
-            let (pinned, done) = (Pinned::new(context)?, Event::new(context)?);
+            let (pinned, done) = (Pinned::new(context, PIECE_BYTES)?, Event::new(context)?);
             Ok(Half { pinned, done, in_use: false })
         };
         Ok(Self { halves: [half()?, half()?], at: 0, used: 0 })
@@ -213,7 +214,7 @@ pub(super) struct Downloads {
 
 impl Downloads {
     pub fn new(context: &Arc<Context>) -> Result<Self, KernelError> {
-        Ok(Self { pinned: Pinned::new(context)?, done: Event::new(context)? })
+        Ok(Self { pinned: Pinned::new(context, PIECE_BYTES)?, done: Event::new(context)? })
     }
 
     /// Copies once all work before is done.
@@ -234,5 +235,48 @@ impl Downloads {
             address += piece.len() as u64;
         }
         Ok(())
+    }
+}
+
+/// Bytes on their way from the device, while it goes on.
+pub struct Reading {
+    pinned: Pinned,
+    bytes: usize,
+    done: Event,
+}
+
+/// Places for those that are not in use.
+#[derive(Default)]
+pub(super) struct Readings(Vec<(Pinned, Event)>);
+
+impl Readings {
+    pub fn begin(
+        &mut self,
+        context: &Arc<Context>,
+        address: u64,
+        bytes: usize,
+    ) -> Result<Reading, KernelError> {
+        let fits = self.0.iter().position(|(pinned, _)| pinned.bytes >= bytes);
+        let (pinned, done) = match fits {
+            Some(at) => self.0.swap_remove(at),
+            None => (Pinned::new(context, bytes.next_power_of_two())?, Event::new(context)?),
+        };
+        let (at, stream) = (pinned.start.cast(), context.stream());
+        let what = "a copy from the device";
+        call!(context, what, cuMemcpyDtoHAsync_v2(at, address, bytes, stream))?;
+        done.record(context)?;
+        Ok(Reading { pinned, bytes, done })
+    }
+
+    /// Its place is free again.
+    pub fn keep(&mut self, Reading { pinned, done, .. }: Reading) {
+        self.0.push((pinned, done));
+    }
+}
+
+impl Reading {
+    pub(super) fn wait(&mut self, context: &Context) -> Result<Vec<u8>, KernelError> {
+        context.wait(&self.done)?;
+        Ok(self.pinned.bytes()[..self.bytes].to_vec())
     }
 }

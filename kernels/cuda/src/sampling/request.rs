@@ -9,7 +9,7 @@ use kernels::{
 
 /// `SampleRow` of `sampling.cuh`.
 #[derive(Clone, Copy, Default)]
-struct Row {
+pub(super) struct Row {
     seed: u64,
     position: u64,
     top_p: u64,
@@ -24,6 +24,7 @@ struct Row {
     mask_row: i32,
     token: i32,
     top: i32,
+    table: i32,
 }
 
 /// Requests as the kernels read them.
@@ -36,6 +37,8 @@ pub(super) struct Packed {
     pub masks: Vec<u8>,
     /// Why a row is not looked at.
     pub refused: Vec<Option<Refused>>,
+    /// Whether a row has logprobs.
+    pub logprobs: Vec<bool>,
     /// The most that one row has.
     pub adjustments_max: u32,
     /// Whether a row is drawn, whether one is filtered by top-k or top-p, has logprobs.
@@ -55,13 +58,18 @@ pub(super) fn packed_row_bytes(vocab: usize, adjusted: usize) -> usize {
 }
 
 impl Packed {
-    pub fn new(requests: &[SampleRequest<'_>], vocab: usize) -> Result<Self, ShapeError> {
+    /// What is asked of each row, and to which table's sequence its token is new.
+    pub fn new(
+        asked: &[(SampleRequest<'_>, Option<usize>)],
+        vocab: usize,
+    ) -> Result<Self, ShapeError> {
         let mut packed = Self {
-            rows: Vec::with_capacity(requests.len() * Row::BYTES),
+            rows: Vec::with_capacity(asked.len() * Row::BYTES),
             adjustments: Vec::new(),
             biases: Vec::new(),
             masks: Vec::new(),
-            refused: Vec::with_capacity(requests.len()),
+            refused: Vec::with_capacity(asked.len()),
+            logprobs: Vec::with_capacity(asked.len()),
             adjustments_max: 0,
             drawn: false,
             filtered: false,
@@ -70,13 +78,18 @@ impl Packed {
             biases_len: 0,
             masks_len: 0,
         };
-        for request in requests {
-            packed.add(request, vocab)?;
+        for (request, table) in asked {
+            packed.add(request, *table, vocab)?;
         }
         Ok(packed)
     }
 
-    fn add(&mut self, request: &SampleRequest<'_>, vocab: usize) -> Result<(), ShapeError> {
+    fn add(
+        &mut self,
+        request: &SampleRequest<'_>,
+        table: Option<usize>,
+        vocab: usize,
+    ) -> Result<(), ShapeError> {
         let top = match request.logprobs {
             None => -1,
             Some(top) => {
@@ -94,7 +107,9 @@ impl Packed {
             Wanted::Token(token) => row = Row { token: token as i32, top, ..row },
             Wanted::Next(next) => row = Row { top, ..self.next(&next, vocab)? },
         }
+        row.table = table.map_or(-1, |table| table as i32);
         self.refused.push(refused);
+        self.logprobs.push(request.logprobs.is_some());
         self.reported |= row.top >= 0;
         row.put(&mut self.rows);
         Ok(())
@@ -167,8 +182,22 @@ impl Packed {
     }
 }
 
+impl Packed {
+    /// All of it in one piece, and where its parts begin.
+    pub fn bytes(&self) -> (Vec<u8>, [usize; 4]) {
+        let (mut bytes, mut starts) = (Vec::new(), [0; 4]);
+        let parts = [&self.rows, &self.adjustments, &self.biases, &self.masks];
+        for (start, part) in starts.iter_mut().zip(parts) {
+            bytes.resize(bytes.len().next_multiple_of(16), 0);
+            *start = bytes.len();
+            bytes.extend_from_slice(part);
+        }
+        (bytes, starts)
+    }
+}
+
 impl Row {
-    const BYTES: usize = 72;
+    pub const BYTES: usize = 72;
 
     /// Field by field, as the struct lies in memory.
     fn put(&self, to: &mut Vec<u8>) {
@@ -182,7 +211,7 @@ impl Row {
         for word in [self.top_k, self.adjustments_first, self.adjustments_len] {
             to.extend(word.to_le_bytes());
         }
-        for word in [self.mask_row, self.token, self.top, 0] {
+        for word in [self.mask_row, self.token, self.top, self.table] {
             to.extend(word.to_le_bytes());
         }
     }

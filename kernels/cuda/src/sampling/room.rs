@@ -2,10 +2,15 @@
 
 use super::{
     OP,
-    request::{Packed, packed_row_bytes},
+    request::{Packed, Row, packed_row_bytes},
 };
 use crate::{Array, Driver};
-use kernels::{KernelError, sampling::TOP_MAX, shape::ensure};
+use kernels::{
+    KernelError,
+    sampling::{Refused, Sampled, TOP_MAX},
+    shape::ensure,
+};
+use std::{collections::VecDeque, ops::Range};
 
 /// Constants of `sampling.cuh`, by their names there.
 const SPAN: usize = 512;
@@ -43,6 +48,7 @@ pub(super) struct Args {
     span_masses: u64,
     candidates: u64,
     out: u64,
+    last_ids: u64,
     vocab: u32,
     drawable: u32,
     spans: u32,
@@ -54,6 +60,11 @@ pub(super) struct Args {
 }
 
 impl Args {
+    /// For the rows from `first` on.
+    pub fn from(self, first: usize) -> Self {
+        Self { rows: self.rows + (first * Row::BYTES) as u64, ..self }
+    }
+
     /// For the scan after bias and penalties.
     pub fn once_adjusted(self) -> Self {
         Self { adjusted: 1, ..self }
@@ -102,6 +113,26 @@ pub struct SampleRoom<D: Driver> {
     span_masses: Array<D>,
     candidates: Array<D>,
     out: Array<D>,
+    /// What is asked of the rows of the step that was laid out last.
+    pub(super) asked: Option<Asked>,
+    /// What was sampled and not answered, the oldest first.
+    pub(super) unanswered: VecDeque<Unanswered<D>>,
+}
+
+/// What is asked of a step's rows, on its way.
+pub(super) struct Asked {
+    pub packed: Packed,
+    /// Of [`Packed::bytes`].
+    pub starts: [usize; 4],
+    /// Where those bytes are.
+    pub at: u64,
+}
+
+/// Rows of one launch.
+pub(super) struct Unanswered<D: Driver> {
+    reading: D::Reading,
+    /// Of each row, why it was not looked at, and whether it has logprobs.
+    rows: Vec<(Option<Refused>, bool)>,
 }
 
 /// `SampleOut` of `sampling.cuh`.
@@ -140,6 +171,8 @@ impl<D: Driver> SampleRoom<D> {
             span_masses: array(span_masses)?,
             candidates: array(candidates)?,
             out: array(out)?,
+            asked: None,
+            unanswered: VecDeque::new(),
         })
     }
 
@@ -152,26 +185,22 @@ impl<D: Driver> SampleRoom<D> {
         self.rows_max
     }
 
-    /// Writes the requests, in one piece, and says where everything is.
-    pub(super) fn upload(
+    /// Writes requests that are too many to go with the step; says where they are.
+    pub(super) fn upload(&mut self, driver: &D, bytes: &[u8]) -> Result<u64, KernelError> {
+        grow(driver, &mut self.requests, bytes.len())?;
+        self.requests.write(driver, bytes)?;
+        Ok(self.requests.address(driver))
+    }
+
+    /// Where everything is.
+    pub(super) fn args(
         &mut self,
         driver: &D,
-        packed: &Packed,
-        logits: u64,
+        asked: &Asked,
+        (logits, last_ids): (u64, u64),
     ) -> Result<Args, KernelError> {
-        let mut bytes = Vec::new();
-        let mut starts = [0; 4];
-        let parts = [&packed.rows, &packed.adjustments, &packed.biases, &packed.masks];
-        for (start, part) in starts.iter_mut().zip(parts) {
-            bytes.resize(bytes.len().next_multiple_of(16), 0);
-            *start = bytes.len() as u64;
-            bytes.extend_from_slice(part);
-        }
-        grow(driver, &mut self.requests, bytes.len())?;
-        grow(driver, &mut self.saved, packed.adjustments.len() / 4)?;
-        self.requests.write(driver, &bytes)?;
-        let requests = self.requests.address(driver);
-        let [rows, adjustments, biases, masks] = starts.map(|start| requests + start);
+        grow(driver, &mut self.saved, asked.packed.adjustments.len() / 4)?;
+        let [rows, adjustments, biases, masks] = asked.starts.map(|start| asked.at + start as u64);
         let spans = self.vocab.div_ceil(SPAN);
         Ok(Args {
             logits,
@@ -188,6 +217,7 @@ impl<D: Driver> SampleRoom<D> {
             span_masses: self.span_masses.address(driver),
             candidates: self.candidates.address(driver),
             out: self.out.address(driver),
+            last_ids,
             vocab: self.vocab as u32,
             drawable: self.drawable as u32,
             spans: spans as u32,
@@ -199,11 +229,34 @@ impl<D: Driver> SampleRoom<D> {
         })
     }
 
-    /// The answers of the first `rows` rows, once they are there.
-    pub(super) fn read(&self, driver: &D, rows: usize) -> Result<Vec<Out>, KernelError> {
-        let mut bytes = vec![0; rows * OUT];
-        self.out.read(driver, &mut bytes)?;
-        Ok(bytes.as_chunks::<OUT>().0.iter().map(Out::parse).collect())
+    /// Begins to read what becomes of rows `rows` of what was asked.
+    pub(super) fn begin_read(
+        &mut self,
+        driver: &D,
+        asked: &Asked,
+        rows: Range<usize>,
+    ) -> Result<(), KernelError> {
+        let reading = driver.begin_read(&self.out.memory, 0, rows.len() * OUT)?;
+        let Packed { refused, logprobs, .. } = &asked.packed;
+        let rows = rows.map(|row| (refused[row].clone(), logprobs[row])).collect();
+        self.unanswered.push_back(Unanswered { reading, rows });
+        Ok(())
+    }
+
+    /// The oldest rows that were not answered.
+    pub(crate) fn answers(
+        &mut self,
+        driver: &D,
+    ) -> Result<Vec<Result<Sampled, Refused>>, KernelError> {
+        let nothing = || KernelError::Device("nothing was sampled".into());
+        let Unanswered { reading, rows } = self.unanswered.pop_front().ok_or_else(nothing)?;
+        let bytes = driver.end_read(reading)?;
+        let outs = bytes.as_chunks::<OUT>().0.iter().map(Out::parse);
+        let answer = |(out, (refused, logprobs)): (Out, (Option<Refused>, bool))| match refused {
+            Some(refused) => Ok(Err(refused)),
+            None => out.sampled(logprobs),
+        };
+        outs.zip(rows).map(answer).collect()
     }
 }
 

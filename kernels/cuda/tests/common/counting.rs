@@ -46,6 +46,7 @@ impl Counting {
 impl Driver for Counting {
     type Memory = Held;
     type Graph = ();
+    type Reading = usize;
 
     fn facts(&self) -> &Facts {
         &self.facts
@@ -80,6 +81,14 @@ impl Driver for Counting {
     fn read(&self, to: &mut [u8], _from: &Held, _offset: usize) -> Result<(), KernelError> {
         to.fill(0);
         Ok(())
+    }
+
+    fn begin_read(&self, _from: &Held, _offset: usize, bytes: usize) -> Result<usize, KernelError> {
+        Ok(bytes)
+    }
+
+    fn end_read(&self, bytes: usize) -> Result<Vec<u8>, KernelError> {
+        Ok(vec![0; bytes])
     }
 
     fn launch(&self, _launch: Launch<'_>) -> Result<(), KernelError> {

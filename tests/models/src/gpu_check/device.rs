@@ -83,6 +83,7 @@ impl Card {
 impl Driver for Card {
     type Memory = Memory;
     type Graph = <Gpu as Driver>::Graph;
+    type Reading = <Gpu as Driver>::Reading;
 
     fn facts(&self) -> &Facts {
         self.gpu.facts()
@@ -114,6 +115,19 @@ impl Driver for Card {
 
     fn read(&self, to: &mut [u8], from: &Memory, offset: usize) -> Result<(), KernelError> {
         self.gpu.read(to, from, offset)
+    }
+
+    fn begin_read(
+        &self,
+        from: &Memory,
+        offset: usize,
+        bytes: usize,
+    ) -> Result<Self::Reading, KernelError> {
+        self.gpu.begin_read(from, offset, bytes)
+    }
+
+    fn end_read(&self, reading: Self::Reading) -> Result<Vec<u8>, KernelError> {
+        self.gpu.end_read(reading)
     }
 
     fn launch(&self, launch: Launch<'_>) -> Result<(), KernelError> {
