@@ -73,8 +73,9 @@ pub fn elements(
 fn batch(config: &DecoderConfig, options: &RunnerOptions) -> Elements {
     let RunnerOptions { step_tokens_max: tokens, sequences_max, context_max, .. } = *options;
     // ids, positions, rope rows, slots and rows of logits; of sequences the first row, the length,
-    // the table and its blocks.
-    let sequence = Elements::ints(3 + context_max.div_ceil(BLOCK_TOKENS));
+    // the table, its blocks, and the last id.
+    let blocks = context_max.div_ceil(BLOCK_TOKENS);
+    let sequence = Elements::ints(3 + blocks).and(Elements::exact(1));
     let logn = usize::from(config.logn.is_some_and(|trained| trained < context_max));
     Elements::ints(5)
         .and(Elements::exact(logn))

@@ -247,10 +247,15 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         self.in_flight.len()
     }
 
+    /// Whether a plan may follow one that is in flight: the device knows what it sampled.
+    pub fn runs_ahead(&self) -> bool {
+        self.device.keeps_sampled()
+    }
+
     /// Whether `plan` can be launched while the one before it is in flight: whatever it goes on
     /// with is on the device.
     pub fn follows(&self, plan: &StepPlan) -> bool {
-        self.device.keeps_sampled() && self.is_on_device(plan)
+        self.runs_ahead() && self.is_on_device(plan)
     }
 
     /// Whether all that `plan` wants is chosen on the device, at once, and hangs on no token that
@@ -281,7 +286,7 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
                 reason: "it follows another that is not finished".into(),
             });
         }
-        let later = self.device.keeps_sampled() && self.is_on_device(plan);
+        let later = self.follows(plan);
         self.next_number += 1;
         self.update_sequences(plan);
         if plan.chunks.is_empty() {
@@ -300,7 +305,7 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         self.forward(rows)?;
         let step = match later {
             true => self.sample(plan, rows.is_some())?,
-            false => InFlight::done(self.read_logits(plan, &answered)?),
+            false => InFlight::done(self.read_logits(plan, &answered, rows.is_some())?),
         };
         self.share(plan)?;
         self.group.end_step(&self.device)?;
@@ -407,11 +412,13 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         }
     }
 
-    /// Computes the wanted logits, some rows at a time, and turns them into results.
+    /// Computes the wanted logits, unless they are there, some rows at a time, and turns them into
+    /// results.
     fn read_logits(
         &mut self,
         plan: &StepPlan,
         answered: &[bool],
+        are_there: bool,
     ) -> Result<StepOutput, ModelError> {
         let Self { device, decoder, batch, scratch, limits, .. } = self;
         let mut cx = Context { device, group: &mut self.group, kv: &mut self.kv, scratch };
@@ -420,7 +427,10 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         let wanted = batch.wanted.clone();
         for first in (0..wanted.len()).step_by(self.logit_rows_max) {
             let rows = &wanted[first..wanted.len().min(first + self.logit_rows_max)];
-            decoder.logits(&mut cx, &batch.batch, first, rows.len())?;
+            match are_there {
+                true => cx.scratch.set_logit_rows(rows.len()),
+                false => decoder.logits(&mut cx, &batch.batch, first, rows.len())?,
+            }
             let Some(results) = &mut results else { continue };
             let answered = &answered[first..][..rows.len()];
             let answers = match &mut self.on_device {

@@ -71,7 +71,10 @@ struct Split {
     bool alone;                          // the sequence has no other
 };
 
-DEVICE Split split_of(const DecodeArgs& args, int item, int count) {
+// Without heads behind the last.
+DEVICE Split split_of(const DecodeArgs& args, int item) {
+    const int count = *args.splits_count;
+    if (item >= count * args.kv_heads * ((args.group + TILE_HEADS - 1) / TILE_HEADS)) return {};
     const int place = item % count, rest = item / count;
     const int* cut = args.splits + 3 * static_cast<int64_t>(place);
     const int sequence = cut[0], start = cut[1] * SPLIT_TOKENS;
@@ -273,21 +276,19 @@ DEVICE void combine(const DecodeArgs& args, const Split& split) {
 
 template <typename T, int D>
 DEVICE void decode(const DecodeArgs& args) {
-    const int count = *args.splits_count;
-    const int tiles = (args.group + TILE_HEADS - 1) / TILE_HEADS;
-    const int items = count * args.kv_heads * tiles;
-    for (int item = static_cast<int>(blockIdx.x); item < items;
-         item += static_cast<int>(gridDim.x)) {
+    const auto next = [&](int item) { return item + static_cast<int>(gridDim.x); };
+    for (int item = static_cast<int>(blockIdx.x);; item = next(item)) {
         Lane<T, D> mine;
         mine.clear();
         {
-            const Split split = split_of(args, item, count);
+            const Split split = split_of(args, item);
+            if (split.heads == 0) return;
             // Outside the window: nobody waits for it.
             if (split.first >= split.end) continue;
             walk(args, split, mine);
         }
         // Read again: registers for it are short on the way.
-        const Split split = split_of(args, item, count);
+        const Split split = split_of(args, item);
         merge(args, split, mine);
         if (!split.alone && came_last<T, D>(args, split)) combine<D>(args, split);
         // The ring is where warps may still read.

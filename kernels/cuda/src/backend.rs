@@ -46,6 +46,9 @@ pub struct Cuda<D: Driver> {
     end: Mutex<Option<Array<D>>>,
 }
 
+/// Bytes read behind a step's work, to know that it is done.
+pub(super) const END_BYTES: usize = 4;
+
 /// Rows of logits at once: a step of as many sequences waits for its tokens once.
 pub const LOGIT_ROWS_MAX: usize = 256;
 
@@ -341,9 +344,9 @@ impl<D: Driver> Backend for Cuda<D> {
         let mut end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
         let place = match end.take() {
             Some(place) => place,
-            None => Array::zeroed(&self.driver, "the end of a step", 4)?,
+            None => Array::zeroed(&self.driver, "the end of a step", END_BYTES)?,
         };
-        let reading = self.driver.begin_read(&place.memory, 0, 4)?;
+        let reading = self.driver.begin_read(&place.memory, 0, END_BYTES)?;
         *end = Some(place);
         Ok(reading)
     }

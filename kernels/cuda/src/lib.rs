@@ -31,6 +31,7 @@ mod step;
 
 pub use array::{Array, Element, Floats, Ints};
 pub use attention::PrefillKernel;
+use backend::END_BYTES;
 pub use backend::{Cuda, CudaConfig, LOGIT_ROWS_MAX};
 pub use bytes::StepShape;
 #[cfg(feature = "cuda")]

@@ -77,9 +77,18 @@ impl<B: Backend, C: Collective<B>> Group<B, C> {
                 let mut runner =
                     load(&checkpoint, rank, options, (device, link)).expect("a rank loads");
                 for plan in receiver {
+                    if runner.in_flight() > 0 && !runner.follows(&plan) {
+                        let _refused = runner.finish().is_err();
+                    }
                     // A refusal is the leader's to report.
-                    let Ok(output) = runner.step(&plan) else { continue };
-                    assert_eq!(output, StepOutput { number: plan.number, ..Default::default() });
+                    if runner.launch(&plan).is_err() {
+                        continue;
+                    }
+                    while runner.in_flight() > usize::from(runner.runs_ahead()) {
+                        let Ok(output) = runner.finish() else { break };
+                        let number = output.number;
+                        assert_eq!(output, StepOutput { number, ..Default::default() });
+                    }
                 }
             }));
         }
@@ -95,6 +104,16 @@ impl<B: Backend, C: Collective<B>> Group<B, C> {
     /// The leader's.
     pub fn step(&mut self, chunks: Vec<Chunk>) -> Result<StepOutput, ModelError> {
         self.run(StepPlan { number: self.next_number, chunks, released: Vec::new() })
+    }
+
+    /// Begins with `plan`.
+    ///
+    /// # Errors
+    /// The leader's.
+    pub fn launch(&mut self, plan: &StepPlan) -> Result<(), ModelError> {
+        self.plans.iter().for_each(|to| drop(to.send(plan.clone())));
+        self.next_number = plan.number + 1;
+        self.leader.launch(plan)
     }
 
     /// Runs `plan` as it is.

@@ -3,10 +3,13 @@
 use collective::Collective;
 use cuda::{Cuda, CudaConfig};
 use emulate::{Counts, Emulator, PLAIN, Schedule, library};
-use engine::plan::{SamplingParams, StepOutput, Want};
+use engine::{
+    Request, Scheduler, SchedulerConfig,
+    plan::{PLANS_IN_FLIGHT_MAX, SamplingParams, StepOutput, StepPlan, TokenLogprob, Tokens, Want},
+};
 use model::Checkpoint;
 use models::{Driven, Group, Link, OPTIONS, folder, peer_memory, staged};
-use std::sync::Arc;
+use std::{collections::VecDeque, sync::Arc};
 
 fn checkpoint(name: &str) -> Arc<Checkpoint> {
     Arc::new(Checkpoint::open(&folder(name).unwrap()).unwrap())
@@ -80,4 +83,115 @@ fn ranks_capture_their_exchanges_too() {
     let (captured, counts) = answers("qwen2_gqa2_hd128", 2, true, peer_memory);
     assert_eq!(eager, captured);
     assert!(counts.replays() > 2);
+}
+
+/// Some requests through a scheduler with up to `depth` plans in flight: what each was answered,
+/// how many tokens were planned unknown, and how often a plan was launched behind another.
+fn scheduled(ranks: usize, depth: usize, blocks: u32) -> (Vec<Vec<TokenLogprob>>, usize, usize) {
+    let (devices, _) = devices(ranks, true);
+    let options = model::RunnerOptions { sequences_max: 4, ..OPTIONS };
+    let mut group =
+        Group::load(&checkpoint("qwen2_gqa2_hd128"), options, devices, peer_memory).unwrap();
+    let mut scheduler = Scheduler::new(SchedulerConfig {
+        blocks,
+        step_tokens_max: 40,
+        step_target: None,
+        sequences_max: 4,
+        waiting_max: 16,
+        context_max: 240,
+        prefix_reuse_max: None,
+    });
+    for number in 0..8u32 {
+        let params = SamplingParams {
+            temperature: 0.8,
+            // Steps of these wait for the one before: what they choose hangs on it.
+            repetition_penalty: if number == 2 { 1.2 } else { 1.0 },
+            seed: u64::from(number),
+            logprobs: Some(2),
+            ..SamplingParams::GREEDY
+        };
+        let prompt = 33 + 9 * number.saturating_sub(3);
+        let request = Request {
+            prompt: (0..prompt).map(|at| (at * 31 + prompt) % 300).collect(),
+            generated: Vec::new(),
+            params,
+            max_tokens: 40,
+            stop_ids: vec![7 * number],
+            score_prompt: number == 5,
+        };
+        scheduler.submit(request).unwrap();
+    }
+    let (mut answers, mut unknown, mut behind) = (vec![Vec::new(); 8], 0, 0);
+    let (mut launched, mut ready) = (VecDeque::<StepPlan>::new(), VecDeque::new());
+    loop {
+        while launched.len() + ready.len() < depth.min(PLANS_IN_FLIGHT_MAX)
+            && let Some(plan) = scheduler.schedule()
+        {
+            unknown += plan.chunks.iter().filter(|c| c.tokens == Tokens::LastSampled).count();
+            if group.leader.in_flight() > 0 && !group.leader.follows(&plan) {
+                ready.push_back(group.leader.finish().unwrap());
+                launched.pop_front();
+            }
+            behind += group.leader.in_flight();
+            group.launch(&plan).unwrap();
+            launched.push_back(plan);
+        }
+        let output = match ready.pop_front() {
+            Some(output) => output,
+            None if launched.pop_front().is_some() => group.leader.finish().unwrap(),
+            None => break,
+        };
+        for update in scheduler.commit(output).unwrap() {
+            let of: &mut Vec<TokenLogprob> = &mut answers[update.sequence as usize];
+            of.extend(update.scores.into_iter().chain(update.tokens));
+        }
+    }
+    assert!(scheduler.is_idle());
+    let preemptions = scheduler.stats().preemptions;
+    assert_eq!(preemptions > 0, blocks < 12, "{ranks} ranks, {blocks} blocks, {preemptions}");
+    (answers, unknown, behind)
+}
+
+#[test]
+fn a_step_behind_another_has_the_bits_of_one_alone() {
+    for (ranks, blocks) in [(1, 40), (1, 6), (2, 40)] {
+        let (alone, none, never) = scheduled(ranks, 1, blocks);
+        let (behind, some, often) = scheduled(ranks, 2, blocks);
+        assert_eq!(alone, behind, "{ranks} ranks, {blocks} blocks");
+        assert_eq!((none, never), (0, 0));
+        assert!(some > 20 && often > 10, "{some} unknown tokens, {often} plans behind others");
+    }
+}
+
+/// What goes to the device and comes from it in a captured step.
+#[test]
+fn a_step_is_one_copy_two_small_kernels_and_one_graph() {
+    let (devices, counts) = devices(1, true);
+    let mut group = Group::load(&checkpoint("qwen2_gqa2_hd128"), OPTIONS, devices, staged).unwrap();
+    let sequence = |id: u64| {
+        let blocks = (0..4).map(|block| id as u32 * 4 + block).collect();
+        Driven::new(id, &[1, 2, 3 + id as u32], SamplingParams::GREEDY, blocks)
+    };
+    let mut sequences: Vec<Driven> = (0..3).map(sequence).collect();
+    let mut step = |count: usize| {
+        let (writes, bytes) = (counts.writes(), counts.written_bytes());
+        let (launches, replays) = (counts.launches(), counts.replays());
+        let chunks = sequences.iter_mut().take(count).map(|s| s.chunk(8, Want::Sample));
+        for (id, sampled) in group.step(chunks.collect()).unwrap().sampled {
+            sequences[id as usize].tokens.push(sampled.token);
+        }
+        let (launches, replays) = (counts.launches() - launches, counts.replays() - replays);
+        (counts.writes() - writes, counts.written_bytes() - bytes, launches, replays)
+    };
+    let prefill = step(3);
+    assert_eq!((prefill.0, prefill.3), (1, 0), "one copy, and no graph of a prompt");
+    step(3);
+    let (copies, bytes, launches, replays) = step(3);
+    // Where rows and sequences are, and two kernels that choose greedily.
+    assert_eq!((copies, launches, replays), (1, 1 + 2, 1));
+    // 72 bytes ask for a token; 16 are a sequence, 4 an id and a row, 8 the work.
+    assert!(bytes <= 3 * (72 + 16 + 4 + 4 + 8) + 5 * 16, "{bytes} bytes");
+    // Of 64 tokens, one in 16 begins a block.
+    let blocks = (0..20).map(|_| step(3)).filter(|(_, _, launches, _)| *launches == 2 + 2).count();
+    assert_eq!(blocks, 1);
 }

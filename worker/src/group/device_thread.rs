@@ -1,8 +1,10 @@
-//! A group of one rank on a device that computes beside the host: a thread of its own drives the
-//! device, so that the next plan is made and handed over while a step runs.
+//! Rank 0 on a device that computes beside the host: a thread of its own drives the device, so that
+//! the next plan is made and handed over while a step runs.
 //!
-//! Between two steps the device waits for as long as it takes to read one plan's samples and lay
-//! out the next plan's batch, not for the scheduler, readers or new requests.
+//! A plan that is there goes to the device before the one in flight is waited for, where it may
+//! follow it: the device goes from one step to the next without the host. Otherwise it waits for as
+//! long as it takes to read one plan's samples and lay out the next plan's batch, not for the
+//! scheduler, readers or new requests.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -14,7 +16,7 @@ use std::{
 use collective::Collective;
 use engine::plan::{Executor, ExecutorError, PLANS_IN_FLIGHT_MAX, StepOutput, StepPlan};
 use kernels::Backend;
-use model::Runner;
+use model::{ModelError, Runner};
 
 use crate::{WorkerError, panic_text};
 
@@ -64,13 +66,44 @@ fn run_plans<B: Backend, C: Collective<B>>(
     plans: &Receiver<StepPlan>,
     outputs: &SyncSender<Output>,
 ) {
-    for plan in plans {
-        let output = runner.step(&plan).map_err(|error| ExecutorError(error.to_string()));
+    while let Some(plan) = next_plan(runner, plans) {
+        let step = match plan {
+            Some(plan) => begin(runner, &plan),
+            None => runner.finish().map(Some),
+        };
+        let step = step.map_err(|error| ExecutorError(error.to_string())).transpose();
+        let Some(output) = step else { continue };
         let failed = output.is_err();
         if outputs.send(output).is_err() || failed {
             return;
         }
     }
+}
+
+/// A plan to begin with, or none where the oldest in flight is to be finished first; `None` once
+/// all are done and no more will come.
+fn next_plan<B: Backend, C: Collective<B>>(
+    runner: &Runner<B, C>,
+    plans: &Receiver<StepPlan>,
+) -> Option<Option<StepPlan>> {
+    match runner.in_flight() {
+        0 => plans.recv().ok().map(Some),
+        1..PLANS_IN_FLIGHT_MAX => Some(plans.try_recv().ok()),
+        _ => Some(None),
+    }
+}
+
+/// Begins with `plan`, and finishes the one before where `plan` cannot follow it.
+fn begin<B: Backend, C: Collective<B>>(
+    runner: &mut Runner<B, C>,
+    plan: &StepPlan,
+) -> Result<Option<StepOutput>, ModelError> {
+    let before = match runner.in_flight() > 0 && !runner.follows(plan) {
+        true => Some(runner.finish()?),
+        false => None,
+    };
+    runner.launch(plan)?;
+    Ok(before)
 }
 
 impl Executor for DeviceThread {
@@ -104,7 +137,7 @@ impl Executor for DeviceThread {
         })
     }
 
-    /// There are no other ranks.
+    /// Others are told by whoever has them.
     fn idle(&mut self) -> Result<(), ExecutorError> {
         Ok(())
     }

@@ -7,6 +7,7 @@ use std::{
 
 use collective::{Collective, HostCollective};
 use cpu::CpuConfig;
+use engine::plan::StepPlan;
 use kernels::Backend;
 use model::{Checkpoint, ModelError, Numbers, Runner, RunnerOptions};
 use serde::{Deserialize, Serialize};
@@ -61,23 +62,54 @@ pub(super) fn meet(control: &mut dyn HostCollective) -> Result<(), WorkerError> 
     Ok(control.all_reduce_sum(&mut [1.0]).map_err(ModelError::from)?)
 }
 
-/// Runs what the leader says until it says stop.
+/// Runs what the leader says until it says stop. A step may be in flight while the next is waited
+/// for, where `step_deadline` says how long that may take.
 pub(super) fn follow<B: Backend, C: Collective<B>>(
     runner: &mut Runner<B, C>,
     control: &mut dyn HostCollective,
+    step_deadline: Option<Duration>,
 ) -> Result<(), WorkerError> {
     let mut message = Vec::new();
     loop {
-        control.broadcast(&mut message, CONTROL_DEADLINE).map_err(ModelError::from)?;
+        // The leader says nothing while it waits for a step.
+        let more = match runner.in_flight() {
+            0 => Duration::ZERO,
+            _ => step_deadline.unwrap_or(LOAD_DEADLINE),
+        };
+        let deadline = CONTROL_DEADLINE.saturating_add(more);
+        control.broadcast(&mut message, deadline).map_err(ModelError::from)?;
         let received = postcard::from_bytes(&message);
         let received = received
             .map_err(|error| WorkerError::Group(format!("a plan cannot be decoded: {error}")))?;
         match received {
-            Received::Step(plan) => drop(runner.step(&plan)?),
-            Received::KeepAlive => {}
+            Received::Step(plan) => run(runner, &plan)?,
+            Received::KeepAlive => finish(runner, 0)?,
             Received::Stop => return Ok(()),
         }
     }
+}
+
+/// Begins with `plan`, and finishes what it does not follow.
+fn run<B: Backend, C: Collective<B>>(
+    runner: &mut Runner<B, C>,
+    plan: &StepPlan,
+) -> Result<(), WorkerError> {
+    if !runner.follows(plan) {
+        finish(runner, 0)?;
+    }
+    runner.launch(plan)?;
+    finish(runner, usize::from(runner.runs_ahead()))
+}
+
+/// Finishes all but the newest `left`.
+fn finish<B: Backend, C: Collective<B>>(
+    runner: &mut Runner<B, C>,
+    left: usize,
+) -> Result<(), WorkerError> {
+    while runner.in_flight() > left {
+        runner.finish()?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! Rank 0: sends each plan to the other ranks, and runs its own share.
 //!
 //! One message a step and no reply: what a step produces comes out of the exchange between the
-//! ranks. While nothing runs, an empty message says that the leader lives. One plan is in flight:
-//! the other ranks have it from its launch on, rank 0's share runs in `finish`.
+//! ranks. While nothing runs, an empty message says that the leader lives. The other ranks have a
+//! plan from its launch on. Where devices compute beside the host, two are in flight, and a thread
+//! drives rank 0's; elsewhere one is, and rank 0's share runs in `finish`.
 
 use std::time::Duration;
 
@@ -42,14 +43,20 @@ pub(super) trait Followers: Send {
     fn shutdown(&mut self);
 }
 
+/// Rank 0's own share.
+enum Share<B: Backend, C: Collective<B>> {
+    /// Runs in `finish`, and what was launched.
+    Here(Box<Runner<B, C>>, Option<StepPlan>),
+    Beside(DeviceThread),
+}
+
 struct Leader<B: Backend, C: Collective<B>> {
     /// `None` once the group ends.
-    runner: Option<Runner<B, C>>,
+    share: Option<Share<B, C>>,
     /// `None` when there are no others.
     control: Option<Box<dyn HostCollective>>,
     failures: RankFailures,
     followers: Box<dyn Followers>,
-    launched: Option<StepPlan>,
     message: Vec<u8>,
 }
 
@@ -63,16 +70,15 @@ pub(super) fn lead<B: Backend, C: Collective<B>>(
     beside: bool,
 ) -> Result<Box<dyn Executor>, WorkerError> {
     let others = control.world_size() > 1;
-    // The other ranks do not know what rank 0 samples: they need each token in a plan.
-    if beside && !others {
-        return Ok(Box::new(DeviceThread::start(runner)?));
-    }
+    let share = match beside {
+        true => Share::Beside(DeviceThread::start(runner)?),
+        false => Share::Here(Box::new(runner), None),
+    };
     Ok(Box::new(Leader {
-        runner: Some(runner),
+        share: Some(share),
         control: others.then(|| Box::new(control) as Box<dyn HostCollective>),
         failures,
         followers: Box::new(followers),
-        launched: None,
         message: Vec::new(),
     }))
 }
@@ -104,25 +110,41 @@ impl<B: Backend, C: Collective<B>> Leader<B, C> {
     }
 }
 
+fn ended() -> ExecutorError {
+    ExecutorError("the group has ended".into())
+}
+
 impl<B: Backend, C: Collective<B>> Executor for Leader<B, C> {
     fn depth(&self) -> usize {
-        1
+        match &self.share {
+            Some(Share::Beside(thread)) => thread.depth(),
+            _ => 1,
+        }
     }
 
     fn launch(&mut self, plan: StepPlan) -> Result<(), ExecutorError> {
-        if self.launched.is_some() {
+        if let Some(Share::Here(_, Some(_))) = &self.share {
             return Err(ExecutorError("a second plan was launched; finish the first".into()));
         }
         self.send(&Order::Step(&plan))?;
-        self.launched = Some(plan);
-        Ok(())
+        match self.share.as_mut().ok_or_else(ended)? {
+            Share::Beside(thread) => thread.launch(plan),
+            Share::Here(_, launched) => {
+                *launched = Some(plan);
+                Ok(())
+            }
+        }
     }
 
     fn finish(&mut self) -> Result<StepOutput, ExecutorError> {
-        let (Some(runner), Some(plan)) = (&mut self.runner, self.launched.take()) else {
-            return Err(ExecutorError("no plan was launched".into()));
+        let output = match self.share.as_mut().ok_or_else(ended)? {
+            Share::Beside(thread) => thread.finish().map_err(|error| error.0),
+            Share::Here(runner, launched) => match launched.take() {
+                Some(plan) => runner.step(&plan).map_err(|error| error.to_string()),
+                None => return Err(ExecutorError("no plan was launched".into())),
+            },
         };
-        runner.step(&plan).map_err(|error| self.explain(error.to_string()))
+        output.map_err(|error| self.explain(error))
     }
 
     fn idle(&mut self) -> Result<(), ExecutorError> {
@@ -136,7 +158,7 @@ impl<B: Backend, C: Collective<B>> Drop for Leader<B, C> {
             tracing::debug!(%error, "ranks were not told to stop");
         }
         // Followers that did not hear it notice that both exchanges are gone.
-        self.runner = None;
+        self.share = None;
         self.control = None;
         self.followers.shutdown();
     }

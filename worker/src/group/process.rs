@@ -102,7 +102,7 @@ impl Task for Follower {
         let progress: LoadProgress<'_> = &mut |_, _| {};
         let mut runner = load(&devices, self.data, &self.checkpoint, &self.options, progress)?;
         meet(&mut self.control)?;
-        follow(&mut runner, &mut self.control)
+        follow(&mut runner, &mut self.control, self.options.step_deadline)
     }
 }
 

@@ -80,5 +80,5 @@ fn follow_as_thread<D: Devices>(
 ) -> Result<(), WorkerError> {
     let mut runner = load(devices, data, checkpoint, options, &mut |_, _| {})?;
     meet(&mut control)?;
-    follow(&mut runner, &mut control)
+    follow(&mut runner, &mut control, options.step_deadline)
 }

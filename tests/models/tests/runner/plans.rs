@@ -219,7 +219,7 @@ fn activation_memory_is_told_before_it_is_taken() {
     let ints = 5 * 256 + OPTIONS.sequences_max * (3 + 15) + 1;
     let wanted = model::Elements {
         floats: 256 * token + 64 * 2 * 128 + vectors(384),
-        exact: 64 * 384 + rope,
+        exact: 64 * 384 + rope + OPTIONS.sequences_max,
         ints,
     };
     assert_eq!(elements(&OPTIONS), wanted);
@@ -229,7 +229,7 @@ fn activation_memory_is_told_before_it_is_taken() {
     let token = 2 * 128 + 192 + (64 + 128) + (64 + 128) + 2 * 160 + (160 + 320);
     let wanted = model::Elements {
         floats: 256 * token + 64 * 2 * 128 + vectors(192),
-        exact: 64 * (192 + 384) + rope,
+        exact: 64 * (192 + 384) + rope + OPTIONS.sequences_max,
         ints,
     };
     assert_eq!(model::elements(checkpoint.config(), &shard, &OPTIONS, 64), wanted);

@@ -17,11 +17,11 @@ use model::{Checkpoint, Runner, RunnerOptions};
 
 use super::{cost, scratch};
 
-/// Two splits of attention for each sequence at its end, and more rows than logits have.
+/// Two splits of attention for each sequence at its end, and a token of each in a step.
 const CONTEXT: usize = 520;
 const OPTIONS: RunnerOptions = RunnerOptions {
     blocks: 64 * CONTEXT.div_ceil(BLOCK_TOKENS),
-    step_tokens_max: 80,
+    step_tokens_max: 64,
     sequences_max: 64,
     context_max: CONTEXT,
 };
