@@ -24,6 +24,7 @@ use kernels::KernelError;
 pub use memory::Memory;
 use memory::{Downloads, Uploads};
 use std::{
+    ffi::c_void,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -221,6 +222,11 @@ impl Driver for Gpu {
         self.context.enter()?;
         let launch = |launch: Launch<'_>| self.launch(launch);
         self.blas().product(&launch, &gemm)
+    }
+
+    fn stream(&self) -> Result<*mut c_void, KernelError> {
+        self.context.enter()?;
+        Ok(self.context.stream().cast())
     }
 
     fn expect_products(&self, n_k: (usize, usize), is_fp8: bool) -> Result<(), KernelError> {

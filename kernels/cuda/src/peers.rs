@@ -305,15 +305,8 @@ impl<D: Driver> Cuda<D> {
         to_all: bool,
     ) -> Result<(), KernelError> {
         const OP: &str = "peer_gather";
+        gather_fits(OP, (peers.rank, peers.ranks()), (out, x), cols)?;
         let total: usize = cols.iter().sum();
-        let fits = cols.len() == peers.ranks()
-            && cols[peers.rank] == x.cols
-            && (out.rows, out.cols) == (x.rows, total);
-        ensure(OP, fits, || {
-            format!("[{}, {}] of columns {cols:?} in [{}, {}]", x.rows, x.cols, out.rows, out.cols)
-        })?;
-        let exact = [&*out, x].iter().all(|tensor| tensor.data.element() == Element::F32);
-        ensure(OP, exact, || "columns are not in f32".into())?;
         let pieces = cols.iter().max().map_or(0, |widest| widest.div_ceil(GATHER_COLS)).max(1);
         let room = peers.config.area_bytes / (total * Element::F32.bytes()).max(1);
         let at_once = room.min(ITEMS_MAX / pieces);
@@ -340,6 +333,23 @@ impl<D: Driver> Cuda<D> {
         }
         Ok(())
     }
+}
+
+/// Whether every rank's x [T, cols_r] is out [T, Σ cols] side by side, in f32.
+pub(super) fn gather_fits<D: Driver>(
+    op: &'static str,
+    (rank, ranks): (usize, usize),
+    (out, x): (&Tensor<Cuda<D>>, &Tensor<Cuda<D>>),
+    cols: &[usize],
+) -> Result<(), KernelError> {
+    let fits = cols.len() == ranks
+        && cols[rank] == x.cols
+        && (out.rows, out.cols) == (x.rows, cols.iter().sum());
+    ensure(op, fits, || {
+        format!("[{}, {}] of columns {cols:?} in [{}, {}]", x.rows, x.cols, out.rows, out.cols)
+    })?;
+    let exact = [out, x].iter().all(|tensor| tensor.data.element() == Element::F32);
+    Ok(ensure(op, exact, || "columns are not in f32".into())?)
 }
 
 #[cfg(test)]
