@@ -6,12 +6,12 @@
 use kernels::{AddNorm, Backend, KernelError, Tensor};
 use std::time::Duration;
 
-mod peer;
+mod cards;
 mod staged;
 mod tcp;
 mod threads;
 
-pub use peer::PeerMemory;
+pub use cards::{Cards, CardsConfig};
 pub use staged::Staged;
 pub use tcp::{Tcp, TcpDoor};
 pub use threads::Threads;

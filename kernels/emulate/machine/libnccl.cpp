@@ -1,8 +1,9 @@
-// NCCL in host memory, as `libnccl.so.2` is to the product: sums in rank order, sends and receives,
-// done where the stream comes to them. No call waits: a communicator comes about in a thread, and
-// work goes to the stream only once it was asked after a few times, so that whoever does not ask
-// gets other bytes. It refuses what NVIDIA's refuses: a second rank on a device, memory that is not
-// the device's, communicators that were aborted; and sums of unequal sizes, which NVIDIA's hang at.
+// NCCL in host memory, as `libnccl.so.2` is to the product: sums in rank order, rounded at each
+// rank as in a ring, sends and receives, done where the stream comes to them. No call waits: a
+// communicator comes about in a thread, and work goes to the stream only once it was asked after a
+// few times, so that whoever does not ask gets other bytes. It refuses what NVIDIA's refuses: a
+// second rank on a device, memory that is not the device's, communicators that were aborted; and
+// sums of unequal sizes, which NVIDIA's hang at.
 //
 // FAKE_NCCL lists, with commas between, how it misbehaves: "init-hangs", "init-fails",
 // "call-hangs" (stays in progress), "abort-hangs", "abort-fails", "fails-after:N" (calls; then work
@@ -115,10 +116,12 @@ struct Comm {
                     return;
                 }
             for (size_t at = 0; at < len; ++at) {
-                float sum = 0;
-                for (int other = 0; other < ranks; ++other)
-                    sum += widened(reinterpret_cast<uint16_t*>(shared->part[other])[at]);
-                x[first + at] = rounded(sum);
+                uint16_t sum = 0;
+                for (int other = 0; other < ranks; ++other) {
+                    const auto* part = reinterpret_cast<uint16_t*>(shared->part[other]);
+                    sum = rounded(widened(sum) + widened(part[at]));
+                }
+                x[first + at] = sum;
             }
             if (!meet()) return;
         }
