@@ -140,7 +140,7 @@ impl<D: Driver, H: HostCollective> Cards<D, H> {
         let init = first_limit.min(MEET_LIMIT);
         let limits = NcclLimits { init, first: first_limit, usual: limit };
         let place = NcclPlace { rank, ranks, id: UniqueId(id) };
-        let met = Communicator::meet(device.driver(), &library, place, limits);
+        let met = Communicator::meet(device.driver(), library, place, limits);
         self.agreed(met.map_err(|error| error.to_string()))
     }
 

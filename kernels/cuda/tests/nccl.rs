@@ -27,7 +27,7 @@ fn limits(each: Duration) -> NcclLimits {
     NcclLimits { init: each, first: each, usual: each }
 }
 
-fn library() -> std::sync::Arc<Nccl> {
+fn library() -> Nccl {
     Nccl::open(OsStr::new(NCCL_LIBRARY)).unwrap()
 }
 
@@ -41,7 +41,7 @@ fn meet(
     id: UniqueId,
     limits: NcclLimits,
 ) -> Result<Communicator<Gpu>, KernelError> {
-    Communicator::meet(device.driver(), &library(), NcclPlace { rank, ranks, id }, limits)
+    Communicator::meet(device.driver(), library(), NcclPlace { rank, ranks, id }, limits)
 }
 
 /// Runs `body` on as many ranks with a card each; what each gave.
@@ -356,7 +356,7 @@ fn the_real_library_without_a_device_ends_in_words() {
     let place = NcclPlace { rank: 0, ranks: 2, id };
     let start = Instant::now();
     let device = Counting::new();
-    let met = Communicator::meet(&device, &library, place, limits(PATIENCE));
+    let met = Communicator::meet(&device, library, place, limits(PATIENCE));
     let text = refused(met.map(drop));
     eprintln!("NCCL {}: {text}", library.version());
     assert!(text.contains("NCCL: meeting the other ranks: "), "{text}");

@@ -10,7 +10,7 @@ use kernels::KernelError;
 use std::{
     ffi::{c_int, c_void},
     ptr,
-    sync::{Arc, mpsc::channel},
+    sync::mpsc::channel,
     thread,
     time::{Duration, Instant},
 };
@@ -57,7 +57,7 @@ unsafe impl Send for Handle {}
 /// A rank among those of a group. Dropping it aborts it: that is local, where an orderly end waits
 /// for every other rank. Whoever drops it has waited for its work, or given it up.
 pub struct Communicator<D: Driver> {
-    library: Arc<Nccl>,
+    library: Nccl,
     /// `Err` with the first failure once it is aborted.
     handle: Result<Handle, String>,
     rank: usize,
@@ -76,7 +76,7 @@ impl<D: Driver> Communicator<D> {
     /// the driver's own.
     pub fn meet(
         driver: &D,
-        library: &Arc<Nccl>,
+        library: Nccl,
         place: NcclPlace,
         limits: NcclLimits,
     ) -> Result<Self, KernelError> {
@@ -90,7 +90,7 @@ impl<D: Driver> Communicator<D> {
         let (of, at) = (index(ranks)?, index(rank)?);
         // SAFETY: writes a handle; the configuration is laid out and marked as nccl.h says.
         let result = unsafe { (library.init_rank)(&mut comm, of, id, at, &mut config) };
-        let (library, handle) = (Arc::clone(library), Ok(Handle(comm)));
+        let handle = Ok(Handle(comm));
         let mut met = Self { library, handle, rank, ranks, limits, warm: false, behind };
         met.settle(WHAT, result, limits.init)?;
         Ok(met)
@@ -231,14 +231,13 @@ impl<D: Driver> Communicator<D> {
         KernelError::Device(text)
     }
 
-    /// Gives the group up on a thread of its own; what went wrong. The handle is of no use any
-    /// more, and the library stays for as long as the thread does.
+    /// Gives the group up on a thread of its own; what went wrong.
     fn abort(&mut self) -> Option<String> {
         let handle = std::mem::replace(&mut self.handle, Err("it was given up".into())).ok()?;
         if handle.0.is_null() {
             return None;
         }
-        let library = Arc::clone(&self.library);
+        let library = self.library;
         let (sender, ended) = channel();
         let body = move || {
             // All of it: a handle may go to a thread, its pointer may not.

@@ -9,7 +9,6 @@ use std::{
     error::Error,
     ffi::{CStr, OsStr, c_char, c_int, c_uint, c_void},
     ptr,
-    sync::Arc,
 };
 
 /// Where it is looked for unless told otherwise: a name that distributions and wheels share.
@@ -67,21 +66,20 @@ pub(super) const SUM: c_int = 0;
 /// Declares the functions and how they are found.
 macro_rules! functions {
     ($($name:ident = $symbol:literal : fn($($argument:ty),* $(,)?) -> $result:ty;)*) => {
-        /// The library, and its functions.
+        /// The library's functions. It is never unloaded: threads of its own run in it, e.g. those
+        /// that wait for ranks which do not come.
+        #[derive(Clone, Copy)]
         pub struct Nccl {
             version: c_int,
             $(pub(super) $name: unsafe extern "C" fn($($argument),*) -> $result,)*
-            // Last: the functions are in it.
-            _library: Library,
         }
 
         impl Nccl {
-            fn find(library: Library, version: c_int) -> Result<Self, libloading::Error> {
+            fn find(library: &Library, version: c_int) -> Result<Self, libloading::Error> {
                 Ok(Self {
                     version,
                     // SAFETY: nccl.h declares it so.
                     $($name: *unsafe { library.get($symbol)? },)*
-                    _library: library,
                 })
             }
         }
@@ -110,7 +108,7 @@ impl Nccl {
     /// # Errors
     /// `KernelError::Device` says what is wrong and what to do: it is missing, of another release
     /// than 2.18 to 2.99, or lacks a function.
-    pub fn open(library: &OsStr) -> Result<Arc<Self>, KernelError> {
+    pub fn open(library: &OsStr) -> Result<Self, KernelError> {
         type GetVersion = unsafe extern "C" fn(*mut c_int) -> c_int;
         let name = library.display();
         // SAFETY: loading NCCL runs nothing but its own initialisers.
@@ -131,7 +129,9 @@ impl Nccl {
                 "NCCL in {name} is release {found}; 2.18 to 2.99 are known: {REMEDY}"
             )));
         }
-        Ok(Arc::new(Self::find(opened, version).map_err(unfit)?))
+        let found = Self::find(&opened, version).map_err(unfit)?;
+        std::mem::forget(opened);
+        Ok(found)
     }
 
     /// As it numbers itself: 2.18.3 is 21803.
