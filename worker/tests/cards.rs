@@ -7,7 +7,7 @@ mod rank;
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -161,17 +161,23 @@ fn ranks_answer_by_nccl_as_threads_and_as_processes() {
     });
 }
 
+/// Of ranks other than 0, with these variables too.
+fn script_with(dir: &tempfile::TempDir, variables: &str) -> PathBuf {
+    let program = rank_script(dir);
+    // What a rank said last is told: without a backtrace, that is its error.
+    let exported = format!("#!/bin/sh\nexport RUST_BACKTRACE=0 {variables}\n");
+    let script = fs::read_to_string(&program).unwrap().replace("#!/bin/sh\n", &exported);
+    fs::write(&program, script).unwrap();
+    program
+}
+
 /// One rank that does not reach the others is enough for all to take NCCL, with the same tokens.
 #[test]
 fn all_ranks_exchange_by_nccl_where_one_does_not_reach_the_others() {
     const NAME: &str = "all_ranks_exchange_by_nccl_where_one_does_not_reach_the_others";
     on_machine(NAME, 2, &[], || {
         let dir = tempfile::tempdir().unwrap();
-        let program = rank_script(&dir);
-        let script = fs::read_to_string(&program).unwrap();
-        let script =
-            script.replace("#!/bin/sh\n", "#!/bin/sh\nexport FAKE_NO_PEERS=1 RUST_BACKTRACE=0\n");
-        fs::write(&program, script).unwrap();
+        let program = script_with(&dir, "FAKE_NO_PEERS=1");
         let by = |nccl| GroupConfig {
             device: device(nccl),
             rank_program: Some(program.clone()),
@@ -182,6 +188,23 @@ fn all_ranks_exchange_by_nccl_where_one_does_not_reach_the_others() {
         let mut by_nccl = start(by(NcclUse::Auto)).unwrap();
         let mut by_peers = start(config(RankMode::Threads, 2)).unwrap();
         assert_eq!(answer(&mut by_nccl).unwrap(), answer(&mut by_peers).unwrap());
+    });
+}
+
+#[test]
+fn the_rank_whose_nccl_does_not_fit_is_named() {
+    const NAME: &str = "the_rank_whose_nccl_does_not_fit_is_named";
+    on_machine(NAME, 2, &[("FAKE_NO_PEERS", "1")], || {
+        for (version, wanted) in [
+            ("21705", "nor by NCCL: rank 1: device: NCCL in libnccl.so.2 is release 2.17.5"),
+            ("22800", "ranks 0 and 1 have different releases"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let program = script_with(&dir, &format!("FAKE_NCCL=version:{version}"));
+            let rank_program = Some(program);
+            let error = refused(GroupConfig { rank_program, ..config(RankMode::Processes, 2) });
+            assert!(error.contains(wanted), "{error}");
+        }
     });
 }
 
