@@ -10,8 +10,8 @@ use cuda::{
     Communicator, Cuda, Driver, Element, Nccl, NcclLimits, NcclPlace, PeerConfig, PeerRegion,
     Peers, UniqueId,
 };
-use kernels::{AddNorm, Backend, Tensor};
-use std::{ffi::OsString, time::Duration};
+use kernels::{AddNorm, Backend, KernelError, Tensor};
+use std::{ffi::OsString, iter, time::Duration};
 
 /// Before the host's own patience ends, which knows less of the reason.
 const MEET_LIMIT: Duration = Duration::from_secs(20);
@@ -65,7 +65,9 @@ impl<D: Driver, H: HostCollective> Cards<D, H> {
         let peers = cards.map_peers(device, config.peers)?;
         let of_use = peers.is_err() || config.sum_bytes_max > crossover_bytes;
         let nccl = match &config.nccl {
-            Some(library) if of_use => Some(cards.meet(device, library, config)?),
+            Some(library) if of_use => {
+                Some(cards.meet(device, library, (config, peers.is_err()))?)
+            }
             _ => None,
         };
         match (&peers, nccl) {
@@ -80,7 +82,7 @@ impl<D: Driver, H: HostCollective> Cards<D, H> {
             (Err(peers), nccl) => {
                 let nccl = match nccl {
                     Some(Err(why)) => why,
-                    _ => "it is turned off; leave --nccl and --share-cards out".into(),
+                    _ => "it is turned off; leave --nccl out".into(),
                 };
                 return Err(CollectiveError::Device(format!(
                     "ranks exchange neither by each other's memory: {peers}; nor by NCCL: {nccl}"
@@ -112,11 +114,12 @@ impl<D: Driver, H: HostCollective> Cards<D, H> {
     }
 
     /// Opens NCCL and meets the other ranks by it; or why a rank could not, first of all ranks.
+    /// `alone`: there is no other way.
     fn meet(
         &mut self,
         device: &Cuda<D>,
         library: &OsString,
-        config: &CardsConfig,
+        (config, alone): (&CardsConfig, bool),
     ) -> Result<Result<Communicator<D>, String>, CollectiveError> {
         let (rank, ranks) = (self.host.rank(), self.host.world_size());
         let opened = Nccl::open(library).and_then(|library| {
@@ -129,19 +132,32 @@ impl<D: Driver, H: HostCollective> Cards<D, H> {
         };
         let offer = [&library.version().to_le_bytes()[..], &id].concat();
         let offers = self.host.all_gather_bytes(&offer)?;
-        let release = |offer: &Vec<u8>| offer.first_chunk::<4>().copied();
-        if let Some(other) = offers.iter().position(|offer| release(offer) != release(&offers[0])) {
+        let release =
+            |rank: usize| offers[rank].first_chunk().map_or(0, |of| i32::from_le_bytes(*of));
+        if let Some(other) = (0..ranks).find(|other| release(*other) != release(0)) {
+            let (first, second) = (release(0), release(other));
             // They would not understand each other.
-            return Ok(Err(format!("ranks 0 and {other} have different releases of it")));
+            return Ok(Err(format!(
+                "rank 0 has release {first} and rank {other} {second}; install the same for all"
+            )));
         }
         let id = offers[0].get(4..).and_then(|id| id.try_into().ok());
         let id = id.ok_or_else(|| CollectiveError::Mismatch("rank 0 made no id".into()))?;
         let PeerConfig { limit, first_limit, .. } = config.peers;
-        let init = first_limit.min(MEET_LIMIT);
-        let limits = NcclLimits { init, first: first_limit, usual: limit };
+        let limits = NcclLimits { first: first_limit.min(MEET_LIMIT), usual: limit };
         let place = NcclPlace { rank, ranks, id: UniqueId(id) };
         let met = Communicator::meet(device.driver(), library, place, limits);
-        self.agreed(met.map_err(|error| error.to_string()))
+        let mut nccl = match self.agreed(met.map_err(|error| error.to_string()))? {
+            Ok(nccl) => nccl,
+            Err(why) => return Ok(Err(why)),
+        };
+        let launched = warm_up(device, &mut nccl, (config, alone));
+        // No device waits for a rank that still loads code.
+        if let Err(why) = self.agreed(launched.map_err(|error| error.to_string()))? {
+            return Ok(Err(why));
+        }
+        nccl.check(device.driver())?;
+        Ok(Ok(nccl))
     }
 
     /// What this rank has got, where every rank has; else why the first of them has not.
@@ -175,6 +191,31 @@ impl<D: Driver, H: HostCollective> Cards<D, H> {
             (None, None) => Err(CollectiveError::Mismatch("one rank has nothing to gather".into())),
         }
     }
+}
+
+/// Exchanges in every order of size that is to come: NCCL makes connections and loads code in the
+/// first call of a kind, for which a step has no time.
+fn warm_up<D: Driver>(
+    device: &Cuda<D>,
+    nccl: &mut Communicator<D>,
+    (config, alone): (&CardsConfig, bool),
+) -> Result<(), KernelError> {
+    // Of a row as kernels take it.
+    let elements = |bytes: usize| (bytes / Element::Bf16.bytes()).next_multiple_of(8).max(8);
+    let least = elements(if alone { 0 } else { config.crossover_bytes });
+    let most = elements(config.sum_bytes_max);
+    let mut x = Tensor::zeros(device, 1, most)?;
+    let sizes = iter::successors(Some(least), |size| Some(8 * size));
+    for size in sizes.take_while(|size| *size < most).chain([most]) {
+        x.cols = size;
+        device.nccl_sum(nccl, &mut x)?;
+    }
+    if alone {
+        let (cols, part) = (vec![8; nccl.ranks()], Tensor::exact_zeros(device, 1, 8)?);
+        let mut all = Tensor::exact_zeros(device, 1, 8 * cols.len())?;
+        device.nccl_gather(nccl, &mut all, &part, &cols, true)?;
+    }
+    Ok(())
 }
 
 impl<D: Driver, H: HostCollective> Collective<Cuda<D>> for Cards<D, H> {

@@ -133,6 +133,17 @@ fn a_meeting_by_nccl_that_fails_is_told_where_there_is_no_other_way() {
     });
 }
 
+/// Connections are made and code is loaded before the first step, which has no time for them.
+#[test]
+fn what_nccl_cannot_do_shows_before_the_first_step() {
+    const NAME: &str = "what_nccl_cannot_do_shows_before_the_first_step";
+    let settings = [("FAKE_NO_PEERS", "1"), ("FAKE_NCCL", "fails-after:0")];
+    on_machine(NAME, 2, &settings, || {
+        let error = refused(config(RankMode::Threads, 2));
+        assert!(error.contains("a rank closed its connection"), "{error}");
+    });
+}
+
 /// No sum of these is large enough for NCCL, and nobody asks for its library.
 #[test]
 fn cards_that_reach_each_other_need_no_nccl() {
@@ -197,7 +208,7 @@ fn the_rank_whose_nccl_does_not_fit_is_named() {
     on_machine(NAME, 2, &[("FAKE_NO_PEERS", "1")], || {
         for (version, wanted) in [
             ("21705", "nor by NCCL: rank 1: device: NCCL in libnccl.so.2 is release 2.17.5"),
-            ("22800", "ranks 0 and 1 have different releases"),
+            ("22800", "rank 0 has release 22707 and rank 1 22800"),
         ] {
             let dir = tempfile::tempdir().unwrap();
             let program = script_with(&dir, &format!("FAKE_NCCL=version:{version}"));

@@ -24,11 +24,10 @@ const POLL: Duration = Duration::from_micros(50);
 /// How long a rank waits for the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NcclLimits {
-    /// When they meet.
-    pub init: Duration,
-    /// In a call before the first [`Communicator::check`]: connections are made then.
+    /// When they meet, and in calls before the first [`Communicator::check`], which make
+    /// connections.
     pub first: Duration,
-    /// In a call.
+    /// In later calls.
     pub usual: Duration,
 }
 
@@ -92,7 +91,7 @@ impl<D: Driver> Communicator<D> {
         let result = unsafe { (library.init_rank)(&mut comm, of, id, at, &mut config) };
         let handle = Ok(Handle(comm));
         let mut met = Self { library, handle, rank, ranks, limits, warm: false, behind };
-        met.settle(WHAT, result, limits.init)?;
+        met.settle(WHAT, result, limits.first)?;
         Ok(met)
     }
 
