@@ -183,7 +183,7 @@ fn large_sums_go_by_peer_memory_with_a_warning_where_nccl_fails() {
 }
 
 /// What the binary beside the tests' own folder answers; it must be built with the feature `cuda`.
-fn lockstep(name: &str, cards: usize) -> serde_json::Value {
+fn lockstep(name: &str, cards: usize, settings: &[(&str, &str)]) -> serde_json::Value {
     let this = std::env::current_exe().expect("the test's own path");
     let lockstep = this.ancestors().nth(2).expect("a build folder").join("lockstep");
     let ids: Vec<String> = prompt(name).iter().map(u32::to_string).collect();
@@ -194,6 +194,7 @@ fn lockstep(name: &str, cards: usize) -> serde_json::Value {
         .args(["--tp", &cards.to_string(), "--model"])
         .arg(folder(name).unwrap())
         .envs(emulate::machine(cards))
+        .envs(settings.iter().copied())
         .output()
         .expect("lockstep runs");
     let (out, errors) =
@@ -208,7 +209,8 @@ fn lockstep(name: &str, cards: usize) -> serde_json::Value {
 fn lockstep_answers_on_one_card_and_on_two_as_in_the_emulation() {
     let name = "qwen2_gqa2_hd128";
     let (wanted, _) = answer(name, emulator(checks::BF16));
-    for cards in [1, 2] {
-        assert_eq!(lockstep(name, cards), serde_json::json!(wanted), "{cards} cards");
+    for (cards, settings) in [(1, &[][..]), (2, &[]), (2, &[("FAKE_NO_PEERS", "1")])] {
+        let answered = lockstep(name, cards, settings);
+        assert_eq!(answered, serde_json::json!(wanted), "{cards} cards {settings:?}");
     }
 }
