@@ -109,7 +109,7 @@ impl<D: Driver, H: HostCollective> Cards<D, H> {
         let rank = self.host.rank();
         let others = Peers::map_others(device.driver(), rank, &tickets);
         // Every rank's region stays until all have tried.
-        let others = self.agreed(others.map_err(|error| error.to_string()))?;
+        let others = self.agreed(others.map_err(told))?;
         Ok(others.map(|others| Peers::new(region, rank, others)))
     }
 
@@ -126,7 +126,7 @@ impl<D: Driver, H: HostCollective> Cards<D, H> {
             let id = if rank == 0 { library.unique_id()?.0.to_vec() } else { Vec::new() };
             Ok((library, id))
         });
-        let (library, id) = match self.agreed(opened.map_err(|error| error.to_string()))? {
+        let (library, id) = match self.agreed(opened.map_err(told))? {
             Ok(opened) => opened,
             Err(why) => return Ok(Err(why)),
         };
@@ -147,13 +147,13 @@ impl<D: Driver, H: HostCollective> Cards<D, H> {
         let limits = NcclLimits { first: first_limit.min(MEET_LIMIT), usual: limit };
         let place = NcclPlace { rank, ranks, id: UniqueId(id) };
         let met = Communicator::meet(device.driver(), library, place, limits);
-        let mut nccl = match self.agreed(met.map_err(|error| error.to_string()))? {
+        let mut nccl = match self.agreed(met.map_err(told))? {
             Ok(nccl) => nccl,
             Err(why) => return Ok(Err(why)),
         };
         let launched = warm_up(device, &mut nccl, (config, alone));
         // No device waits for a rank that still loads code.
-        if let Err(why) = self.agreed(launched.map_err(|error| error.to_string()))? {
+        if let Err(why) = self.agreed(launched.map_err(told))? {
             return Ok(Err(why));
         }
         nccl.check(device.driver())?;
@@ -190,6 +190,14 @@ impl<D: Driver, H: HostCollective> Cards<D, H> {
             (None, Some(nccl)) => Ok(device.nccl_gather(nccl, out, x, cols, to_all)?),
             (None, None) => Err(CollectiveError::Mismatch("one rank has nothing to gather".into())),
         }
+    }
+}
+
+/// For a sentence that names the rank and the way.
+fn told(error: KernelError) -> String {
+    match error {
+        KernelError::Device(text) => text,
+        other => other.to_string(),
     }
 }
 
