@@ -10,7 +10,7 @@ use cluster::telemetry::LogFormat;
 use cpu::{Isa, Precision};
 use cuda::{CudaConfig, KvFormat, WeightFormat};
 use model::Numbers;
-use worker::{Device, GroupConfig, RankMode};
+use worker::{Device, GroupConfig, NcclUse, RankMode};
 
 use crate::source;
 
@@ -105,6 +105,11 @@ pub struct GroupArgs {
     /// tests
     #[arg(long, env = "LOCKSTEP_SHARE_CARDS")]
     share_cards: bool,
+    /// Whether CUDA cards may exchange by NCCL, 2.18 or newer, which they need where they do not
+    /// reach each other's memory, and use for the largest sums: auto, off, or the library's path
+    /// [default: auto, by the name libnccl.so.2]
+    #[arg(long, value_parser = nccl, value_name = "auto|off|PATH", env = "LOCKSTEP_NCCL")]
+    nccl: Option<NcclUse>,
     /// How CUDA cards keep the layers' weights, whatever the file stores; fp8 halves their memory,
     /// rounded with a scale for each row as they are loaded [default: bf16]; random takes numbers
     /// from a seed instead of the file's, to measure speed: a folder with config.json is enough
@@ -191,13 +196,14 @@ impl GroupArgs {
     }
 
     fn device(&self) -> Result<Device> {
-        let mut device = self.device;
+        let mut device = self.device.clone();
         use WeightsName::{Bf16, Fp8, RandomFp8};
-        let Device::Cuda { config, share, .. } = &mut device else {
+        let Device::Cuda { config, share, nccl, .. } = &mut device else {
             let given = [
                 ("--weights", matches!(self.weights, Some(Bf16 | Fp8 | RandomFp8))),
                 ("--kv-cache", self.kv_cache.is_some()),
                 ("--share-cards", self.share_cards),
+                ("--nccl", self.nccl.is_some()),
             ];
             for (flag, given) in given {
                 if given {
@@ -207,6 +213,7 @@ impl GroupArgs {
             return Ok(device);
         };
         *share = self.share_cards;
+        *nccl = self.nccl.clone().unwrap_or_default();
         if let Some(Fp8 | RandomFp8) = self.weights {
             config.weights = WeightFormat::Fp8;
         }
@@ -221,12 +228,22 @@ impl GroupArgs {
 fn device(text: &str) -> Result<Device, String> {
     let wrong = || format!("{text:?} is no device; write cpu, cuda or cuda:N");
     let config = CudaConfig::default();
-    let cuda = |first| Device::Cuda { first, config, share: false };
+    let cuda = |first| Device::Cuda { first, config, share: false, nccl: NcclUse::Auto };
     match text.split_once(':') {
         None if text == "cpu" => Ok(Device::Cpu),
         None if text == "cuda" => Ok(cuda(0)),
         Some(("cuda", number)) => number.parse().map(cuda).map_err(|_| wrong()),
         _ => Err(wrong()),
+    }
+}
+
+/// `auto`, `off` or a library's path; one without a folder is looked for as the loader does.
+fn nccl(text: &str) -> Result<NcclUse, String> {
+    match text {
+        "" => Err("no library is named; write auto, off or a path".into()),
+        "auto" => Ok(NcclUse::Auto),
+        "off" => Ok(NcclUse::Off),
+        path => Ok(NcclUse::At(path.into())),
     }
 }
 
@@ -261,7 +278,7 @@ mod tests {
     #[test]
     fn devices_are_read_with_their_number() {
         let config = CudaConfig::default();
-        let cuda = |first| Device::Cuda { first, config, share: false };
+        let cuda = |first| Device::Cuda { first, config, share: false, nccl: NcclUse::Auto };
         assert_eq!(device("cpu"), Ok(Device::Cpu));
         assert_eq!(device("cuda"), Ok(cuda(0)));
         assert_eq!(device("cuda:3"), Ok(cuda(3)));
@@ -284,8 +301,10 @@ mod tests {
     #[test]
     fn formats_are_for_cards() {
         let config = |weights, kv_format| CudaConfig { weights, kv_format, ..Default::default() };
-        let cuda =
-            |first, weights, kv| Device::Cuda { first, config: config(weights, kv), share: false };
+        let cuda = |first, weights, kv| {
+            let (config, nccl) = (config(weights, kv), NcclUse::Auto);
+            Device::Cuda { first, config, share: false, nccl }
+        };
         for (line, wanted) in [
             ("x", Device::Cpu),
             ("x --device cuda:2", cuda(2, WeightFormat::Bf16, KvFormat::Bf16)),
@@ -297,10 +316,25 @@ mod tests {
         ] {
             assert_eq!(parsed(line).expect(line), wanted, "{line}");
         }
-        for flag in ["--weights", "--kv-cache"] {
-            let error = parsed(&format!("x {flag} bf16")).expect_err(flag).to_string();
+        for (flag, value) in [("--weights", "bf16"), ("--kv-cache", "bf16"), ("--nccl", "auto")] {
+            let error = parsed(&format!("x {flag} {value}")).expect_err(flag).to_string();
             assert!(error.contains(flag) && error.contains("--device cuda"), "{error}");
         }
+    }
+
+    #[test]
+    fn nccl_is_found_turned_off_or_named() {
+        for (words, wanted) in [
+            ("", NcclUse::Auto),
+            (" --nccl auto", NcclUse::Auto),
+            (" --nccl off", NcclUse::Off),
+            (" --nccl /opt/libnccl.so.2", NcclUse::At("/opt/libnccl.so.2".into())),
+        ] {
+            let device = parsed(&format!("x --device cuda{words}")).expect(words);
+            let Device::Cuda { nccl, .. } = device else { panic!("{device:?}") };
+            assert_eq!(nccl, wanted, "{words}");
+        }
+        assert!(nccl("").is_err());
     }
 
     #[test]

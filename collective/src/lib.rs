@@ -6,12 +6,12 @@
 use kernels::{AddNorm, Backend, KernelError, Tensor};
 use std::time::Duration;
 
-mod peer;
+mod cards;
 mod staged;
 mod tcp;
 mod threads;
 
-pub use peer::PeerMemory;
+pub use cards::{Cards, CardsConfig};
 pub use staged::Staged;
 pub use tcp::{Tcp, TcpDoor};
 pub use threads::Threads;
@@ -93,8 +93,9 @@ pub trait Collective<B: Backend>: Send + 'static {
     ) -> Result<(), CollectiveError> {
         self.all_gather_cols(device, out, x, cols)
     }
-    /// Whether exchanges are launches on the device alone, which can be captured with a step's others.
-    fn is_captured(&self) -> bool {
+    /// Whether exchanges of up to so many elements are launches on the device alone, which can be
+    /// captured with a step's others.
+    fn is_captured(&self, _elements: usize) -> bool {
         false
     }
     /// Rank 0's numbers of 32 bits reach every rank.

@@ -325,16 +325,17 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         let InFlight { mark, launched, output } = self.in_flight.pop_front().ok_or_else(none)?;
         let Some(mark) = mark else { return Ok(output) };
         let Some(Launched { plan, rows }) = launched else {
-            self.device.wait(mark)?;
             self.group.check(&self.device)?;
+            self.device.wait(mark)?;
             return Ok(output);
         };
+        // First: what the group knows explains why a device does not finish.
+        self.group.check(&self.device)?;
         let answers = match &mut self.on_device {
             Some(room) if !rows.is_empty() => self.device.answers(room)?,
             _ => Vec::new(),
         };
         self.device.wait(mark)?;
-        self.group.check(&self.device)?;
         let Some(sampler) = &mut self.sampler else { return Ok(output) };
         let mut results = Results::new(&plan, sampler, &mut self.sequences);
         for (row, answer) in rows.into_iter().zip(answers) {
@@ -386,7 +387,8 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
     fn graph_rows(&self, plan: &StepPlan) -> Option<usize> {
         let decodes = |chunk: &Chunk| chunk.tokens.len() == 1 && chunk.want == Want::Sample;
         let rows = self.device.graph_rows(plan.chunks.len())?;
-        let fits = rows <= self.logit_rows_max && self.group.is_captured();
+        let exchanged = rows * self.scratch.hidden_cols();
+        let fits = rows <= self.logit_rows_max && self.group.is_captured(exchanged);
         (fits && plan.chunks.iter().all(decodes)).then_some(rows)
     }
 

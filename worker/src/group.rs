@@ -28,8 +28,19 @@ use devices::{Devices, Task, on_devices};
 use follower::RankOptions;
 use sizing::Sizing;
 
+/// Whether ranks may exchange by NCCL.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NcclUse {
+    /// The library that the loader finds, where there is one and something would go by it.
+    #[default]
+    Auto,
+    Off,
+    /// As `Auto`, with this library.
+    At(PathBuf),
+}
+
 /// What computes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Device {
     Cpu,
     /// Cards from `first` on, one a rank.
@@ -38,6 +49,8 @@ pub enum Device {
         config: CudaConfig,
         /// Where there are fewer cards than ranks, all ranks take the first: for tests.
         share: bool,
+        /// Ranks that share a card do not exchange by it.
+        nccl: NcclUse,
     },
 }
 
@@ -183,9 +196,9 @@ impl GroupPlan {
 
     /// Loads the weights on every rank. Blocks until all are ready.
     pub fn start(self, progress: LoadProgress<'_>) -> Result<Group, WorkerError> {
-        let RankOptions { device, cpu, .. } = self.sizing.options;
+        let RankOptions { device, cpu, .. } = &self.sizing.options;
         let start = Start { sizing: &self.sizing, progress };
-        let executor = on_devices(device, self.sizing.config.ranks, cpu, start)?;
+        let executor = on_devices(device, self.sizing.config.ranks, *cpu, start)?;
         Ok(Group { info: self.sizing.info, executor })
     }
 }

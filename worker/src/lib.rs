@@ -17,7 +17,7 @@ use std::any::Any;
 
 pub use error::WorkerError;
 pub use group::{
-    Device, Group, GroupConfig, GroupPlan, LoadProgress, ModelInfo, RANK_TOKEN_VARIABLE,
+    Device, Group, GroupConfig, GroupPlan, LoadProgress, ModelInfo, NcclUse, RANK_TOKEN_VARIABLE,
     RankConfig, RankMode, run_rank,
 };
 pub use handle::Engine;

@@ -6,7 +6,8 @@
 mod rank;
 
 use std::{
-    path::Path,
+    fs,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -17,13 +18,17 @@ use engine::{
     plan::{ExecutorError, SamplingParams},
 };
 use rank::{pid, rank_script, signal};
-use worker::{Device, Group, GroupConfig, RankMode, WorkerError};
+use worker::{Device, Group, GroupConfig, NcclUse, RankMode, WorkerError};
+
+fn device(nccl: NcclUse) -> Device {
+    Device::Cuda { first: 0, config: CudaConfig::default(), share: false, nccl }
+}
 
 fn config(rank_mode: RankMode, ranks: usize) -> GroupConfig {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/public");
     GroupConfig {
         ranks,
-        device: Device::Cuda { first: 0, config: CudaConfig::default(), share: false },
+        device: device(NcclUse::Auto),
         context_max: Some(128),
         kv_memory: Some(8 << 20),
         step_tokens_max: 64,
@@ -94,57 +99,171 @@ fn a_rank_wants_a_card_of_its_own() {
     on_machine("a_rank_wants_a_card_of_its_own", 1, &[], || {
         let error = refused(config(RankMode::Threads, 2));
         assert!(error.contains("2 ranks and 1 cards") && error.contains("--tp"), "{error}");
-        let device = Device::Cuda { first: 0, config: CudaConfig::default(), share: true };
+        let (cuda, nccl) = (CudaConfig::default(), NcclUse::Auto);
+        let device = Device::Cuda { first: 0, config: cuda, share: true, nccl };
         let mut shared = start(GroupConfig { device, ..config(RankMode::Threads, 2) }).unwrap();
         assert_eq!(answer(&mut shared).unwrap().len(), 2);
     });
 }
 
 #[test]
-fn cards_that_do_not_reach_each_other_are_refused() {
-    const NAME: &str = "cards_that_do_not_reach_each_other_are_refused";
+fn cards_that_do_not_reach_each_other_are_refused_without_nccl() {
+    const NAME: &str = "cards_that_do_not_reach_each_other_are_refused_without_nccl";
     on_machine(NAME, 2, &[("FAKE_NO_PEERS", "1")], || {
+        let missing = NcclUse::At("/nowhere/libnccl.so.2".into());
+        for (nccl, why) in [(NcclUse::Off, "turned off"), (missing, "rank 0: no NCCL (")] {
+            let error =
+                refused(GroupConfig { device: device(nccl), ..config(RankMode::Threads, 2) });
+            assert!(
+                error.contains("cannot reach the memory") && error.contains("NVLink"),
+                "{error}"
+            );
+            assert!(error.contains(why) && error.contains("--nccl"), "{error}");
+        }
+    });
+}
+
+#[test]
+fn a_meeting_by_nccl_that_fails_is_told_where_there_is_no_other_way() {
+    const NAME: &str = "a_meeting_by_nccl_that_fails_is_told_where_there_is_no_other_way";
+    let settings = [("FAKE_NO_PEERS", "1"), ("FAKE_NCCL", "init-fails")];
+    on_machine(NAME, 2, &settings, || {
         let error = refused(config(RankMode::Threads, 2));
-        assert!(error.contains("cannot reach the memory") && error.contains("NVLink"), "{error}");
+        assert!(error.contains("NVLink") && error.contains("no socket interface"), "{error}");
+    });
+}
+
+/// Connections are made and code is loaded before the first step, which has no time for them.
+#[test]
+fn what_nccl_cannot_do_shows_before_the_first_step() {
+    const NAME: &str = "what_nccl_cannot_do_shows_before_the_first_step";
+    let settings = [("FAKE_NO_PEERS", "1"), ("FAKE_NCCL", "fails-after:0")];
+    on_machine(NAME, 2, &settings, || {
+        let error = refused(config(RankMode::Threads, 2));
+        assert!(error.contains("a rank closed its connection"), "{error}");
+    });
+}
+
+/// No sum of these is large enough for NCCL, and nobody asks for its library.
+#[test]
+fn cards_that_reach_each_other_need_no_nccl() {
+    const NAME: &str = "cards_that_reach_each_other_need_no_nccl";
+    on_machine(NAME, 2, &[("FAKE_NCCL", "init-fails")], || {
+        let missing = device(NcclUse::At("/nowhere/libnccl.so.2".into()));
+        for device in [device(NcclUse::Auto), device(NcclUse::Off), missing] {
+            let mut group = start(GroupConfig { device, ..config(RankMode::Threads, 2) }).unwrap();
+            assert_eq!(answer(&mut group).unwrap().len(), 2);
+        }
+    });
+}
+
+#[test]
+fn ranks_answer_by_nccl_as_threads_and_as_processes() {
+    const NAME: &str = "ranks_answer_by_nccl_as_threads_and_as_processes";
+    on_machine(NAME, 2, &[("FAKE_NO_PEERS", "1")], || {
+        let dir = tempfile::tempdir().unwrap();
+        let rank_program = Some(rank_script(&dir));
+        let processes = GroupConfig { rank_program, ..config(RankMode::Processes, 2) };
+        let mut processes = start(processes).unwrap();
+        let mut threads = start(config(RankMode::Threads, 2)).unwrap();
+        let answered = answer(&mut processes).unwrap();
+        assert!(answered.iter().all(|tokens| tokens.len() == 4), "{answered:?}");
+        assert_eq!(answered, answer(&mut threads).unwrap());
+    });
+}
+
+/// Of ranks other than 0, with these variables too.
+fn script_with(dir: &tempfile::TempDir, variables: &str) -> PathBuf {
+    let program = rank_script(dir);
+    // What a rank said last is told: without a backtrace, that is its error.
+    let exported = format!("#!/bin/sh\nexport RUST_BACKTRACE=0 {variables}\n");
+    let script = fs::read_to_string(&program).unwrap().replace("#!/bin/sh\n", &exported);
+    fs::write(&program, script).unwrap();
+    program
+}
+
+/// One rank that does not reach the others is enough for all to take NCCL, with the same tokens.
+#[test]
+fn all_ranks_exchange_by_nccl_where_one_does_not_reach_the_others() {
+    const NAME: &str = "all_ranks_exchange_by_nccl_where_one_does_not_reach_the_others";
+    on_machine(NAME, 2, &[], || {
+        let dir = tempfile::tempdir().unwrap();
+        let program = script_with(&dir, "FAKE_NO_PEERS=1");
+        let by = |nccl| GroupConfig {
+            device: device(nccl),
+            rank_program: Some(program.clone()),
+            ..config(RankMode::Processes, 2)
+        };
+        let error = refused(by(NcclUse::Off));
+        assert!(error.contains("rank 1: device 1 cannot reach"), "{error}");
+        let mut by_nccl = start(by(NcclUse::Auto)).unwrap();
+        let mut by_peers = start(config(RankMode::Threads, 2)).unwrap();
+        assert_eq!(answer(&mut by_nccl).unwrap(), answer(&mut by_peers).unwrap());
+    });
+}
+
+#[test]
+fn the_rank_whose_nccl_does_not_fit_is_named() {
+    const NAME: &str = "the_rank_whose_nccl_does_not_fit_is_named";
+    on_machine(NAME, 2, &[("FAKE_NO_PEERS", "1")], || {
+        for (version, wanted) in [
+            ("21705", "nor by NCCL: rank 1: NCCL in libnccl.so.2 is release 2.17.5"),
+            ("22800", "rank 0 has release 22707 and rank 1 22800"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let program = script_with(&dir, &format!("FAKE_NCCL=version:{version}"));
+            let rank_program = Some(program);
+            let error = refused(GroupConfig { rank_program, ..config(RankMode::Processes, 2) });
+            assert!(error.contains(wanted), "{error}");
+        }
     });
 }
 
 /// A rank that stands still costs its deadline and little more; one that is gone costs less.
+fn end_in_time() {
+    for name in ["-STOP", "-KILL"] {
+        let dir = tempfile::tempdir().unwrap();
+        let deadline = Duration::from_secs(10);
+        let mut group = start(GroupConfig {
+            rank_program: Some(rank_script(&dir)),
+            step_deadline: Some(deadline),
+            ..config(RankMode::Processes, 2)
+        })
+        .unwrap();
+        let mut scheduler = Scheduler::new(group.info.scheduler_config(2));
+        go_on(&mut group, &mut scheduler).unwrap();
+        signal(&pid(&dir, 1), name);
+        let began = Instant::now();
+        let error = go_on(&mut group, &mut scheduler).expect_err("a rank is missing").to_string();
+        let took = began.elapsed();
+        // Loaded machines are slow; without a deadline this would not end at all.
+        assert!(took < 3 * deadline, "{name}: {took:?}, {error}");
+        let told = ["rank 1", "did not take part", "has not finished within"];
+        assert!(told.iter().any(|told| error.contains(told)), "{error}");
+        drop(group);
+        assert!(began.elapsed() < 4 * deadline, "{name}: {:?}", began.elapsed());
+    }
+}
+
 #[test]
 fn a_rank_that_hangs_or_dies_ends_the_group_in_time() {
     const NAME: &str = "a_rank_that_hangs_or_dies_ends_the_group_in_time";
-    on_machine(NAME, 2, &[], || {
-        for name in ["-STOP", "-KILL"] {
-            let dir = tempfile::tempdir().unwrap();
-            let deadline = Duration::from_secs(10);
-            let mut group = start(GroupConfig {
-                rank_program: Some(rank_script(&dir)),
-                step_deadline: Some(deadline),
-                ..config(RankMode::Processes, 2)
-            })
-            .unwrap();
-            let mut scheduler = Scheduler::new(group.info.scheduler_config(2));
-            go_on(&mut group, &mut scheduler).unwrap();
-            signal(&pid(&dir, 1), name);
-            let began = Instant::now();
-            let error =
-                go_on(&mut group, &mut scheduler).expect_err("a rank is missing").to_string();
-            let took = began.elapsed();
-            // Loaded machines are slow; without a deadline this would not end at all.
-            assert!(took < 3 * deadline, "{name}: {took:?}, {error}");
-            assert!(error.contains("rank 1") || error.contains("did not take part"), "{error}");
-            drop(group);
-        }
-    });
+    on_machine(NAME, 2, &[], end_in_time);
+}
+
+#[test]
+fn a_rank_that_hangs_or_dies_ends_the_group_in_time_by_nccl() {
+    const NAME: &str = "a_rank_that_hangs_or_dies_ends_the_group_in_time_by_nccl";
+    on_machine(NAME, 2, &[("FAKE_NO_PEERS", "1")], end_in_time);
 }
 
 #[test]
 fn a_cache_in_fp8_is_refused_where_keys_have_biases() {
     on_machine("a_cache_in_fp8_is_refused_where_keys_have_biases", 1, &[], || {
         let fp8 = CudaConfig { kv_format: KvFormat::Fp8, ..CudaConfig::default() };
-        let device = Device::Cuda { first: 0, config: fp8, share: false };
+        let device = Device::Cuda { first: 0, config: fp8, share: false, nccl: NcclUse::Auto };
         let biased = GroupConfig { device, ..config(RankMode::Threads, 1) };
-        let error = refused(GroupConfig { device, ..config(RankMode::Threads, 1) });
+        let error = refused(biased.clone());
         assert!(error.contains("biases") && error.contains("--kv-cache fp8"), "{error}");
         let model = biased.model.with_file_name("qwen3_gqa4_hd128_tied");
         assert_eq!(answer(&mut start(GroupConfig { model, ..biased }).unwrap()).unwrap().len(), 2);

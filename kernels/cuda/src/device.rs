@@ -26,6 +26,7 @@ use kernels::KernelError;
 use memory::{Downloads, Readings, Uploads};
 pub use memory::{Memory, Reading};
 use std::{
+    ffi::c_void,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -249,6 +250,11 @@ impl Driver for Gpu {
         self.context.enter()?;
         let launch = |launch: Launch<'_>| self.launch(launch);
         self.blas().product(&launch, &gemm)
+    }
+
+    fn stream(&self) -> Result<*mut c_void, KernelError> {
+        self.context.enter()?;
+        Ok(self.context.stream().cast())
     }
 
     fn expect_products(&self, n_k: (usize, usize), is_fp8: bool) -> Result<(), KernelError> {

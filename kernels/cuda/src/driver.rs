@@ -154,6 +154,14 @@ pub trait Driver: Send + Sync + Sized + 'static {
     /// # Errors
     /// `KernelError::Device` where the device refuses.
     fn gemm(&self, gemm: Gemm) -> Result<(), KernelError>;
+    /// The stream of this driver, for work of NCCL's between its own; the device is this thread's
+    /// current one from then on.
+    ///
+    /// # Errors
+    /// `KernelError::Device` where the device has failed, or is an emulation.
+    fn stream(&self) -> Result<*mut c_void, KernelError> {
+        Err(KernelError::Device("NCCL does not run on an emulated device".into()))
+    }
     /// Products to bf16 with a weight [n, k], in e4m3 with scales or in bf16, are to come: a driver
     /// that has a choice for them makes it here, while nothing waits.
     ///

@@ -318,15 +318,7 @@ impl<D: Driver> Cuda<D> {
         to_all: bool,
     ) -> Result<(), KernelError> {
         let places = (self.at(out), self.at(x));
-        let total: usize = cols.iter().sum();
-        let fits = cols.len() == peers.ranks()
-            && cols[peers.rank] == x.cols
-            && (out.rows, out.cols) == (x.rows, total);
-        ensure(GATHER, fits, || {
-            format!("[{}, {}] of columns {cols:?} in [{}, {}]", x.rows, x.cols, out.rows, out.cols)
-        })?;
-        let exact = [&*out, x].iter().all(|tensor| tensor.data.element() == Element::F32);
-        ensure(GATHER, exact, || "columns are not in f32".into())?;
+        gather_fits(GATHER, (peers.rank, peers.ranks()), (out, x), cols)?;
         self.send_columns(peers, places, (x.rows, cols), to_all)
     }
 
@@ -377,6 +369,23 @@ impl<D: Driver> Cuda<D> {
         }
         Ok(())
     }
+}
+
+/// Whether every rank's x [T, cols_r] is out [T, Σ cols] side by side, in f32.
+pub(super) fn gather_fits<D: Driver>(
+    op: &'static str,
+    (rank, ranks): (usize, usize),
+    (out, x): (&Tensor<Cuda<D>>, &Tensor<Cuda<D>>),
+    cols: &[usize],
+) -> Result<(), KernelError> {
+    let fits = cols.len() == ranks
+        && cols[rank] == x.cols
+        && (out.rows, out.cols) == (x.rows, cols.iter().sum());
+    ensure(op, fits, || {
+        format!("[{}, {}] of columns {cols:?} in [{}, {}]", x.rows, x.cols, out.rows, out.cols)
+    })?;
+    let exact = [out, x].iter().all(|tensor| tensor.data.element() == Element::F32);
+    Ok(ensure(op, exact, || "columns are not in f32".into())?)
 }
 
 #[cfg(test)]

@@ -90,6 +90,10 @@ EXPORTED int cuCtxSetCurrent(void* context) {
         if (device == context) return current = device, SUCCESS;
     return INVALID_CONTEXT;
 }
+EXPORTED int cuCtxGetDevice(int* device) {
+    if (current == nullptr) return INVALID_CONTEXT;
+    return *device = current->ordinal, SUCCESS;
+}
 
 EXPORTED int cuStreamCreate(Stream** stream, unsigned) {
     if (current == nullptr) return INVALID_CONTEXT;

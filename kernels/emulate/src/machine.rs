@@ -1,6 +1,6 @@
-//! A machine with CUDA cards, for whole processes: `libcuda.so.1` and `libcublasLt.so.13` in host
-//! memory, compiled on first use, whose kernels run in the emulation. What runs on it is the real
-//! driver code of the product, and nothing of the product knows.
+//! A machine with CUDA cards, for whole processes: `libcuda.so.1`, `libcublasLt.so.13` and
+//! `libnccl.so.2` in host memory, compiled on first use, whose kernels run in the emulation. What
+//! runs on it is the real driver code of the product, and nothing of the product knows.
 
 use crate::compile::{self, COMPILER, PLAIN, digest, here, text};
 use std::{
@@ -23,7 +23,9 @@ use std::{
 /// - `FAKE_ALGORITHMS=exact`: cuBLASLt's algorithms fit no other number of rows than they were
 ///   chosen for;
 /// - `FAKE_REFUSES`: with commas between, what cuBLASLt has no algorithm for: `bias`, `scales`,
-///   `fp8`, `rows:5`; `FAKE_CANDIDATES`: how many algorithms it knows, 1.
+///   `fp8`, `rows:5`; `FAKE_CANDIDATES`: how many algorithms it knows, 1;
+/// - `FAKE_NCCL`: with commas between, how NCCL misbehaves: `init-hangs`, `init-fails`,
+///   `call-hangs`, `abort-hangs`, `abort-fails`, `fails-after:5` (calls), `version:21705`.
 ///
 /// # Panics
 /// Where the C++ compiler is missing or refuses the sources: there is nothing to test with.
@@ -59,15 +61,17 @@ pub fn on_machine(test: &str, cards: usize, settings: &[(&str, &str)], body: imp
     assert!(done.status.success() && out.contains("1 passed"), "{errors}{out}");
 }
 
-/// The folder of both libraries, named after what they are made of.
+const SOURCES: [&str; 6] =
+    ["machine.h", "mapping.h", "libcuda.cpp", "libcublasLt.cpp", "nccl_shared.h", "libnccl.cpp"];
+
+/// The folder of the libraries, named after what they are made of.
 fn libraries() -> Result<PathBuf, String> {
     // Threads of one process wait here; processes wait for the file's lock.
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock();
     let sources = here().join("machine");
-    let read = |name: &str| fs::read(sources.join(name)).map_err(|e| format!("{name}: {e}"));
-    let names = ["machine.h", "mapping.h", "libcuda.cpp", "libcublasLt.cpp"];
-    let contents = names.into_iter().map(read).collect::<Result<Vec<_>, _>>()?;
+    let read = |name: &&str| fs::read(sources.join(name)).map_err(|e| format!("{name}: {e}"));
+    let contents = SOURCES.iter().map(read).collect::<Result<Vec<_>, _>>()?;
     let cache = Path::new(env!("EMULATION_CACHE"));
     fs::create_dir_all(cache).map_err(text)?;
     let lock = File::create(cache.join("machine.lock")).map_err(text)?;
@@ -77,6 +81,7 @@ fn libraries() -> Result<PathBuf, String> {
     build(&sources.join("libcuda.cpp"), &folder, driver, &[])?;
     let needs = ["-L".into(), folder.display().to_string(), format!("-l:{driver}")];
     build(&sources.join("libcublasLt.cpp"), &folder, "libcublasLt.so.13", &needs)?;
+    build(&sources.join("libnccl.cpp"), &folder, "libnccl.so.2", &needs)?;
     Ok(folder)
 }
 

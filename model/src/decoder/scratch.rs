@@ -183,6 +183,11 @@ impl<B: Backend> Scratch<B> {
         })
     }
 
+    /// H.
+    pub fn hidden_cols(&self) -> usize {
+        self.hidden.cols
+    }
+
     /// The logits [R, V] that [`super::Decoder::logits`] left.
     pub fn logits_mut(&mut self) -> &mut Tensor<B> {
         self.logits.whole.as_mut().unwrap_or(&mut self.logits.local)

@@ -1,6 +1,8 @@
 //! Ranks as threads, driven by hand-made plans.
 
-use collective::{Collective, CollectiveError, HostCollective, PeerMemory, Staged, Threads};
+use collective::{
+    Cards, CardsConfig, Collective, CollectiveError, HostCollective, Staged, Threads,
+};
 use cuda::{Cuda, Driver, PeerConfig};
 use engine::plan::{Chunk, SamplingParams, StepOutput, StepPlan};
 use kernels::Backend;
@@ -18,6 +20,9 @@ pub const GREEDY: SamplingParams = SamplingParams::GREEDY;
 
 pub const OPTIONS: RunnerOptions =
     RunnerOptions { blocks: 64, step_tokens_max: 256, sequences_max: 20, context_max: 240 };
+
+/// Emulated ranks are slow, and share few cores.
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How a rank's device exchanges with the others'.
 pub type Link<B, C> = fn(&B, Threads) -> Result<C, CollectiveError>;
@@ -37,11 +42,9 @@ pub fn staged<B: Backend>(_device: &B, host: Threads) -> Result<Staged<Threads>,
 pub fn peer_memory<D: Driver>(
     device: &Cuda<D>,
     host: Threads,
-) -> Result<PeerMemory<D, Threads>, CollectiveError> {
-    // Emulated ranks are slow, and share few cores.
-    const PATIENCE: Duration = Duration::from_secs(120);
-    let config = PeerConfig::new(host.world_size(), PATIENCE);
-    PeerMemory::new(device, host, config)
+) -> Result<Cards<D, Threads>, CollectiveError> {
+    let peers = PeerConfig::new(host.world_size(), PATIENCE);
+    Cards::new(device, host, &CardsConfig::peers(peers))
 }
 
 /// A group of ranks: the caller's thread is rank 0.

@@ -7,7 +7,7 @@ mod group;
 
 pub use cases::{Continuation, NAMES, Prompt, continuations, folder, prompts};
 pub use engine::Driven;
-pub use group::{GREEDY, Group, Link, OPTIONS, peer_memory, staged};
+pub use group::{GREEDY, Group, Link, OPTIONS, PATIENCE, peer_memory, staged};
 
 use checks::{BF16, Check, Device};
 use collective::Collective;

@@ -1,15 +1,21 @@
 //! The real driver code on a machine of fake cards (`emulate::machine`): checks of ops, whole
 //! models, and the binaries themselves. What it computes is what the emulation computes.
 
-use cuda::{Cuda, CudaConfig, Driver, Gpu, GpuConfig};
+use collective::{Cards, CardsConfig, Collective, CollectiveError, HostCollective, Threads};
+use cuda::{Cuda, CudaConfig, Driver, Gpu, GpuConfig, NCCL_LIBRARY, PeerConfig};
 use emulate::{Emulator, PLAIN, Schedule, library, on_machine};
 use engine::plan::Want;
+use kernels::{AddNorm, Tensor};
 use model::Checkpoint;
-use models::{Driven, GREEDY, Group, OPTIONS, continuations, folder};
-use std::{process::Command, sync::Arc, time::Duration};
+use models::{Driven, GREEDY, Group, OPTIONS, PATIENCE, continuations, folder};
+use std::{process::Command, sync::Arc, thread, time::Duration};
 
 fn card(config: CudaConfig) -> Cuda<Gpu> {
-    let gpu = Gpu::open(GpuConfig::with_limit(0, Duration::from_secs(200)));
+    nth_card(0, config)
+}
+
+fn nth_card(ordinal: usize, config: CudaConfig) -> Cuda<Gpu> {
+    let gpu = Gpu::open(GpuConfig::with_limit(ordinal, Duration::from_secs(200)));
     Cuda::new(gpu.expect("a card"), config)
 }
 
@@ -72,8 +78,112 @@ fn models_answer_as_in_the_emulation() {
     });
 }
 
+const COLS: usize = 1032;
+const FEW: usize = 1;
+const MANY: usize = 40;
+
+/// A residual sum of few rows and one of many, with the norm behind it, on one of the ranks.
+fn residual_sums(host: Threads, config: &CardsConfig) -> Result<[Vec<f32>; 2], CollectiveError> {
+    let rank = host.rank();
+    let device = nth_card(rank, checks::BF16);
+    let mut cards = Cards::new(&device, host, config)?;
+    assert_eq!(cards.warning(), None);
+    let noise = |seed: usize, rows: usize| {
+        let values = checks::rounded(&checks::noise(seed as u64, rows * COLS));
+        Tensor::from_host(&device, COLS, &values)
+    };
+    let weight = noise(7, 1)?;
+    let mut sum = |rows: usize| {
+        let (mut delta, mut x) = (noise(rank, rows)?, noise(5, rows)?);
+        let mut out = Tensor::zeros(&device, rows, COLS)?;
+        let then = AddNorm { x: &mut x, out: &mut out, weight: &weight, eps: 1e-6 };
+        cards.all_reduce_add_norm(&device, &mut delta, then)?;
+        cards.check(&device)?;
+        let mut values = vec![0.0; 2 * rows * COLS];
+        let (first, second) = values.split_at_mut(rows * COLS);
+        kernels::Backend::read_floats(&device, first, &x.data)?;
+        kernels::Backend::read_floats(&device, second, &out.data)?;
+        Ok::<_, CollectiveError>(values)
+    };
+    Ok([sum(FEW)?, sum(MANY)?])
+}
+
+/// As every rank has them.
+fn on_three_ranks(config: &CardsConfig) -> Result<[Vec<f32>; 2], CollectiveError> {
+    thread::scope(|scope| {
+        let spawned = Threads::group(3).into_iter();
+        let spawned = spawned.map(|host| scope.spawn(|| residual_sums(host, config)));
+        let ranks: Vec<_> = spawned.collect();
+        let mut each = ranks.into_iter().map(|rank| rank.join().expect("a rank"));
+        let first = each.next().expect("three");
+        each.for_each(|other| assert_eq!(first, other, "ranks have other bits"));
+        first
+    })
+}
+
+/// Peer memory rounds a sum once; NCCL, as the fake one has it, at each rank: bits tell them apart.
+#[test]
+fn large_sums_go_by_nccl_and_small_ones_by_peer_memory() {
+    on_machine("large_sums_go_by_nccl_and_small_ones_by_peer_memory", 3, &[], || {
+        let peers = CardsConfig::peers(PeerConfig::new(3, PATIENCE));
+        let with = |crossover_bytes| CardsConfig {
+            nccl: Some(NCCL_LIBRARY.into()),
+            crossover_bytes,
+            sum_bytes_max: MANY * COLS * 2,
+            ..peers.clone()
+        };
+        let ([few_by_peers, many_by_peers], [few_by_nccl, many_by_nccl]) =
+            (on_three_ranks(&peers).unwrap(), on_three_ranks(&with(0)).unwrap());
+        assert!(few_by_peers != few_by_nccl && many_by_peers != many_by_nccl, "one way alone");
+        // As large as the few, and not larger.
+        let [few, many] = on_three_ranks(&with(FEW * COLS * 2)).unwrap();
+        assert!(few == few_by_peers && many == many_by_nccl, "each sum goes the other way");
+        let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 0.02 * (1.0 + a.abs());
+        assert!(many_by_peers.iter().zip(&many_by_nccl).all(near), "the ways differ");
+        // What is never of use is not opened.
+        let unused =
+            CardsConfig { nccl: Some("/nowhere/libnccl.so.2".into()), ..with(MANY * COLS * 2) };
+        assert!(on_three_ranks(&unused).unwrap()[1] == many_by_peers);
+    });
+}
+
+#[test]
+fn large_sums_go_by_peer_memory_with_a_warning_where_nccl_fails() {
+    const NAME: &str = "large_sums_go_by_peer_memory_with_a_warning_where_nccl_fails";
+    on_machine(NAME, 2, &[("FAKE_NCCL", "init-fails")], || {
+        let peers = CardsConfig::peers(PeerConfig::new(2, PATIENCE));
+        let many = |library: &str| CardsConfig {
+            nccl: Some(library.into()),
+            sum_bytes_max: (8 << 20) + 1,
+            ..peers.clone()
+        };
+        for (library, why) in
+            [(NCCL_LIBRARY, "no socket interface"), ("/nowhere/libnccl.so.2", "no NCCL (")]
+        {
+            let config = many(library);
+            thread::scope(|scope| {
+                for host in Threads::group(2) {
+                    let config = &config;
+                    scope.spawn(move || {
+                        let device = nth_card(host.rank(), checks::BF16);
+                        let mut cards = Cards::new(&device, host, config).unwrap();
+                        let warning = cards.warning().unwrap_or_default().to_owned();
+                        assert!(warning.contains("8388608") && warning.contains(why), "{warning}");
+                        let mut x = Tensor::from_host(&device, 8, &[1.0; 8]).unwrap();
+                        cards.all_reduce_sum(&device, &mut x).unwrap();
+                        cards.check(&device).unwrap();
+                        let mut got = [0.0; 8];
+                        kernels::Backend::read_floats(&device, &mut got, &x.data).unwrap();
+                        assert_eq!(got, [2.0; 8]);
+                    });
+                }
+            });
+        }
+    });
+}
+
 /// What the binary beside the tests' own folder answers; it must be built with the feature `cuda`.
-fn lockstep(name: &str, cards: usize) -> serde_json::Value {
+fn lockstep(name: &str, cards: usize, settings: &[(&str, &str)]) -> serde_json::Value {
     let this = std::env::current_exe().expect("the test's own path");
     let lockstep = this.ancestors().nth(2).expect("a build folder").join("lockstep");
     let ids: Vec<String> = prompt(name).iter().map(u32::to_string).collect();
@@ -84,6 +194,7 @@ fn lockstep(name: &str, cards: usize) -> serde_json::Value {
         .args(["--tp", &cards.to_string(), "--model"])
         .arg(folder(name).unwrap())
         .envs(emulate::machine(cards))
+        .envs(settings.iter().copied())
         .output()
         .expect("lockstep runs");
     let (out, errors) =
@@ -98,7 +209,8 @@ fn lockstep(name: &str, cards: usize) -> serde_json::Value {
 fn lockstep_answers_on_one_card_and_on_two_as_in_the_emulation() {
     let name = "qwen2_gqa2_hd128";
     let (wanted, _) = answer(name, emulator(checks::BF16));
-    for cards in [1, 2] {
-        assert_eq!(lockstep(name, cards), serde_json::json!(wanted), "{cards} cards");
+    for (cards, settings) in [(1, &[][..]), (2, &[]), (2, &[("FAKE_NO_PEERS", "1")])] {
+        let answered = lockstep(name, cards, settings);
+        assert_eq!(answered, serde_json::json!(wanted), "{cards} cards {settings:?}");
     }
 }

@@ -26,12 +26,13 @@ pub(super) trait Devices: Clone + Send + Sync + 'static {
     /// Opens the device of one rank, which a step may keep busy for as long as `deadline`.
     fn open(&self, rank: usize, deadline: Option<Duration>) -> Result<Self::Backend, WorkerError>;
     /// Meets the other ranks, which `host` reaches; all do so at once. Later no rank waits longer
-    /// than `deadline` for another.
+    /// than `deadline` for another. No sum is of more than so many elements.
     fn link<H: HostCollective>(
         &self,
         device: &Self::Backend,
         host: H,
         deadline: Option<Duration>,
+        sum_elements_max: usize,
     ) -> Result<Self::Link<H>, WorkerError>;
     /// Whether a step leaves the host free to plan the next one. Where both compute on the same
     /// cores, one plan at a time is faster.
@@ -77,7 +78,7 @@ pub(super) trait Task {
 
 /// Chooses the devices of `ranks` ranks.
 pub(super) fn on_devices<T: Task>(
-    device: Device,
+    device: &Device,
     ranks: usize,
     cpu: CpuConfig,
     task: T,
@@ -85,8 +86,8 @@ pub(super) fn on_devices<T: Task>(
     match device {
         Device::Cpu => task.on(cpu),
         #[cfg(feature = "cuda")]
-        Device::Cuda { first, config, share } => {
-            task.on(cuda::Cards::find((first, share), config, ranks)?)
+        Device::Cuda { first, config, share, nccl } => {
+            task.on(cuda::OwnCards::find((*first, *share), *config, ranks, nccl)?)
         }
         #[cfg(not(feature = "cuda"))]
         Device::Cuda { .. } => {
@@ -113,6 +114,7 @@ impl Devices for CpuConfig {
         _device: &Cpu,
         host: H,
         _deadline: Option<Duration>,
+        _sum_elements_max: usize,
     ) -> Result<Staged<H>, WorkerError> {
         Ok(Staged::new(host))
     }
@@ -181,28 +183,35 @@ mod cuda {
         Checkpoint, DecoderConfig, Devices, Duration, HostCollective, Join, KvShare, ModelError,
         Place, RankCost, RunnerOptions, Shard, Wanted, WorkerError,
     };
-    use crate::plan::{
-        Hardware, Times, card, human,
-        remedies::{OnCards, advice, that_fit},
-        step_deadline,
+    use crate::{
+        NcclUse,
+        plan::{
+            Hardware, Times, card, human,
+            remedies::{OnCards, advice, that_fit},
+            step_deadline,
+        },
     };
-    use collective::PeerMemory;
-    use cuda::{Cuda, CudaConfig, Driver, Gpu, GpuConfig, PeerConfig};
+    use collective::{Cards, CardsConfig};
+    use cuda::{Cuda, CudaConfig, Driver, Element, Gpu, GpuConfig, NCCL_LIBRARY, PeerConfig};
     use kernels::KernelError;
+    use std::ffi::OsString;
 
     /// The card of each rank: one each from the first on, or the first for all.
     #[derive(Clone, Debug)]
-    pub struct Cards {
+    pub struct OwnCards {
         of_ranks: Vec<usize>,
         config: CudaConfig,
+        /// NCCL's library, where ranks may exchange by it.
+        nccl: Option<OsString>,
     }
 
-    impl Cards {
+    impl OwnCards {
         /// Where `share` says so, ranks share the first card if there are fewer cards than ranks.
         pub fn find(
             (first, share): (usize, bool),
             config: CudaConfig,
             ranks: usize,
+            nccl: &NcclUse,
         ) -> Result<Self, WorkerError> {
             let count = Gpu::count().map_err(ModelError::from)?;
             let spread = first.saturating_add(ranks) <= count;
@@ -215,7 +224,14 @@ mod cuda {
                 )));
             }
             let card = |rank| if spread { first + rank } else { first };
-            Ok(Self { of_ranks: (0..ranks).map(card).collect(), config })
+            let nccl = match nccl {
+                // It refuses a second rank on a card.
+                _ if !spread => None,
+                NcclUse::Off => None,
+                NcclUse::Auto => Some(NCCL_LIBRARY.into()),
+                NcclUse::At(path) => Some(path.into()),
+            };
+            Ok(Self { of_ranks: (0..ranks).map(card).collect(), config, nccl })
         }
 
         fn card(&self, rank: usize) -> Result<Gpu, WorkerError> {
@@ -234,9 +250,9 @@ mod cuda {
         }
     }
 
-    impl Devices for Cards {
+    impl Devices for OwnCards {
         type Backend = Cuda<Gpu>;
-        type Link<H: HostCollective> = PeerMemory<Gpu, H>;
+        type Link<H: HostCollective> = Cards<Gpu, H>;
 
         fn open(&self, rank: usize, deadline: Option<Duration>) -> Result<Cuda<Gpu>, WorkerError> {
             let card = self.opened(rank, |config| GpuConfig {
@@ -252,15 +268,25 @@ mod cuda {
             device: &Cuda<Gpu>,
             host: H,
             deadline: Option<Duration>,
-        ) -> Result<PeerMemory<Gpu, H>, WorkerError> {
+            sum_elements_max: usize,
+        ) -> Result<Cards<Gpu, H>, WorkerError> {
             let usual = GpuConfig::new(0).wait_limit;
             // Before the host's own patience ends: it knows less of the reason.
             let limit = deadline.unwrap_or(usual) / 4 * 3;
-            let config = PeerConfig {
-                first_limit: limit.max(usual),
-                ..PeerConfig::new(host.world_size(), limit)
+            let (rank, ranks) = (host.rank(), host.world_size());
+            let peers =
+                PeerConfig { first_limit: limit.max(usual), ..PeerConfig::new(ranks, limit) };
+            let config = CardsConfig {
+                nccl: self.nccl.clone(),
+                sum_bytes_max: sum_elements_max.saturating_mul(Element::Bf16.bytes()),
+                ..CardsConfig::peers(peers)
             };
-            Ok(PeerMemory::new(device, host, config).map_err(ModelError::from)?)
+            let cards = Cards::new(device, host, &config).map_err(ModelError::from)?;
+            // The other ranks would say the same.
+            if let Some(warning) = cards.warning().filter(|_| rank == 0) {
+                tracing::warn!("{warning}");
+            }
+            Ok(cards)
         }
 
         fn compute_beside_the_host(&self) -> bool {

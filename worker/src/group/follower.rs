@@ -52,7 +52,8 @@ pub(super) fn load<D: Devices, H: HostCollective>(
     progress: LoadProgress<'_>,
 ) -> Result<Runner<D::Backend, D::Link<H>>, WorkerError> {
     let device = devices.open(data.rank(), options.step_deadline)?;
-    let link = devices.link(&device, data, options.step_deadline)?;
+    let sum_elements_max = options.runner.step_tokens_max * checkpoint.config().hidden;
+    let link = devices.link(&device, data, options.step_deadline, sum_elements_max)?;
     Ok(Runner::load(device, link, checkpoint, options.runner, progress)?)
 }
 
@@ -115,6 +116,7 @@ fn finish<B: Backend, C: Collective<B>>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::NcclUse;
     use cpu::{Isa, Precision};
     use cuda::{CudaConfig, KvFormat, PrefillKernel, WeightFormat};
 
@@ -128,14 +130,15 @@ mod tests {
         };
         let runner =
             RunnerOptions { blocks: 1, step_tokens_max: 2, sequences_max: 3, context_max: 4 };
-        for device in [Device::Cpu, Device::Cuda { first: 5, config, share: true }] {
+        let cards = |nccl| Device::Cuda { first: 5, config, share: true, nccl };
+        for device in [Device::Cpu, cards(NcclUse::Off), cards(NcclUse::At("a/b".into()))] {
             for isa in Isa::ALL {
                 for precision in [Precision::Fast, Precision::Exact] {
                     let cpu = CpuConfig { threads: 6, precision, isa };
                     let sent = RankOptions {
                         model: "a b".into(),
                         random: Some(Numbers::INT4),
-                        device,
+                        device: device.clone(),
                         cpu,
                         runner,
                         step_deadline: Some(Duration::from_millis(1250)),

@@ -82,9 +82,9 @@ pub fn run_rank(config: RankConfig) -> Result<(), WorkerError> {
     let data = Tcp::connect(&data.to_string(), place, &config.token, JOIN_DEADLINE)
         .map_err(ModelError::from)?;
     let checkpoint = open(&options.model, options.random)?;
-    let (device, cpu) = (options.device, options.cpu);
+    let (device, cpu) = (options.device.clone(), options.cpu);
     let follower = Follower { control, data, checkpoint, options };
-    on_devices(device, config.world_size, cpu, follower)
+    on_devices(&device, config.world_size, cpu, follower)
 }
 
 /// A rank that has joined, and has nothing loaded yet.

@@ -35,15 +35,15 @@ impl Sizing {
     pub fn new(config: GroupConfig) -> Result<Self, WorkerError> {
         check(&config)?;
         let checkpoint = open(&config.model, config.random)?;
-        if let Device::Cuda { config, .. } = config.device {
-            check_cache(config, checkpoint.config())?;
+        if let Device::Cuda { config, .. } = &config.device {
+            check_cache(*config, checkpoint.config())?;
         }
         let isa = config.isa_cap.map_or(Isa::detect(), |cap| cap.min(Isa::detect()));
         let (threads, precision) = (threads(&config), config.precision);
         let cpu = CpuConfig { threads, precision, isa };
         let survey = Survey { checkpoint: &checkpoint, config: &config };
         let DeviceSurvey { device, layout, step_deadline } =
-            on_devices(config.device, config.ranks, cpu, survey)?;
+            on_devices(&config.device, config.ranks, cpu, survey)?;
         let step_deadline = config.step_deadline.or(step_deadline);
         let runner = layout.options;
         let text_files = formats::text_files(&config.model)
@@ -67,7 +67,7 @@ impl Sizing {
             sequences_max: config.sequences_max,
             text_files,
         };
-        let (model, device) = (config.model.clone(), config.device);
+        let (model, device) = (config.model.clone(), config.device.clone());
         let random = config.random;
         let options = RankOptions { model, random, device, cpu, runner, step_deadline };
         Ok(Self { config, checkpoint: Arc::new(checkpoint), info, options })

@@ -5,7 +5,7 @@ mod counting;
 
 use std::{path::Path, thread, time::Duration};
 
-use collective::{PeerMemory, Threads};
+use collective::{Cards, CardsConfig, Threads};
 use counting::Counting;
 use cuda::{Cuda, CudaConfig, Driver, GEMM_WORKSPACE_BYTES, KvFormat, PeerConfig, WeightFormat};
 use engine::{
@@ -28,7 +28,7 @@ const OPTIONS: RunnerOptions = RunnerOptions {
 
 /// Runs what wants the most of every room that grows: long prompts in whole steps, then all
 /// sequences at the end of their context, each with every token seen.
-fn run(runner: &mut Runner<Cuda<Counting>, PeerMemory<Counting, Threads>>, vocab: usize) {
+fn run(runner: &mut Runner<Cuda<Counting>, Cards<Counting, Threads>>, vocab: usize) {
     let params = SamplingParams { repetition_penalty: 1.5, ..SamplingParams::GREEDY };
     let blocks_each = OPTIONS.blocks / OPTIONS.sequences_max;
     let tokens: Vec<u32> = (0..CONTEXT).map(|at| (at % vocab) as u32).collect();
@@ -63,7 +63,7 @@ fn check(checkpoint: &Checkpoint, cuda: CudaConfig, data: Threads) {
     let cost = cost(cuda, products, checkpoint, &shard, OPTIONS.step_tokens_max).expect("sizes");
     let device = Cuda::new(counting.clone(), cuda);
     let peers = PeerConfig::new(ranks, Duration::ZERO);
-    let link = PeerMemory::new(&device, data, peers).expect("regions");
+    let link = Cards::new(&device, data, &CardsConfig::peers(peers)).expect("regions");
     let runner = Runner::load(device, link, checkpoint, OPTIONS, &mut |_, _| {});
     let mut runner = runner.expect("a runner");
     run(&mut runner, config.vocab);
