@@ -73,7 +73,7 @@ pub fn checks<D: Driver>() -> Vec<Check<D>> {
 /// A card's tensor cores add in another order than the emulation, whose worst logit is within 14 %
 /// of its limit: one of some hundred thousand may well be past it there, and says nothing. On a
 /// card the root of the mean square and the margins judge, as tightly as in the emulation; the
-/// limit for a single logit is 0.3, which a wrong kernel passes by far (weights in e4m3 are 1.65
+/// limit for a single logit is 0.3, which a wrong kernel passes by far (weights in e4m3 are 1.25
 /// off).
 fn on<D: Driver>(device: Device<'_, D>, close: Closeness) -> Closeness {
     match device(BF16).driver().facts().name == "emulated" {

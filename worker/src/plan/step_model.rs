@@ -71,8 +71,8 @@ pub enum Stage {
 }
 
 impl Stage {
-    /// What there is.
-    pub const TODAY: Self = Self::Sums;
+    /// What there is; nothing of it was measured on a card.
+    pub const TODAY: Self = Self::Kernels;
 }
 
 /// What a stage costs, at some number of rows.
