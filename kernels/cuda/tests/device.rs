@@ -388,3 +388,97 @@ fn no_launch_waits_for_a_kernel_that_hangs() {
         assert_eq!(receive.recv_timeout(Duration::from_secs(20)), Ok(true));
     });
 }
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct AddArgs {
+    x: u64,
+    delta: u64,
+    vectors: u64,
+}
+
+/// 8 times `value` in bf16, which small whole numbers are without loss.
+fn eight(value: f32) -> Vec<u8> {
+    (0..8).flat_map(|_| half::bf16::from_f32(value).to_le_bytes()).collect()
+}
+
+/// Two pieces of memory, and a launch that adds the second to the first.
+fn sum(gpu: &Gpu) -> (<Gpu as Driver>::Memory, <Gpu as Driver>::Memory, AddArgs) {
+    let (x, delta) = (memory(gpu, &eight(1.0)), memory(gpu, &eight(2.0)));
+    let args = AddArgs { x: gpu.address(&x), delta: gpu.address(&delta), vectors: 1 };
+    (x, delta, args)
+}
+
+fn add_once(gpu: &Gpu, args: &AddArgs) {
+    gpu.launch(Launch::new("add_bf16", [1, 1, 1], 256, args)).unwrap();
+}
+
+fn held(gpu: &Gpu, memory: &<Gpu as Driver>::Memory) -> Vec<u8> {
+    let mut bytes = vec![0; 16];
+    gpu.read(&mut bytes, memory, 0).unwrap();
+    bytes
+}
+
+#[test]
+fn captured_launches_run_when_they_are_replayed_and_not_before() {
+    on_the_fake("captured_launches_run_when_they_are_replayed_and_not_before", &[], || {
+        let gpu = open().unwrap();
+        let (x, _delta, args) = sum(&gpu);
+        gpu.begin_capture().unwrap();
+        let text = refused(gpu.begin_capture());
+        assert!(text.contains("a capture within another"), "{text}");
+        add_once(&gpu, &args);
+        add_once(&gpu, &args);
+        let graph = gpu.end_capture().unwrap();
+        assert_eq!(held(&gpu, &x), eight(1.0));
+        gpu.replay(&graph).unwrap();
+        assert_eq!(held(&gpu, &x), eight(5.0));
+        add_once(&gpu, &args);
+        gpu.replay(&graph).unwrap();
+        gpu.replay(&graph).unwrap();
+        assert_eq!(held(&gpu, &x), eight(15.0));
+        let text = refused(gpu.end_capture());
+        assert!(text.contains("no capture to end"), "{text}");
+    });
+}
+
+#[test]
+fn memory_is_left_alone_while_launches_are_captured() {
+    on_the_fake("memory_is_left_alone_while_launches_are_captured", &[], || {
+        let gpu = open().unwrap();
+        let (x, _delta, args) = sum(&gpu);
+        gpu.begin_capture().unwrap();
+        for (what, result) in [
+            ("taking memory", gpu.zeroed("a test", 16).map(drop)),
+            ("writing", gpu.write(&x, 0, &[0; 16])),
+            ("reading", gpu.read(&mut [0; 16], &x, 0)),
+            ("reading", gpu.begin_read(&x, 0, 16).map(drop)),
+        ] {
+            let text = refused(result);
+            assert!(text.contains(&format!("{what} while launches are captured")), "{text}");
+        }
+        add_once(&gpu, &args);
+        let graph = gpu.end_capture().unwrap();
+        gpu.replay(&graph).unwrap();
+        assert_eq!(held(&gpu, &x), eight(3.0));
+    });
+}
+
+#[test]
+fn bytes_are_read_as_they_were_when_asked_for() {
+    on_the_fake("bytes_are_read_as_they_were_when_asked_for", &[], || {
+        let gpu = open().unwrap();
+        let (x, _delta, args) = sum(&gpu);
+        // Places are used again, larger and smaller ones.
+        for round in 0..3 {
+            let before = gpu.begin_read(&x, 0, 16).unwrap();
+            add_once(&gpu, &args);
+            let behind = gpu.begin_read(&x, 2, 2).unwrap();
+            add_once(&gpu, &args);
+            let first = 1.0 + 4.0 * round as f32;
+            assert_eq!(gpu.end_read(before).unwrap(), eight(first));
+            assert_eq!(gpu.end_read(behind).unwrap(), eight(first + 2.0)[..2]);
+        }
+        assert!(refused(gpu.begin_read(&x, 8, 9)).contains("9 bytes at 8 of an allocation of 16"));
+    });
+}
