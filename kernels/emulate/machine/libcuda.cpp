@@ -1,9 +1,9 @@
 // A CUDA driver in host memory: what `libcuda.so.1` is to the product, for tests of the code that
 // talks to one. Kernels run in the emulation's library (LOCKSTEP_FAKE_KERNELS).
 //
-// Each stream has a thread. Work on a stream begins when something behind it is asked for and not
-// before, so that staging memory which is reused too early shows. What a device would fault at is a
-// fault here: addresses outside allocations in copies, host memory that is not pinned, another
+// Each stream has a thread. Work on a stream begins when something behind it is asked for, or a
+// while later, so that staging memory which is reused too early shows. What a device would fault at
+// is a fault here: addresses outside allocations in copies, host memory that is not pinned, another
 // device's context. Kernels' own accesses are not watched: the emulation has AddressSanitizer.
 //
 // The environment says what the machine is and how it misbehaves (`src/machine.rs` has the list):

@@ -40,6 +40,8 @@ enum Result : int {
 constexpr int SHARED_DEFAULT = 48 << 10, SHARED_MAX = 227 << 10;
 // As long as a question may wait for its answer: the host's cores are the device's too.
 constexpr auto PATIENCE = std::chrono::microseconds(500);
+// As long as work may lie that nobody asks for.
+constexpr auto LAZINESS = std::chrono::milliseconds(20);
 
 int setting(const char* name, int otherwise) {
     const char* text = getenv(name);
@@ -236,7 +238,10 @@ private:
     void serve() {
         std::unique_lock lock(mutex);
         for (;;) {
-            changed.wait(lock, [&] { return done < wanted; });
+            while (done >= wanted) {
+                const bool asked = changed.wait_for(lock, LAZINESS, [&] { return done < wanted; });
+                if (!asked) wanted = queued;
+            }
             const Work item = std::move(work.front());
             work.pop_front();
             lock.unlock();
