@@ -15,7 +15,7 @@ use std::{
     ptr,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -150,10 +150,11 @@ pub(super) struct Context {
     broken: OnceLock<String>,
     /// The last kernel launched, for messages: failures come later than their cause.
     launched: Mutex<Option<Arc<str>>>,
-    /// Kernels launched since the last wait.
-    kernels: AtomicU32,
-    /// While launches are captured, how many were not, since the last wait.
-    before_capture: Mutex<Option<u32>>,
+    /// Kernels launched so far, and those of them that were waited for.
+    pub(super) kernels: AtomicU64,
+    waited: AtomicU64,
+    /// While launches are captured, how many there were before.
+    before_capture: Mutex<Option<u64>>,
     patience: Mutex<Patience>,
     retired: Mutex<Retired>,
 }
@@ -188,7 +189,8 @@ impl Context {
         started("making the device's context", result)?;
         let (broken, launched) = (OnceLock::new(), Mutex::new(None));
         let stream = ptr::null_mut();
-        let (kernels, patience, retired) = (AtomicU32::new(0), Mutex::default(), Mutex::default());
+        let (kernels, waited) = (AtomicU64::new(0), AtomicU64::new(0));
+        let (patience, retired) = (Mutex::default(), Mutex::default());
         let mut context = Self {
             ordinal,
             device,
@@ -199,6 +201,7 @@ impl Context {
             broken,
             launched,
             kernels,
+            waited,
             before_capture: Mutex::new(None),
             patience,
             retired,
@@ -270,29 +273,18 @@ impl Context {
         *last = Some(Arc::clone(kernel));
     }
 
+    /// Launched so far.
+    pub fn kernels(&self) -> u64 {
+        self.kernels.load(Ordering::Relaxed)
+    }
+
     /// So many more were launched as one.
-    pub fn add_kernels(&self, kernels: u32) {
+    pub fn add_kernels(&self, kernels: u64) {
         self.kernels.fetch_add(kernels, Ordering::Relaxed);
     }
 
-    fn before_capture(&self) -> MutexGuard<'_, Option<u32>> {
+    pub fn before_capture(&self) -> MutexGuard<'_, Option<u64>> {
         self.before_capture.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// What is launched from now on is captured.
-    pub fn begin_capture(&self) -> Result<(), KernelError> {
-        let before = self.kernels.load(Ordering::Relaxed);
-        match self.before_capture().replace(before) {
-            None => Ok(()),
-            Some(_) => Err(KernelError::Device("a capture within another".into())),
-        }
-    }
-
-    /// Says how many launches were captured.
-    pub fn end_capture(&self) -> Result<u32, KernelError> {
-        let before = self.before_capture().take();
-        let before = before.ok_or_else(|| KernelError::Device("no capture to end".into()))?;
-        Ok(self.kernels.swap(before, Ordering::Relaxed).saturating_sub(before))
     }
 
     /// Makes the context this thread's for what cannot be captured.
@@ -306,7 +298,7 @@ impl Context {
     /// Waits until the device has come past `event`.
     pub fn wait(&self, event: &Event) -> Result<(), KernelError> {
         // SAFETY: the event is alive.
-        self.poll(|| unsafe { sys::cuEventQuery(event.handle) })
+        self.poll(event.behind(), || unsafe { sys::cuEventQuery(event.handle) })
     }
 
     /// Makes the context this thread's and waits until all work so far is done. Freeing memory,
@@ -314,12 +306,13 @@ impl Context {
     pub fn settle(&self) -> Result<(), KernelError> {
         self.enter()?;
         // SAFETY: the context is current, and the stream alive.
-        self.poll(|| unsafe { sys::cuStreamQuery(self.stream) })
+        self.poll(self.kernels(), || unsafe { sys::cuStreamQuery(self.stream) })
     }
 
-    /// Asks until the answer is another than "not ready".
-    fn poll(&self, query: impl Fn() -> CUresult) -> Result<(), KernelError> {
-        let kernels = self.kernels.swap(0, Ordering::Relaxed);
+    /// Asks until the answer is another than "not ready", behind so many kernels of all.
+    fn poll(&self, behind: u64, query: impl Fn() -> CUresult) -> Result<(), KernelError> {
+        let waited = self.waited.fetch_max(behind, Ordering::Relaxed);
+        let kernels = u32::try_from(behind.saturating_sub(waited)).unwrap_or(u32::MAX);
         let known = || self.patience.lock().unwrap_or_else(PoisonError::into_inner);
         let expected = known().expected(kernels);
         let limit = if expected.is_zero() { self.first_wait_limit } else { self.wait_limit };

@@ -5,11 +5,20 @@ use super::{
     sys,
 };
 use kernels::KernelError;
-use std::{ptr, sync::Arc, time::Duration};
+use std::{
+    ptr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 /// A point in the stream.
 pub(super) struct Event {
     pub(super) handle: sys::CUevent,
+    /// Kernels that were launched before it, of all.
+    behind: AtomicU64,
     context: Arc<Context>,
 }
 
@@ -33,13 +42,19 @@ impl Event {
         context.enter()?;
         let mut handle = ptr::null_mut();
         call!(context, "making an event", cuEventCreate(&mut handle, flags))?;
-        Ok(Self { handle, context: Arc::clone(context) })
+        Ok(Self { handle, behind: AtomicU64::new(0), context: Arc::clone(context) })
     }
 
     /// Places it behind all work so far.
     pub fn record(&self, context: &Context) -> Result<(), KernelError> {
         context.enter()?;
+        self.behind.store(context.kernels(), Relaxed);
         call!(context, "recording an event", cuEventRecord(self.handle, context.stream()))
+    }
+
+    /// Kernels that were launched before it, of all.
+    pub fn behind(&self) -> u64 {
+        self.behind.load(Relaxed)
     }
 
     /// The device's time between two events that it has passed.

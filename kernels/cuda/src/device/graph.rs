@@ -5,13 +5,16 @@ use super::{
     sys,
 };
 use kernels::KernelError;
-use std::{ptr, sync::Arc};
+use std::{
+    ptr,
+    sync::{Arc, atomic::Ordering},
+};
 
 /// What was captured, ready to be launched.
 pub struct Graph {
     handle: sys::CUgraphExec,
     /// Launches in it.
-    kernels: u32,
+    kernels: u64,
     context: Arc<Context>,
 }
 
@@ -32,6 +35,24 @@ pub(super) fn begin(context: &Context) -> Result<(), KernelError> {
         context.end_capture()?;
     }
     begun
+}
+
+impl Context {
+    /// What is launched from now on is captured.
+    fn begin_capture(&self) -> Result<(), KernelError> {
+        let before = self.kernels();
+        match self.before_capture().replace(before) {
+            None => Ok(()),
+            Some(_) => Err(KernelError::Device("a capture within another".into())),
+        }
+    }
+
+    /// Says how many launches were captured.
+    fn end_capture(&self) -> Result<u64, KernelError> {
+        let before = self.before_capture().take();
+        let before = before.ok_or_else(|| KernelError::Device("no capture to end".into()))?;
+        Ok(self.kernels.swap(before, Ordering::Relaxed).saturating_sub(before))
+    }
 }
 
 impl Graph {

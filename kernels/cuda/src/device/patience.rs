@@ -17,7 +17,8 @@ const SHORT: Duration = Duration::from_micros(500);
 /// Shapes of steps that are remembered.
 const KNOWN_MAX: usize = 1024;
 
-/// What waits have taken so far, by the number of kernels launched since the wait before.
+/// What waits have taken so far, by the number of kernels between what was waited for before and
+/// what is now.
 #[derive(Default)]
 pub(super) struct Patience {
     took: HashMap<u32, Duration>,
