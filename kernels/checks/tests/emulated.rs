@@ -133,5 +133,5 @@ fn many_draws_follow_the_distribution() {
     run(&checks::sampling::many_draws(), PLAIN, Schedule::InTurn);
 }
 
-emulated!(elementwise, every_rows, experts, fp8, int4, laid_out, linear, norm, peers);
+emulated!(elementwise, every_rows, experts, fp8, gated, int4, laid_out, linear, norm, peers);
 emulated!(rope, prefill, prefill_sm90, decode, random, sampling, skinny);
