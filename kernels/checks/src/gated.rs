@@ -1,5 +1,5 @@
-//! silu(gate) · up behind their product: against the oracle, and with the bits of the two ops apart,
-//! in every number of rows.
+//! silu(gate) · up behind their product: against the oracle, and with the bits of the two ops
+//! apart, in every number of rows.
 
 use crate::{
     BF16, Check, Device,

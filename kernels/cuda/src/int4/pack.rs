@@ -231,6 +231,26 @@ mod tests {
     }
 
     #[test]
+    fn rows_of_gate_and_up_lie_in_turn() {
+        let (mut gate, up) = (runs(40, 128, 128), runs(40, 128, 128));
+        gate.scales.iter_mut().for_each(|scale| *scale = f16::from_f32(-scale.to_f32() - 1.0));
+        let part = |grouped| Int4Part { rows: 40, cols: 128, grouped };
+        let parts = [part(&gate), part(&up)];
+        let plan = Plan::of(&parts[0].columns());
+        let extent = Extent { pairs: 40, ..Extent::plain((80, 128)) };
+        let strips = [0, 1].map(|at| strip(&parts, &plan, extent, at));
+        for n in 0..40 {
+            let scale = n as f32 / 64.0;
+            for (row, scale) in [(2 * n, -scale - 1.0), (2 * n + 1, scale)] {
+                let got = unpacked(&strips[row / STRIP], 128, row % STRIP, 77);
+                assert_eq!(got, (quant(n, 77) as u32, n as u32 % 16, scale), "row {row}");
+            }
+        }
+        // Rows that pad the last strip are zero.
+        assert_eq!(unpacked(&strips[1], 128, 16, 77), (0, 0, 0.0));
+    }
+
+    #[test]
     fn columns_that_begin_inside_a_group_keep_their_place_in_it() {
         let inside = |cols, first| stored(8, cols, Groups::Runs { size: 128, first });
         let grouped = inside(128, 72);
