@@ -85,6 +85,7 @@ pub fn risks<D: Driver>() -> Vec<Check<D>> {
         every_rows::checks(),
         prefill_sm90::checks(),
         skinny::checks(),
+        gated::checks(),
         int4::checks(),
         decode::checks(),
     ]

@@ -2,7 +2,8 @@
 //! `skinny_linear.cuh`, `skinny_pack.cu`; the layout is that of `skinny.cuh`.
 //!
 //! A product takes up to 64 rows of x at a time, and a row's bits are the same in every batch. What
-//! is multiplied by the device's own products is unpacked for them.
+//! is multiplied by the device's own products is unpacked for them. Where rows of gate and up lie
+//! in turn, what is written is silu(gate) · up, with the bits of the two ops.
 
 mod pack;
 
