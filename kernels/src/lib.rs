@@ -218,6 +218,18 @@ pub trait Backend: Send + Sync + Sized + 'static {
     }
     /// out [T, I] = silu(gate) · up, where x [T, 2 I] is gate, then up.
     fn silu_mul(&self, out: &mut Tensor<Self>, x: &Tensor<Self>) -> Result<(), KernelError>;
+    /// out [T, I] = silu(x · gateᵀ) · (x · upᵀ), x [T, K]; `weight` [2 I, K] is of
+    /// [`Self::gate_up`]. What is left in `room` [T, 2 I] is the device's own affair.
+    fn gated(
+        &self,
+        out: &mut Tensor<Self>,
+        room: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        weight: &Self::Weight,
+    ) -> Result<(), KernelError> {
+        self.linear(room, x, weight, None)?;
+        self.silu_mul(out, room)
+    }
     /// Chooses the experts of every row of logits [T, E], in f32: the k largest of their softmax
     /// (the first of equals), which are their weights. Column E, where there is a shared expert, is
     /// its gate; its weight is the sigmoid of that.
@@ -338,6 +350,11 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// As [`Self::weight`], for a matrix whose rows are looked up or make logits, and which devices
     /// that round weights further leave as it is.
     fn table(&self, parts: &[WeightPart<'_>]) -> Result<Self::Weight, KernelError> {
+        self.weight(parts)
+    }
+    /// As [`Self::weight`], for [`Self::gated`] alone: half of the rows are gate's, then come as
+    /// many of up.
+    fn gate_up(&self, parts: &[WeightPart<'_>]) -> Result<Self::Weight, KernelError> {
         self.weight(parts)
     }
     /// Room for a matrix [N, K] of each of E experts; `shape` is [E, N, K].

@@ -23,13 +23,13 @@ const CANARY: f32 = 77.0;
 
 /// A quantised matrix [rows, cols], and where its columns lie in the groups.
 #[derive(Clone)]
-struct Matrix {
+pub(crate) struct Matrix {
     rows: usize,
     cols: usize,
     group: usize,
     first_col: usize,
     /// Of each column, where they are permuted.
-    column_groups: Option<Vec<usize>>,
+    pub column_groups: Option<Vec<usize>>,
     /// [rows, cols]
     quants: Vec<u8>,
     /// [groups, rows]
@@ -39,7 +39,7 @@ struct Matrix {
 }
 
 impl Matrix {
-    fn new(seed: u64, [rows, cols, group, first_col]: [usize; 4]) -> Self {
+    pub fn new(seed: u64, [rows, cols, group, first_col]: [usize; 4]) -> Self {
         let groups = (first_col + cols).div_ceil(group);
         let nibbles = |seed, len| -> Vec<u8> {
             noise(seed, len).iter().map(|v| ((v + 1.0) * 8.0) as u8 & 15).collect()
@@ -65,7 +65,7 @@ impl Matrix {
     }
 
     /// Exact in f32.
-    fn weight(&self, row: usize, col: usize) -> f32 {
+    pub fn weight(&self, row: usize, col: usize) -> f32 {
         let at = self.group_of(col) * self.rows + row;
         let steps = f32::from(self.quants[row * self.cols + col]) - f32::from(self.zeros[at]);
         steps * self.scales[at].to_f32()
@@ -87,7 +87,7 @@ impl Matrix {
             .collect()
     }
 
-    fn part(&self) -> WeightPart<'static> {
+    pub fn part(&self) -> WeightPart<'static> {
         let (rows, cols) = (self.rows, self.cols);
         let groups = match &self.column_groups {
             Some(groups) => Groups::Listed(groups.iter().map(|group| *group as u32).collect()),

@@ -15,6 +15,7 @@ pub mod every_rows;
 pub mod experts;
 mod flat;
 pub mod fp8;
+pub mod gated;
 pub mod int4;
 pub mod laid_out;
 pub mod linear;
@@ -57,6 +58,7 @@ pub fn all<D: Driver>() -> Vec<Check<D>> {
         every_rows::checks(),
         experts::checks(),
         fp8::checks(),
+        gated::checks(),
         int4::checks(),
         laid_out::checks(),
         linear::checks(),
@@ -83,6 +85,7 @@ pub fn risks<D: Driver>() -> Vec<Check<D>> {
         every_rows::checks(),
         prefill_sm90::checks(),
         skinny::checks(),
+        gated::checks(),
         int4::checks(),
         decode::checks(),
     ]

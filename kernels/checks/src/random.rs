@@ -13,7 +13,7 @@ pub fn checks<D: Driver>() -> Vec<Check<D>> {
 }
 
 /// Matrices of a stack, each from a seed of its own, beginning inside a larger one.
-fn stack(format: RandomFormat, rows: &[usize], (first, cols): (usize, usize)) -> Parts {
+pub(crate) fn stack(format: RandomFormat, rows: &[usize], (first, cols): (usize, usize)) -> Parts {
     let part = |(index, rows): (usize, &usize)| {
         let seed = 0x1234_5678_9abc_def0 + index as u64;
         let random = Random { seed, first_row: 7 * index, first_col: first, format };
@@ -22,7 +22,7 @@ fn stack(format: RandomFormat, rows: &[usize], (first, cols): (usize, usize)) ->
     rows.iter().enumerate().map(part).collect()
 }
 
-type Parts = Vec<WeightPart<'static>>;
+pub(crate) type Parts = Vec<WeightPart<'static>>;
 
 /// A product of `tokens` rows with a weight, in f32.
 fn product<D: Driver>(

@@ -93,10 +93,14 @@ fn products_agree_on_an_older_and_smaller_device() {
         let emulator = Emulator::load(&library, Schedule::Random(2)).expect("it loads");
         Cuda::new(emulator.of_capability((8, 0)).of_multiprocessors(3), config)
     };
-    for check in [checks::linear::checks(), checks::skinny::checks(), checks::int4::checks()] {
-        for check in check {
-            assert_eq!((check.run)(&device), Ok(()), "{}", check.name);
-        }
+    let checks = [
+        checks::linear::checks(),
+        checks::skinny::checks(),
+        checks::int4::checks(),
+        checks::gated::checks(),
+    ];
+    for check in checks.into_iter().flatten() {
+        assert_eq!((check.run)(&device), Ok(()), "{}", check.name);
     }
 }
 
@@ -133,5 +137,5 @@ fn many_draws_follow_the_distribution() {
     run(&checks::sampling::many_draws(), PLAIN, Schedule::InTurn);
 }
 
-emulated!(elementwise, every_rows, experts, fp8, int4, laid_out, linear, norm, peers);
+emulated!(elementwise, every_rows, experts, fp8, gated, int4, laid_out, linear, norm, peers);
 emulated!(rope, prefill, prefill_sm90, decode, random, sampling, skinny);

@@ -199,6 +199,47 @@ fn sums_that_are_added_before_the_last_has_arrived_are_wrong() {
     assert!(error.contains("wanted"), "{error}");
 }
 
+/// What the checks of gates and ups in the epilogue of their product say, with weights of bf16 and
+/// of e4m3.
+fn gated_planted(file: &str, fault: (&str, &str)) -> String {
+    let files = ["skinny_bf16", "skinny_e4m3", "skinny_pack", "elementwise", "fp8"];
+    let (library, _dir) = planted_in(&files, file, fault, compile::PLAIN);
+    let checks: Vec<_> = checks::gated::checks().into_iter().take(2).collect();
+    assert_eq!(checks.iter().map(|c| c.name).collect::<Vec<_>>(), ["gated: bf16", "gated: e4m3"]);
+    verdict(&library, &checks).expect_err("an error")
+}
+
+const SUMS: &str = "skinny_sums.cuh";
+const GATED: &str = "silu_mul(pack_bf16(x[0], x[2]), pack_bf16(x[1], x[3]))";
+
+#[test]
+fn gate_and_up_in_each_others_place_are_found() {
+    let swapped = "silu_mul(pack_bf16(x[1], x[3]), pack_bf16(x[0], x[2]))";
+    let error = gated_planted(SUMS, (GATED, swapped));
+    assert!(error.contains("apart"), "{error}");
+}
+
+#[test]
+fn sums_that_are_not_rounded_before_silu_are_found() {
+    let exact = "pack_bf16(silu(x[0]) * x[1], silu(x[2]) * x[3])";
+    let error = gated_planted(SUMS, (GATED, exact));
+    assert!(error.contains("apart"), "{error}");
+}
+
+#[test]
+fn the_scale_of_another_row_is_found() {
+    let other = ("load8(args.scales + args.pairs + i)", "load8(args.scales + i)");
+    let error = gated_planted(SUMS, other);
+    assert!(error.contains("apart"), "{error}");
+}
+
+#[test]
+fn rows_that_are_unpacked_as_they_lie_are_found() {
+    let lie = ("row_of_matrix(spot.row + 2 * m + r, args.pairs)", "spot.row + 2 * m + r");
+    let error = gated_planted("skinny_pack.cu", lie);
+    assert!(error.contains("193 ×") && error.contains("apart"), "{error}");
+}
+
 /// What the checks of exchanges say where `fault.0` of `file` is replaced by `fault.1`.
 fn peers_planted(file: &str, fault: (&str, &str)) -> String {
     let (library, _dir) = planted("peers", file, fault, compile::PLAIN);

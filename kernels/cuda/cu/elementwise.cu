@@ -6,6 +6,7 @@
 // input, more than twice what latency × bandwidth asks for on Hopper (about 25 KiB). Rows lie one
 // behind another, so vectors are numbered through and no row length leaves threads idle.
 #include "common.cuh"
+#include "silu.cuh"
 
 constexpr int THREADS = 256;
 // Elements of a vector.
@@ -54,12 +55,6 @@ struct SiluMulArgs {
     uint32_t row_vectors;  // I / 8
 };
 
-// x / (1 + exp(-x)), from exp(-|x|), which cannot overflow.
-DEVICE float silu(float x) {
-    const float e = __expf(-fabsf(x));
-    return x * __fdividef(x < 0.0f ? e : 1.0f, 1.0f + e);
-}
-
 KERNEL(silu_mul_bf16, SiluMulArgs, THREADS) {
     const uint32_t first = static_cast<uint32_t>(first_vector());
     Bytes16 gate[DEPTH] = {}, up[DEPTH] = {};
@@ -76,8 +71,7 @@ KERNEL(silu_mul_bf16, SiluMulArgs, THREADS) {
         if (at >= args.vectors) break;
         for (int w = 0; w < 4; ++w) {
             const uint32_t g = gate[i].words[w], u = up[i].words[w];
-            gate[i].words[w] = pack_bf16(silu(low_bf16(g)) * low_bf16(u),
-                                         silu(high_bf16(g)) * high_bf16(u));
+            gate[i].words[w] = silu_mul(g, u);
         }
         store16(args.out + static_cast<uint64_t>(at) * VECTOR, gate[i]);
     }

@@ -63,10 +63,13 @@ struct RandomInt4Args {
     uint32_t group;   // columns with one scale
     uint32_t factor;  // of every row and group that is there
     uint32_t zero;    // the integer that stands for 0
+    uint32_t pairs;   // as SkinnyArgs'
+    uint32_t unused;
 };
 
-// The integer at row `row` of the stack and place `place`; 0 where there is none.
-DEVICE uint32_t random_int4(const RandomInt4Args& args, uint64_t row, uint32_t place) {
+// The integer at row `at` of the records and place `place`; 0 where there is none.
+DEVICE uint32_t random_int4(const RandomInt4Args& args, uint64_t at, uint32_t place) {
+    uint64_t row = skinny::row_of_matrix(static_cast<uint32_t>(at), args.pairs);
     if (place < args.lead || place - args.lead >= args.cols) return 0;
     for (int p = 0; p < PARTS; ++p) {
         const RandomPart& part = args.parts[p];

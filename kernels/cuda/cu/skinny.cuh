@@ -19,6 +19,9 @@
 //
 // Bytes an element: 2; 1; (64 + 4 · 128 / group) / 128, at 128 0.53.
 //
+// Of a matrix of two halves with `pairs` rows each, gate and up, the rows may lie in turn: 2 i is
+// gate's row i, 2 i + 1 up's. Then a lane has both of what silu(gate) · up takes.
+//
 // Integers become bf16 by the magic-number trick of Kim et al. (Who Says Elephants Can't Run): an
 // integer below 128 in the mantissa of 0x4300 is 128 + q exactly, of which 128 + zero is subtracted
 // exactly. 44 integer and packed instructions for 32 weights; e4m3 takes 64 on Hopper.
@@ -37,6 +40,17 @@ constexpr int CHUNK_BYTES = WARP * 16;
 
 // Rows of a half that a lane has, one after another: of matrix 0, then of matrix 1.
 constexpr int LANE_ROWS = 4;
+
+// Where row `row` of a matrix lies; `pairs` is 0 where rows lie as they are.
+DEVICE uint32_t row_in_records(uint32_t row, uint32_t pairs) {
+    if (pairs == 0) return row;
+    return row < pairs ? 2 * row : 2 * (row - pairs) + 1;
+}
+
+// The row of the matrix that lies at `row`; itself past the last.
+DEVICE uint32_t row_of_matrix(uint32_t row, uint32_t pairs) {
+    return row < 2 * pairs ? row % 2 * pairs + row / 2 : row;
+}
 
 struct Bf16 {
     static constexpr int COLS = 64;
@@ -114,6 +128,14 @@ struct Int4 {
         }
     }
 };
+
+DEVICE void store_word(void* to, uint32_t word) {
+#ifdef LOCKSTEP_EMULATE
+    *reinterpret_cast<uint32_t*>(const_cast<void*>(simt::aligned(to, 4))) = word;
+#else
+    *reinterpret_cast<uint32_t*>(to) = word;
+#endif
+}
 
 // Where a lane's chunks of a slot and half begin.
 template <class Format>

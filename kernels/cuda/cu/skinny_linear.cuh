@@ -1,7 +1,8 @@
 // Products of few tokens: every weight is read once, at the speed of memory. Layout: `skinny.cuh`.
 //
 // out [T, N] = x [T, K] · W [N, K]ᵀ (· scale of the row) + bias, for 8, 16, 32 or 64 tokens. W is
-// the M side of the product and the tokens are its N side, in eights: few waste nothing.
+// the M side of the product and the tokens are its N side, in eights: few waste nothing. Of pairs
+// of gate and up, out [T, N / 2] = silu(gate) · up: a kernel less, and 8 bytes an output.
 //
 // Work. A unit is a tile of 256 rows (four strips) and one of `parts` runs of whole 128 columns,
 // cut by the weight's shape alone. Blocks, one a multiprocessor, take every gridDim.x-th unit;

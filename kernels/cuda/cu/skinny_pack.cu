@@ -23,6 +23,8 @@ struct PackArgs {
     uint32_t rows;
     uint32_t cols;  // a multiple of 8
     uint32_t records;
+    uint32_t pairs;  // as SkinnyArgs'
+    uint32_t unused;
 };
 
 // Where word `word` of a lane's chunk `chunk` lies for a row and eight columns of a weight.
@@ -35,14 +37,6 @@ DEVICE unsigned char* word_of(const PackArgs& args, uint32_t row, uint32_t col, 
     const uint32_t lane = row % HALF / LANE_ROWS * 4 + col % SLOT_COLS / 8;
     const uint32_t at = ((slot * 2 + half) * Format::CHUNKS + chunk) * CHUNK_BYTES;
     return args.weight + record * Format::BYTES + at + lane * 16 + word * 4;
-}
-
-DEVICE void store_word(unsigned char* to, uint32_t word) {
-#ifdef LOCKSTEP_EMULATE
-    *reinterpret_cast<uint32_t*>(const_cast<void*>(simt::aligned(to, 4))) = word;
-#else
-    *reinterpret_cast<uint32_t*>(to) = word;
-#endif
 }
 
 // The row and the first of the eight columns that a thread moves; false past the last.
@@ -59,7 +53,7 @@ KERNEL(skinny_pack_bf16, PackArgs, THREADS) {
     if (!piece_of(args, row, col)) return;
     const auto* from = reinterpret_cast<const bf16*>(args.from);
     const Bytes16 eight = load16_stream(from + static_cast<uint64_t>(row) * args.cols + col);
-    row += args.first;
+    row = row_in_records(row + args.first, args.pairs);
     const int m = row % LANE_ROWS / 2, r = row % 2;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -73,7 +67,7 @@ KERNEL(skinny_pack_e4m3, PackArgs, THREADS) {
     uint32_t row, col;
     if (!piece_of(args, row, col)) return;
     const Bytes8 eight = load8(args.from + static_cast<uint64_t>(row) * args.cols + col);
-    row += args.first;
+    row = row_in_records(row + args.first, args.pairs);
     const int m = row % LANE_ROWS / 2, r = row % 2;
 #pragma unroll
     for (int s = 0; s < 2; ++s)
@@ -91,7 +85,7 @@ struct UnpackArgs {
     uint32_t lead;  // as SkinnyArgs'
     uint32_t records;
     uint32_t strips;
-    uint32_t unused;
+    uint32_t pairs;  // as SkinnyArgs'
 };
 
 // A lane's row and its eight columns of a slot and half.
@@ -135,7 +129,7 @@ DEVICE void unpack(const UnpackArgs& args) {
             for (int s = 0; s < 2; ++s) Format::fragment(a[s], chunks, factors, m, s);
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const uint32_t row = spot.row + 2 * m + r;
+                const uint32_t row = row_of_matrix(spot.row + 2 * m + r, args.pairs);
                 if (row >= args.rows || spot.col >= args.cols) continue;
                 float scale = factors.scale(m, r);
                 if (args.scales != nullptr) scale = args.scales[row];
@@ -171,7 +165,7 @@ KERNEL(skinny_unpack_codes, UnpackArgs, THREADS) {
             const Bytes16 chunk = load16_stream(from + m * CHUNK_BYTES);
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const uint32_t row = spot.row + 2 * m + r;
+                const uint32_t row = row_of_matrix(spot.row + 2 * m + r, args.pairs);
                 if (row >= args.rows || spot.col >= args.cols) continue;
                 const Bytes8 v = {{chunk.words[r], chunk.words[2 + r]}};
                 store8(out + static_cast<uint64_t>(row) * args.cols + spot.col, v);

@@ -1,6 +1,7 @@
 // What a block makes of a product of few tokens (`skinny_linear.cuh`); what becomes of its sums.
 #pragma once
 
+#include "silu.cuh"
 #include "skinny.cuh"
 
 namespace skinny {
@@ -18,7 +19,7 @@ struct SkinnyArgs {
     const bf16* x;                // [tokens, cols]
     const float* scales;          // [rows] or null
     const bf16* bias;             // [rows] or null
-    void* out;                    // [tokens, rows], f32 or bf16
+    void* out;                    // [tokens, rows] in f32 or bf16; of pairs [tokens, pairs] in bf16
     Bytes16* sums;                // [tiles][8 warps][parts][vectors][32 lanes]
     uint32_t* arrived;            // [tiles][8 warps], zero before and after
     uint32_t tokens;
@@ -30,7 +31,7 @@ struct SkinnyArgs {
     uint32_t stages;
     uint32_t out_f32;
     uint32_t in_bulk;  // see moves_in_bulk
-    uint32_t unused;
+    uint32_t pairs;    // a multiple of 8; 0 where rows are not gates and ups in turn
 };
 
 // What a block makes at a time: a tile's records `first` to `end`.
@@ -59,6 +60,7 @@ struct Epilogue {
 
     DEVICE void operator()(uint32_t token, uint32_t row, float (&x)[LANE_ROWS]) const {
         if (token >= args.tokens || row >= args.rows) return;
+        if (args.pairs != 0) return gated(token, row / 2, x);
         if (args.scales != nullptr) {
             const Bytes16 scales = load16(args.scales + row);
 #pragma unroll
@@ -82,6 +84,22 @@ struct Epilogue {
             const Bytes8 v = {{pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3])}};
             store8(static_cast<bf16*>(args.out) + at, v);
         }
+    }
+
+    // Outputs i and i + 1, each of a gate and an up that are rounded as a product's results are.
+    DEVICE void gated(uint32_t token, uint32_t i, float (&x)[LANE_ROWS]) const {
+        if (args.scales != nullptr) {
+            // In the matrix's order.
+            const Bytes8 gate = load8(args.scales + i), up = load8(args.scales + args.pairs + i);
+#pragma unroll
+            for (int n = 0; n < LANE_ROWS / 2; ++n) {
+                x[2 * n] *= __uint_as_float(gate.words[n]);
+                x[2 * n + 1] *= __uint_as_float(up.words[n]);
+            }
+        }
+        const uint64_t at = static_cast<uint64_t>(token) * args.pairs + i;
+        store_word(static_cast<bf16*>(args.out) + at,
+                   silu_mul(pack_bf16(x[0], x[2]), pack_bf16(x[1], x[3])));
     }
 };
 

@@ -139,6 +139,10 @@ impl<D: Driver> Backend for Cuda<D> {
         linear::Weight::upload_table(self, parts)
     }
 
+    fn gate_up(&self, parts: &[WeightPart<'_>]) -> Result<linear::Weight<D>, KernelError> {
+        linear::Weight::upload_gate_up(self, parts, self.config.weights)
+    }
+
     fn experts(&self, shape: [usize; 3]) -> Result<CudaExperts<D>, KernelError> {
         CudaExperts::room(&self.driver, shape)
     }
@@ -228,6 +232,18 @@ impl<D: Driver> Backend for Cuda<D> {
     fn silu_mul(&self, out: &mut Tensor<Self>, x: &Tensor<Self>) -> Result<(), KernelError> {
         shape::silu_mul(out, x)?;
         self.gate(out, x)
+    }
+
+    fn gated(
+        &self,
+        out: &mut Tensor<Self>,
+        room: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        weight: &linear::Weight<D>,
+    ) -> Result<(), KernelError> {
+        shape::linear(room, x, (weight.rows(), weight.cols()), None)?;
+        shape::silu_mul(out, room)?;
+        self.gated_product(out, room, x, weight)
     }
 
     fn route(&self, routes: &mut Routes<Self>, logits: &Tensor<Self>) -> Result<(), KernelError> {

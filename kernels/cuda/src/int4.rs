@@ -26,26 +26,33 @@ pub(super) struct Int4<D: Driver> {
 
 impl<D: Driver> Int4<D> {
     /// Repacks `parts`, stacked by rows; `None` where the kernels cannot take them as they are.
+    /// `pairs` as [`Extent`]'s.
     pub(super) fn new(
         device: &Cuda<D>,
         parts: &[WeightPart<'_>],
+        pairs: usize,
     ) -> Result<Option<Self>, KernelError> {
         if parts.iter().all(|part| random(part).is_some()) {
-            return Self::random(device, parts);
+            return Self::random(device, parts, pairs);
         }
         let driver = &device.driver;
         let Some(parts) = Int4Part::all(parts) else { return Ok(None) };
         let (rows, cols) = (parts.iter().map(|part| part.rows).sum::<usize>(), parts[0].cols);
         let plan = Plan::of(&parts[0].columns());
-        let weight = Self::room(driver, &plan, (rows, cols))?;
+        let weight = Self::room(driver, &plan, (rows, cols), pairs)?;
         for strip in 0..rows.div_ceil(STRIP) {
-            weight.records.write(driver, strip, &pack::strip(&parts, &plan, strip))?;
+            let records = pack::strip(&parts, &plan, weight.records.extent(), strip);
+            weight.records.write(driver, strip, &records)?;
         }
         Ok(Some(weight))
     }
 
     /// As [`Self::new`], of parts whose integers the device makes.
-    fn random(device: &Cuda<D>, parts: &[WeightPart<'_>]) -> Result<Option<Self>, KernelError> {
+    fn random(
+        device: &Cuda<D>,
+        parts: &[WeightPart<'_>],
+        pairs: usize,
+    ) -> Result<Option<Self>, KernelError> {
         let shapes: Option<Vec<PartShape>> = parts.iter().map(part::random_shape).collect();
         let Some(shapes) = shapes.filter(|shapes| shapes.len() <= RANDOM_PARTS) else {
             return Ok(None);
@@ -53,7 +60,7 @@ impl<D: Driver> Int4<D> {
         let Some(columns) = Columns::of(&shapes) else { return Ok(None) };
         let plan = Plan::of(&columns);
         let rows = shapes.iter().map(|part| part.rows).sum();
-        let weight = Self::room(&device.driver, &plan, (rows, columns.cols))?;
+        let weight = Self::room(&device.driver, &plan, (rows, columns.cols), pairs)?;
         let (values, extent) = (&weight.records.values, weight.records.extent());
         let records = RandomRecords {
             address: values.address(&device.driver),
@@ -62,6 +69,7 @@ impl<D: Driver> Int4<D> {
             lead: extent.lead,
             records: extent.records(weight.records.numbers()),
             group: plan.unit,
+            pairs: extent.pairs,
         };
         let seeds: Vec<_> =
             parts.iter().filter_map(|part| Some((random(part)?, part.rows))).collect();
@@ -70,8 +78,14 @@ impl<D: Driver> Int4<D> {
     }
 
     /// Records of zeros, and the order of columns.
-    fn room(driver: &D, plan: &Plan, shape: (usize, usize)) -> Result<Self, KernelError> {
+    fn room(
+        driver: &D,
+        plan: &Plan,
+        shape: (usize, usize),
+        pairs: usize,
+    ) -> Result<Self, KernelError> {
         let (numbers, extent) = plan.records(shape);
+        let extent = Extent { pairs, ..extent };
         let records = upload::room(driver, numbers, extent)?;
         let order = match plan.lead {
             Some(_) => None,
@@ -114,8 +128,8 @@ impl Plan {
     /// What records of so many rows and columns hold.
     fn records(&self, (rows, cols): (usize, usize)) -> (Numbers, Extent) {
         let extent = match self.lead {
-            Some(lead) => Extent { rows, cols, lead },
-            None => Extent { rows, cols: self.columns.len(), lead: 0 },
+            Some(lead) => Extent { lead, ..Extent::plain((rows, cols)) },
+            None => Extent::plain((rows, self.columns.len())),
         };
         (Numbers::Int4 { group: self.unit }, extent)
     }

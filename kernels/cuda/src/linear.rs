@@ -5,6 +5,7 @@ pub(super) mod upload;
 
 use super::{
     Array, Cuda, Driver, Element, Floats, Gemm, Scales,
+    elementwise::{VECTOR, bf16_vectors},
     fp8::{SCALED_COLS_MAX, ScaledRows},
     int4::{self, Int4},
     skinny::{self, Extent, Inputs, Numbers, Records},
@@ -47,7 +48,7 @@ impl WeightFormat {
     fn rounded_bytes(self, stack: &[PartShape]) -> u64 {
         let (rows, cols) = stacked(stack);
         match self.records((rows, cols)) {
-            Some(numbers) => skinny::bytes(numbers, Extent { rows, cols, lead: 0 }) as u64,
+            Some(numbers) => skinny::bytes(numbers, Extent::plain((rows, cols))) as u64,
             None => Self::table_bytes(stack),
         }
     }
@@ -73,7 +74,7 @@ pub(super) fn workspace_bytes(
 ) -> usize {
     let rounded = || {
         let (rows, cols) = stacked(stack);
-        Some((format.records((rows, cols))?, Extent { rows, cols, lead: 0 }, false))
+        Some((format.records((rows, cols))?, Extent::plain((rows, cols)), false))
     };
     let Some((numbers, extent, is_permuted)) = int4::records(stack).or_else(rounded) else {
         return 0;
@@ -115,22 +116,41 @@ impl<D: Driver> Weight<D> {
         parts: &[WeightPart<'_>],
         format: WeightFormat,
     ) -> Result<Self, KernelError> {
+        Self::upload_as(device, parts, format, 0)
+    }
+
+    /// As [`Self::upload`], for [`Cuda::gated_product`]: rows of gate and up lie in turn, where
+    /// there are records and outputs are whole vectors.
+    pub(super) fn upload_gate_up(
+        device: &Cuda<D>,
+        parts: &[WeightPart<'_>],
+        format: WeightFormat,
+    ) -> Result<Self, KernelError> {
+        let (rows, _) = WeightPart::check(parts)?;
+        let pairs = if rows.is_multiple_of(2 * VECTOR) { rows / 2 } else { 0 };
+        Self::upload_as(device, parts, format, pairs)
+    }
+
+    /// `pairs` as [`Extent`]'s.
+    fn upload_as(
+        device: &Cuda<D>,
+        parts: &[WeightPart<'_>],
+        format: WeightFormat,
+        pairs: usize,
+    ) -> Result<Self, KernelError> {
         let (rows, cols) = WeightPart::check(parts)?;
-        match Int4::new(device, parts)? {
-            Some(values) => Ok(Self { rows, cols, stored: Stored::Int4(values) }),
-            None => {
-                let stored = match format.records((rows, cols)) {
-                    Some(numbers) => {
-                        Stored::Records(upload::records(device, parts, (rows, cols), numbers)?)
-                    }
-                    None => {
-                        device.driver.expect_products((rows, cols), false)?;
-                        Stored::Rows(upload::bf16(device, parts, (rows, cols))?)
-                    }
-                };
-                Ok(Self { rows, cols, stored })
+        let stored = match (Int4::new(device, parts, pairs)?, format.records((rows, cols))) {
+            (Some(values), _) => Stored::Int4(values),
+            (None, Some(numbers)) => {
+                let extent = Extent { pairs, ..Extent::plain((rows, cols)) };
+                Stored::Records(upload::records(device, parts, extent, numbers)?)
             }
-        }
+            (None, None) => {
+                device.driver.expect_products((rows, cols), false)?;
+                Stored::Rows(upload::bf16(device, parts, (rows, cols))?)
+            }
+        };
+        Ok(Self { rows, cols, stored })
     }
 
     /// Every stored format, rounded to bf16.
@@ -151,6 +171,16 @@ impl<D: Driver> Weight<D> {
     /// K.
     pub fn cols(&self) -> usize {
         self.cols
+    }
+
+    /// Whether its rows are pairs of gate and up, which few rows of x are multiplied with at once.
+    fn is_paired(&self) -> bool {
+        match &self.stored {
+            Stored::Rows(_) => false,
+            Stored::Records(records) | Stored::Int4(Int4 { records, .. }) => {
+                records.extent().pairs > 0
+            }
+        }
     }
 
     /// Where the rows [N, K] lie as bf16.
@@ -181,10 +211,43 @@ impl<D: Driver> Cuda<D> {
         // The library adds a bias of the output's own type, and here that is bf16.
         let fits = bias.is_none() || bf16(&out.data);
         ensure("linear", fits, || "no output in f32 takes a bias".into())?;
-        if x.rows == 0 {
+        ensure("linear", !weight.is_paired(), || {
+            "a weight of gate and up is multiplied by `gated` alone".into()
+        })?;
+        let call = Call { x: self.at(x), m: x.rows, bias: bias.map(|bias| self.at(bias)) };
+        self.multiply(out, weight, call)
+    }
+
+    /// out [T, I] = silu(gate) · up of x · weightᵀ, which many rows leave in `room` [T, 2 I] first.
+    /// The bits are those of the two ops.
+    pub(super) fn gated_product(
+        &self,
+        out: &mut Tensor<Self>,
+        room: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        weight: &Weight<D>,
+    ) -> Result<(), KernelError> {
+        bf16_vectors("gated", &[out, room])?;
+        let fits = x.data.element() == Element::Bf16;
+        ensure("gated", fits, || "activations are not bf16".into())?;
+        let call = Call { x: self.at(x), m: x.rows, bias: None };
+        if weight.is_paired() && x.rows <= RECORDS_ROWS_MAX {
+            return self.multiply(out, weight, call);
+        }
+        self.multiply(room, weight, call)?;
+        self.gate(out, room)
+    }
+
+    /// Of a paired weight and rows that records are multiplied with, `out` is [T, I].
+    fn multiply(
+        &self,
+        out: &mut Tensor<Self>,
+        weight: &Weight<D>,
+        call: Call,
+    ) -> Result<(), KernelError> {
+        if call.m == 0 {
             return Ok(());
         }
-        let call = Call { x: self.at(x), m: x.rows, bias: bias.map(|bias| self.at(bias)) };
         match &weight.stored {
             Stored::Rows(values) => {
                 let values = values.address(&self.driver);
@@ -194,11 +257,11 @@ impl<D: Driver> Cuda<D> {
             Stored::Int4(Int4 { records, order: None }) => {
                 self.records_product(out, records, call, 0)
             }
-            Stored::Int4(weight @ Int4 { records, order: Some(order) }) => {
-                let bytes = gathered_bytes(x.rows, records.extent());
+            Stored::Int4(int4 @ Int4 { records, order: Some(order) }) => {
+                let bytes = gathered_bytes(call.m, records.extent());
                 // For the whole product at once: the workspace moves as it grows.
-                let gathered = self.workspace(bytes + self.product_bytes(records, x.rows))?;
-                self.gather_columns(gathered, (call.x, x.rows, x.cols), weight, order)?;
+                let gathered = self.workspace(bytes + self.product_bytes(records, call.m))?;
+                self.gather_columns(gathered, (call.x, call.m, weight.cols), int4, order)?;
                 self.records_product(out, records, Call { x: gathered, ..call }, bytes)
             }
         }

@@ -48,6 +48,8 @@ struct RandomInt4Args {
     group: u32,
     factor: u32,
     zero: u32,
+    pairs: u32,
+    unused: u32,
 }
 
 /// Records of integers of 4 bits to be filled, by address.
@@ -60,6 +62,8 @@ pub(super) struct RandomRecords {
     pub records: usize,
     /// Columns with one scale.
     pub group: usize,
+    /// As [`Extent`](crate::skinny::Extent)'s.
+    pub pairs: usize,
 }
 
 /// The seed and place of a part without numbers.
@@ -118,6 +122,8 @@ impl<D: Driver> Cuda<D> {
             factor: (BIASED | u32::from(RANDOM_INT4_ZERO)) << 16
                 | u32::from(random_int4_scale().to_bits()),
             zero: u32::from(RANDOM_INT4_ZERO),
+            pairs: to.pairs as u32,
+            unused: 0,
         };
         for (place, (random, rows)) in args.parts.iter_mut().zip(parts) {
             *place = RandomPart {

@@ -2,7 +2,10 @@
 //! `skinny_linear.cuh`, `skinny_pack.cu`; the layout is that of `skinny.cuh`.
 //!
 //! A product takes up to 64 rows of x at a time, and a row's bits are the same in every batch. What
-//! is multiplied by the device's own products is unpacked for them.
+//! is multiplied by the device's own products is unpacked for them. Where rows of gate and up lie
+//! in turn, what is written is silu(gate) · up, with the bits of the two ops.
+
+mod pack;
 
 use super::{Array, Cuda, Driver, Element, Floats, Launch};
 use kernels::{KernelError, shape::ensure};
@@ -17,7 +20,6 @@ const TILE: usize = STRIPS * STRIP;
 /// Warps of a block that multiply.
 const WARPS: usize = 8;
 const THREADS: u32 = (WARPS as u32 + 1) * 32;
-const PACK_THREADS: usize = 256;
 /// Bytes before the ring of stages.
 const HEAD_BYTES: usize = 128;
 const STAGES_MAX: usize = 8;
@@ -110,9 +112,22 @@ pub(super) struct Extent {
     pub cols: usize,
     /// Columns of zeros before the first.
     pub lead: usize,
+    /// Where rows are gates, then as many ups, and lie in turn: how many of each, a multiple of 8;
+    /// 0 where rows lie as they are.
+    pub pairs: usize,
 }
 
 impl Extent {
+    /// Rows that lie as they are, from the first column on.
+    pub(super) fn plain((rows, cols): (usize, usize)) -> Self {
+        Self { rows, cols, lead: 0, pairs: 0 }
+    }
+
+    /// The row of the matrix that lies at `row`.
+    pub(super) fn row_of_matrix(self, row: usize) -> usize {
+        if row < 2 * self.pairs { row % 2 * self.pairs + row / 2 } else { row }
+    }
+
     /// Records of a strip.
     pub(super) fn records(self, numbers: Numbers) -> usize {
         (self.lead + self.cols).div_ceil(numbers.cols())
@@ -204,32 +219,7 @@ struct LinearArgs {
     stages: u32,
     out_f32: u32,
     in_bulk: u32,
-    unused: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct PackArgs {
-    weight: u64,
-    from: u64,
-    first: u32,
-    rows: u32,
-    cols: u32,
-    records: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct UnpackArgs {
-    weight: u64,
-    scales: u64,
-    out: u64,
-    rows: u32,
-    cols: u32,
-    lead: u32,
-    records: u32,
-    strips: u32,
-    unused: u32,
+    pairs: u32,
 }
 
 /// What a product with a weight in records takes beside it, by address.
@@ -294,63 +284,12 @@ impl<D: Driver> Records<D> {
 }
 
 impl<D: Driver> Cuda<D> {
-    /// Writes rows `first` and on from [rows, K] at `from`: bf16, or e4m3.
-    pub(super) fn pack_rows(
-        &self,
-        to: &Records<D>,
-        (first, rows): (usize, usize),
-        from: u64,
-    ) -> Result<(), KernelError> {
-        let args = PackArgs {
-            weight: to.values.address(&self.driver),
-            from,
-            first: first as u32,
-            rows: rows as u32,
-            cols: to.extent.cols as u32,
-            records: to.extent.records(to.numbers) as u32,
-        };
-        let kernel = match to.numbers {
-            Numbers::E4m3 => "skinny_pack_e4m3",
-            Numbers::Bf16 | Numbers::Int4 { .. } => "skinny_pack_bf16",
-        };
-        let blocks = (rows * to.extent.cols / 8).div_ceil(PACK_THREADS) as u32;
-        self.driver.launch(Launch::new(kernel, [blocks, 1, 1], PACK_THREADS as u32, &args))
-    }
-
-    /// [N, K] as rows in bf16, at `to`.
-    pub(super) fn unpack_rows(&self, to: u64, weight: &Records<D>) -> Result<(), KernelError> {
-        self.unpack(to, weight, weight.numbers.kernels().unpack)
-    }
-
-    /// [N, K] as rows of e4m3, at `to`, of a weight that is of e4m3.
-    pub(super) fn unpack_codes(&self, to: u64, weight: &Records<D>) -> Result<(), KernelError> {
-        self.unpack(to, weight, "skinny_unpack_codes")
-    }
-
-    fn unpack(&self, to: u64, weight: &Records<D>, kernel: &str) -> Result<(), KernelError> {
-        let Extent { rows, cols, lead } = weight.extent;
-        let (strips, records) = (weight.extent.strips(), weight.extent.records(weight.numbers));
-        let args = UnpackArgs {
-            weight: weight.values.address(&self.driver),
-            scales: weight.scales().map_or(0, |scales| scales.address(&self.driver)),
-            out: to,
-            rows: rows as u32,
-            cols: cols as u32,
-            lead: lead as u32,
-            records: records as u32,
-            strips: strips as u32,
-            unused: 0,
-        };
-        // A warp for each record.
-        let blocks = (strips * records * 32).div_ceil(PACK_THREADS) as u32;
-        self.driver.launch(Launch::new(kernel, [blocks, 1, 1], PACK_THREADS as u32, &args))
-    }
-
     fn shared_room(&self) -> usize {
         self.driver.facts().shared_bytes_max as usize
     }
 
-    /// out [m, N] = x · weightᵀ (+ bias), as many rows at a time as a launch takes.
+    /// out [m, N] = x · weightᵀ (+ bias), as many rows at a time as a launch takes. Of pairs,
+    /// out [m, N / 2] = silu(gate) · up.
     pub(super) fn multiply_records(
         &self,
         out: &mut Floats<D>,
@@ -359,6 +298,7 @@ impl<D: Driver> Cuda<D> {
     ) -> Result<(), KernelError> {
         let (numbers, extent) = (weight.numbers, weight.extent);
         let (room, parts) = (self.shared_room(), extent.parts());
+        let out_cols = if extent.pairs > 0 { extent.pairs } else { extent.rows };
         let tokens_most = numbers.token_tile(inputs.m, room);
         let facts = self.driver.facts();
         let units = (extent.tiles() * parts) as u32;
@@ -368,7 +308,7 @@ impl<D: Driver> Cuda<D> {
             let tokens = (inputs.m - first).min(tokens_most);
             let tile = numbers.token_tile(tokens, room);
             let stages = numbers.stages(tile, room);
-            let out_at = first * extent.rows * out.element().bytes();
+            let out_at = first * out_cols * out.element().bytes();
             let args = LinearArgs {
                 weight: address(&weight.values),
                 x: inputs.x + (first * extent.cols * Element::Bf16.bytes()) as u64,
@@ -386,7 +326,7 @@ impl<D: Driver> Cuda<D> {
                 stages: stages as u32,
                 out_f32: u32::from(out.element() == Element::F32),
                 in_bulk: u32::from(facts.compute_capability.0 >= 9),
-                unused: 0,
+                pairs: extent.pairs as u32,
             };
             let kernel = numbers.kernels().products[tile.ilog2() as usize - 3];
             let shared = (HEAD_BYTES + stages * numbers.stage_bytes(tile)) as u32;
@@ -445,7 +385,7 @@ mod tests {
             (8192, 7392),
         ];
         for (rows, cols) in shapes {
-            let extent = Extent { rows, cols, lead: 0 };
+            let extent = Extent::plain((rows, cols));
             let (parts, steps) = (extent.parts(), cols.div_ceil(STEP_COLS));
             let units = extent.tiles() * parts;
             let of_block = |block: usize| -> usize {

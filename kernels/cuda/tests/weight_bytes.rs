@@ -35,9 +35,20 @@ fn numbers(rows: usize, cols: usize) -> PartShape {
     PartShape { rows, cols, integers: None }
 }
 
-fn held(weights: WeightFormat, parts: &[WeightPart<'_>], is_table: bool) -> u64 {
+#[derive(Clone, Copy)]
+enum As {
+    Weight,
+    GateUp,
+    Table,
+}
+
+fn held(weights: WeightFormat, parts: &[WeightPart<'_>], uploaded: As) -> u64 {
     let device = Cuda::new(Counting::new(), CudaConfig { weights, ..CudaConfig::default() });
-    let weight = if is_table { device.table(parts) } else { device.weight(parts) };
+    let weight = match uploaded {
+        As::Weight => device.weight(parts),
+        As::GateUp => device.gate_up(parts),
+        As::Table => device.table(parts),
+    };
     let _weight = weight.expect("an upload");
     device.driver().held() as u64
 }
@@ -65,14 +76,18 @@ fn a_weight_takes_the_bytes_it_is_said_to() {
     for shapes in stacks() {
         let parts = parts(&shapes);
         for format in [WeightFormat::Bf16, WeightFormat::Fp8] {
-            assert_eq!(held(format, &parts, false), format.bytes(&shapes), "{format:?} {shapes:?}");
-            assert_eq!(held(format, &parts, true), WeightFormat::table_bytes(&shapes), "a table");
+            for uploaded in [As::Weight, As::GateUp] {
+                let held = held(format, &parts, uploaded);
+                assert_eq!(held, format.bytes(&shapes), "{format:?} {shapes:?}");
+            }
+            let table = held(format, &parts, As::Table);
+            assert_eq!(table, WeightFormat::table_bytes(&shapes), "a table");
         }
     }
     let scaled = Scaled { values: vec![0; 64 * 32].into(), run: 32, scales: vec![1.0; 64] };
     let scaled = [WeightPart { rows: 64, cols: 32, stored: Stored::Scaled(scaled) }];
     // One record of 64 by 64, and eight counters.
-    assert_eq!(held(WeightFormat::Bf16, &scaled, false), 2 * 64 * 64 + 32);
+    assert_eq!(held(WeightFormat::Bf16, &scaled, As::Weight), 2 * 64 * 64 + 32);
     assert_eq!(WeightFormat::Bf16.bytes(&[numbers(64, 32)]), 2 * 64 * 64 + 32);
 }
 
@@ -90,7 +105,7 @@ fn a_weight_that_the_device_makes_takes_as_many() {
     let part = WeightPart { rows: 72, cols: 136, stored: Stored::Random(random) };
     let groups = Groups::Runs { size: 128, first: 64 };
     let bytes = WeightFormat::Bf16.bytes(&[integers(72, 136, 4, groups)]);
-    assert_eq!(held(WeightFormat::Bf16, &[part], false), bytes);
+    assert_eq!(held(WeightFormat::Bf16, &[part], As::Weight), bytes);
 }
 
 /// Products of up to 192 rows are made of records as they lie, those of more of what is unpacked.
@@ -101,21 +116,35 @@ fn products_take_the_workspace_they_are_said_to() {
         .flat_map(|shapes| [(shapes.clone(), WeightFormat::Bf16), (shapes, WeightFormat::Fp8)])
     {
         let config = CudaConfig { weights, ..CudaConfig::default() };
-        let (rows, cols) = (shapes.iter().map(|shape| shape.rows).sum(), shapes[0].cols);
+        let (rows, cols): (usize, _) =
+            (shapes.iter().map(|shape| shape.rows).sum(), shapes[0].cols);
         for most in [1, 9, 40, 64, 65, 192, 193, 5000] {
             let device = Cuda::new(Counting::new(), config);
             let weight = device.weight(&parts(&shapes)).expect("an upload");
-            let before = device.driver().held();
-            for m in [1, 64, 192, most].into_iter().filter(|m| *m <= most) {
-                let x = Tensor::zeros(&device, m, cols).expect("x");
-                let mut out = Tensor::zeros(&device, m, rows).expect("out");
-                device.linear(&mut out, &x, &weight, None).expect("a product");
-            }
+            let gate_up = device.gate_up(&parts(&shapes)).expect("an upload");
             let products = device.driver().facts().fp8_products();
             let wanted = match config.product_bytes(&shapes, most, products) {
                 0 => 0,
                 bytes => bytes.next_power_of_two(),
             };
+            let before = device.driver().held();
+            let steps = || [1, 64, 192, most].into_iter().filter(|m| *m <= most);
+            // Halves of whole vectors, which `gated` wants.
+            if rows % 16 == 0 {
+                for m in steps() {
+                    let x = Tensor::zeros(&device, m, cols).expect("x");
+                    let mut room = Tensor::zeros(&device, m, rows).expect("room");
+                    let mut out = Tensor::zeros(&device, m, rows / 2).expect("out");
+                    device.gated(&mut out, &mut room, &x, &gate_up).expect("a product");
+                }
+                let held = device.driver().held() - before;
+                assert_eq!(held, wanted, "gated, {most} rows by {weights:?} {shapes:?}");
+            }
+            for m in steps() {
+                let x = Tensor::zeros(&device, m, cols).expect("x");
+                let mut out = Tensor::zeros(&device, m, rows).expect("out");
+                device.linear(&mut out, &x, &weight, None).expect("a product");
+            }
             let held = device.driver().held() - before;
             assert_eq!(held, wanted, "up to {most} rows by {weights:?} {shapes:?}");
         }

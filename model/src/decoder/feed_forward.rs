@@ -59,8 +59,7 @@ impl<B: Backend> Ffn<B> {
         room: &mut FfnScratch<B>,
         cols: &[usize],
     ) -> Result<(), ModelError> {
-        device.linear(&mut room.gate_up, x, &self.gate_up, None)?;
-        device.silu_mul(&mut room.activation.local, &room.gate_up)?;
+        device.gated(&mut room.activation.local, &mut room.gate_up, x, &self.gate_up)?;
         let activation = room.activation.gather(device, group, cols)?;
         Ok(device.linear(out, activation, &self.down, None)?)
     }

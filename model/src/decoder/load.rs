@@ -22,6 +22,12 @@ impl<B: Backend> Upload<'_, B> {
         Ok(weight)
     }
 
+    fn gate_up(&mut self, parts: Vec<WeightPart<'static>>) -> Result<B::Weight, ModelError> {
+        let weight = self.device.gate_up(&parts)?;
+        self.sent(&parts);
+        Ok(weight)
+    }
+
     fn table(&mut self, parts: Vec<WeightPart<'static>>) -> Result<B::Weight, ModelError> {
         let table = self.device.table(&parts)?;
         self.sent(&parts);
@@ -166,7 +172,7 @@ impl<B: Backend> Ffn<B> {
         (layer, block): (usize, FfnBlock),
     ) -> Result<Self, ModelError> {
         Ok(Self {
-            gate_up: upload.weight(checkpoint.gate_up(layer, block, shard)?)?,
+            gate_up: upload.gate_up(checkpoint.gate_up(layer, block, shard)?)?,
             down: upload.weight(checkpoint.down(layer, block, shard)?)?,
         })
     }

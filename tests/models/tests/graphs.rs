@@ -195,3 +195,30 @@ fn a_step_is_one_copy_two_small_kernels_and_one_graph() {
     let blocks = (0..20).map(|_| step(3)).filter(|(_, _, launches, _)| *launches == 2 + 2).count();
     assert_eq!(blocks, 1);
 }
+
+/// What a layer launches in a captured decode step: gate, up and silu are one kernel.
+#[test]
+fn a_layer_of_a_captured_step_is_eight_kernels() {
+    const LAYER: [&str; 8] = [
+        "skinny_linear_bf16_t8",
+        "rope_d128",
+        "attention_decode_d128_bf16",
+        "skinny_linear_bf16_t8",
+        "add_rms_norm_1024",
+        // silu(gate) · up, without "silu_mul_bf16" behind it.
+        "skinny_linear_bf16_t8",
+        "skinny_linear_bf16_t8",
+        // The next layer's norm, where there is one.
+        "add_rms_norm_1024",
+    ];
+    let (_, counts) = answers("qwen2_gqa2_hd128", 1, true, staged);
+    let captured = counts.captured();
+    assert!(!captured.is_empty());
+    for graph in captured {
+        let (first, rest) = graph.split_at(2);
+        assert_eq!(first, ["gather_bf16", "rms_norm_1024"]);
+        let (layers, end) = rest.split_at(2 * LAYER.len() - 1);
+        assert_eq!(layers, &[LAYER, LAYER].concat()[..2 * LAYER.len() - 1]);
+        assert_eq!(end, ["add_bf16", "gather_bf16", "rms_norm_1024", "a product"]);
+    }
+}

@@ -43,17 +43,17 @@ fn product<D: Driver>((m, n, k): (usize, usize, usize)) -> Bench<D> {
 
 fn prepared<D: Driver>((m, n, k): (usize, usize, usize)) -> Prepare<D> {
     Box::new(move |device| {
-        let weight = weight(device, (n, k))?;
+        let weight = weight((n, k), |parts| device.weight(parts))?;
         let (x, mut out) = (noisy(device, m, k)?, Tensor::zeros(device, m, n)?);
         Ok(Box::new(move |device: &Cuda<D>| device.linear(&mut out, &x, &weight, None)))
     })
 }
 
-/// [n, k] of noise in groups of 128.
-pub(super) fn weight<D: Driver>(
-    device: &Cuda<D>,
+/// [n, k] of noise in groups of 128, as `upload` takes it.
+pub(super) fn weight<W>(
     (n, k): (usize, usize),
-) -> Result<<Cuda<D> as Backend>::Weight, KernelError> {
+    upload: impl FnOnce(&[WeightPart<'_>]) -> Result<W, KernelError>,
+) -> Result<W, KernelError> {
     let integer = |v: &f32| ((v + 1.0) * 8.0) as u8 & 15;
     let most = parts_of(n, k).next().unwrap_or(0) * k;
     let piece: Vec<u8> = noise(9, most).iter().map(integer).collect();
@@ -68,7 +68,7 @@ pub(super) fn weight<D: Driver>(
         });
         WeightPart { rows, cols: k, stored }
     };
-    device.weight(&parts_of(n, k).map(part).collect::<Vec<_>>())
+    upload(&parts_of(n, k).map(part).collect::<Vec<_>>())
 }
 
 /// Bytes of it: a number in half a byte, and 4 bytes of scale and zero point for each group of a

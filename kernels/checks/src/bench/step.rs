@@ -4,10 +4,10 @@
 //! A layer stands for all: its weights are many times what a cache holds, and so it is run again
 //! and again. The logits and what ranks exchange are not in it.
 
-use super::{Scale, attention::filled, batch, int4, noisy, noisy_weight};
+use super::{Scale, attention::filled, batch, int4, noisy, with_noise};
 use crate::{BF16, flat::no_turn};
 use cuda::{Cuda, CudaConfig, Driver, WeightFormat};
-use kernels::{BLOCK_TOKENS, Backend, Batch, Heads, KernelError, Rotation, Tensor};
+use kernels::{BLOCK_TOKENS, Backend, Batch, Heads, KernelError, Rotation, Tensor, WeightPart};
 use std::time::Duration;
 
 /// Times that are taken of a step, and of each kernel; medians count.
@@ -141,8 +141,7 @@ impl Step {
                 cached + vectors(2 * attended)
             }
             Op::Out => product(hidden, attended),
-            Op::GateUp => product(2 * intermediate, hidden),
-            Op::Silu => vectors(3 * intermediate),
+            Op::GateUp => product(2 * intermediate, hidden) - vectors(intermediate),
             Op::Down => product(hidden, intermediate),
         };
         bytes as f64
@@ -183,12 +182,11 @@ enum Op {
     Out,
     NormBehind,
     GateUp,
-    Silu,
     Down,
 }
 
 impl Op {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 8] = [
         Self::NormBefore,
         Self::Qkv,
         Self::Rotate,
@@ -196,7 +194,6 @@ impl Op {
         Self::Out,
         Self::NormBehind,
         Self::GateUp,
-        Self::Silu,
         Self::Down,
     ];
 
@@ -208,14 +205,14 @@ impl Op {
             Self::Attention => "attention",
             Self::Out => "out",
             Self::NormBehind => "add, norm behind attention",
-            Self::GateUp => "gate, up",
-            Self::Silu => "silu",
+            Self::GateUp => "gate, up, silu",
             Self::Down => "down",
         }
     }
 }
 
 type Weight<D> = <Cuda<D> as Backend>::Weight;
+type Upload<'a, D> = &'a dyn Fn(&[WeightPart<'_>]) -> Result<Weight<D>, KernelError>;
 
 /// One layer's weights.
 pub struct Layer<D: Driver> {
@@ -232,15 +229,16 @@ impl<D: Driver> Layer<D> {
     /// What the device refuses.
     pub fn new(device: &Cuda<D>, of: &Sized) -> Result<Self, KernelError> {
         let Sized { hidden, heads, intermediate, form, .. } = *of;
-        let weight = |n, k| match form {
-            Form::Int4 => int4::weight(device, (n, k)),
-            Form::Bf16OfFour | Form::Fp8 => noisy_weight(device, n, k),
+        let made = |n, k, upload: Upload<'_, D>| match form {
+            Form::Int4 => int4::weight((n, k), upload),
+            Form::Bf16OfFour | Form::Fp8 => with_noise(n, k, upload),
         };
+        let weight = |n, k| made(n, k, &|parts| device.weight(parts));
         Ok(Self {
             qkv: weight(heads.qkv_cols(), hidden)?,
             bias: noisy(device, 1, heads.qkv_cols())?,
             out: weight(hidden, heads.q * heads.dim)?,
-            gate_up: weight(2 * intermediate, hidden)?,
+            gate_up: made(2 * intermediate, hidden, &|parts| device.gate_up(parts))?,
             down: weight(hidden, intermediate)?,
             norm: noisy(device, 1, hidden)?,
         })
@@ -302,8 +300,7 @@ impl<D: Driver> Running<D> {
                 device.attention(&mut s.attended, &s.qkv, &s.kv, &s.batch, s.heads, None)
             }
             Op::Out => device.linear(&mut s.delta, &s.attended, &layer.out, None),
-            Op::GateUp => device.linear(&mut s.gate_up, &s.normed, &layer.gate_up, None),
-            Op::Silu => device.silu_mul(&mut s.gated, &s.gate_up),
+            Op::GateUp => device.gated(&mut s.gated, &mut s.gate_up, &s.normed, &layer.gate_up),
             Op::Down => device.linear(&mut s.delta, &s.gated, &layer.down, None),
         }
     }

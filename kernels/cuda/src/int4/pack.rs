@@ -5,7 +5,7 @@
 //! places is of one group and a stage is whole.
 
 use super::part::{Columns, Int4Part};
-use crate::skinny::{Numbers, STRIP};
+use crate::skinny::{Extent, Numbers, STRIP};
 
 /// Columns of a record.
 const STAGE_COLS: usize = 128;
@@ -88,32 +88,38 @@ fn by_group(of: &Columns<'_>, unit: usize) -> Vec<Option<usize>> {
     members.concat()
 }
 
+/// The part that has row `row` of the stack, and which of its rows that is.
+fn part_of<'p, 'a>(parts: &'p [Int4Part<'a>], mut row: usize) -> Option<(&'p Int4Part<'a>, usize)> {
+    for part in parts {
+        if row < part.rows {
+            return Some((part, row));
+        }
+        row -= part.rows;
+    }
+    None
+}
+
 /// The records of strip `strip` of the stacked parts.
-pub(super) fn strip(parts: &[Int4Part<'_>], plan: &Plan, strip: usize) -> Vec<u8> {
+pub(super) fn strip(parts: &[Int4Part<'_>], plan: &Plan, extent: Extent, strip: usize) -> Vec<u8> {
     let places = plan.columns.len();
     // [places, 64 rows] and [units, 64 rows]: rows past the last multiply by zero.
     let mut quants = vec![0u8; STRIP * places];
     let mut factors = vec![BIASED << 16; STRIP * plan.groups.len()];
-    let mut first_row = 0;
-    for part in parts {
-        let first = (strip * STRIP).clamp(first_row, first_row + part.rows);
-        let end = ((strip + 1) * STRIP).clamp(first_row, first_row + part.rows);
-        for (place, column) in plan.columns.iter().enumerate() {
-            let Some(column) = *column else { continue };
-            for row in first..end {
-                quants[place * STRIP + row % STRIP] = part.quant(row - first_row, column);
-            }
+    let rows = strip * STRIP..((strip + 1) * STRIP).min(extent.rows);
+    let rows: Vec<_> = rows.filter_map(|row| part_of(parts, extent.row_of_matrix(row))).collect();
+    for (place, column) in plan.columns.iter().enumerate() {
+        let Some(column) = *column else { continue };
+        for (at, (part, row)) in rows.iter().enumerate() {
+            quants[place * STRIP + at] = part.quant(*row, column);
         }
-        for (unit, group) in plan.groups.iter().enumerate() {
-            let Some(group) = *group else { continue };
-            for row in first..end {
-                let (zero, scale) =
-                    (part.zero(row - first_row, group), part.scale(row - first_row, group));
-                factors[unit * STRIP + row % STRIP] =
-                    (BIASED | u32::from(zero)) << 16 | u32::from(scale.to_bits());
-            }
+    }
+    for (unit, group) in plan.groups.iter().enumerate() {
+        let Some(group) = *group else { continue };
+        for (at, (part, row)) in rows.iter().enumerate() {
+            let (zero, scale) = (part.zero(*row, group), part.scale(*row, group));
+            factors[unit * STRIP + at] =
+                (BIASED | u32::from(zero)) << 16 | u32::from(scale.to_bits());
         }
-        first_row += part.rows;
     }
     let mut words = Vec::with_capacity(plan.bytes());
     for stage in 0..plan.stages() {
@@ -195,7 +201,7 @@ mod tests {
             let plan = Plan::of(&parts[0].columns());
             assert_eq!((plan.stages(), plan.lead), (2, Some(0)));
             for n in 0..rows {
-                let strip = strip(&parts, &plan, n / STRIP);
+                let strip = strip(&parts, &plan, Extent::plain((rows, cols)), n / STRIP);
                 assert_eq!(strip.len(), 2 * plan.record_bytes());
                 for k in 0..cols {
                     let record = &strip[k / STAGE_COLS * plan.record_bytes()..];
@@ -214,11 +220,31 @@ mod tests {
         let part = |rows, grouped| Int4Part { rows, cols: 128, grouped };
         let parts = [part(24, &one), part(56, &two)];
         let plan = Plan::of(&parts[0].columns());
-        let strips = [strip(&parts, &plan, 0), strip(&parts, &plan, 1)];
+        let strips = [0, 1].map(|at| strip(&parts, &plan, Extent::plain((80, 128)), at));
         for (row, n) in [(23, 23), (24, 0), (63, 39), (64, 40), (79, 55)] {
             let got = unpacked(&strips[row / STRIP], 128, row % STRIP, 77);
             assert_eq!(got.0, quant(n, 77) as u32, "row {row}");
             assert_eq!(got.2, n as f32 / 64.0, "row {row}");
+        }
+        // Rows that pad the last strip are zero.
+        assert_eq!(unpacked(&strips[1], 128, 16, 77), (0, 0, 0.0));
+    }
+
+    #[test]
+    fn rows_of_gate_and_up_lie_in_turn() {
+        let (mut gate, up) = (runs(40, 128, 128), runs(40, 128, 128));
+        gate.scales.iter_mut().for_each(|scale| *scale = f16::from_f32(-scale.to_f32() - 1.0));
+        let part = |grouped| Int4Part { rows: 40, cols: 128, grouped };
+        let parts = [part(&gate), part(&up)];
+        let plan = Plan::of(&parts[0].columns());
+        let extent = Extent { pairs: 40, ..Extent::plain((80, 128)) };
+        let strips = [0, 1].map(|at| strip(&parts, &plan, extent, at));
+        for n in 0..40 {
+            let scale = n as f32 / 64.0;
+            for (row, scale) in [(2 * n, -scale - 1.0), (2 * n + 1, scale)] {
+                let got = unpacked(&strips[row / STRIP], 128, row % STRIP, 77);
+                assert_eq!(got, (quant(n, 77) as u32, n as u32 % 16, scale), "row {row}");
+            }
         }
         // Rows that pad the last strip are zero.
         assert_eq!(unpacked(&strips[1], 128, 16, 77), (0, 0, 0.0));

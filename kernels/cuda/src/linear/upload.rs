@@ -60,11 +60,12 @@ pub(crate) fn room<D: Driver>(
 pub(super) fn records<D: Driver>(
     device: &Cuda<D>,
     parts: &[WeightPart<'_>],
-    (rows, cols): (usize, usize),
+    extent: Extent,
     numbers: Numbers,
 ) -> Result<Records<D>, KernelError> {
     let driver = device.driver();
-    let values = room(driver, numbers, Extent { rows, cols, lead: 0 })?;
+    let Extent { rows, cols, .. } = extent;
+    let values = room(driver, numbers, extent)?;
     let row_bytes = cols * Element::Bf16.bytes();
     let rows_most = rows_each(row_bytes).min(rows);
     let piece_memory = Array::zeroed(driver, "a piece of a weight", rows_most * row_bytes)?;
