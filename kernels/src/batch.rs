@@ -28,7 +28,8 @@ impl StepSequence {
     }
 }
 
-/// An entry that a block table gains. A table is filled from its start on; index 0 begins a new one.
+/// An entry that a block table gains. A table is filled from its start on; index 0 begins a new
+/// one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TableBlock {
     pub table: usize,

@@ -265,26 +265,32 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// and to which table's sequence a token is new. It goes to the device with the step.
     fn ask(
         &self,
-        batch: &mut Batch<Self>,
-        room: &mut Self::Sampling,
-        asked: &[(SampleRequest<'_>, Option<usize>)],
-    ) -> Result<(), KernelError>;
+        _batch: &mut Batch<Self>,
+        _room: &mut Self::Sampling,
+        _asked: &[(SampleRequest<'_>, Option<usize>)],
+    ) -> Result<(), KernelError> {
+        Err(no_sampling())
+    }
     /// Begins to choose tokens from `logits` [R, V], in f32: rows `first` and on of what was asked
     /// about. They are left in `batch.last_ids` too. The logits are changed meanwhile, and are as
     /// before afterwards.
     fn sample(
         &self,
-        batch: &mut Batch<Self>,
-        room: &mut Self::Sampling,
-        logits: &mut Tensor<Self>,
-        first: usize,
-    ) -> Result<(), KernelError>;
+        _batch: &mut Batch<Self>,
+        _room: &mut Self::Sampling,
+        _logits: &mut Tensor<Self>,
+        _first: usize,
+    ) -> Result<(), KernelError> {
+        Err(no_sampling())
+    }
     /// Waits for the oldest [`Self::sample`] that was not answered. A refused row says why, and is
     /// no error for the others.
     fn answers(
         &self,
-        room: &mut Self::Sampling,
-    ) -> Result<Vec<Result<Sampled, Refused>>, KernelError>;
+        _room: &mut Self::Sampling,
+    ) -> Result<Vec<Result<Sampled, Refused>>, KernelError> {
+        Err(no_sampling())
+    }
     /// Whether a step may follow another that was not answered: the device knows what it sampled.
     fn keeps_sampled(&self) -> bool {
         false
@@ -381,4 +387,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     ) -> Result<Option<Self::Sampling>, KernelError> {
         Ok(None)
     }
+}
+
+fn no_sampling() -> KernelError {
+    KernelError::Device("the host chooses this device's tokens".into())
 }

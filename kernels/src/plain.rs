@@ -10,7 +10,6 @@ use crate::{
     BLOCK_TOKENS, Backend, Batch, BatchRoom, ExpertRows, Heads, KernelError, Rotation, Routes,
     Step, Tensor, WeightPart,
     host::{self, BatchSequence},
-    sampling::{Refused, SampleRequest, Sampled},
     shape,
 };
 pub use experts::PlainExperts;
@@ -374,29 +373,6 @@ impl Backend for Plain {
             row_mut(out, r).copy_from_slice(row(x, from as usize));
         }
         Ok(())
-    }
-
-    fn ask(
-        &self,
-        _batch: &mut Batch<Self>,
-        room: &mut Infallible,
-        _asked: &[(SampleRequest<'_>, Option<usize>)],
-    ) -> Result<(), KernelError> {
-        match *room {}
-    }
-
-    fn sample(
-        &self,
-        _batch: &mut Batch<Self>,
-        room: &mut Infallible,
-        _logits: &mut Tensor<Self>,
-        _first: usize,
-    ) -> Result<(), KernelError> {
-        match *room {}
-    }
-
-    fn answers(&self, room: &mut Infallible) -> Result<Vec<Result<Sampled, Refused>>, KernelError> {
-        match *room {}
     }
 
     fn mark(&self) -> Result<(), KernelError> {

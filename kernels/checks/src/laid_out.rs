@@ -183,7 +183,8 @@ fn refusals_of_steps<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
         there.lay_out(&mut batch, &step)
     };
     with(&|_| ()).map_err(text)?;
-    let cases: [(&str, &dyn Fn(&mut Step), &str); 11] = [
+    type Change<'a> = &'a dyn Fn(&mut Step);
+    let cases: [(&str, Change<'_>, &str); 11] = [
         ("too many rows", &|s| s.padding = 699, "a step of 701 tokens of 1 sequences"),
         ("few ids", &|s| s.ids.truncate(1), "1 ids for 2 rows"),
         ("no rows", &|s| s.sequences[0].rows = 0, "2 ids for 0 rows"),

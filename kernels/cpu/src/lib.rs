@@ -25,9 +25,7 @@ pub use pool::Pool;
 use attention::{Attention, Scratch};
 use kernels::{
     Backend, Batch, BatchRoom, ExpertRows, Heads, KernelError, Rotation, Routes, Step, Tensor,
-    WeightPart, host,
-    sampling::{Refused, SampleRequest, Sampled},
-    shape,
+    WeightPart, host, shape,
 };
 use kv::{Blocks, Element, Stored};
 use linear::{LinearScratch, Product};
@@ -348,29 +346,6 @@ impl Backend for Cpu {
             out.copy_from_slice(&x[from as usize * cols..][..cols]);
         }
         Ok(())
-    }
-
-    fn ask(
-        &self,
-        _batch: &mut Batch<Self>,
-        room: &mut Infallible,
-        _asked: &[(SampleRequest<'_>, Option<usize>)],
-    ) -> Result<(), KernelError> {
-        match *room {}
-    }
-
-    fn sample(
-        &self,
-        _batch: &mut Batch<Self>,
-        room: &mut Infallible,
-        _logits: &mut Tensor<Self>,
-        _first: usize,
-    ) -> Result<(), KernelError> {
-        match *room {}
-    }
-
-    fn answers(&self, room: &mut Infallible) -> Result<Vec<Result<Sampled, Refused>>, KernelError> {
-        match *room {}
     }
 
     fn mark(&self) -> Result<(), KernelError> {

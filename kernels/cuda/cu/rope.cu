@@ -163,7 +163,8 @@ DEVICE void rotate_and_store(const RopeArgs& args) {
         const bool is_key = head < rotated;
         const uint32_t place = static_cast<uint32_t>(slot);
         const uint32_t kv_head = head - (is_key ? args.q_heads : rotated);
-        const uint64_t block = place / BLOCK_TOKENS * static_cast<uint64_t>(args.kv_heads) + kv_head;
+        const uint64_t kv_heads = args.kv_heads;
+        const uint64_t block = place / BLOCK_TOKENS * kv_heads + kv_head;
         const uint64_t to = (block * BLOCK_TOKENS + place % BLOCK_TOKENS) * D + at;
         store_cached<D>(args, is_key, to, low[i], high[i]);
     }

@@ -325,5 +325,6 @@ KERNEL(sample_draw, SampleArgs, 512) {
     out.logprob = 0.0f;
     out.top_len = 0;
     // Of a row that is refused nobody reads it.
-    if (wanted.table >= 0) args.last_ids[wanted.table] = static_cast<int32_t>(min(token, args.vocab - 1));
+    const auto id = static_cast<int32_t>(min(token, args.vocab - 1));
+    if (wanted.table >= 0) args.last_ids[wanted.table] = id;
 }

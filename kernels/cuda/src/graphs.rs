@@ -1,8 +1,8 @@
 //! Steps that are captured and run again: one launch instead of a thousand.
 //!
-//! Decode steps are padded to few sizes. The first of a size runs as it is, so that whatever is made
-//! at a first use is there; the second is captured. A graph holds addresses: where memory moves, all
-//! are captured anew.
+//! Decode steps are padded to few sizes. The first of a size runs as it is, so that whatever is
+//! made at a first use is there; the second is captured. A graph holds addresses: where memory
+//! moves, all are captured anew.
 
 use super::{Cuda, Driver};
 use kernels::KernelError;

@@ -238,7 +238,7 @@ impl<D: Driver> SampleRoom<D> {
     ) -> Result<(), KernelError> {
         let reading = driver.begin_read(&self.out.memory, 0, rows.len() * OUT)?;
         let Packed { refused, logprobs, .. } = &asked.packed;
-        let rows = rows.map(|row| (refused[row].clone(), logprobs[row])).collect();
+        let rows = rows.map(|row| (refused[row], logprobs[row])).collect();
         self.unanswered.push_back(Unanswered { reading, rows });
         Ok(())
     }
