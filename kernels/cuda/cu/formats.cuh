@@ -199,6 +199,9 @@ DEVICE void fp8x4_to_bf16(uint32_t packed, uint32_t (&pairs)[2]) {
 }
 
 #if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// The largest number of e4m3.
+constexpr float FP8_MAX = 448.0f;
+
 // The e4m3 nearest to x, ties to even; beyond ±448 that, NaN for NaN.
 DEVICE uint32_t fp8_bits(float x) {
     const uint32_t bits = __float_as_uint(x), sign = bits >> 24 & 0x80u;
@@ -253,6 +256,17 @@ DEVICE float exp2_approx(float x) {
 #else
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+// log2(x), within 2^-22 absolute near 1 and relative elsewhere.
+DEVICE float log2_approx(float x) {
+#ifdef LOCKSTEP_EMULATE
+    return log2f(x);
+#else
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 #endif
 }
