@@ -203,24 +203,21 @@ struct Lane {
     DEVICE void soften(float (&scores)[2][4], int from, int to, uint32_t (&p)[4],
                        const float* scales) {
         const int t = static_cast<int>(threadIdx.x) % 4;
-        // log2 of the values' scales, by token of this lane.
-        float shift[4] = {};
+        const auto token_of = [&](int i) { return i / 2 * 8 + 2 * t + i % 2; };
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int token = i / 2 * 8 + 2 * t + i % 2;
-            float key = 1.0f;
+            const int token = token_of(i);
+            float key = 1.0f, shift = 0.0f;
             if constexpr (!WIDE) {
                 key = scales[token];
-                shift[i] = log2_approx(scales[BLOCK_TOKENS + token]);
+                shift = log2_approx(scales[BLOCK_TOKENS + token]);
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 float& score = scores[i / 2][2 * half + i % 2];
-                const float scaled = score * scale[half] * key + shift[i];
+                const float scaled = score * scale[half] * key + shift;
                 score = token >= from && token < to ? scaled : -INFINITY;
             }
-            // What was never written may be anything.
-            if (!WIDE && !(token >= from && token < to)) shift[i] = 0.0f;
         }
         float shrink[2];
 #pragma unroll
@@ -239,9 +236,11 @@ struct Lane {
             if constexpr (WIDE) {
                 sum = (low[0] + low[1]) + (high[0] + high[1]);
             } else {
+                // Read again: registers are short. What was never written may be anything.
+                const volatile float* again = scales + BLOCK_TOKENS;
                 for (int j = 0; j < 2; ++j) {
-                    sum += low[j] * exp2_approx(-shift[j]);
-                    sum += high[j] * exp2_approx(-shift[2 + j]);
+                    sum += low[j] > 0.0f ? low[j] / again[token_of(j)] : 0.0f;
+                    sum += high[j] > 0.0f ? high[j] / again[token_of(2 + j)] : 0.0f;
                 }
             }
             total[half] = total[half] * shrink[half] + sum;

@@ -127,6 +127,9 @@ DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
 #endif
 }
 
+// The largest number of e4m3.
+constexpr float FP8_MAX = 448.0f;
+
 // fp8 is e4m3: sign, 4 bits of exponent with bias 7, 3 of mantissa; ±448 at most, no infinities,
 // 0x7f and 0xff are NaN (Micikevicius et al., FP8 Formats for Deep Learning). Hopper converts in
 // one instruction, older devices and the emulation with integers, to the same bits.
@@ -199,9 +202,6 @@ DEVICE void fp8x4_to_bf16(uint32_t packed, uint32_t (&pairs)[2]) {
 }
 
 #if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-// The largest number of e4m3.
-constexpr float FP8_MAX = 448.0f;
-
 // The e4m3 nearest to x, ties to even; beyond ±448 that, NaN for NaN.
 DEVICE uint32_t fp8_bits(float x) {
     const uint32_t bits = __float_as_uint(x), sign = bits >> 24 & 0x80u;
