@@ -97,7 +97,6 @@ pub fn plan(config: &PlanConfig) -> Result<Plan, WorkerError> {
         None => opened,
     };
     let (model, cuda, hardware) = (checkpoint.config(), config.cuda, config.hardware);
-    card::check_cache(cuda, model)?;
     let on_cards = OnCards {
         checkpoint,
         cuda,

@@ -13,6 +13,9 @@ pub fn value(code: u8) -> Option<f64> {
     (code & 0x7f != 0x7f).then_some(sign * magnitude)
 }
 
+/// The largest number.
+pub const MAX: f32 = 448.0;
+
 /// The code nearest to a number; of two the one with an even mantissa; beyond ±448 that. `None` for
 /// NaN.
 pub fn nearest(x: f32) -> Option<u8> {

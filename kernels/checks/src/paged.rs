@@ -15,8 +15,12 @@ use kernels::{
 /// the loss of one shows.
 const SHARPNESS: f32 = 6.0;
 
-/// Of the keys and of the values of an e4m3 cache; what they scale stays exact in bf16.
-const SCALES: [f32; 2] = [0.5, 1.5];
+/// The scale of a token's key (`which` 0) or value (1) of a head in an e4m3 cache: neighbours have
+/// others, and what they scale stays exact in bf16.
+fn scale(which: usize, token: usize, head: usize) -> f32 {
+    let steps = [0.25, 0.5, 0.375, 0.75, 0.4375];
+    steps[(3 * token + head) % steps.len()] * [1.0, 4.0][which]
+}
 
 /// Keys in a split of the decode kernel.
 pub const SPLIT_TOKENS: usize = 512;
@@ -97,10 +101,7 @@ impl Case {
     /// # Errors
     /// The device's own.
     pub fn run<D: Driver>(&self, device: &Cuda<D>) -> Result<Vec<f32>, KernelError> {
-        let mut kv = device.kv(self.layout().1, self.heads)?;
-        if self.format == KvFormat::Fp8 {
-            kv.set_scales(SCALES[0], SCALES[1])?;
-        }
+        let kv = device.kv(self.layout().1, self.heads)?;
         self.fill(device, &kv)?;
         self.attend(device, &kv)
     }
@@ -162,12 +163,13 @@ impl Case {
         let Heads { q, kv, dim } = self.heads;
         let cols = self.heads.qkv_cols();
         let mut all = rounded(&noise(rows.seed, rows.context() * cols));
-        for row in all.chunks_exact_mut(cols) {
+        for (token, row) in all.chunks_exact_mut(cols).enumerate() {
             let (queries, cached) = row.split_at_mut(q * dim);
             let sharp = |v: f32| half::bf16::from_f32(v * SHARPNESS).to_f32();
             queries.iter_mut().for_each(|v| *v = sharp(*v));
             if self.format == KvFormat::Fp8 {
-                for (cached, scale) in cached.chunks_exact_mut(kv * dim).zip(SCALES) {
+                for (at, cached) in cached.chunks_exact_mut(dim).enumerate() {
+                    let scale = scale(at / kv, token, at % kv);
                     let held = |v: f32| {
                         let value = e4m3::nearest(v / scale).and_then(e4m3::value);
                         value.map_or(f32::NAN, |value| value as f32 * scale)
@@ -274,17 +276,23 @@ impl Case {
         let (tables, _) = self.layout();
         let pools = [kv.keys(), kv.values()];
         for (which, pool) in pools.into_iter().enumerate() {
-            // All ones are a NaN in both formats.
+            // All ones are a NaN in both formats, and in a scale.
             let mut bytes = vec![0xff; pool.bytes()];
+            let (row_bytes, scale_bytes) = (dim * width, self.format.scale_bytes());
             for (s, table) in self.sequences.iter().zip(&tables) {
                 let tokens = self.tokens_of(s);
                 for (p, row) in tokens.chunks_exact(self.heads.qkv_cols()).enumerate() {
                     for head in 0..kv_heads {
                         let block = table[p / BLOCK_TOKENS] as usize * kv_heads + head;
-                        let at = (block * BLOCK_TOKENS + p % BLOCK_TOKENS) * dim * width;
+                        let start = block * BLOCK_TOKENS * (row_bytes + scale_bytes);
                         let from = &row[(q + which * kv_heads + head) * dim..][..dim];
-                        let to = bytes[at..][..dim * width].chunks_exact_mut(width);
-                        to.zip(from).for_each(|(to, &v)| self.store(to, v, SCALES[which]));
+                        let scale = scale(which, p, head);
+                        let at = start + p % BLOCK_TOKENS * row_bytes;
+                        let to = bytes[at..][..row_bytes].chunks_exact_mut(width);
+                        to.zip(from).for_each(|(to, &v)| self.store(to, v, scale));
+                        let at = start + BLOCK_TOKENS * row_bytes + p % BLOCK_TOKENS * scale_bytes;
+                        bytes[at..][..scale_bytes]
+                            .copy_from_slice(&scale.to_le_bytes()[..scale_bytes]);
                     }
                 }
             }

@@ -3,7 +3,8 @@
 //
 // Computes, for the row of each sequence and each query head h that shares key head h / group:
 // out = softmax(q kᵀ · scale) v over the keys at positions max(0, context - window) .. context.
-// Layout: K and V are [blocks, kv heads, 16 tokens, D], bf16 or e4m3, so that one head's 16 tokens
+// Layout: K and V are [blocks, kv heads, 16 tokens, D] in bf16, or e4m3 with scales behind
+// (`Fp8Block`), so that one head's 16 tokens
 // are contiguous; a row of block_tables [.., cols] names a sequence's blocks in order. Slots past
 // the context and table entries past a sequence's own may hold anything and are never read.
 //
@@ -53,8 +54,7 @@ struct DecodeArgs {
     float* sums;                 // [splits, q_heads, D]: Σ 2^(score - max) · value
     float* weights;              // [splits, q_heads, 2]: max of the scores, Σ 2^(score - max)
     uint32_t* arrivals;          // [S, q_heads]: splits that left sums; zeros between launches
-    float score_scale;           // log2(e) / sqrt(D), and the keys' scale
-    float value_scale;
+    float score_scale;           // log2(e) / sqrt(D)
     int qkv_cols;
     int q_heads;
     int kv_heads;
@@ -129,9 +129,17 @@ DEVICE void walk(const DecodeArgs& args, const Split& split, Lane<T, D>& mine) {
             const int at = warp + i * WARPS, token = (first_block + at) * BLOCK_TOKENS;
             const int64_t block = __shfl_sync(ALL_LANES, ids, at);
             const unsigned char* from = which == 0 ? args.keys : args.values;
-            Shape::fetch(ring + (i % STAGES * 2 + which) * Shape::BYTES,
-                         from + (block * args.kv_heads + split.kv_head) * Shape::BYTES,
-                         split.first - token, split.end - token);
+            const int64_t place = (block * args.kv_heads + split.kv_head) * Shape::STORED;
+            unsigned char* tile = ring + (i % STAGES * 2 + which) * Shape::BYTES;
+            Shape::fetch(tile, from + place, split.first - token, split.end - token);
+            if constexpr (Shape::SCALED) {
+                // Of the values too: weights need them before the values come.
+                if (which == 0) {
+                    unsigned char* scales = tile + Shape::ELEMENTS;
+                    fetch_scales<D>(scales, args.keys + place);
+                    fetch_scales<D>(scales + Fp8Block<D>::SCALES, args.values + place);
+                }
+            }
         }
         cp_async_commit();
     };
@@ -152,9 +160,17 @@ DEVICE void walk(const DecodeArgs& args, const Split& split, Lane<T, D>& mine) {
         cp_async_wait<2 * STAGES - 1>();
         __syncwarp();
         mine.multiply_keys(scores, keys);
-        __syncwarp();
-        fetch(i + STAGES, 0);
-        mine.soften(scores, split.first - token, split.end - token, p);
+        // Of e4m3 the scales lie behind the keys.
+        const auto* scales = reinterpret_cast<const float*>(keys + Shape::ELEMENTS);
+        if constexpr (!Shape::SCALED) {
+            __syncwarp();
+            fetch(i + STAGES, 0);
+        }
+        mine.soften(scores, split.first - token, split.end - token, p, scales);
+        if constexpr (Shape::SCALED) {
+            __syncwarp();
+            fetch(i + STAGES, 0);
+        }
         // As many: the keys of the stage after the last are newer than these values.
         cp_async_wait<2 * STAGES - 1>();
         __syncwarp();
@@ -198,7 +214,7 @@ DEVICE void merge(const DecodeArgs& args, const Split& split, const Lane<T, D>& 
             for (int i = 0; i < 4; ++i) x[i] += share * __uint_as_float(sums.words[i]);
         }
         if (split.alone) {
-            const float scale = args.value_scale / weight.sum;
+            const float scale = 1.0f / weight.sum;
             const Bytes8 result{{pack_bf16(x[0] * scale, x[1] * scale),
                                  pack_bf16(x[2] * scale, x[3] * scale)}};
             store8(args.out + (row + split.first_head + head) * D + d, result);
@@ -207,7 +223,7 @@ DEVICE void merge(const DecodeArgs& args, const Split& split, const Lane<T, D>& 
         const uint64_t slot =
             static_cast<uint64_t>(split.place) * args.q_heads + split.first_head + head;
         Bytes16 sums;
-        for (int i = 0; i < 4; ++i) sums.words[i] = __float_as_uint(x[i] * args.value_scale);
+        for (int i = 0; i < 4; ++i) sums.words[i] = __float_as_uint(x[i]);
         store16(args.sums + slot * D + d, sums);
         if (d == 0) reinterpret_cast<Weight*>(args.weights)[slot] = weight;
     }

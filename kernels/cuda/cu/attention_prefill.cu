@@ -81,9 +81,10 @@ DEVICE Work work_of_block(const PrefillArgs& args) {
 template <int D, int STORED_BYTES>
 struct Stream {
     static constexpr int TILE_BYTES = STEP_KEYS * 2 * D;
-    static constexpr int SLOT_BYTES = STEP_KEYS * STORED_BYTES * D;
+    // A token's elements and, of e4m3, its scale.
+    static constexpr int BLOCK_BYTES = STORED_BYTES == 2 ? BLOCK_TOKENS * 2 * D : Fp8Block<D>::BYTES;
+    static constexpr int SLOT_BYTES = STEP_KEYS / BLOCK_TOKENS * BLOCK_BYTES;
     static constexpr int BYTES = RING * SLOT_BYTES + (STORED_BYTES == 2 ? 0 : TILE_BYTES);
-    static constexpr int BLOCK_BYTES = BLOCK_TOKENS * STORED_BYTES * D;
     // 16 bytes each, of a token as stored.
     static constexpr int PIECES = STORED_BYTES * D / 16;
     // Tokens that a warp moves at a time.
@@ -128,6 +129,14 @@ struct Stream {
                 const int bytes = rows * (STORED_BYTES * D);
                 cp_async_16((to ^ swizzle) + bytes, from + bytes, rows < valid);
             }
+            if constexpr (STORED_BYTES == 1) {
+                // Each lane the scale that it will need: lanes that share a token write the same.
+                const int last = BLOCK_BYTES - Fp8Block<D>::SCALES;
+                const char* block_start = static_cast<const char*>(pool) + at * BLOCK_BYTES;
+                if (lane < Fp8Block<D>::SCALES / 16)
+                    cp_async_16(ring + slot * SLOT_BYTES + warp * BLOCK_BYTES + last + lane * 16,
+                                block_start + last + lane * 16);
+            }
         }
         cp_async_commit();
         slot = slot == RING - 1 ? 0 : slot + 1;
@@ -140,24 +149,34 @@ struct Stream {
         load(pool, step);
         const SharedAddress oldest = ring + slot * SLOT_BYTES;
         if (STORED_BYTES == 2) return oldest;
-        widen(oldest + place());
+        widen(oldest + threadIdx.x / WARP * BLOCK_BYTES);
         __syncthreads();
         return ring - TILE_BYTES;
     }
 
-    DEVICE void widen(SharedAddress from) {
-        const int lane = threadIdx.x % WARP;
-        const int row = threadIdx.x / WARP * BLOCK_TOKENS + lane / PIECES;
+    // `block`: what this warp has copied. Tokens past the last key are zeros, whatever their scale.
+    DEVICE void widen(SharedAddress block) {
+        const int lane = threadIdx.x % WARP, token = lane / PIECES;
+        const int row = threadIdx.x / WARP * BLOCK_TOKENS + token;
 #pragma unroll
         for (int rows = 0; rows < BLOCK_TOKENS; rows += COPY_ROWS) {
-            const Bytes16 stored = load16_shared(from + rows * D);
+            const Bytes16 stored = load16_shared(block + lane * 16 + rows * D);
+            const bool zero =
+                (stored.words[0] | stored.words[1] | stored.words[2] | stored.words[3]) == 0;
+            const int at = Fp8Block<D>::CODES + (token + rows) * static_cast<int>(sizeof(float));
+            const float scale = zero ? 0.0f : load_float_shared(block + at);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                uint32_t low[2], high[2];
-                fp8x4_to_bf16(stored.words[2 * half], low);
-                fp8x4_to_bf16(stored.words[2 * half + 1], high);
+                Bytes16 wide;
+                for (int quarter = 0; quarter < 2; ++quarter) {
+                    uint32_t pairs[2];
+                    fp8x4_to_bf16(stored.words[2 * half + quarter], pairs);
+                    for (int i = 0; i < 2; ++i)
+                        wide.words[2 * quarter + i] =
+                            pack_bf16(low_bf16(pairs[i]) * scale, high_bf16(pairs[i]) * scale);
+                }
                 const int to = swizzled<D>(row + rows, lane % PIECES * 2 + half);
-                store16_shared(ring - TILE_BYTES + to, {{low[0], low[1], high[0], high[1]}});
+                store16_shared(ring - TILE_BYTES + to, wide);
             }
         }
     }
@@ -302,7 +321,7 @@ DEVICE void write(WarpRows<D>& rows, unsigned char* room, const PrefillArgs& arg
     for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const float factor = args.value_scale / warp_sum<4>(rows.sum[m][h]);
+            const float factor = 1.0f / warp_sum<4>(rows.sum[m][h]);
             const int row = m * 16 + h * 8 + lane / 4;
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {

@@ -173,7 +173,7 @@ DEVICE void store(const PrefillArgs& args, const PrefillTile& tile, bf16* stagin
     named_barrier(WITHIN + group, WARPGROUP);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const float factor = args.value_scale / warp_sum<4>(rows.sum[half]);
+        const float factor = 1.0f / warp_sum<4>(rows.sum[half]);
         const int row = first + lane / 4 + 8 * half;
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {

@@ -8,6 +8,16 @@
 
 #include "formats.cuh"
 
+// ---- the cache --------------------------------------------------------------------------------
+
+// A block of a head's keys or values in e4m3: codes [16, D], then a scale for each token.
+template <int D>
+struct Fp8Block {
+    static constexpr int CODES = BLOCK_TOKENS * D;
+    static constexpr int SCALES = BLOCK_TOKENS * static_cast<int>(sizeof(float));
+    static constexpr int BYTES = CODES + SCALES;
+};
+
 // ---- memory ---------------------------------------------------------------------------------
 
 // 16 bytes: what one thread moves at a time.
@@ -133,6 +143,16 @@ DEVICE SharedAddress shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 #endif
+
+DEVICE float load_float_shared(SharedAddress from) {
+#ifdef LOCKSTEP_EMULATE
+    return *reinterpret_cast<const float*>(simt::aligned(reinterpret_cast<const void*>(from), 4));
+#else
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from) : "memory");
+    return v;
+#endif
+}
 
 DEVICE Bytes16 load16_shared(SharedAddress from) {
 #ifdef LOCKSTEP_EMULATE

@@ -38,9 +38,14 @@ template <typename T, int D>
 struct Tile {
     static constexpr int ROW = D * static_cast<int>(sizeof(T));
     static constexpr int CHUNKS = ROW / 16;
-    static constexpr int BYTES = BLOCK_TOKENS * ROW;
+    static constexpr int ELEMENTS = BLOCK_TOKENS * ROW;
+    static constexpr bool SCALED = sizeof(T) == 1;
+    // In the cache.
+    static constexpr int STORED = SCALED ? Fp8Block<D>::BYTES : ELEMENTS;
+    // In shared memory: keys with their scales and those of their values.
+    static constexpr int BYTES = ELEMENTS + (SCALED ? 2 * Fp8Block<D>::SCALES : 0);
     // K and V tiles of each warp.
-    static constexpr int STAGES = BYTES == 4096 ? 2 : 4;
+    static constexpr int STAGES = ELEMENTS == 4096 ? 2 : 4;
 
     // Where 16 bytes of a row lie: 8 rows of one chunk are in 8 different groups of 4 banks.
     static DEVICE int offset(int row, int chunk) {
@@ -50,7 +55,7 @@ struct Tile {
 
     // Copies rows from..to of a warp's tile, and makes the others zero: 0 · NaN must not be.
     static DEVICE void fetch(unsigned char* tile, const unsigned char* block, int from, int to) {
-        constexpr int COPIES = BYTES / 16 / WARP, ROWS = WARP / CHUNKS;
+        constexpr int COPIES = ELEMENTS / 16 / WARP, ROWS = WARP / CHUNKS;
         const int lane = static_cast<int>(threadIdx.x) % WARP, first = lane / CHUNKS;
         const int start = offset(first, lane % CHUNKS);
         const bool whole = from <= 0 && to >= BLOCK_TOKENS;
@@ -68,6 +73,14 @@ struct Tile {
         }
     }
 };
+
+// Copies the 16 scales behind a block's codes.
+template <int D>
+DEVICE void fetch_scales(unsigned char* to, const unsigned char* block) {
+    const int lane = static_cast<int>(threadIdx.x) % WARP;
+    if (lane < Fp8Block<D>::SCALES / 16)
+        cp_async_16(to + lane * 16, block + Fp8Block<D>::CODES + lane * 16);
+}
 
 // Four e4m3 as f16: bytes 0 and 2, then bytes 1 and 3.
 DEVICE void widen(uint32_t packed, uint32_t (&pairs)[2]) {
@@ -185,14 +198,26 @@ struct Lane {
     }
 
     // Takes 16 tokens' scores, of which those at from..to count, into maximum and total, and makes
-    // them weights, the right side's partner in multiply_values.
-    DEVICE void soften(float (&scores)[2][4], int from, int to, uint32_t (&p)[4]) {
+    // them weights, the right side's partner in multiply_values. `scales`: of the tokens' keys and
+    // values, where they have some.
+    DEVICE void soften(float (&scores)[2][4], int from, int to, uint32_t (&p)[4],
+                       const float* scales) {
         const int t = static_cast<int>(threadIdx.x) % 4;
+        const auto token_of = [&](int i) { return i / 2 * 8 + 2 * t + i % 2; };
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int token = i / 4 * 8 + 2 * t + i % 2;
-            float& score = scores[i / 4][i % 4];
-            score = token >= from && token < to ? score * scale[i / 2 % 2] : -INFINITY;
+        for (int i = 0; i < 4; ++i) {
+            const int token = token_of(i);
+            float key = 1.0f, shift = 0.0f;
+            if constexpr (!WIDE) {
+                key = scales[token];
+                shift = log2_approx(scales[BLOCK_TOKENS + token]);
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float& score = scores[i / 2][2 * half + i % 2];
+                const float scaled = score * scale[half] * key + shift;
+                score = token >= from && token < to ? scaled : -INFINITY;
+            }
         }
         float shrink[2];
 #pragma unroll
@@ -207,7 +232,18 @@ struct Lane {
                 low[j] = exp2_approx(low[j] - next);
                 high[j] = exp2_approx(high[j] - next);
             }
-            total[half] = total[half] * shrink[half] + ((low[0] + low[1]) + (high[0] + high[1]));
+            float sum = 0.0f;
+            if constexpr (WIDE) {
+                sum = (low[0] + low[1]) + (high[0] + high[1]);
+            } else {
+                // Read again: registers are short. What was never written may be anything.
+                const volatile float* again = scales + BLOCK_TOKENS;
+                for (int j = 0; j < 2; ++j) {
+                    sum += low[j] > 0.0f ? low[j] / again[token_of(j)] : 0.0f;
+                    sum += high[j] > 0.0f ? high[j] / again[token_of(2 + j)] : 0.0f;
+                }
+            }
+            total[half] = total[half] * shrink[half] + sum;
             p[half] = pack(low[0], low[1]);
             p[2 + half] = pack(high[0], high[1]);
         }

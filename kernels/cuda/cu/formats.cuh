@@ -127,6 +127,9 @@ DEVICE uint32_t mul_f16x2(uint32_t a, uint32_t b) {
 #endif
 }
 
+// The largest number of e4m3.
+constexpr float FP8_MAX = 448.0f;
+
 // fp8 is e4m3: sign, 4 bits of exponent with bias 7, 3 of mantissa; ±448 at most, no infinities,
 // 0x7f and 0xff are NaN (Micikevicius et al., FP8 Formats for Deep Learning). Hopper converts in
 // one instruction, older devices and the emulation with integers, to the same bits.
@@ -253,6 +256,17 @@ DEVICE float exp2_approx(float x) {
 #else
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+// log2(x), within 2^-22 absolute near 1 and relative elsewhere.
+DEVICE float log2_approx(float x) {
+#ifdef LOCKSTEP_EMULATE
+    return log2f(x);
+#else
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 #endif
 }

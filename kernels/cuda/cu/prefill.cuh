@@ -9,7 +9,7 @@ constexpr int TILE_ROWS = 128;
 struct PrefillArgs {
     bf16* out;                    // [T, q heads · D]
     const bf16* qkv;              // [T, (q heads + 2 kv heads) · D]
-    const void* keys;             // [blocks, kv heads, 16, D]
+    const void* keys;             // [blocks, kv heads, 16, D], or of `Fp8Block`s
     const void* values;           // as keys
     const int32_t* tiles;         // [tiles, 2]: sequence, and its first row in the batch
     const int32_t* row_starts;    // [S + 1]
@@ -20,8 +20,7 @@ struct PrefillArgs {
     int32_t q_heads;
     int32_t kv_heads;
     int32_t window;     // keys that a row sees, itself included; 2^30 for all
-    float score_scale;  // log2(e) / sqrt(D) times the scale of stored keys
-    float value_scale;  // of stored values
+    float score_scale;  // log2(e) / sqrt(D)
 };
 
 // Positions count from the start of the sequence.

@@ -7,8 +7,10 @@
 //      dynamic NTK are in the table
 //   3. query heads · q_scale[t] (logn attention)
 //   4. query heads back in place, in bf16, rounded once
-//   5. keys and values to slot `slots[t]` of the cache, keys and values each [blocks, kv, 16, D],
-//      bf16 or e4m3 (value · 1/scale); keys as the rounded bf16 has them
+//   5. keys and values to slot `slots[t]` of the cache, keys and values each [blocks, kv, 16, D] in
+//      bf16; or e4m3, each token's head divided by its scale, so that its largest element is 448:
+//      [blocks, kv], each 16 rows of D codes, then 16 scales in f32 (`Fp8Block` of `common.cuh`).
+//      Keys are taken as the rounded bf16 has them
 //
 // The norm and the factors are left out where their pointers are null.
 //
@@ -39,8 +41,6 @@ struct RopeArgs {
     uint32_t kv_heads;
     uint32_t token_warps;  // those that share a token
     uint32_t fp8;          // whether the cache is e4m3
-    float key_factor;      // 1 / scale of the cached keys
-    float value_factor;
     float eps;
 };
 
@@ -81,29 +81,31 @@ DEVICE void norm_head(float (&x)[2 * VECTOR], const bf16* weight, int at, float 
 }
 
 // 8 elements · factor as e4m3.
-DEVICE Bytes8 quantize(const Bytes16& packed, float factor) {
-    float x[VECTOR];
-    unpack(packed, x);
-    for (int i = 0; i < VECTOR; ++i) x[i] *= factor;
-    const float first[4] = {x[0], x[1], x[2], x[3]}, second[4] = {x[4], x[5], x[6], x[7]};
-    return {{pack_fp8x4(first), pack_fp8x4(second)}};
+DEVICE Bytes8 quantize(const float (&x)[2 * VECTOR], int first, float factor) {
+    float by[VECTOR];
+    for (int i = 0; i < VECTOR; ++i) by[i] = x[first + i] * factor;
+    const float low[4] = {by[0], by[1], by[2], by[3]}, high[4] = {by[4], by[5], by[6], by[7]};
+    return {{pack_fp8x4(low), pack_fp8x4(high)}};
 }
 
-// Elements `to` and on of both halves of a head, into the keys or the values.
+// The head that D / 16 lanes hold together, into a block of e4m3 at `row`. All lanes of the warp
+// come here; those whose `block` is null store nothing. Zeros have a scale of 1.
 template <int D>
-DEVICE void store_cached(const RopeArgs& args, bool is_key, uint64_t to, const Bytes16& low,
-                         const Bytes16& high) {
-    void* const cache = is_key ? args.keys : args.values;
-    if (args.fp8 != 0) {
-        const float factor = is_key ? args.key_factor : args.value_factor;
-        uint8_t* const codes = static_cast<uint8_t*>(cache) + to;
-        store8(codes, quantize(low, factor));
-        store8(codes + D / 2, quantize(high, factor));
-    } else {
-        bf16* const elements = static_cast<bf16*>(cache) + to;
-        store16_global(elements, low);
-        store16_global(elements + D / 2, high);
-    }
+DEVICE void store_codes(unsigned char* block, uint32_t row, int at, const Bytes16& low,
+                        const Bytes16& high) {
+    float x[2 * VECTOR];
+    unpack(low, x);
+    unpack(high, x + VECTOR);
+    float most = 0.0f;
+    for (int i = 0; i < 2 * VECTOR; ++i) most = fmaxf(most, fabsf(x[i]));
+    most = warp_max<D / 16>(most);
+    if (block == nullptr) return;
+    const float scale = most > 0.0f ? most * (1.0f / FP8_MAX) : 1.0f;
+    const float factor = most > 0.0f ? FP8_MAX / most : 1.0f;
+    unsigned char* const codes = block + row * D + at;
+    store8(codes, quantize(x, 0, factor));
+    store8(codes + D / 2, quantize(x, VECTOR, factor));
+    if (at == 0) reinterpret_cast<float*>(block + Fp8Block<D>::CODES)[row] = scale;
 }
 
 template <int D>
@@ -159,14 +161,22 @@ DEVICE void rotate_and_store(const RopeArgs& args) {
             store16_global(row + head * D + D / 2, high[i]);
         }
         // Keys are read from the cache alone.
-        if (is_query || head >= heads || slot < 0) continue;
+        const bool is_cached = !is_query && head < heads && slot >= 0;
         const bool is_key = head < rotated;
-        const uint32_t place = static_cast<uint32_t>(slot);
+        const uint32_t place = static_cast<uint32_t>(slot), row_in_block = place % BLOCK_TOKENS;
         const uint32_t kv_head = head - (is_key ? args.q_heads : rotated);
         const uint64_t kv_heads = args.kv_heads;
         const uint64_t block = place / BLOCK_TOKENS * kv_heads + kv_head;
-        const uint64_t to = (block * BLOCK_TOKENS + place % BLOCK_TOKENS) * D + at;
-        store_cached<D>(args, is_key, to, low[i], high[i]);
+        void* const cache = is_key ? args.keys : args.values;
+        if (args.fp8 != 0) {
+            auto* const codes = static_cast<unsigned char*>(cache) + block * Fp8Block<D>::BYTES;
+            store_codes<D>(is_cached ? codes : nullptr, row_in_block, at, low[i], high[i]);
+        } else if (is_cached) {
+            bf16* const to =
+                static_cast<bf16*>(cache) + (block * BLOCK_TOKENS + row_in_block) * D + at;
+            store16_global(to, low[i]);
+            store16_global(to + D / 2, high[i]);
+        }
     }
 }
 

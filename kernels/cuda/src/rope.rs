@@ -1,6 +1,6 @@
 //! Head norms, rotation and the KV cache's layout. Kernels: `rope.cu`.
 
-use super::{Array, Cuda, Driver, Element, Launch, elementwise::bf16_vectors, fp8::usable_scale};
+use super::{Array, Cuda, Driver, Element, Launch, elementwise::bf16_vectors};
 use kernels::{BLOCK_TOKENS, Batch, Heads, KernelError, Rotation, Tensor, shape};
 use kernels::{ShapeError, shape::ensure};
 use serde::{Deserialize, Serialize};
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum KvFormat {
     Bf16,
-    /// e4m3 with one scale for the layer's keys and one for its values.
+    /// e4m3 with a scale for each token's key and value of each head.
     Fp8,
 }
 
@@ -21,22 +21,29 @@ impl KvFormat {
         }
     }
 
+    /// Bytes of a token's scale.
+    pub fn scale_bytes(self) -> usize {
+        match self {
+            Self::Bf16 => 0,
+            Self::Fp8 => size_of::<f32>(),
+        }
+    }
+
     /// Bytes of K and V of one block.
     pub fn block_bytes(self, heads: Heads) -> usize {
-        2 * BLOCK_TOKENS * heads.kv * heads.dim * self.element_bytes()
+        let token = heads.dim * self.element_bytes() + self.scale_bytes();
+        2 * BLOCK_TOKENS * heads.kv * token
     }
 }
 
-/// K and V of one layer, each [blocks, kv heads, 16, D].
+/// K and V of one layer, each [blocks, kv heads, 16, D]; of e4m3 with 16 scales in f32 behind each
+/// head's 16 tokens.
 pub struct CudaKv<D: Driver> {
     heads: Heads,
     blocks: usize,
     format: KvFormat,
     keys: Array<D>,
     values: Array<D>,
-    /// Of the cached e4m3: an element is code · scale.
-    key_scale: f32,
-    value_scale: f32,
 }
 
 impl<D: Driver> CudaKv<D> {
@@ -55,8 +62,6 @@ impl<D: Driver> CudaKv<D> {
             format,
             keys,
             values: Array::zeroed(driver, "the KV cache", bytes)?,
-            key_scale: 1.0,
-            value_scale: 1.0,
         })
     }
 
@@ -70,29 +75,6 @@ impl<D: Driver> CudaKv<D> {
 
     pub fn format(&self) -> KvFormat {
         self.format
-    }
-
-    /// What a cached key is to be multiplied by; 1 for a bf16 cache.
-    pub fn key_scale(&self) -> f32 {
-        self.key_scale
-    }
-
-    /// What a cached value is to be multiplied by; 1 for a bf16 cache.
-    pub fn value_scale(&self) -> f32 {
-        self.value_scale
-    }
-
-    /// Scales of what is stored from now on; 1 and 1 at first. Only an empty cache may change them.
-    ///
-    /// # Errors
-    /// `KernelError::Shape` for a bf16 cache, and for scales that are not positive and finite.
-    pub fn set_scales(&mut self, key: f32, value: f32) -> Result<(), KernelError> {
-        const OP: &str = "kv scales";
-        ensure(OP, self.format == KvFormat::Fp8, || "a bf16 cache has none".into())?;
-        usable_scale(OP, key)?;
-        usable_scale(OP, value)?;
-        (self.key_scale, self.value_scale) = (key, value);
-        Ok(())
     }
 
     /// The stored keys, for tests that look at them or damage them.
@@ -129,8 +111,6 @@ struct RopeArgs {
     kv_heads: u32,
     token_warps: u32,
     fp8: u32,
-    key_factor: f32,
-    value_factor: f32,
     eps: f32,
 }
 
@@ -185,8 +165,6 @@ impl<D: Driver> Cuda<D> {
             kv_heads: kv_heads as u32,
             token_warps: token_warps as u32,
             fp8: u32::from(kv.format == KvFormat::Fp8),
-            key_factor: kv.key_scale.recip(),
-            value_factor: kv.value_scale.recip(),
             eps: norm.map_or(0.0, |(.., eps)| eps),
         };
         let blocks = warps.div_ceil(THREADS as usize / 32) as u32;

@@ -14,7 +14,6 @@ use super::{
 use crate::{
     WorkerError,
     plan::{
-        card::check_cache,
         layout::{Layout, Place, RankCost, Wanted, blocks_of, lay_out},
         told,
     },
@@ -35,9 +34,6 @@ impl Sizing {
     pub fn new(config: GroupConfig) -> Result<Self, WorkerError> {
         check(&config)?;
         let checkpoint = open(&config.model, config.random)?;
-        if let Device::Cuda { config, .. } = &config.device {
-            check_cache(*config, checkpoint.config())?;
-        }
         let isa = config.isa_cap.map_or(Isa::detect(), |cap| cap.min(Isa::detect()));
         let (threads, precision) = (threads(&config), config.precision);
         let cpu = CpuConfig { threads, precision, isa };

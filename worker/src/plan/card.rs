@@ -2,36 +2,14 @@
 
 use std::time::Duration;
 
-use cuda::{CudaConfig, Element, KvFormat, LOGIT_ROWS_MAX, PeerConfig, StepShape, WeightFormat};
+use cuda::{CudaConfig, Element, LOGIT_ROWS_MAX, PeerConfig, StepShape, WeightFormat};
 use model::{Checkpoint, DecoderConfig, ModelError, RunnerOptions, Shard, Stack};
 
 use super::layout::{KvShare, RankCost};
-use crate::WorkerError;
 
 /// Of a card's free memory, what is left alone for each rank: kernels that the driver and cuBLASLt
 /// load as they are first used, and the rest of the 2 MiB pages that larger allocations end in.
 const RESERVE_BYTES: u64 = 1 << 30;
-
-/// Refuses a cache that would spoil the answers of this model.
-///
-/// # Errors
-/// `Config`, with the reason.
-pub(crate) fn check_cache(cuda: CudaConfig, model: &DecoderConfig) -> Result<(), WorkerError> {
-    if cuda.kv_format == KvFormat::Bf16 || holds_fp8_keys(model) {
-        return Ok(());
-    }
-    Err(WorkerError::Config(
-        "--kv-cache fp8: the keys of this model have biases, whose outliers e4m3 without scales \
-         cannot hold, and answers would be garbage; leave the flag out"
-            .into(),
-    ))
-}
-
-/// Whether keys of this model are small and even enough for e4m3: Qwen3's are normed; those of
-/// Qwen1 and Qwen2 have biases far larger than the rest.
-pub(crate) fn holds_fp8_keys(model: &DecoderConfig) -> bool {
-    !model.qkv_bias
-}
 
 /// What ranks can use of `free` bytes.
 pub(crate) fn usable(free: u64, ranks: usize) -> u64 {

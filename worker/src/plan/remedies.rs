@@ -74,10 +74,8 @@ pub(crate) fn that_fit(asked: OnCards<'_>) -> Vec<String> {
     let mut tries = vec![
         ("--weights fp8".to_owned(), OnCards { cuda: fp8_weights, ..asked }),
         ("the model's int4 checkpoint".to_owned(), OnCards { checkpoint: &integers, ..asked }),
+        ("--kv-cache fp8".to_owned(), OnCards { cuda: fp8_kv, ..asked }),
     ];
-    if card::holds_fp8_keys(checkpoint.config()) {
-        tries.push(("--kv-cache fp8".to_owned(), OnCards { cuda: fp8_kv, ..asked }));
-    }
     tries.extend(
         [2, 4, 8].iter().filter(|more| **more > ranks).map(|&ranks| {
             (format!("--tp {ranks} on {ranks} such cards"), OnCards { ranks, ..asked })

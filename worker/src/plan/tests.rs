@@ -24,15 +24,6 @@ fn qwen2_5_72b() -> Value {
     })
 }
 
-/// As Qwen3 has it.
-fn without_biases() -> Value {
-    let mut config = qwen2_5_72b();
-    config["architectures"] = json!(["Qwen3ForCausalLM"]);
-    config["model_type"] = json!("qwen3");
-    config["head_dim"] = json!(128);
-    config
-}
-
 fn qwen_72b() -> Value {
     json!({
         "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "hidden_size": 8192,
@@ -115,11 +106,7 @@ fn what_does_not_fit_is_told_with_what_would() {
     whole.context_max = Some(32_768);
     let plan = super::plan(&whole).expect("a plan");
     let advice = plan.advice.expect("advice");
-    assert!(advice.contains("--context ") && !advice.contains("--kv-cache fp8"), "{advice}");
-    let (_folder, mut whole) = asked(&without_biases(), "h100", WeightFormat::Fp8);
-    whole.context_max = Some(32_768);
-    let advice = super::plan(&whole).expect("a plan").advice.expect("advice");
-    assert!(advice.contains("--kv-cache fp8"), "{advice}");
+    assert!(advice.contains("--context ") && advice.contains("--kv-cache fp8"), "{advice}");
     let (_folder, mut hopeless) = asked(&qwen_72b(), "l4", WeightFormat::Bf16);
     hopeless.context_max = Some(10_000_000);
     let hopeless = super::plan(&hopeless).expect("a plan").advice.expect("advice");
@@ -140,11 +127,9 @@ fn ranks_and_formats_share_the_bytes() {
     // 39.8 GB that a step reads, and the embedding.
     assert!((int4 - 39.8 - 2.5).abs() < 0.1, "{int4}");
     let cuda = CudaConfig { kv_format: KvFormat::Fp8, ..one.cuda };
-    let refused = plan(&PlanConfig { cuda, ..one }).expect_err("keys with biases").to_string();
-    assert!(refused.contains("biases"), "{refused}");
-    let (_folder, unbiased) = asked(&without_biases(), "h200", WeightFormat::Bf16);
-    let halved = plan(&PlanConfig { cuda, ..unbiased }).expect("fp8 keys and values");
-    assert_eq!(halved.kv_bytes_per_token, 327_680 / 2);
+    let halved = plan(&PlanConfig { cuda, ..one }).expect("fp8 keys and values");
+    // And a scale for each of 8 heads of keys and of values in 80 layers.
+    assert_eq!(halved.kv_bytes_per_token, 327_680 / 2 + 80 * 2 * 8 * 4);
 }
 
 #[test]

@@ -29,7 +29,6 @@ struct DecodeArgs {
     weights: u64,
     arrivals: u64,
     score_scale: f32,
-    value_scale: f32,
     qkv_cols: i32,
     q_heads: i32,
     kv_heads: i32,
@@ -48,7 +47,9 @@ fn kernel(dim: usize, format: KvFormat) -> (&'static str, usize) {
         (_, KvFormat::Bf16) => ("attention_decode_d128_bf16", 2, 8),
         (_, KvFormat::Fp8) => ("attention_decode_d128_fp8", 4, 16),
     };
-    let ring = stages * 2 * kernels::BLOCK_TOKENS * dim * format.element_bytes();
+    // Keys with their scales and their values'; room for as much beside the values.
+    let token = dim * format.element_bytes() + 2 * format.scale_bytes();
+    let ring = stages * 2 * kernels::BLOCK_TOKENS * token;
     let merged = TILE_HEADS * (dim + gap + 2) * size_of::<f32>();
     (name, WARPS * ring.max(merged))
 }
@@ -106,8 +107,7 @@ impl<D: Driver> Cuda<D> {
             sums,
             weights,
             arrivals: batch.cuts.arrivals.address(driver),
-            score_scale: std::f32::consts::LOG2_E / (heads.dim as f32).sqrt() * kv.key_scale(),
-            value_scale: kv.value_scale(),
+            score_scale: std::f32::consts::LOG2_E / (heads.dim as f32).sqrt(),
             qkv_cols: qkv.cols as i32,
             q_heads: heads.q as i32,
             kv_heads: heads.kv as i32,

@@ -51,7 +51,6 @@ struct PrefillArgs {
     kv_heads: i32,
     window: i32,
     score_scale: f32,
-    value_scale: f32,
 }
 
 impl<D: Driver> Cuda<D> {
@@ -92,8 +91,7 @@ impl<D: Driver> Cuda<D> {
             q_heads: heads.q as i32,
             kv_heads: heads.kv as i32,
             window: call.keys_seen(),
-            score_scale: std::f32::consts::LOG2_E / (heads.dim as f32).sqrt() * kv.key_scale(),
-            value_scale: kv.value_scale(),
+            score_scale: std::f32::consts::LOG2_E / (heads.dim as f32).sqrt(),
         }
     }
 
@@ -138,8 +136,8 @@ fn mma_kernel(dim: usize, format: KvFormat) -> (&'static str, usize) {
     let tile = STEP_KEYS * dim;
     let ring = match format {
         KvFormat::Bf16 => RING * 2 * tile,
-        // As stored, and one tile of bf16.
-        KvFormat::Fp8 => RING * tile + 2 * tile,
+        // As stored, with scales, and one tile of bf16.
+        KvFormat::Fp8 => RING * (tile + STEP_KEYS * format.scale_bytes()) + 2 * tile,
     };
     (name, TILE_ROWS * 2 * dim + ring + WORK_BYTES)
 }
