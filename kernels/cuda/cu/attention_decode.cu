@@ -132,14 +132,7 @@ DEVICE void walk(const DecodeArgs& args, const Split& split, Lane<T, D>& mine) {
             const int64_t place = (block * args.kv_heads + split.kv_head) * Shape::STORED;
             unsigned char* tile = ring + (i % STAGES * 2 + which) * Shape::BYTES;
             Shape::fetch(tile, from + place, split.first - token, split.end - token);
-            if constexpr (Shape::SCALED) {
-                // Of the values too: weights need them before the values come.
-                if (which == 0) {
-                    unsigned char* scales = tile + Shape::ELEMENTS;
-                    fetch_scales<D>(scales, args.keys + place);
-                    fetch_scales<D>(scales + Fp8Block<D>::SCALES, args.values + place);
-                }
-            }
+            if (which == 0) fetch_scales<T, D>(tile, args.keys + place, args.values + place);
         }
         cp_async_commit();
     };

@@ -82,7 +82,8 @@ template <int D, int STORED_BYTES>
 struct Stream {
     static constexpr int TILE_BYTES = STEP_KEYS * 2 * D;
     // A token's elements and, of e4m3, its scale.
-    static constexpr int BLOCK_BYTES = STORED_BYTES == 2 ? BLOCK_TOKENS * 2 * D : Fp8Block<D>::BYTES;
+    static constexpr int BLOCK_BYTES =
+        STORED_BYTES == 2 ? BLOCK_TOKENS * 2 * D : Fp8Block<D>::BYTES;
     static constexpr int SLOT_BYTES = STEP_KEYS / BLOCK_TOKENS * BLOCK_BYTES;
     static constexpr int BYTES = RING * SLOT_BYTES + (STORED_BYTES == 2 ? 0 : TILE_BYTES);
     // 16 bytes each, of a token as stored.
@@ -129,14 +130,9 @@ struct Stream {
                 const int bytes = rows * (STORED_BYTES * D);
                 cp_async_16((to ^ swizzle) + bytes, from + bytes, rows < valid);
             }
-            if constexpr (STORED_BYTES == 1) {
-                // Each lane the scale that it will need: lanes that share a token write the same.
-                const int last = BLOCK_BYTES - Fp8Block<D>::SCALES;
-                const char* block_start = static_cast<const char*>(pool) + at * BLOCK_BYTES;
-                if (lane < Fp8Block<D>::SCALES / 16)
-                    cp_async_16(ring + slot * SLOT_BYTES + warp * BLOCK_BYTES + last + lane * 16,
-                                block_start + last + lane * 16);
-            }
+            // The first lanes have 16 bytes of the scales too.
+            if (STORED_BYTES == 1 && lane < Fp8Block<D>::SCALES / 16)
+                cp_async_16(to + Fp8Block<D>::CODES, from + Fp8Block<D>::CODES);
         }
         cp_async_commit();
         slot = slot == RING - 1 ? 0 : slot + 1;

@@ -74,12 +74,17 @@ struct Tile {
     }
 };
 
-// Copies the 16 scales behind a block's codes.
-template <int D>
-DEVICE void fetch_scales(unsigned char* to, const unsigned char* block) {
+// Copies the scales behind the codes of a block's keys and of its values: those too, since weights
+// need them before the values come.
+template <typename T, int D>
+DEVICE void fetch_scales(unsigned char* tile, const unsigned char* keys,
+                         const unsigned char* values) {
+    using Stored = Fp8Block<D>;
     const int lane = static_cast<int>(threadIdx.x) % WARP;
-    if (lane < Fp8Block<D>::SCALES / 16)
-        cp_async_16(to + lane * 16, block + Fp8Block<D>::CODES + lane * 16);
+    if (!Tile<T, D>::SCALED || lane >= Stored::SCALES / 16) return;
+    unsigned char* to = tile + Tile<T, D>::ELEMENTS + lane * 16;
+    cp_async_16(to, keys + Stored::CODES + lane * 16);
+    cp_async_16(to + Stored::SCALES, values + Stored::CODES + lane * 16);
 }
 
 // Four e4m3 as f16: bytes 0 and 2, then bytes 1 and 3.
