@@ -81,13 +81,13 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
     /// device or the group, after which this rank is of no further use.
     pub fn launch(&mut self, plan: &StepPlan) -> Result<(), ModelError> {
         self.limits.check(plan, self.next_number, &self.sequences)?;
-        if !self.in_flight.is_empty() && !self.follows(plan) {
+        let later = self.follows(plan);
+        if !self.in_flight.is_empty() && !later {
             return Err(ModelError::Plan {
                 number: plan.number,
                 reason: "it follows another that is not finished".into(),
             });
         }
-        let later = self.follows(plan);
         self.next_number += 1;
         self.update_sequences(plan);
         if plan.chunks.is_empty() {
@@ -125,19 +125,16 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
             || ModelError::Plan { number: self.next_number, reason: "no plan is in flight".into() };
         let InFlight { mark, launched, output } = self.in_flight.pop_front().ok_or_else(none)?;
         let Some(mark) = mark else { return Ok(output) };
-        let Some(Launched { plan, rows }) = launched else {
-            self.group.check(&self.device)?;
-            self.device.wait(mark)?;
-            return Ok(output);
-        };
         // First: what the group knows explains why a device does not finish.
         self.group.check(&self.device)?;
+        self.device.wait(mark)?;
+        let (Some(Launched { plan, rows }), Some(sampler)) = (launched, &mut self.sampler) else {
+            return Ok(output);
+        };
         let answers = match &mut self.on_device {
             Some(room) if !rows.is_empty() => self.device.answers(room)?,
             _ => Vec::new(),
         };
-        self.device.wait(mark)?;
-        let Some(sampler) = &mut self.sampler else { return Ok(output) };
         let mut results = Results::new(&plan, sampler, &mut self.sequences);
         for (row, answer) in rows.into_iter().zip(answers) {
             results.answer(row, answer);
