@@ -1,6 +1,7 @@
 // The running block, as the parts of the emulation know it; kernels see `simt.h` alone.
 #pragma once
 
+#include <deque>
 #include <vector>
 
 #include "races.h"
@@ -89,6 +90,15 @@ struct Block {
     uint32_t schedule = 0;
     uint64_t serial = 0;
     uint64_t random = 0;
+    // Launches before are done. Where they are not, the block comes to `comes_to_wait` once no
+    // thread can go on without them.
+    bool is_behind = true;
+    void (*comes_to_wait)(void*) = nullptr;
+    void* waiter = nullptr;
+    // Whether a thread waited for the launches before.
+    bool has_waited = false;
+    // Bytes of copies that were begun before.
+    std::deque<std::vector<unsigned char>> held;
     char error[512];
 };
 

@@ -15,6 +15,22 @@ void land(std::vector<Copy>& copies) {
 
 }  // namespace
 
+void hold(Copy& copy) {
+    if (!copy.valid) return;
+    const auto* from = static_cast<const unsigned char*>(copy.from);
+    block->held.emplace_back(from, from + copy.bytes);
+    copy.from = block->held.back().data();
+}
+
+void hold_begun_copies() {
+    for (Fiber& fiber : block->fibers) {
+        for (Copy& copy : fiber.copies) hold(copy);
+        for (auto& group : fiber.groups)
+            for (Copy& copy : group) hold(copy);
+    }
+    hold_begun_arrivals();
+}
+
 void cp_async(void* shared, const void* global, unsigned bytes, bool valid) {
     aligned(shared, bytes);
     const auto to = reinterpret_cast<uintptr_t>(shared);

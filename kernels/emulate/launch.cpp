@@ -1,9 +1,17 @@
 // The emulation's interface: kernels by name, launched block by block.
+//
+// A dependent launch may begin before the one before it is done, up to where it waits for it. The
+// worst case is that nothing before has even begun: its first and its last block run so far, each
+// on a thread of the host, before the launches that stand before it; the others in its own turn.
 #include "block.h"
 
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
 
 namespace simt {
 namespace {
@@ -18,7 +26,12 @@ struct Launch {
     const uint32_t* grid;
     uint32_t threads;
     size_t shared;
+    const void* args;
     size_t args_size;
+    // 0 in turn, 1 backwards, more: seeds of a random order.
+    uint32_t schedule;
+    // Whether it may begin before the launch before it is done.
+    uint32_t dependent;
 };
 
 // Why a device would refuse it, with what was given and what is wanted; null where it would not.
@@ -41,6 +54,117 @@ const char* refusal(const Kernel* kernel, const Launch& launch, size_t& given, s
     return nullptr;
 }
 
+// Where a block runs that began before its turn.
+class EarlyBlock {
+public:
+    // Runs the block as far as it comes without the launches before.
+    template <typename Run>
+    explicit EarlyBlock(Run run) : thread([this, run] { end(run(this)); }) {
+        std::unique_lock lock(mutex);
+        changed.wait(lock, [this] { return has_stopped || has_ended; });
+    }
+
+    ~EarlyBlock() { finish(); }
+
+    // Runs it to its end; empty where that went well.
+    std::string finish() {
+        {
+            const std::lock_guard lock(mutex);
+            may_go_on = true;
+        }
+        changed.notify_all();
+        if (thread.joinable()) thread.join();
+        return error;
+    }
+
+    // On the block's own thread: it cannot go on.
+    static void stop(void* of) {
+        auto* self = static_cast<EarlyBlock*>(of);
+        std::unique_lock lock(self->mutex);
+        self->has_stopped = true;
+        self->changed.notify_all();
+        self->changed.wait(lock, [self] { return self->may_go_on; });
+    }
+
+private:
+    std::mutex mutex;
+    std::condition_variable changed;
+    bool has_stopped = false, may_go_on = false, has_ended = false;
+    std::string error;
+    // Last: it uses all others.
+    std::thread thread;
+
+    void end(std::string how) {
+        const std::lock_guard lock(mutex);
+        error = std::move(how);
+        has_ended = true;
+        changed.notify_all();
+    }
+};
+
+// Runs one block on this thread; says what went wrong, where something did.
+std::string run_at(const Kernel* kernel, const Launch& launch, size_t at, EarlyBlock* early) {
+    thread_local const auto storage = std::make_unique<Block>();
+    block = storage.get();
+    block->kernel = kernel;
+    block->args = launch.args;
+    block->schedule = launch.schedule;
+    block->shared_bytes = launch.shared;
+    block->failed = false;
+    block->is_behind = early == nullptr;
+    block->comes_to_wait = EarlyBlock::stop;
+    block->waiter = early;
+    const uint32_t* grid = launch.grid;
+    const Index index{static_cast<unsigned>(at % grid[0]),
+                      static_cast<unsigned>(at / grid[0] % grid[1]),
+                      static_cast<unsigned>(at / grid[0] / grid[1])};
+    if (posix_memalign(&block->shared, 1024, launch.shared > 0 ? launch.shared : 1) != 0)
+        return "no memory for " + std::to_string(launch.shared) + " bytes";
+    std::memset(block->shared, 0xff, launch.shared);
+    start_block(index, {grid[0], grid[1], grid[2]}, launch.threads);
+    const bool good = run_block();
+    std::free(block->shared);
+    if (!good) return block->error;
+    // Else this launch could be done before the one before it, for which nobody would wait then.
+    if (launch.dependent && !block->has_waited)
+        return "a block that never waits for the launches before";
+    return "";
+}
+
+// A launch whose first blocks may have begun.
+struct Begun {
+    const Kernel* kernel;
+    std::vector<uint64_t> args;
+    uint32_t grid[3];
+    Launch launch;
+    std::unique_ptr<EarlyBlock> first, last;
+
+    Begun(const Kernel* kernel, const Launch& given)
+        : kernel(kernel), args((given.args_size + 7) / 8), launch(given) {
+        std::memcpy(args.data(), given.args, given.args_size);
+        std::memcpy(grid, given.grid, sizeof grid);
+        launch.args = args.data();
+        launch.grid = grid;
+    }
+
+    size_t blocks() const { return static_cast<size_t>(grid[0]) * grid[1] * grid[2]; }
+
+    void begin_early() {
+        const auto start = [&](size_t at) {
+            return std::make_unique<EarlyBlock>(
+                [=](EarlyBlock* early) { return run_at(kernel, launch, at, early); });
+        };
+        first = start(0);
+        if (blocks() > 1) last = start(blocks() - 1);
+    }
+
+    std::string run(size_t at) {
+        if (at == 0 && first) return first->finish();
+        if (at == blocks() - 1 && last) return last->finish();
+        return run_at(kernel, launch, at, nullptr);
+    }
+};
+
 }  // namespace
 
 Kernel::Kernel(const char* name, size_t args_size, unsigned threads, void (*run)(const void*))
@@ -52,49 +176,46 @@ Kernel::Kernel(const char* name, size_t args_size, unsigned threads, void (*run)
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-// 0, or 1 with a text in `error`. `schedule`: 0 in turn, 1 backwards, more: seeds of a random
-// order.
+// A launch for simt_end, which has begun where it is dependent and `ahead` is not 0; null with a
+// text in `error`.
+EXPORTED void* simt_begin(const simt::Launch* launch, int ahead, char* error, size_t error_size) {
+    using namespace simt;
+    const Kernel* kernel = kernels;
+    while (kernel != nullptr && std::strcmp(kernel->name, launch->name) != 0) kernel = kernel->next;
+    size_t given = 0, wanted = 0;
+    const char* refused = refusal(kernel, *launch, given, wanted);
+    if (refused != nullptr) {
+        std::snprintf(error, error_size, "%s: %s (%zu given, %zu wanted)", launch->name, refused,
+                      given, wanted);
+        return nullptr;
+    }
+    auto* begun = new Begun(kernel, *launch);
+    if (launch->dependent && ahead) begun->begin_early();
+    return begun;
+}
+
+// Runs it to its end, in its turn: 0, or 1 with a text in `error`.
+EXPORTED int simt_end(void* launch, char* error, size_t error_size) {
+    using namespace simt;
+    const std::unique_ptr<Begun> begun(static_cast<Begun*>(launch));
+    const size_t blocks = begun->blocks();
+    for (size_t i = 0; i < blocks; ++i) {
+        // An order of blocks that is not the obvious one finds kernels that rely on it.
+        const std::string wrong = begun->run(begun->launch.schedule == 1 ? blocks - 1 - i : i);
+        if (wrong.empty()) continue;
+        std::snprintf(error, error_size, "%s: %s", begun->kernel->name, wrong.c_str());
+        return 1;
+    }
+    return 0;
+}
+
+// Both at once.
 EXPORTED int simt_launch(const char* name, const uint32_t grid[3], uint32_t threads, size_t shared,
                          const void* args, size_t args_size, uint32_t schedule, char* error,
                          size_t error_size) {
-    using namespace simt;
-    const Kernel* kernel = kernels;
-    while (kernel != nullptr && std::strcmp(kernel->name, name) != 0) kernel = kernel->next;
-    size_t given = 0, wanted = 0;
-    const char* refused = refusal(kernel, {name, grid, threads, shared, args_size}, given, wanted);
-    if (refused != nullptr) {
-        std::snprintf(error, error_size, "%s: %s (%zu given, %zu wanted)", name, refused, given,
-                      wanted);
-        return 1;
-    }
-    thread_local const auto storage = std::make_unique<Block>();
-    block = storage.get();
-    block->kernel = kernel;
-    block->args = args;
-    block->schedule = schedule;
-    block->shared_bytes = shared;
-    block->failed = false;
-    const size_t blocks = static_cast<size_t>(grid[0]) * grid[1] * grid[2];
-    for (size_t i = 0; i < blocks; ++i) {
-        // An order of blocks that is not the obvious one finds kernels that rely on it.
-        const size_t at = schedule == 1 ? blocks - 1 - i : i;
-        const Index index{static_cast<unsigned>(at % grid[0]),
-                          static_cast<unsigned>(at / grid[0] % grid[1]),
-                          static_cast<unsigned>(at / grid[0] / grid[1])};
-        if (posix_memalign(&block->shared, 1024, shared > 0 ? shared : 1) != 0) {
-            std::snprintf(error, error_size, "%s: no memory for %zu bytes", name, shared);
-            return 1;
-        }
-        std::memset(block->shared, 0xff, shared);
-        start_block(index, {grid[0], grid[1], grid[2]}, threads);
-        const bool good = run_block();
-        std::free(block->shared);
-        if (!good) {
-            std::snprintf(error, error_size, "%s: %s", name, block->error);
-            return 1;
-        }
-    }
-    return 0;
+    const simt::Launch launch{name, grid, threads, shared, args, args_size, schedule, 0};
+    void* begun = simt_begin(&launch, 0, error, error_size);
+    return begun == nullptr ? 1 : simt_end(begun, error, error_size);
 }
 
 static const simt::Kernel* kernel_at(size_t index) {

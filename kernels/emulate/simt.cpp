@@ -159,6 +159,8 @@ void start_block(const Index& at, const Index& grid, unsigned threads) {
     block->warps.assign((threads + 31) / 32, {});
     block->groups.assign((threads + 127) / 128, {});
     for (Barrier& barrier : block->barriers) barrier = {};
+    block->has_waited = false;
+    block->held.clear();
     block->random = 0x9e3779b97f4a7c15ull * (block->schedule + 1);
     for (unsigned t = 0; t < threads; ++t) {
         Fiber& fiber = block->fibers[t];
@@ -176,6 +178,12 @@ void start_block(const Index& at, const Index& grid, unsigned threads) {
 bool run_block() {
     while (block->live > 0 && !block->failed) {
         if (!block->polling.empty()) wake_polling();
+        if (block->runnable.empty() && !block->is_behind) {
+            hold_begun_copies();
+            block->comes_to_wait(block->waiter);
+            block->is_behind = true;
+            continue;
+        }
         if (block->runnable.empty()) {
             describe_deadlock();
             return false;
@@ -262,6 +270,12 @@ void meet_group(const char* what, void* mine, void (*finish)(void* const (&all)[
     finish(meeting.mine);
     for (unsigned other = group * 128; other < (group + 1) * 128; ++other)
         if (other != thread) wake(other);
+}
+
+void wait_prerequisites() {
+    const auto is_behind = [](const void* of) { return static_cast<const Block*>(of)->is_behind; };
+    wait_until("griddepcontrol.wait", is_behind, block);
+    block->has_waited = true;
 }
 
 void wait_until(const char* name, bool (*ready)(const void*), const void* what) {

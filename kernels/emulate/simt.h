@@ -81,8 +81,15 @@ void copy_now(const Copy& copy);
 size_t copies_to_arrive(unsigned thread);
 // Bulk copies of the block that nobody has landed: their threads need not wait, somebody must.
 size_t bulk_copies_to_land();
+// Copies that the block has begun take their bytes now: they may have landed long since.
+void hold_begun_copies();
+void hold_begun_arrivals();
+void hold(Copy& copy);
 // A copy of `thread` has landed; see `simt_hopper.h`.
 void note_landing(const Copy& copy, unsigned thread);
+
+// Waits until all launches before the running one are done; see `launch.cpp`.
+void wait_prerequisites();
 
 // Of the running block: bytes of shared memory, the order of its threads (0 in turn, 1 backwards,
 // more: seeds), and a number that no other block has.

@@ -199,6 +199,15 @@ void bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
     if (lands_at_once(s)) land_bulk(barrier);
 }
 
+void hold_begun_arrivals() {
+    if (kept.block != block_serial()) return;
+    for (auto& arrivals : kept.arrivals)
+        for (Arrival& arrival : arrivals)
+            for (Copy& copy : arrival.copies) hold(copy);
+    for (auto& [barrier, transactions] : kept.transactions)
+        for (Copy& copy : transactions.begun) hold(copy);
+}
+
 size_t copies_to_arrive(unsigned thread) {
     size_t found = 0;
     if (kept.block != block_serial()) return found;

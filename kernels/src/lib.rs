@@ -201,6 +201,20 @@ pub trait Backend: Send + Sync + Sized + 'static {
         heads: Heads,
         window: Option<usize>,
     ) -> Result<(), KernelError>;
+    /// [`Self::rotate_and_store`], then [`Self::attention`] over what is in the cache then. What is
+    /// left in qkv is the device's own affair.
+    fn rotate_and_attend(
+        &self,
+        out: &mut Tensor<Self>,
+        kv: &mut Self::Kv,
+        qkv: &mut Tensor<Self>,
+        rotation: &Rotation<'_, Self>,
+        batch: &Batch<Self>,
+        window: Option<usize>,
+    ) -> Result<(), KernelError> {
+        self.rotate_and_store(kv, qkv, rotation, batch)?;
+        self.attention(out, qkv, kv, batch, rotation.heads, window)
+    }
     /// x [T, H] += delta [T, H].
     fn add(&self, x: &mut Tensor<Self>, delta: &Tensor<Self>) -> Result<(), KernelError>;
     /// x [T, H] += delta [T, H], then out [T, H] = x / sqrt(mean(x²) + eps) · weight [1, H]: what
@@ -307,11 +321,11 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn graph_rows(&self, _rows: usize) -> Option<usize> {
         None
     }
-    /// Runs `ops`, which write to the same tensors each time they come with the same `key`, or runs
-    /// again what they were captured as.
+    /// Runs `ops` of a step whose sequences have one row each, padded to [`Self::graph_rows`]; or
+    /// runs again what they were captured as. They write to the same tensors in each such step.
     fn captured<E: From<KernelError>>(
         &self,
-        _key: usize,
+        _batch: &Batch<Self>,
         ops: impl FnOnce() -> Result<(), E>,
     ) -> Result<(), E> {
         ops()

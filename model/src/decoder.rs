@@ -160,8 +160,8 @@ impl<B: Backend> Layer<B> {
         d.linear(&mut s.qkv, &s.normed, &self.qkv, self.qkv_bias.as_ref())?;
         let norm = self.qk_norm.as_ref().map(|(q, k)| (q, k, eps));
         let rotation = Rotation { norm, cos_sin: &model.cos_sin, heads };
-        d.rotate_and_store(kv, &mut s.qkv, &rotation, batch)?;
-        d.attention(&mut s.attention.local, &s.qkv, kv, batch, heads, self.window)?;
+        let out = &mut s.attention.local;
+        d.rotate_and_attend(out, kv, &mut s.qkv, &rotation, batch, self.window)?;
         let attention = s.attention.gather(d, cx.group, &model.shares.attention)?;
         Ok(d.linear(&mut s.delta.local, attention, &self.attention_out, None)?)
     }

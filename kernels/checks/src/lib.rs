@@ -7,6 +7,7 @@
 
 pub mod accuracy;
 pub mod bench;
+pub mod chained;
 mod compare;
 pub mod decode;
 mod e4m3;
@@ -28,6 +29,7 @@ pub mod random;
 pub mod rope;
 pub mod sampling;
 pub mod skinny;
+pub mod turned;
 
 pub use compare::{Tolerance, compare};
 
@@ -49,11 +51,13 @@ pub const BF16: CudaConfig = CudaConfig {
     kv_format: KvFormat::Bf16,
     prefill: PrefillKernel::Fastest,
     weights: WeightFormat::Bf16,
+    overlap: true,
 };
 
 /// Every check that a sanitizer has time for.
 pub fn all<D: Driver>() -> Vec<Check<D>> {
     [
+        chained::checks(),
         elementwise::checks(),
         every_rows::checks(),
         experts::checks(),
@@ -73,6 +77,7 @@ pub fn all<D: Driver>() -> Vec<Check<D>> {
         decode::long_checks(),
         sampling::checks(),
         skinny::checks(),
+        turned::checks(),
     ]
     .into_iter()
     .flatten()
@@ -88,6 +93,8 @@ pub fn risks<D: Driver>() -> Vec<Check<D>> {
         gated::checks(),
         int4::checks(),
         decode::checks(),
+        turned::checks(),
+        chained::checks(),
     ]
     .into_iter()
     .flatten()

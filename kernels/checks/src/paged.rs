@@ -270,7 +270,11 @@ impl Case {
     }
 
     /// Writes the cache's own bytes: NaNs, then the tokens.
-    fn fill<D: Driver>(&self, device: &Cuda<D>, kv: &CudaKv<D>) -> Result<(), KernelError> {
+    pub(crate) fn fill<D: Driver>(
+        &self,
+        device: &Cuda<D>,
+        kv: &CudaKv<D>,
+    ) -> Result<(), KernelError> {
         let Heads { q, kv: kv_heads, dim } = self.heads;
         let width = self.format.element_bytes();
         let (tables, _) = self.layout();

@@ -15,15 +15,25 @@ use std::{
 /// Start of a kernel's name, the targets it concerns, and opcodes that its machine code must hold.
 /// The longest start that fits counts, for each target.
 const MEANT: &[(&str, &[&str], &[&str])] = &[
-    ("attention_decode", &BOTH, &["HMMA", "LDSM", "LDGSTS"]),
+    ("attention_decode", &["sm_80"], &["HMMA", "LDSM", "LDGSTS"]),
+    // The launch behind may begin, and the wait for those before.
+    ("attention_decode", &["sm_90a"], &["HMMA", "LDSM", "LDGSTS", "PREEXIT", "ACQBULK"]),
+    ("rms_norm", &["sm_90a"], &["PREEXIT", "ACQBULK"]),
+    ("add_rms_norm", &["sm_90a"], &["PREEXIT", "ACQBULK"]),
+    ("peer_", &["sm_90a"], &["PREEXIT", "ACQBULK"]),
+    ("quantize_rows", &["sm_90a"], &["PREEXIT", "ACQBULK"]),
     ("attention_prefill", &BOTH, &["HMMA", "LDSM", "LDGSTS"]),
     ("expert_linear", &BOTH, &["HMMA", "LDSM", "LDGSTS"]),
     // Weights by 16 bytes a lane, or in bulk beside x; barriers in shared memory, and arrivals
     // behind copies.
     ("skinny_linear", &["sm_80"], &["HMMA", "LDGSTS", "ARRIVES"]),
-    ("skinny_linear", &["sm_90a"], &["HMMA", "LDGSTS", "ARRIVES", "UBLKCP", "SYNCS"]),
+    ("skinny_linear", &["sm_90a"], &["HMMA", "LDGSTS", "ARRIVES", "UBLKCP", "SYNCS", "PREEXIT"]),
     ("attention_prefill_sm90", &["sm_90a"], &WGMMA),
 ];
+
+/// Kernels that copy from global memory before they wait for the launches before (`ACQBULK`), by
+/// these instructions.
+const AHEAD: &[(&str, &str)] = &[("attention_decode", "LDGSTS"), ("skinny_linear", "UBLKCP")];
 
 const BOTH: [&str; 2] = ["sm_80", "sm_90a"];
 
@@ -73,6 +83,8 @@ struct Compiled {
     opcodes: BTreeSet<String>,
     /// Instructions of the shortest loop with tensor-core products in it.
     product_loop: Option<u32>,
+    /// What was seen before the last wait for the launches before.
+    before_wait: BTreeSet<String>,
     /// Address of each instruction so far, and whether it is such a product.
     seen: Vec<(u64, bool)>,
 }
@@ -94,6 +106,9 @@ impl Compiled {
         let (len, products) = body.fold((0, false), |(len, any), (_, hmma)| (len + 1, any | hmma));
         if products {
             self.product_loop = Some(self.product_loop.map_or(len, |shortest| shortest.min(len)));
+        }
+        if opcode == "ACQBULK" {
+            self.before_wait.clone_from(&self.opcodes);
         }
         self.opcodes.insert(opcode);
     }
@@ -200,6 +215,11 @@ fn faults(name: &str, target: &str, compiled: &Compiled) -> Vec<String> {
         }
     }
     let fits = |start: &str| name.starts_with(start);
+    for (_, opcode) in AHEAD.iter().filter(|(start, _)| target == "sm_90a" && fits(start)) {
+        if !compiled.before_wait.contains(*opcode) {
+            faults.push(format!("{name} for {target}: no {opcode} before it waits for others"));
+        }
+    }
     let longest = MEANT.iter().filter(|(start, ..)| fits(start)).map(|(start, ..)| start.len());
     let longest = longest.max().unwrap_or(0);
     let meant = MEANT
@@ -269,7 +289,8 @@ fn a_loop_that_memory_outruns_is_a_fault() {
     let wrong = faults("skinny_linear_int4_g128_t8", "sm_90a", kernel);
     assert!(wrong.iter().any(|fault| fault.contains("a loop of Some(455)")), "{wrong:?}");
     assert!(wrong.iter().any(|fault| fault.contains("176 registers, 168")), "{wrong:?}");
-    assert!(wrong.iter().any(|fault| fault.contains("no UBLKCP")), "{wrong:?}");
+    assert!(wrong.iter().any(|fault| fault.contains("no UBLKCP in")), "{wrong:?}");
+    assert!(wrong.iter().any(|fault| fault.contains("no UBLKCP before it waits")), "{wrong:?}");
     let older = faults("skinny_linear_int4_g128_t8", "sm_80", kernel);
     assert!(!older.iter().any(|fault| fault.contains("UBLKCP")), "{older:?}");
 }

@@ -137,5 +137,17 @@ fn many_draws_follow_the_distribution() {
     run(&checks::sampling::many_draws(), PLAIN, Schedule::InTurn);
 }
 
-emulated!(elementwise, every_rows, experts, fp8, gated, int4, laid_out, linear, norm, peers);
-emulated!(rope, prefill, prefill_sm90, decode, random, sampling, skinny);
+emulated!(
+    chained,
+    elementwise,
+    every_rows,
+    experts,
+    fp8,
+    gated,
+    int4,
+    laid_out,
+    linear,
+    norm,
+    peers
+);
+emulated!(rope, prefill, prefill_sm90, decode, random, sampling, skinny, turned);

@@ -303,3 +303,59 @@ fn a_sum_that_nobody_waits_for_is_found() {
 fn a_counter_that_is_left_as_it_was_is_found() {
     step_planted("attention_decode.cu", ("if (all->last) *arrived = 0;", ""));
 }
+
+/// What the checks of kernels that overlap say where `fault.0` of `file` is replaced by `fault.1`.
+fn overlap_planted(file: &str, fault: (&str, &str)) -> String {
+    let files = ["skinny_bf16", "skinny_pack", "norm", "attention_decode", "random"];
+    let (library, _dir) = planted_in(&files, file, fault, compile::PLAIN);
+    let checks: Vec<_> = checks::chained::checks().into_iter().take(1).collect();
+    assert_eq!(checks[0].name, "overlapping kernels: bf16");
+    verdict(&library, &checks).expect_err("an error")
+}
+
+#[test]
+fn a_kernel_that_does_not_wait_for_the_one_before_it_is_found() {
+    let fault = (
+        "by_block(const NormArgs& args) {\n    follow_launches();",
+        "by_block(const NormArgs& args) {",
+    );
+    let error = overlap_planted("norm.cu", fault);
+    assert!(error.contains("a block that never waits for the launches before"), "{error}");
+}
+
+#[test]
+fn tokens_that_are_read_before_their_kernel_is_done_are_found() {
+    let wait = ("    wait_prerequisites();\n    Place last;", "    Place last;");
+    let error = overlap_planted(LINEAR, wait);
+    assert!(error.contains("not as one by one"), "{error}");
+}
+
+#[test]
+fn a_row_that_is_turned_before_its_product_is_done_is_found() {
+    let wait = ("makes the row.\n    wait_prerequisites();", "makes the row.");
+    let error = overlap_planted("attention_decode.cu", wait);
+    assert!(error.contains("not as one by one"), "{error}");
+}
+
+/// What the checks of rows that decode attention turns say, for their first heads.
+fn turned_planted(fault: (&str, &str)) -> String {
+    let files = ["attention_decode", "rope"];
+    let (library, _dir) = planted_in(&files, "attention_decode.cu", fault, compile::PLAIN);
+    verdict(&library, &checks::turned::checks()).expect_err("an error")
+}
+
+#[test]
+fn a_new_value_that_attention_does_not_see_is_found() {
+    let error = turned_planted((
+        "if (has_new) own.put(keys + Shape::BYTES, 1,",
+        "if (false) own.put(keys, 1,",
+    ));
+    assert!(error.contains("of the result has other bits"), "{error}");
+}
+
+#[test]
+fn a_new_key_that_nobody_stores_is_found() {
+    let nobody = ("split.first_head == split.kv_head * args.group", "split.first_head < 0");
+    let error = turned_planted(nobody);
+    assert!(error.contains("of the cached keys is another"), "{error}");
+}

@@ -8,6 +8,11 @@
 // are contiguous; a row of block_tables [.., cols] names a sequence's blocks in order. Slots past
 // the context and table entries past a sequence's own may hold anything and are never read.
 //
+// Where rows come as the product left them (`cos_sin`), blocks do to their heads what `rope.cu`
+// does, with its bits: each turns its queries, into shared memory; those with the sequence's last
+// split turn the new key too, put it and the value among the tiles, and one of them stores both.
+// Nobody reads the new token from the cache, so a block's tiles come from what earlier steps left.
+//
 // Work: a thread block takes SPLIT_TOKENS keys of one key head, and up to 16 query heads that share
 // it as the 16 rows of mma.m16n8k16, so that K and V are read once for the whole group. Its four
 // warps go through the split's KV blocks in turn (warp w has blocks w, w + 4, ...), each on its
@@ -34,8 +39,10 @@
 //
 // What a warp does with its tiles, and e4m3: `decode.cuh`.
 #include "decode.cuh"
+#include "rope.cuh"
 
 using namespace decoding;
+using namespace rope;
 
 // That fit a multiprocessor.
 constexpr int BLOCKS = 3;
@@ -43,8 +50,8 @@ constexpr int BLOCKS = 3;
 struct DecodeArgs {
     const bf16* qkv;             // [T, qkv_cols]: query heads first
     bf16* out;                   // [T, q_heads * D]
-    const unsigned char* keys;   // [blocks, kv_heads, 16, D]
-    const unsigned char* values;
+    unsigned char* keys;         // [blocks, kv_heads, 16, D]
+    unsigned char* values;
     const int* splits;           // [.., 3]: sequence, its split, place of its first split
     const int* splits_count;     // [1]
     const int* row_starts;       // [S + 1]
@@ -54,6 +61,14 @@ struct DecodeArgs {
     float* sums;                 // [splits, q_heads, D]: Σ 2^(score - max) · value
     float* weights;              // [splits, q_heads, 2]: max of the scores, Σ 2^(score - max)
     uint32_t* arrivals;          // [S, q_heads]: splits that left sums; zeros between launches
+    // As rope.cu's; cos_sin is null where rows are turned and stored already.
+    const float* cos_sin;
+    const bf16* q_norm;
+    const bf16* k_norm;
+    const int* rope_rows;
+    const int* slots;
+    const float* q_scale;
+    float eps;
     float score_scale;           // log2(e) / sqrt(D)
     int qkv_cols;
     int q_heads;
@@ -69,6 +84,8 @@ struct Split {
     int place, first_place, last_place;  // of this split and of those that have keys, in the list
     int first, end;                      // keys; none where first >= end
     bool alone;                          // the sequence has no other
+    bool turns;                          // rows are to be turned
+    bool newest;                         // and the last key is new: not in the cache
 };
 
 // Without heads behind the last.
@@ -92,6 +109,8 @@ DEVICE Split split_of(const DecodeArgs& args, int item) {
     split.first = max(start, visible);
     split.end = min(start + SPLIT_TOKENS, context);
     split.alone = context <= SPLIT_TOKENS;
+    split.turns = args.cos_sin != nullptr;
+    split.newest = split.turns && split.end == context;
     return split;
 }
 
@@ -105,7 +124,100 @@ struct Merge {
     bool last;  // whether this block came last of its sequence
 };
 
-// Goes through the warp's KV blocks.
+// A sequence's own row, turned, behind the tiles: queries, and the key and value as the cache has
+// them.
+template <typename T, int D>
+struct alignas(16) OwnRow {
+    // Rows of heads a few banks apart.
+    static constexpr int STRIDE = D + 8;
+    bf16 queries[TILE_HEADS][STRIDE];
+    T cached[2][D];
+    float scales[2];
+
+    static DEVICE OwnRow& behind_tiles() {
+        unsigned char* tiles = shared_memory<unsigned char>();
+        return *reinterpret_cast<OwnRow*>(tiles + WARPS * Tile<T, D>::STAGES * 2 * Tile<T, D>::BYTES);
+    }
+
+    // Puts the key (`which` = 0) or the value into a tile, at `row`.
+    DEVICE void put(unsigned char* tile, int which, int row) const {
+        using Shape = Tile<T, D>;
+        const int lane = static_cast<int>(threadIdx.x) % WARP;
+        const auto* from = reinterpret_cast<const unsigned char*>(cached[which]);
+        if (lane < Shape::CHUNKS) store16(tile + Shape::offset(row, lane), load16(from + lane * 16));
+        // Of both behind the keys.
+        if (Shape::SCALED && which == 0 && lane < 2)
+            reinterpret_cast<float*>(tile + Shape::ELEMENTS)[lane * BLOCK_TOKENS + row] = scales[lane];
+        __syncwarp();
+    }
+};
+
+// Where a token's key or value lies in the cache, and its scale.
+template <typename T, int D>
+struct Stored {
+    unsigned char* head;
+    float* scale;
+
+    DEVICE Stored(unsigned char* cache, const DecodeArgs& args, const Split& split, int slot) {
+        const int row = slot % BLOCK_TOKENS;
+        const int64_t block = slot / BLOCK_TOKENS;
+        unsigned char* start =
+            cache + (block * args.kv_heads + split.kv_head) * Tile<T, D>::STORED;
+        head = start + row * Tile<T, D>::ROW;
+        scale = reinterpret_cast<float*>(start + Tile<T, D>::ELEMENTS) + row;
+    }
+};
+
+// Turns the heads of the sequence's row that the block has to do with.
+template <typename T, int D>
+DEVICE void turn_row(const DecodeArgs& args, const Split& split, OwnRow<T, D>& own) {
+    constexpr int LANES = D / 16, TOGETHER = THREADS / LANES;
+    const int at = static_cast<int>(threadIdx.x) % LANES * LANE_VECTOR;
+    const int token = args.row_starts[split.sequence];
+    const bf16* row = args.qkv + static_cast<int64_t>(token) * args.qkv_cols + at;
+    const int heads = split.heads + (split.newest ? 2 : 0);
+    Angles angles;
+    angles.load<D>(args.cos_sin + static_cast<int64_t>(args.rope_rows[token]) * D, at);
+    const float q_scale = args.q_scale != nullptr ? args.q_scale[token] : 1.0f;
+    // Of the product that makes the row.
+    wait_prerequisites();
+    for (int first = 0; first < heads; first += TOGETHER) {
+        const int n = first + static_cast<int>(threadIdx.x) / LANES;
+        const bool is_query = n < split.heads, is_key = n == split.heads;
+        const int cached = args.q_heads + split.kv_head + (is_key ? 0 : args.kv_heads);
+        HeadPart part;
+        if (n < heads) part.load<D>(row + (is_query ? split.first_head + n : cached) * D);
+        const Turn turn = {is_query || is_key, args.q_norm != nullptr,
+                           is_query ? args.q_norm : args.k_norm, args.eps,
+                           is_query ? q_scale : 1.0f};
+        turn_head<D>(part, turn, angles, at);
+        if (is_query) {
+            store16(&own.queries[n][at], part.low);
+            store16(&own.queries[n][at + D / 2], part.high);
+        }
+        const int which = is_key ? 0 : 1;
+        unsigned char* here = reinterpret_cast<unsigned char*>(own.cached[which]);
+        const Stored<T, D> there(is_key ? args.keys : args.values, args, split, args.slots[token]);
+        // Of the blocks that share the key head one.
+        const bool is_new = n >= split.heads && n < heads;
+        const bool stores = is_new && split.first_head == split.kv_head * args.group;
+        if constexpr (Tile<T, D>::SCALED) {
+            const CodedPart codes = coded<D>(part);
+            if (is_new) codes.store<D>(here, at, &own.scales[which]);
+            if (stores) codes.store<D>(there.head, at, there.scale);
+        } else {
+            if (is_new) {
+                store16(here + at * 2, part.low);
+                store16(here + (at + D / 2) * 2, part.high);
+            }
+            if (stores) part.store<D>(reinterpret_cast<bf16*>(there.head) + at);
+        }
+    }
+    __syncthreads();
+}
+
+// Goes through the warp's KV blocks. Where the row is turned here, those that are fetched first are
+// of earlier steps: their way goes on beside the product that makes the row.
 template <typename T, int D>
 DEVICE void walk(const DecodeArgs& args, const Split& split, Lane<T, D>& mine) {
     using Shape = Tile<T, D>;
@@ -121,6 +233,7 @@ DEVICE void walk(const DecodeArgs& args, const Split& split, Lane<T, D>& mine) {
     const int* table =
         args.block_tables + static_cast<int64_t>(args.tables[split.sequence]) * args.table_cols;
     const int ids = lane < blocks ? table[first_block + lane] : 0;
+    const int cached_end = split.end - (split.newest ? 1 : 0);
 
     // Copies the warp's i-th tile of keys (which = 0) or values (1); each copy is a group of its
     // own, empty past the last.
@@ -131,7 +244,7 @@ DEVICE void walk(const DecodeArgs& args, const Split& split, Lane<T, D>& mine) {
             const unsigned char* from = which == 0 ? args.keys : args.values;
             const int64_t place = (block * args.kv_heads + split.kv_head) * Shape::STORED;
             unsigned char* tile = ring + (i % STAGES * 2 + which) * Shape::BYTES;
-            Shape::fetch(tile, from + place, split.first - token, split.end - token);
+            Shape::fetch(tile, from + place, split.first - token, cached_end - token);
             if (which == 0) fetch_scales<T, D>(tile, args.keys + place, args.values + place);
         }
         cp_async_commit();
@@ -141,17 +254,27 @@ DEVICE void walk(const DecodeArgs& args, const Split& split, Lane<T, D>& mine) {
         fetch(i, 0);
         fetch(i, 1);
     }
-    const uint64_t row = static_cast<uint64_t>(args.row_starts[split.sequence]) * args.qkv_cols;
-    mine.load_q(args.qkv + row + split.first_head * D, split.heads, args.score_scale);
+    OwnRow<T, D>& own = OwnRow<T, D>::behind_tiles();
+    if (split.turns) {
+        turn_row(args, split, own);
+        mine.load_q(own.queries[0], own.STRIDE, split.heads, args.score_scale);
+    } else {
+        const int64_t row = args.row_starts[split.sequence];
+        const bf16* first = args.qkv + row * args.qkv_cols + split.first_head * D;
+        mine.load_q(first, D, split.heads, args.score_scale);
+    }
 
+    mine.clear();
     for (int i = 0; i < count; ++i) {
-        const unsigned char* keys = ring + i % STAGES * 2 * Shape::BYTES;
+        unsigned char* keys = ring + i % STAGES * 2 * Shape::BYTES;
         const int token = (first_block + warp + i * WARPS) * BLOCK_TOKENS;
         float scores[2][4];
         uint32_t p[4];
         // After the group of these keys came those of its values, of all later stages, and none.
         cp_async_wait<2 * STAGES - 1>();
         __syncwarp();
+        const bool has_new = split.newest && split.end - token <= BLOCK_TOKENS;
+        if (has_new) own.put(keys, 0, cached_end - token);
         mine.multiply_keys(scores, keys);
         // Of e4m3 the scales lie behind the keys.
         const auto* scales = reinterpret_cast<const float*>(keys + Shape::ELEMENTS);
@@ -167,6 +290,7 @@ DEVICE void walk(const DecodeArgs& args, const Split& split, Lane<T, D>& mine) {
         // As many: the keys of the stage after the last are newer than these values.
         cp_async_wait<2 * STAGES - 1>();
         __syncwarp();
+        if (has_new) own.put(keys + Shape::BYTES, 1, cached_end - token);
         mine.multiply_values(p, keys + Shape::BYTES);
         __syncwarp();
         fetch(i + STAGES, 1);
@@ -285,13 +409,15 @@ DEVICE void combine(const DecodeArgs& args, const Split& split) {
 
 template <typename T, int D>
 DEVICE void decode(const DecodeArgs& args) {
+    launch_dependents();
+    // Rows that are turned already are stored too, and what is fetched first may be among them.
+    if (args.cos_sin == nullptr) wait_prerequisites();
     const auto next = [&](int item) { return item + static_cast<int>(gridDim.x); };
     for (int item = static_cast<int>(blockIdx.x);; item = next(item)) {
         Lane<T, D> mine;
-        mine.clear();
         {
             const Split split = split_of(args, item);
-            if (split.heads == 0) return;
+            if (split.heads == 0) break;
             // Outside the window: nobody waits for it.
             if (split.first >= split.end) continue;
             walk(args, split, mine);
@@ -303,6 +429,8 @@ DEVICE void decode(const DecodeArgs& args) {
         // The ring is where warps may still read.
         __syncthreads();
     }
+    // Of blocks without work.
+    wait_prerequisites();
 }
 
 KERNEL(attention_decode_d64_bf16, DecodeArgs, THREADS, BLOCKS) { decode<bf16, 64>(args); }

@@ -34,15 +34,16 @@ DEVICE Bytes16 load16(const void* from) {
 #endif
 }
 
-// As load16, for global memory that is read once and written by nobody meanwhile: past the L1.
+// As load16, for global memory that is read once: past the L1. Volatile, so that it stays behind a
+// wait for the launch that writes there.
 DEVICE Bytes16 load16_stream(const void* from) {
 #ifdef LOCKSTEP_EMULATE
     return load16(from);
 #else
     Bytes16 v;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
-        : "l"(from));
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+                 : "l"(from));
     return v;
 #endif
 }
@@ -225,6 +226,35 @@ DEVICE void cp_async_wait() {
 #else
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 #endif
+}
+
+// ---- launches that overlap --------------------------------------------------------------------
+
+// From here on a dependent launch behind this one may begin, as soon as every block has come here
+// and where there is room: first of all, since its blocks wait and take nobody's turn.
+DEVICE void launch_dependents() {
+#if !defined(LOCKSTEP_EMULATE) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the launches before are done, and sees what they wrote. Until then a kernel writes
+// nothing to global memory, and reads only what no launch writes since a launch that was not a
+// dependent one: weights, what lays out the step, the cache of earlier steps. Every block of a
+// dependent launch comes here before it ends: else the launch could be done before those before
+// it, and whoever waits for this one would not wait for them.
+DEVICE void wait_prerequisites() {
+#ifdef LOCKSTEP_EMULATE
+    simt::wait_prerequisites();
+#elif __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Where nothing can be done ahead.
+DEVICE void follow_launches() {
+    launch_dependents();
+    wait_prerequisites();
 }
 
 // ---- barriers and warps ---------------------------------------------------------------------

@@ -106,13 +106,14 @@ struct Lane {
     // What makes products logarithms of weights.
     float scale[2];
 
-    // The products' left side: heads `first` and the next of a row, zero from `heads` on.
-    DEVICE void load_q(const bf16* first, int heads, float score_scale) {
+    // The products' left side: heads `first` and the next, `stride` elements apart, zero from
+    // `heads` on.
+    DEVICE void load_q(const bf16* first, int stride, int heads, float score_scale) {
         const int lane = static_cast<int>(threadIdx.x) % WARP, g = lane / 4, t = lane % 4;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int head = g + 8 * half;
-            const bf16* row = first + head * D;
+            const bf16* row = first + head * stride;
 #pragma unroll
             for (int k = 0; k < D / 16; ++k) {
                 uint32_t low = 0, high = 0;

@@ -79,13 +79,16 @@ DEVICE void quantize_row(const QuantizeArgs& args, uint64_t row, uint32_t thread
 
 // Four rows a block.
 KERNEL(quantize_rows_1024, QuantizeArgs, 128) {
+    follow_launches();
     const uint64_t row = static_cast<uint64_t>(blockIdx.x) * 4 + threadIdx.x / WARP;
     if (row < args.rows) quantize_row<WARP, 4>(args, row, threadIdx.x % WARP, nullptr);
 }
 KERNEL(quantize_rows_8192, QuantizeArgs, 256) {
+    follow_launches();
     quantize_row<256, 4>(args, blockIdx.x, threadIdx.x, shared_memory<float>());
 }
 KERNEL(quantize_rows_32768, QuantizeArgs, 512) {
+    follow_launches();
     quantize_row<512, 8>(args, blockIdx.x, threadIdx.x, shared_memory<float>());
 }
 

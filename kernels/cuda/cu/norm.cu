@@ -53,12 +53,14 @@ DEVICE void norm_row(const NormArgs& args, uint64_t row, uint32_t thread, float*
 // Four rows a block.
 template <bool add>
 DEVICE void norm_by_warp(const NormArgs& args) {
+    follow_launches();
     const uint64_t row = static_cast<uint64_t>(blockIdx.x) * 4 + threadIdx.x / WARP;
     if (row < args.rows) norm_row<WARP, add>(args, row, threadIdx.x % WARP, nullptr);
 }
 
 template <int threads, bool add>
 DEVICE void norm_by_block(const NormArgs& args) {
+    follow_launches();
     norm_row<threads, add>(args, blockIdx.x, threadIdx.x, shared_memory<float>());
 }
 

@@ -92,6 +92,7 @@ DEVICE void finish_row(const PeerSumArgs& args, uint32_t row, Row<threads>& sum,
 
 template <int threads, bool norm>
 DEVICE void sum_one_shot(const PeerSumArgs& args) {
+    follow_launches();
     const PeerRegions& regions = args.regions;
     const PeerCall call(regions);
     if (call.has_failed()) return;
@@ -116,6 +117,7 @@ DEVICE void sum_one_shot(const PeerSumArgs& args) {
 
 template <int threads, bool norm>
 DEVICE void sum_two_shot(const PeerSumArgs& args) {
+    follow_launches();
     const PeerRegions& regions = args.regions;
     const PeerCall call(regions);
     if (call.has_failed()) return;
@@ -182,6 +184,7 @@ struct PeerGatherArgs {
 };
 
 KERNEL(peer_gather, PeerGatherArgs, GATHER_THREADS) {
+    follow_launches();
     const PeerRegions& regions = args.regions;
     const PeerCall call(regions);
     if (call.has_failed()) return;

@@ -120,23 +120,63 @@ DEVICE void copy_records(const SkinnyArgs& args, unsigned char* to, const Unit& 
     }
 }
 
+// A record of a block's units, and the stage that it comes to.
+template <class Format, int tokens>
+struct Step {
+    uint32_t index, record;
+    Unit unit;
+    Place place;
+
+    DEVICE explicit Step(const SkinnyArgs& args) : index(blockIdx.x) { begin(args); }
+
+    DEVICE bool exists(const SkinnyArgs& args) const { return index < units(args); }
+
+    DEVICE void next(const SkinnyArgs& args) {
+        place.next(args.stages);
+        if (++record < unit.end) return;
+        index += gridDim.x;
+        begin(args);
+    }
+
+    DEVICE void copy(const SkinnyArgs& args, const Ring& ring) const {
+        copy_records<Format>(args, stage(ring), unit, record, &ring.full[place.stage]);
+    }
+
+    DEVICE unsigned char* stage(const Ring& ring) const {
+        return ring.stages + place.stage * STAGE_BYTES<Format, tokens>;
+    }
+
+private:
+    DEVICE static uint32_t units(const SkinnyArgs& args) { return tiles_of(args) * args.parts; }
+
+    DEVICE void begin(const SkinnyArgs& args) {
+        if (!exists(args)) return;
+        unit = unit_of<Format>(args, index);
+        record = unit.first;
+    }
+};
+
+// The stages' first records come before the launches before are done: they leave weights alone. Not
+// where copies arrive in their order: x would arrive behind all of them.
 template <class Format, int tokens>
 DEVICE void feed(const SkinnyArgs& args, const Ring& ring) {
-    constexpr uint32_t BYTES = STAGE_BYTES<Format, tokens>;
-    const uint32_t units = tiles_of(args) * args.parts;
-    Place place, last;
-    for (uint32_t index = blockIdx.x; index < units; index += gridDim.x) {
-        const Unit unit = unit_of<Format>(args, index);
-        for (uint32_t record = unit.first; record < unit.end; ++record) {
-            unsigned char* to = ring.stages + place.stage * BYTES;
-            Barrier* full = &ring.full[place.stage];
-            barrier_wait(&ring.empty[place.stage], place.parity ^ 1);
-            copy_records<Format>(args, to, unit, record, full);
-            copy_x<Format, tokens>(args, to + STRIPS * Format::BYTES, record);
-            barrier_arrive_copies(full);
-            last = place;
-            place.next(args.stages);
+    Step<Format, tokens> step(args), ahead = step;
+    uint32_t came = 0;
+    if (moves_in_bulk(args.in_bulk)) {
+        for (; came < args.stages && ahead.exists(args); ++came, ahead.next(args))
+            ahead.copy(args, ring);
+    }
+    wait_prerequisites();
+    Place last;
+    for (uint32_t n = 0; step.exists(args); ++n, step.next(args)) {
+        Barrier* full = &ring.full[step.place.stage];
+        if (n >= came) {
+            barrier_wait(&ring.empty[step.place.stage], step.place.parity ^ 1);
+            step.copy(args, ring);
         }
+        copy_x<Format, tokens>(args, step.stage(ring) + STRIPS * Format::BYTES, step.record);
+        barrier_arrive_copies(full);
+        last = step.place;
     }
     // A thread stays until its copies of x have landed.
     barrier_wait(&ring.full[last.stage], last.parity);
@@ -209,6 +249,8 @@ DEVICE void multiply_all(const SkinnyArgs& args, const Ring& ring) {
     constexpr uint32_t BYTES = STAGE_BYTES<Format, tokens>;
     const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const uint32_t units = tiles_of(args) * args.parts;
+    // What it writes, others may still read.
+    wait_prerequisites();
     Place place;
     for (uint32_t index = blockIdx.x; index < units; index += gridDim.x) {
         const Unit unit = unit_of<Format>(args, index);
@@ -230,6 +272,7 @@ DEVICE void multiply_all(const SkinnyArgs& args, const Ring& ring) {
 
 template <class Format, int tokens>
 DEVICE void skinny_product(const SkinnyArgs& args) {
+    launch_dependents();
     static_assert(2 * STAGES_MAX * sizeof(Barrier) <= HEAD_BYTES, "room for the barriers");
     const Ring ring;
     if (threadIdx.x == 0) {

@@ -11,7 +11,7 @@ mod prefill;
 pub(super) use decode::sums_bytes;
 pub use prefill::PrefillKernel;
 
-use super::{Cuda, CudaKv, Driver, Element, step::check_laid_out};
+use super::{Cuda, CudaKv, Driver, Element, rope::Turn, step::check_laid_out};
 use kernels::{Batch, Heads, KernelError, ShapeError, Tensor, shape::ensure};
 
 /// Keys that one block of the decode kernel looks at.
@@ -31,6 +31,8 @@ pub(super) struct Call<'a, D: Driver> {
     pub batch: &'a Batch<Cuda<D>>,
     pub heads: Heads,
     pub window: Option<usize>,
+    /// Where rows are as their product left them: they are turned and stored on the way.
+    pub turn: Option<Turn>,
 }
 
 impl<D: Driver> Call<'_, D> {

@@ -1,8 +1,8 @@
 //! The ops of [`Backend`] on a [`Driver`].
 
 use super::{
-    Array, CudaExperts, CudaKv, Driver, Element, Floats, Ints, KvFormat, PrefillKernel, SampleRoom,
-    WeightFormat, attention,
+    Array, CudaExperts, CudaKv, Driver, Element, Floats, Ints, KvFormat, Launch, PrefillKernel,
+    SampleRoom, WeightFormat, attention,
     graphs::{self, Graphs},
     linear,
     step::Cuts,
@@ -22,6 +22,10 @@ pub struct CudaConfig {
     pub kv_format: KvFormat,
     pub prefill: PrefillKernel,
     pub weights: WeightFormat,
+    /// Kernels begin while the one before them still runs, where the device knows how (compute
+    /// capability 9.0). Not for ranks that share a card: kernels that wait for their own rank's
+    /// would take the room of those that this one waits for.
+    pub overlap: bool,
 }
 
 impl Default for CudaConfig {
@@ -31,6 +35,7 @@ impl Default for CudaConfig {
             kv_format: KvFormat::Bf16,
             prefill: PrefillKernel::Fastest,
             weights: WeightFormat::Bf16,
+            overlap: true,
         }
     }
 }
@@ -83,6 +88,12 @@ impl<D: Driver> Cuda<D> {
         let address = array.address(&self.driver);
         *workspace = Some(array);
         Ok(address)
+    }
+
+    /// Launches a kernel that waits by itself for those before it.
+    pub(super) fn launch_dependent(&self, launch: Launch<'_>) -> Result<(), KernelError> {
+        let overlaps = self.config.overlap && self.driver.facts().compute_capability == (9, 0);
+        self.driver.launch(launch.dependent(overlaps))
     }
 
     /// The address of a tensor's first element.
@@ -226,7 +237,28 @@ impl<D: Driver> Backend for Cuda<D> {
     ) -> Result<(), KernelError> {
         shape::attention(out, qkv, kv.heads(), batch, heads)?;
         shape::window(window)?;
-        self.attend(out, &attention::Call { qkv, kv, batch, heads, window })
+        self.attend(out, &attention::Call { qkv, kv, batch, heads, window, turn: None })
+    }
+
+    fn rotate_and_attend(
+        &self,
+        out: &mut Tensor<Self>,
+        kv: &mut CudaKv<D>,
+        qkv: &mut Tensor<Self>,
+        rotation: &Rotation<'_, Self>,
+        batch: &Batch<Self>,
+        window: Option<usize>,
+    ) -> Result<(), KernelError> {
+        if !batch.cuts.fused {
+            self.rotate_and_store(kv, qkv, rotation, batch)?;
+            return self.attention(out, qkv, kv, batch, rotation.heads, window);
+        }
+        let heads = rotation.heads;
+        shape::rotate_and_store(qkv, kv.heads(), rotation, batch)?;
+        shape::attention(out, qkv, kv.heads(), batch, heads)?;
+        shape::window(window)?;
+        let turn = Some(self.turn(kv, qkv, rotation, batch)?);
+        self.attend(out, &attention::Call { qkv, kv, batch, heads, window, turn })
     }
 
     fn silu_mul(&self, out: &mut Tensor<Self>, x: &Tensor<Self>) -> Result<(), KernelError> {
@@ -307,10 +339,10 @@ impl<D: Driver> Backend for Cuda<D> {
 
     fn captured<E: From<KernelError>>(
         &self,
-        key: usize,
+        batch: &Batch<Self>,
         ops: impl FnOnce() -> Result<(), E>,
     ) -> Result<(), E> {
-        self.run_captured(key, ops)
+        self.run_captured((batch.tokens, batch.cuts.fused), ops)
     }
 
     fn logit_rows_max(&self) -> usize {

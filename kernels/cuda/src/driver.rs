@@ -25,7 +25,8 @@ impl Facts {
     }
 }
 
-/// One kernel on a grid of blocks. Launches of one driver run one after another.
+/// One kernel on a grid of blocks. Launches of one driver run one after another, but for the start
+/// of dependent ones (programmatic dependent launch, CUDA C++ Programming Guide).
 #[derive(Clone, Copy)]
 pub struct Launch<'a> {
     /// The kernel's name in `kernels/cuda`.
@@ -35,6 +36,9 @@ pub struct Launch<'a> {
     pub threads: u32,
     /// Bytes of dynamic shared memory.
     pub shared: u32,
+    /// Whether it may begin before the one before it is done: its kernel waits for that itself
+    /// (`wait_prerequisites` of `common.cuh`), in every block.
+    pub dependent: bool,
     args: *const c_void,
     args_len: usize,
     borrow: std::marker::PhantomData<&'a ()>,
@@ -45,12 +49,19 @@ impl<'a> Launch<'a> {
     pub fn new<A: Copy>(kernel: &'a str, grid: [u32; 3], threads: u32, args: &'a A) -> Self {
         let (start, args_len) = (std::ptr::from_ref(args).cast(), size_of::<A>());
         let borrow = std::marker::PhantomData;
-        Self { kernel, grid, threads, shared: 0, args: start, args_len, borrow }
+        let (shared, dependent) = (0, false);
+        Self { kernel, grid, threads, shared, dependent, args: start, args_len, borrow }
     }
 
     #[must_use]
     pub fn shared(mut self, bytes: u32) -> Self {
         self.shared = bytes;
+        self
+    }
+
+    #[must_use]
+    pub fn dependent(mut self, dependent: bool) -> Self {
+        self.dependent = dependent;
         self
     }
 

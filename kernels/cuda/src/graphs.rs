@@ -1,6 +1,6 @@
 //! Steps that are captured and run again: one launch instead of a thousand.
 //!
-//! Decode steps are padded to few sizes. The first of a size runs as it is, so that whatever is
+//! Decode steps are padded to few sizes. The first of a kind runs as it is, so that whatever is
 //! made at a first use is there; the second is captured. A graph holds addresses: where memory
 //! moves, all are captured anew.
 
@@ -23,15 +23,18 @@ enum Known<G> {
     Captured(Arc<G>),
 }
 
-/// By the size of a step.
-pub(super) struct Graphs<D: Driver>(Mutex<HashMap<usize, Known<D::Graph>>>);
+/// A step's rows, and whether attention turns them itself.
+pub(super) type Kind = (usize, bool);
+
+/// By the kind of a step.
+pub(super) struct Graphs<D: Driver>(Mutex<HashMap<Kind, Known<D::Graph>>>);
 
 impl<D: Driver> Graphs<D> {
     pub fn new() -> Self {
         Self(Mutex::new(HashMap::new()))
     }
 
-    fn known(&self) -> MutexGuard<'_, HashMap<usize, Known<D::Graph>>> {
+    fn known(&self) -> MutexGuard<'_, HashMap<Kind, Known<D::Graph>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -54,11 +57,11 @@ pub(super) fn rows(rows: usize) -> Option<usize> {
 impl<D: Driver> Cuda<D> {
     pub(super) fn run_captured<E: From<KernelError>>(
         &self,
-        key: usize,
+        kind: Kind,
         ops: impl FnOnce() -> Result<(), E>,
     ) -> Result<(), E> {
         // Not held while ops run: they may forget.
-        let ran = match self.graphs.known().get(&key) {
+        let ran = match self.graphs.known().get(&kind) {
             None => false,
             Some(Known::Ran) => true,
             Some(Known::Captured(graph)) => {
@@ -68,7 +71,7 @@ impl<D: Driver> Cuda<D> {
         };
         if !ran {
             ops()?;
-            self.graphs.known().insert(key, Known::Ran);
+            self.graphs.known().insert(kind, Known::Ran);
             return Ok(());
         }
         self.driver.begin_capture()?;
@@ -78,7 +81,7 @@ impl<D: Driver> Cuda<D> {
         done?;
         let graph = Arc::new(graph?);
         self.driver.replay(&graph)?;
-        self.graphs.known().insert(key, Known::Captured(graph));
+        self.graphs.known().insert(kind, Known::Captured(graph));
         Ok(())
     }
 }

@@ -296,7 +296,8 @@ impl<D: Driver> Cuda<D> {
             args.rows = at_once.min(rows - first) as u32;
             let each = if one_shot { 1 } else { peers.ranks() as u32 };
             let grid = [args.rows.div_ceil(each).min(self.driver.facts().multiprocessors), 1, 1];
-            self.driver.launch(Launch::new(name, grid, instance.threads, &args).shared(shared))?;
+            let launch = Launch::new(name, grid, instance.threads, &args);
+            self.launch_dependent(launch.shared(shared))?;
             let bytes = (at_once * cols * Element::Bf16.bytes()) as u64;
             args.x += bytes;
             (args.hidden, args.out) = (args.hidden + bytes, args.out + bytes);
@@ -363,7 +364,7 @@ impl<D: Driver> Cuda<D> {
             let items = args.rows * args.pieces;
             let grid = [items.min(self.driver.facts().multiprocessors), 1, 1];
             let launch = Launch::new("peer_gather", grid, GATHER_THREADS, &args);
-            self.driver.launch(launch.shared(4))?;
+            self.launch_dependent(launch.shared(4))?;
             args.x += (at_once * cols[peers.rank] * Element::F32.bytes()) as u64;
             args.out += (at_once * total * Element::F32.bytes()) as u64;
         }

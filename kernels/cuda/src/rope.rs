@@ -94,6 +94,18 @@ const THREADS: u32 = 128;
 /// Heads of a lane.
 const DEPTH: usize = 2;
 
+/// Addresses of what turning rows takes beside them; 0 where there is none.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Turn {
+    pub cos_sin: u64,
+    pub q_norm: u64,
+    pub k_norm: u64,
+    pub rope_rows: u64,
+    pub slots: u64,
+    pub q_scale: u64,
+    pub eps: f32,
+}
+
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct RopeArgs {
@@ -115,15 +127,15 @@ struct RopeArgs {
 }
 
 impl<D: Driver> Cuda<D> {
-    /// Norms where there are weights, rotates, and stores.
-    pub(super) fn rotate(
+    /// What turning rows takes beside them, checked.
+    pub(super) fn turn(
         &self,
-        kv: &mut CudaKv<D>,
-        qkv: &mut Tensor<Self>,
+        kv: &CudaKv<D>,
+        qkv: &Tensor<Self>,
         rotation: &Rotation<'_, Self>,
         batch: &Batch<Self>,
-    ) -> Result<(), KernelError> {
-        let Rotation { norm, cos_sin, heads: Heads { q, kv: kv_heads, dim } } = *rotation;
+    ) -> Result<Turn, KernelError> {
+        let Rotation { norm, cos_sin, .. } = *rotation;
         let (rows, blocks) = (batch.rope_rows_end, batch.blocks_end);
         ensure(OP, rows <= cos_sin.rows, || {
             format!("table row {} is outside 0..{}", rows - 1, cos_sin.rows)
@@ -136,6 +148,28 @@ impl<D: Driver> Cuda<D> {
         if let Some((q, k, _)) = norm {
             bf16_vectors(OP, &[q, k])?;
         }
+        Ok(Turn {
+            cos_sin: self.at(cos_sin),
+            q_norm: norm.map_or(0, |(q, ..)| self.at(q)),
+            k_norm: norm.map_or(0, |(_, k, _)| self.at(k)),
+            rope_rows: batch.rope_rows.address(&self.driver),
+            slots: batch.slots.address(&self.driver),
+            q_scale: self.q_scale(batch)?,
+            eps: norm.map_or(0.0, |(.., eps)| eps),
+        })
+    }
+
+    /// Norms where there are weights, rotates, and stores.
+    pub(super) fn rotate(
+        &self,
+        kv: &mut CudaKv<D>,
+        qkv: &mut Tensor<Self>,
+        rotation: &Rotation<'_, Self>,
+        batch: &Batch<Self>,
+    ) -> Result<(), KernelError> {
+        let Heads { q, kv: kv_heads, dim } = rotation.heads;
+        let Turn { cos_sin, q_norm, k_norm, rope_rows, slots, q_scale, eps } =
+            self.turn(kv, qkv, rotation, batch)?;
         let kernel = match dim {
             64 => "rope_d64",
             128 => "rope_d128",
@@ -152,12 +186,12 @@ impl<D: Driver> Cuda<D> {
         }
         let args = RopeArgs {
             qkv: self.at(qkv),
-            q_norm: norm.map_or(0, |(q, ..)| self.at(q)),
-            k_norm: norm.map_or(0, |(_, k, _)| self.at(k)),
-            cos_sin: self.at(cos_sin),
-            rope_rows: batch.rope_rows.address(&self.driver),
-            q_scale: self.q_scale(batch)?,
-            slots: batch.slots.address(&self.driver),
+            q_norm,
+            k_norm,
+            cos_sin,
+            rope_rows,
+            q_scale,
+            slots,
             keys: kv.keys.address(&self.driver),
             values: kv.values.address(&self.driver),
             tokens: qkv.rows as u32,
@@ -165,7 +199,7 @@ impl<D: Driver> Cuda<D> {
             kv_heads: kv_heads as u32,
             token_warps: token_warps as u32,
             fp8: u32::from(kv.format == KvFormat::Fp8),
-            eps: norm.map_or(0.0, |(.., eps)| eps),
+            eps,
         };
         let blocks = warps.div_ceil(THREADS as usize / 32) as u32;
         self.driver.launch(Launch::new(kernel, [blocks, 1, 1], THREADS, &args))

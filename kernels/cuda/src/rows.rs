@@ -12,7 +12,8 @@ pub(super) struct ByRow {
 }
 
 impl<D: Driver> Cuda<D> {
-    /// Runs the first of `instances`, ascending by length, that holds rows of `cols` elements.
+    /// Runs the first of `instances`, ascending by length, that holds rows of `cols` elements. They
+    /// wait for the launches before.
     pub(super) fn launch_rows<A: Copy>(
         &self,
         op: &'static str,
@@ -35,6 +36,6 @@ impl<D: Driver> Cuda<D> {
         }
         let grid = [blocks as u32, 1, 1];
         let launch = Launch::new(instance.kernel, grid, instance.threads, args);
-        self.driver.launch(launch.shared(shared))
+        self.launch_dependent(launch.shared(shared))
     }
 }

@@ -330,7 +330,7 @@ impl<D: Driver> Cuda<D> {
             };
             let kernel = numbers.kernels().products[tile.ilog2() as usize - 3];
             let shared = (HEAD_BYTES + stages * numbers.stage_bytes(tile)) as u32;
-            self.driver.launch(Launch::new(kernel, grid, THREADS, &args).shared(shared))?;
+            self.launch_dependent(Launch::new(kernel, grid, THREADS, &args).shared(shared))?;
         }
         Ok(())
     }

@@ -6,7 +6,11 @@ use super::{
     attention::{SPLIT_TOKENS, TILE_ROWS, sums_bytes},
     sampling::ALONG_BYTES,
 };
-use kernels::{Batch, BatchRoom, KernelError, ShapeError, Step, StepSequence, shape::ensure};
+use kernels::{
+    BLOCK_TOKENS, Batch, BatchRoom, KernelError, ShapeError, Step, StepSequence, TableBlock,
+    shape::ensure,
+};
+use std::collections::HashMap;
 
 const OP: &str = "lay_out";
 const THREADS: u32 = 256;
@@ -34,6 +38,9 @@ pub struct Cuts<D: Driver> {
     pub(super) tiles_len: usize,
     /// Whether a sequence has one row.
     pub(super) decodes: bool,
+    /// Whether decode attention turns and stores rows: all sequences have one, and none sees what
+    /// another stores.
+    pub(super) fused: bool,
     /// Sizes of the batch that was laid out, so that another is refused.
     of: Option<(usize, usize)>,
 }
@@ -99,6 +106,7 @@ impl<D: Driver> Cuts<D> {
             tiles: ints(tiles.saturating_mul(2))?,
             tiles_len: 0,
             decodes: false,
+            fused: false,
             of: None,
         })
     }
@@ -158,6 +166,16 @@ fn work(sequences: &[StepSequence]) -> (Work, Work) {
         }
     }
     (decoding, prefilling)
+}
+
+/// Whether a sequence with one row may see a block that is filled in this very step: then it came
+/// to its blocks just now, and they are more than the one of its row.
+fn may_share(step: &Step) -> bool {
+    let mut rows = HashMap::new();
+    let one = step.sequences.iter().filter(|sequence| sequence.rows == 1);
+    rows.extend(one.map(|sequence| (sequence.table, sequence.start / BLOCK_TOKENS)));
+    let before = |new: &TableBlock| rows.get(&new.table).is_some_and(|&own| new.index < own);
+    step.new_blocks.iter().any(before)
 }
 
 #[repr(C)]
@@ -225,6 +243,7 @@ impl<D: Driver> Cuda<D> {
         launch("step_rows", most.into_iter().max().unwrap_or(1))?;
         batch.cuts.tiles_len = prefilling.items;
         batch.cuts.decodes = decoding.items > 0;
+        batch.cuts.fused = decoding.items > 0 && prefilling.items == 0 && !may_share(step);
         batch.cuts.of = Some((batch.tokens, batch.sequences));
         Ok(())
     }

@@ -33,6 +33,27 @@ struct Function {
     bool loaded = false;
 };
 
+// Programmatic stream serialization (6): launches in a stream here never overlap.
+struct LaunchAttribute {
+    int id;
+    char pad[4];
+    union {
+        char all[64];
+        int allowed;
+    };
+};
+
+struct LaunchConfig {
+    unsigned grid[3], block[3], shared;
+    Stream* stream;
+    const LaunchAttribute* attributes;
+    unsigned count;
+
+    bool overlaps_at_most() const {
+        return count == 0 || (count == 1 && attributes->id == 6 && attributes->allowed == 1);
+    }
+};
+
 struct Module {
     Device* device;
     std::vector<std::unique_ptr<Function>> functions;
@@ -289,13 +310,16 @@ EXPORTED int cuFuncSetAttribute(Function* function, int attribute, int value) {
     if (attribute != 8 || value > SHARED_MAX) return INVALID_VALUE;
     return function->shared_max = value, SUCCESS;
 }
-EXPORTED int cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned z,
-                            unsigned threads, unsigned ty, unsigned tz, unsigned shared,
-                            Stream* stream, void** params, void** extra) {
+EXPORTED int cuLaunchKernelEx(const LaunchConfig* config, Function* function, void** params,
+                              void** extra) {
+    const auto [x, y, z] = config->grid;
+    const auto [threads, ty, tz] = config->block;
+    const unsigned shared = config->shared;
+    Stream* stream = config->stream;
     if (const int error = usable(stream)) return error;
     const bool fits = x && y && z && y < 65536 && z < 65536 && threads && threads <= 1024 &&
                       ty == 1 && tz == 1 && static_cast<int>(shared) <= function->shared_max;
-    if (!fits || extra) return INVALID_VALUE;
+    if (!fits || extra || !config->overlaps_at_most()) return INVALID_VALUE;
     while (named("FAKE_STUCK", function->name)) sleep(1);
     // Code that is loaded only now waits for the device.
     if (!function->loaded) finish(current);

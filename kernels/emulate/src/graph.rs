@@ -1,11 +1,15 @@
 //! Launches that are kept and run again. A launch whose argument points into memory that was given
 //! back since is an error, whatever lies there now.
 
-use super::{Emulator, product};
+use super::{
+    Emulator,
+    launch::{Begun, Order},
+    product,
+};
 use cuda::{Gemm, Launch};
 use kernels::KernelError;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -41,6 +45,7 @@ enum Work {
         grid: [u32; 3],
         threads: u32,
         shared: u32,
+        dependent: bool,
         /// In words, so that they lie as arguments must.
         args: Vec<u64>,
         args_len: usize,
@@ -54,6 +59,10 @@ impl Work {
             Self::Kernel { name, .. } => name,
             Self::Product(_) => "a product",
         }
+    }
+
+    fn is_dependent(&self) -> bool {
+        matches!(self, Self::Kernel { dependent: true, .. })
     }
 
     fn words(&self) -> Vec<u64> {
@@ -121,8 +130,9 @@ impl Capture {
         let mut args = vec![0u64; args_len.div_ceil(8)];
         // SAFETY: the launch has as many bytes of arguments, and so has the copy.
         unsafe { args.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping(from.cast(), args_len) };
-        let Launch { kernel, grid, threads, shared, .. } = *launch;
-        work.push(Work::Kernel { name: kernel.into(), grid, threads, shared, args, args_len });
+        let Launch { kernel, grid, threads, shared, dependent, .. } = *launch;
+        let name = kernel.into();
+        work.push(Work::Kernel { name, grid, threads, shared, dependent, args, args_len });
         true
     }
 
@@ -143,25 +153,54 @@ impl Emulator {
         self
     }
 
+    /// Dependent launches begin as early as they may on a device that has room for all of them,
+    /// but no more than [`AHEAD`] do.
     pub(super) fn run(&self, graph: &Graph) -> Result<(), KernelError> {
         self.capture.refuse("a graph")?;
-        for (work, uses) in graph.work.iter().zip(&graph.uses) {
-            let gone = uses
-                .iter()
-                .find(|(start, number)| alive().get(start).is_none_or(|(_, is)| is != number));
-            if let Some((start, _)) = gone {
-                let name = work.name();
-                let text = format!("{name} of a graph uses memory at {start:#x} that is gone");
-                return Err(KernelError::Device(text));
+        let (mut begun, mut rest) = (VecDeque::new(), graph.work.iter().zip(&graph.uses));
+        let mut next = rest.next();
+        loop {
+            while let Some((work, uses)) = next
+                && (begun.is_empty() || begun.len() <= AHEAD && work.is_dependent())
+            {
+                check_alive(work, uses)?;
+                begun.push_back(self.begin_work(work, !begun.is_empty())?);
+                next = rest.next();
             }
-            match work {
-                Work::Kernel { name, grid, threads, shared, args, args_len } => {
-                    let args = (args.as_ptr().cast(), *args_len);
-                    self.run_kernel(name, *grid, (*threads, *shared), args)?;
-                }
-                Work::Product(gemm) => product::run(gemm)?,
+            match begun.pop_front() {
+                Some(Turn::Launch(launch)) => launch.end()?,
+                Some(Turn::Product(gemm)) => product::run(gemm)?,
+                None => return Ok(()),
             }
         }
-        Ok(())
     }
+
+    fn begin_work<'a>(&'a self, work: &'a Work, ahead: bool) -> Result<Turn<'a>, KernelError> {
+        match work {
+            Work::Kernel { name, grid, threads, shared, dependent, args, args_len } => {
+                let args = (args.as_ptr().cast(), *args_len);
+                let (threads, shared, dependent) = (*threads, *shared, *dependent);
+                let order = Order { name, grid: *grid, threads, shared, dependent, args };
+                self.begin(&order, ahead).map(Turn::Launch)
+            }
+            Work::Product(gemm) => Ok(Turn::Product(gemm)),
+        }
+    }
+}
+
+/// Dependent launches that begin before the one whose turn it is ends.
+const AHEAD: usize = 2;
+
+/// Work of a graph that waits for its turn.
+enum Turn<'a> {
+    Launch(Begun<'a>),
+    Product(&'a Gemm),
+}
+
+fn check_alive(work: &Work, uses: &[(u64, u64)]) -> Result<(), KernelError> {
+    let gone =
+        uses.iter().find(|(start, number)| alive().get(start).is_none_or(|(_, is)| is != number));
+    let Some((start, _)) = gone else { return Ok(()) };
+    let name = work.name();
+    Err(KernelError::Device(format!("{name} of a graph uses memory at {start:#x} that is gone")))
 }

@@ -12,7 +12,7 @@ use libloading::{Library, Symbol};
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc},
     collections::HashMap,
-    ffi::{CStr, CString, c_char, c_int, c_void},
+    ffi::{CStr, c_char},
     path::Path,
     sync::{
         Arc, Mutex, PoisonError, Weak,
@@ -43,6 +43,7 @@ impl Schedule {
 pub mod compile;
 mod counts;
 mod graph;
+mod launch;
 mod machine;
 mod product;
 
@@ -50,19 +51,8 @@ pub use compile::{ASAN, PLAIN, RACES, Variant, libasan, library};
 pub use counts::Counts;
 use graph::Capture;
 pub use graph::Graph;
+use launch::Order;
 pub use machine::{machine, on_machine};
-
-type LaunchFn = unsafe extern "C" fn(
-    *const c_char,
-    *const u32,
-    u32,
-    usize,
-    *const c_void,
-    usize,
-    u32,
-    *mut c_char,
-    usize,
-) -> c_int;
 
 /// An emulated device.
 pub struct Emulator {
@@ -162,44 +152,6 @@ impl Emulator {
     }
 }
 
-impl Emulator {
-    /// Runs a kernel on threads and bytes of shared memory a block, with its argument.
-    fn run_kernel(
-        &self,
-        kernel: &str,
-        grid: [u32; 3],
-        (threads, shared): (u32, u32),
-        (args, args_len): (*const c_void, usize),
-    ) -> Result<(), KernelError> {
-        // SAFETY: the library exports it with this signature.
-        let run: Symbol<'_, LaunchFn> = unsafe { self.library.get(b"simt_launch\0") }
-            .map_err(|error| KernelError::Device(error.to_string()))?;
-        let name = CString::new(kernel)
-            .map_err(|_| KernelError::Device("a kernel's name with a zero in it".into()))?;
-        let mut error = [0u8; 1024];
-        // SAFETY: the argument struct is alive and as long as said, which the library compares with
-        // the kernel's; what its addresses point to is the launcher's promise.
-        let code = unsafe {
-            run(
-                name.as_ptr(),
-                grid.as_ptr(),
-                threads,
-                shared as usize,
-                args,
-                args_len,
-                self.schedule.code(),
-                error.as_mut_ptr().cast(),
-                error.len(),
-            )
-        };
-        if code == 0 {
-            return Ok(());
-        }
-        let text = CStr::from_bytes_until_nul(&error).unwrap_or_default();
-        Err(KernelError::Device(text.to_string_lossy().into_owned()))
-    }
-}
-
 fn outside(offset: usize, len: usize, bytes: usize) -> Result<(), KernelError> {
     if offset.checked_add(len).is_some_and(|end| end <= bytes) {
         return Ok(());
@@ -296,8 +248,7 @@ impl Driver for Emulator {
             return Ok(());
         }
         self.counts.launched();
-        let Launch { kernel, grid, threads, shared, .. } = launch;
-        self.run_kernel(kernel, grid, (threads, shared), launch.args())
+        self.begin(&Order::from(&launch), false)?.end()
     }
 
     fn gemm(&self, gemm: Gemm) -> Result<(), KernelError> {

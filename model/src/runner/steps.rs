@@ -148,7 +148,7 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         let mut cx = Context { device: &*device, group, kv, scratch };
         let batch = &batch.batch;
         let Some(rows) = rows else { return decoder.forward(&mut cx, batch) };
-        device.captured(rows, || {
+        device.captured(batch, || {
             decoder.forward(&mut cx, batch)?;
             decoder.logits(&mut cx, batch, 0, rows)
         })

@@ -231,6 +231,8 @@ mod cuda {
                 NcclUse::Auto => Some(NCCL_LIBRARY.into()),
                 NcclUse::At(path) => Some(path.into()),
             };
+            let overlap = config.overlap && (spread || ranks == 1);
+            let config = CudaConfig { overlap, ..config };
             Ok(Self { of_ranks: (0..ranks).map(card).collect(), config, nccl })
         }
 

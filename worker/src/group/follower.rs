@@ -127,6 +127,7 @@ mod tests {
             kv_format: KvFormat::Fp8,
             prefill: PrefillKernel::Mma,
             weights: WeightFormat::Fp8,
+            overlap: false,
         };
         let runner =
             RunnerOptions { blocks: 1, step_tokens_max: 2, sequences_max: 3, context_max: 4 };

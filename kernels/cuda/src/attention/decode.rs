@@ -28,6 +28,13 @@ struct DecodeArgs {
     sums: u64,
     weights: u64,
     arrivals: u64,
+    cos_sin: u64,
+    q_norm: u64,
+    k_norm: u64,
+    rope_rows: u64,
+    slots: u64,
+    q_scale: u64,
+    eps: f32,
     score_scale: f32,
     qkv_cols: i32,
     q_heads: i32,
@@ -38,7 +45,7 @@ struct DecodeArgs {
 }
 
 /// The kernel for heads and a cache of this kind, and its bytes of shared memory: tiles of K and V
-/// for each warp, over which the warps then merge what they have.
+/// for each warp and the turned row behind them, over which the warps then merge what they have.
 fn kernel(dim: usize, format: KvFormat) -> (&'static str, usize) {
     // Stages, and floats between the rows of heads.
     let (name, stages, gap) = match (dim, format) {
@@ -51,7 +58,9 @@ fn kernel(dim: usize, format: KvFormat) -> (&'static str, usize) {
     let token = dim * format.element_bytes() + 2 * format.scale_bytes();
     let ring = stages * 2 * kernels::BLOCK_TOKENS * token;
     let merged = TILE_HEADS * (dim + gap + 2) * size_of::<f32>();
-    (name, WARPS * ring.max(merged))
+    // Queries a few banks apart, key, value and two scales, in pieces of 16 bytes.
+    let own = TILE_HEADS * (dim + 8) * 2 + 2 * dim * format.element_bytes() + 16;
+    (name, (WARPS * ring + own).max(WARPS * merged + 16))
 }
 
 /// Bytes that splits leave for their sum, where sequences of full length all decode.
@@ -82,7 +91,7 @@ impl<D: Driver> Cuda<D> {
         let items = splits_max(room).saturating_mul(kv * (q / kv).div_ceil(TILE_HEADS));
         let blocks = items.min(BLOCKS * self.driver.facts().multiprocessors as usize);
         let grid = [blocks as u32, 1, 1];
-        self.driver.launch(Launch::new(name, grid, THREADS, &args).shared(shared as u32))
+        self.launch_dependent(Launch::new(name, grid, THREADS, &args).shared(shared as u32))
     }
 
     fn decode_args(
@@ -93,6 +102,7 @@ impl<D: Driver> Cuda<D> {
     ) -> DecodeArgs {
         let Call { qkv, batch, kv, heads, .. } = *call;
         let driver = &self.driver;
+        let turn = call.turn.unwrap_or_default();
         DecodeArgs {
             qkv: self.at(qkv),
             out: self.at(out),
@@ -107,6 +117,13 @@ impl<D: Driver> Cuda<D> {
             sums,
             weights,
             arrivals: batch.cuts.arrivals.address(driver),
+            cos_sin: turn.cos_sin,
+            q_norm: turn.q_norm,
+            k_norm: turn.k_norm,
+            rope_rows: turn.rope_rows,
+            slots: turn.slots,
+            q_scale: turn.q_scale,
+            eps: turn.eps,
             score_scale: std::f32::consts::LOG2_E / (heads.dim as f32).sqrt(),
             qkv_cols: qkv.cols as i32,
             q_heads: heads.q as i32,

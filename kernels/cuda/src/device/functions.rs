@@ -127,15 +127,31 @@ impl Functions {
             function.large.store(true, Ordering::Relaxed);
         }
         context.launched(&function.name);
+        let mut overlap = overlap();
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared,
+            hStream: context.stream(),
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(launch.dependent),
+        };
         let mut params = [args.cast_mut()];
         let (params, extra) = (params.as_mut_ptr(), ptr::null_mut());
-        let (handle, stream) = (function.handle, context.stream());
-        call!(
-            context,
-            what,
-            cuLaunchKernel(handle, x, y, z, threads, 1, 1, shared, stream, params, extra)
-        )
+        call!(context, what, cuLaunchKernelEx(&raw const config, function.handle, params, extra))
     }
+}
+
+/// What lets a launch begin before the one before it is done.
+fn overlap() -> sys::CUlaunchAttribute {
+    let mut value = sys::CUlaunchAttributeValue { pad: [0; 64] };
+    value.programmaticStreamSerializationAllowed = 1;
+    let id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    sys::CUlaunchAttribute { id, pad: [0; 4], value }
 }
 
 impl Drop for Functions {

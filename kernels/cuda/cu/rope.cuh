@@ -1,0 +1,144 @@
+// What becomes of one head of a packed row on its way to attention and into the cache, by D / 16
+// lanes, each with 8 elements of the lower half and the 8 that they are paired with, so that
+// nothing is exchanged but the norm's sum. Whoever turns a head does it by these steps, in this
+// order: then the bits are the same.
+#pragma once
+
+#include "common.cuh"
+
+namespace rope {
+
+// Elements of 16 bytes.
+constexpr int LANE_VECTOR = 8;
+
+// 8 elements.
+DEVICE void unpack(const Bytes16& packed, float* x) {
+    for (int w = 0; w < 4; ++w) {
+        x[2 * w] = low_bf16(packed.words[w]);
+        x[2 * w + 1] = high_bf16(packed.words[w]);
+    }
+}
+
+DEVICE Bytes16 pack(const float* x) {
+    Bytes16 packed;
+    for (int w = 0; w < 4; ++w) packed.words[w] = pack_bf16(x[2 * w], x[2 * w + 1]);
+    return packed;
+}
+
+DEVICE void load_floats(const float* from, float (&x)[LANE_VECTOR]) {
+    for (int i = 0; i < 2; ++i) {
+        const Bytes16 four = load16(from + 4 * i);
+        for (int j = 0; j < 4; ++j) x[4 * i + j] = __uint_as_float(four.words[j]);
+    }
+}
+
+// A lane's part of a row of the table: cosines and sines.
+struct Angles {
+    float cos[LANE_VECTOR], sin[LANE_VECTOR];
+
+    template <int D>
+    DEVICE void load(const float* row, int at) {
+        load_floats(row + at, cos);
+        load_floats(row + D / 2 + at, sin);
+    }
+};
+
+// A lane's part of a head: elements `at`.. of the lower half, and those of the upper one.
+struct HeadPart {
+    Bytes16 low = {}, high = {};
+
+    template <int D>
+    DEVICE void load(const bf16* at) {
+        low = load16(at);
+        high = load16(at + D / 2);
+    }
+
+    // To global memory.
+    template <int D>
+    DEVICE void store(bf16* at) const {
+        store16_global(at, low);
+        store16_global(at + D / 2, high);
+    }
+
+    DEVICE void unpack_to(float (&x)[2 * LANE_VECTOR]) const {
+        unpack(low, x);
+        unpack(high, x + LANE_VECTOR);
+    }
+};
+
+// The same for a head in e4m3: codes and the scale of the whole head.
+struct CodedPart {
+    Bytes8 low, high;
+    float scale;
+
+    template <int D>
+    DEVICE void store(unsigned char* codes, int at, float* scale_at) const {
+        store8(codes + at, low);
+        store8(codes + at + D / 2, high);
+        if (at == 0) *scale_at = scale;
+    }
+};
+
+// Scales the head that D / 16 lanes hold together. All lanes of the warp come here; those whose
+// `weight` is null have no head to scale.
+template <int D>
+DEVICE void norm_head(float (&x)[2 * LANE_VECTOR], const bf16* weight, int at, float eps) {
+    float sum = 0.0f;
+    for (int i = 0; i < 2 * LANE_VECTOR; ++i) sum = fmaf(x[i], x[i], sum);
+    sum = warp_sum<D / 16>(sum);
+    if (weight == nullptr) return;
+    const float factor = rsqrtf(sum * (1.0f / D) + eps);
+    float by[2 * LANE_VECTOR];
+    unpack(load16(weight + at), by);
+    unpack(load16(weight + D / 2 + at), by + LANE_VECTOR);
+    for (int i = 0; i < 2 * LANE_VECTOR; ++i) x[i] = x[i] * factor * by[i];
+}
+
+// What is to be done to a lane's head.
+struct Turn {
+    bool turns;          // values, and lanes without a head, stay as they are
+    bool norms;          // the same in all lanes
+    const bf16* weight;  // [D] of the norm
+    float eps;
+    float scale;
+};
+
+// Norm, rotation (element i with i + D/2) and scale of a head, rounded once. All lanes of the warp
+// come here.
+template <int D>
+DEVICE void turn_head(HeadPart& part, const Turn& turn, const Angles& angles, int at) {
+    float x[2 * LANE_VECTOR];
+    part.unpack_to(x);
+    if (turn.norms) norm_head<D>(x, turn.turns ? turn.weight : nullptr, at, turn.eps);
+    if (!turn.turns) return;
+    for (int j = 0; j < LANE_VECTOR; ++j) {
+        const float a = x[j], b = x[LANE_VECTOR + j];
+        x[j] = fmaf(a, angles.cos[j], -(b * angles.sin[j])) * turn.scale;
+        x[LANE_VECTOR + j] = fmaf(b, angles.cos[j], a * angles.sin[j]) * turn.scale;
+    }
+    part.low = pack(x);
+    part.high = pack(x + LANE_VECTOR);
+}
+
+// 8 elements · factor as e4m3.
+DEVICE Bytes8 quantize(const float (&x)[2 * LANE_VECTOR], int first, float factor) {
+    float by[LANE_VECTOR];
+    for (int i = 0; i < LANE_VECTOR; ++i) by[i] = x[first + i] * factor;
+    const float low[4] = {by[0], by[1], by[2], by[3]}, high[4] = {by[4], by[5], by[6], by[7]};
+    return {{pack_fp8x4(low), pack_fp8x4(high)}};
+}
+
+// A head's largest element becomes 448; zeros have a scale of 1. All lanes of the warp come here.
+template <int D>
+DEVICE CodedPart coded(const HeadPart& part) {
+    float x[2 * LANE_VECTOR];
+    part.unpack_to(x);
+    float most = 0.0f;
+    for (int i = 0; i < 2 * LANE_VECTOR; ++i) most = fmaxf(most, fabsf(x[i]));
+    most = warp_max<D / 16>(most);
+    const float factor = most > 0.0f ? FP8_MAX / most : 1.0f;
+    return {quantize(x, 0, factor), quantize(x, LANE_VECTOR, factor),
+            most > 0.0f ? most * (1.0f / FP8_MAX) : 1.0f};
+}
+
+}  // namespace rope
