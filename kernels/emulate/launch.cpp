@@ -1,8 +1,8 @@
 // The emulation's interface: kernels by name, launched block by block.
 //
 // A dependent launch may begin before the one before it is done, up to where it waits for it. The
-// worst case is that nothing before has even begun: its first and its last block run so far, each
-// on a thread of the host, before the launches that stand before it; the others in its own turn.
+// worst case is that nothing before has even begun: its first block runs so far, on a thread of
+// the host, before the launches that stand before it; the others in its own turn.
 #include "block.h"
 
 #include <condition_variable>
@@ -131,13 +131,13 @@ std::string run_at(const Kernel* kernel, const Launch& launch, size_t at, EarlyB
     return "";
 }
 
-// A launch whose first blocks may have begun.
+// A launch whose first block may have begun.
 struct Begun {
     const Kernel* kernel;
     std::vector<uint64_t> args;
     uint32_t grid[3];
     Launch launch;
-    std::unique_ptr<EarlyBlock> first, last;
+    std::unique_ptr<EarlyBlock> first;
 
     Begun(const Kernel* kernel, const Launch& given)
         : kernel(kernel), args((given.args_size + 7) / 8), launch(given) {
@@ -149,19 +149,18 @@ struct Begun {
 
     size_t blocks() const { return static_cast<size_t>(grid[0]) * grid[1] * grid[2]; }
 
+    // The block whose turn is the `turn`-th. An order that is not the obvious one finds kernels
+    // that rely on it.
+    size_t block_at(size_t turn) const { return launch.schedule == 1 ? blocks() - 1 - turn : turn; }
+
     void begin_early() {
-        const auto start = [&](size_t at) {
-            return std::make_unique<EarlyBlock>(
-                [=](EarlyBlock* early) { return run_at(kernel, launch, at, early); });
-        };
-        first = start(0);
-        if (blocks() > 1) last = start(blocks() - 1);
+        first = std::make_unique<EarlyBlock>(
+            [this](EarlyBlock* early) { return run_at(kernel, launch, block_at(0), early); });
     }
 
-    std::string run(size_t at) {
-        if (at == 0 && first) return first->finish();
-        if (at == blocks() - 1 && last) return last->finish();
-        return run_at(kernel, launch, at, nullptr);
+    std::string run(size_t turn) {
+        if (turn == 0 && first) return first->finish();
+        return run_at(kernel, launch, block_at(turn), nullptr);
     }
 };
 
@@ -198,10 +197,8 @@ EXPORTED void* simt_begin(const simt::Launch* launch, int ahead, char* error, si
 EXPORTED int simt_end(void* launch, char* error, size_t error_size) {
     using namespace simt;
     const std::unique_ptr<Begun> begun(static_cast<Begun*>(launch));
-    const size_t blocks = begun->blocks();
-    for (size_t i = 0; i < blocks; ++i) {
-        // An order of blocks that is not the obvious one finds kernels that rely on it.
-        const std::string wrong = begun->run(begun->launch.schedule == 1 ? blocks - 1 - i : i);
+    for (size_t turn = 0; turn < begun->blocks(); ++turn) {
+        const std::string wrong = begun->run(turn);
         if (wrong.empty()) continue;
         std::snprintf(error, error_size, "%s: %s", begun->kernel->name, wrong.c_str());
         return 1;

@@ -2,7 +2,7 @@
 
 use crate::flat::{guarded, refused, text, unwritten, written};
 use crate::{BF16, Check, Device, noise, rounded};
-use cuda::{Cuda, Driver, PeerConfig, PeerRegion, Peers};
+use cuda::{Cuda, CudaConfig, Driver, PeerConfig, PeerRegion, Peers};
 use kernels::{AddNorm, Backend, KernelError, Tensor};
 use std::{
     sync::{Barrier, Mutex},
@@ -58,7 +58,9 @@ fn on_ranks<D: Driver, T: Send>(
     config: PeerConfig,
     body: Body<'_, D, T>,
 ) -> Result<Vec<T>, String> {
-    let devices: Vec<Cuda<D>> = (0..ranks).map(|_| device(BF16)).collect();
+    // On a card they share it.
+    let apart = CudaConfig { overlap: false, ..BF16 };
+    let devices: Vec<Cuda<D>> = (0..ranks).map(|_| device(apart)).collect();
     let (tickets, met) = (Mutex::new(vec![Vec::new(); ranks]), Barrier::new(ranks));
     let rank = |rank: usize, device: Cuda<D>| -> Result<T, KernelError> {
         let region = PeerRegion::new(device.driver(), config)?;

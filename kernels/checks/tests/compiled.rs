@@ -23,7 +23,9 @@ const MEANT: &[(&str, &[&str], &[&str])] = &[
     ("peer_", &["sm_90a"], &["PREEXIT", "ACQBULK"]),
     ("quantize_rows", &["sm_90a"], &["PREEXIT", "ACQBULK"]),
     ("attention_prefill", &BOTH, &["HMMA", "LDSM", "LDGSTS"]),
-    ("expert_linear", &BOTH, &["HMMA", "LDSM", "LDGSTS"]),
+    ("expert_linear", &["sm_80"], &["HMMA", "LDSM", "LDGSTS"]),
+    ("expert_linear", &["sm_90a"], &["HMMA", "LDSM", "LDGSTS", "PREEXIT", "ACQBULK"]),
+    ("experts_", &["sm_90a"], &["PREEXIT", "ACQBULK"]),
     // Weights by 16 bytes a lane, or in bulk beside x; barriers in shared memory, and arrivals
     // behind copies.
     ("skinny_linear", &["sm_80"], &["HMMA", "LDGSTS", "ARRIVES"]),

@@ -316,8 +316,8 @@ fn overlap_planted(file: &str, fault: (&str, &str)) -> String {
 #[test]
 fn a_kernel_that_does_not_wait_for_the_one_before_it_is_found() {
     let fault = (
-        "by_block(const NormArgs& args) {\n    follow_launches();",
-        "by_block(const NormArgs& args) {",
+        "by_warp(const NormArgs& args) {\n    follow_launches();",
+        "by_warp(const NormArgs& args) {",
     );
     let error = overlap_planted("norm.cu", fault);
     assert!(error.contains("a block that never waits for the launches before"), "{error}");
@@ -333,29 +333,27 @@ fn tokens_that_are_read_before_their_kernel_is_done_are_found() {
 #[test]
 fn a_row_that_is_turned_before_its_product_is_done_is_found() {
     let wait = ("makes the row.\n    wait_prerequisites();", "makes the row.");
-    let error = overlap_planted("attention_decode.cu", wait);
+    let error = overlap_planted("decode_row.cuh", wait);
     assert!(error.contains("not as one by one"), "{error}");
 }
 
-/// What the checks of rows that decode attention turns say, for their first heads.
-fn turned_planted(fault: (&str, &str)) -> String {
+/// What the checks of rows that decode attention turns say.
+fn turned_planted(file: &str, fault: (&str, &str)) -> String {
     let files = ["attention_decode", "rope"];
-    let (library, _dir) = planted_in(&files, "attention_decode.cu", fault, compile::PLAIN);
+    let (library, _dir) = planted_in(&files, file, fault, compile::PLAIN);
     verdict(&library, &checks::turned::checks()).expect_err("an error")
 }
 
 #[test]
 fn a_new_value_that_attention_does_not_see_is_found() {
-    let error = turned_planted((
-        "if (has_new) own.put(keys + Shape::BYTES, 1,",
-        "if (false) own.put(keys, 1,",
-    ));
+    let unseen = ("if (has_new) own.put(keys + Shape::BYTES, 1,", "if (false) own.put(keys, 1,");
+    let error = turned_planted("attention_decode.cu", unseen);
     assert!(error.contains("of the result has other bits"), "{error}");
 }
 
 #[test]
 fn a_new_key_that_nobody_stores_is_found() {
     let nobody = ("split.first_head == split.kv_head * args.group", "split.first_head < 0");
-    let error = turned_planted(nobody);
+    let error = turned_planted("decode_row.cuh", nobody);
     assert!(error.contains("of the cached keys is another"), "{error}");
 }

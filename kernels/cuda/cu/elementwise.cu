@@ -27,6 +27,7 @@ struct AddArgs {
 };
 
 KERNEL(add_bf16, AddArgs, THREADS) {
+    follow_launches();
     const uint64_t first = first_vector();
     Bytes16 x[DEPTH] = {}, delta[DEPTH] = {};
     for (int i = 0; i < DEPTH; ++i) {
@@ -56,6 +57,7 @@ struct SiluMulArgs {
 };
 
 KERNEL(silu_mul_bf16, SiluMulArgs, THREADS) {
+    follow_launches();
     const uint32_t first = static_cast<uint32_t>(first_vector());
     Bytes16 gate[DEPTH] = {}, up[DEPTH] = {};
     for (int i = 0; i < DEPTH; ++i) {

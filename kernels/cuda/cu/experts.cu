@@ -34,6 +34,7 @@ DEVICE uint64_t rank_of(float logit, uint32_t expert) {
 DEVICE float weight_of(float x) { return exp2_approx(x * 1.4426950408889634f); }
 
 KERNEL(experts_choose, RouteArgs, THREADS) {
+    follow_launches();
     const uint32_t token = blockIdx.x * WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (token >= args.tokens) return;
     const float* logits = args.logits + static_cast<uint64_t>(token) * args.logit_cols;
@@ -95,6 +96,7 @@ DEVICE uint32_t block_count(uint32_t x, uint32_t* counts) {
 }
 
 KERNEL(experts_sort, SortArgs, THREADS) {
+    follow_launches();
     auto* counts = shared_memory<uint32_t>();
     const auto expert = static_cast<int32_t>(blockIdx.x);
     const uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -305,6 +307,7 @@ DEVICE void write_tile(const ExpertLinearArgs& args, const Tile& tile, uint32_t 
 
 template <int places>
 DEVICE void expert_linear(const ExpertLinearArgs& args) {
+    follow_launches();
     auto* memory = shared_memory<unsigned char>();
     const Tile tile = find_tile<places>(args, blockIdx.y, reinterpret_cast<int32_t*>(memory));
     if (tile.expert < 0) return;
@@ -356,6 +359,7 @@ DEVICE void add_scaled(float (&sum)[8], const Bytes16& x, float weight) {
 }
 
 KERNEL(experts_combine, CombineArgs, THREADS) {
+    follow_launches();
     const uint32_t at = blockIdx.x * THREADS + threadIdx.x;
     if (at >= args.vectors) return;
     const uint32_t token = at / args.row_vectors, col = at % args.row_vectors;

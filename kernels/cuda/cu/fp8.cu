@@ -106,6 +106,7 @@ constexpr int DEPTH = 2;
 DEVICE uint32_t first_vector() { return blockIdx.x * (THREADS * DEPTH) + threadIdx.x; }
 
 KERNEL(quantize_tensor, ScaleArgs, THREADS) {
+    follow_launches();
     const uint32_t first = first_vector();
     Bytes16 x[DEPTH] = {};
     for (int i = 0; i < DEPTH; ++i) {
@@ -120,6 +121,7 @@ KERNEL(quantize_tensor, ScaleArgs, THREADS) {
 }
 
 KERNEL(dequantize_bf16, ScaleArgs, THREADS) {
+    follow_launches();
     const uint32_t first = first_vector();
     Bytes8 codes[DEPTH] = {};
     float scales[DEPTH] = {};

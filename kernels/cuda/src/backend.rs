@@ -1,8 +1,8 @@
 //! The ops of [`Backend`] on a [`Driver`].
 
 use super::{
-    Array, CudaExperts, CudaKv, Driver, Element, Floats, Ints, KvFormat, Launch, PrefillKernel,
-    SampleRoom, WeightFormat, attention,
+    Array, CudaConfig, CudaExperts, CudaKv, Driver, Element, Floats, Ints, Launch, SampleRoom,
+    attention,
     graphs::{self, Graphs},
     linear,
     step::Cuts,
@@ -13,32 +13,7 @@ use kernels::{
     sampling::{Refused, SampleRequest, Sampled},
     shape,
 };
-use serde::{Deserialize, Serialize};
 use std::sync::{Mutex, PoisonError};
-
-/// How a device is used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CudaConfig {
-    pub kv_format: KvFormat,
-    pub prefill: PrefillKernel,
-    pub weights: WeightFormat,
-    /// Kernels begin while the one before them still runs, where the device knows how (compute
-    /// capability 9.0). Not for ranks that share a card: kernels that wait for their own rank's
-    /// would take the room of those that this one waits for.
-    pub overlap: bool,
-}
-
-impl Default for CudaConfig {
-    /// bf16 throughout, the fastest kernels.
-    fn default() -> Self {
-        Self {
-            kv_format: KvFormat::Bf16,
-            prefill: PrefillKernel::Fastest,
-            weights: WeightFormat::Bf16,
-            overlap: true,
-        }
-    }
-}
 
 /// One CUDA device, real or emulated.
 pub struct Cuda<D: Driver> {
@@ -70,6 +45,11 @@ impl<D: Driver> Cuda<D> {
 
     pub fn driver(&self) -> &D {
         &self.driver
+    }
+
+    /// Changes [`CudaConfig::overlap`] for the launches from now on: for benches, which compare.
+    pub fn set_overlap(&mut self, overlap: bool) {
+        self.config.overlap = overlap;
     }
 
     /// The address of at least `bytes` that the kernels of one op may use; the next op overwrites

@@ -151,10 +151,16 @@ impl<D: Driver> Cuda<D> {
             vectors: vectors as u32,
             row_vectors: row_vectors as u32,
         };
-        self.launch_vectors("gather_bf16", blocks, &args)
+        if blocks == 0 {
+            return Ok(());
+        }
+        // Behind the end of all before: a step's first launch is of what dependent launches read
+        // without waiting.
+        self.driver.launch(Launch::new("gather_bf16", [blocks, 1, 1], THREADS, &args))
     }
 
-    /// Runs a kernel of `THREADS` threads where there is anything to do.
+    /// Runs a kernel of `THREADS` threads where there is anything to do. It waits for the launches
+    /// before.
     pub(super) fn launch_vectors<A: Copy>(
         &self,
         kernel: &'static str,
@@ -164,6 +170,6 @@ impl<D: Driver> Cuda<D> {
         if blocks == 0 {
             return Ok(());
         }
-        self.driver.launch(Launch::new(kernel, [blocks, 1, 1], THREADS, args))
+        self.launch_dependent(Launch::new(kernel, [blocks, 1, 1], THREADS, args))
     }
 }

@@ -134,7 +134,7 @@ impl<D: Driver> Cuda<D> {
             normalise: u32::from(routing.normalise),
         };
         let blocks = tokens.div_ceil(WARPS) as u32;
-        self.driver.launch(Launch::new("experts_choose", [blocks, 1, 1], THREADS, &args))?;
+        self.launch_dependent(Launch::new("experts_choose", [blocks, 1, 1], THREADS, &args))?;
         let args = SortArgs {
             chosen: routes.chosen.address(&self.driver),
             pairs: routes.pairs.address(&self.driver),
@@ -145,7 +145,7 @@ impl<D: Driver> Cuda<D> {
         };
         let shared = (WARPS * size_of::<u32>()) as u32;
         let grid = [routing.experts as u32, 1, 1];
-        self.driver.launch(Launch::new("experts_sort", grid, THREADS, &args).shared(shared))
+        self.launch_dependent(Launch::new("experts_sort", grid, THREADS, &args).shared(shared))
     }
 
     pub(super) fn expert_product(
@@ -186,7 +186,7 @@ impl<D: Driver> Cuda<D> {
         let grid = [n.div_ceil(ROWS) as u32, tiles as u32, 1];
         let stage_bytes = (ROWS + places) * STAGE_COLS * Element::Bf16.bytes();
         let shared = (STAGES * stage_bytes) as u32;
-        self.driver.launch(Launch::new(kernel, grid, THREADS, &args).shared(shared))
+        self.launch_dependent(Launch::new(kernel, grid, THREADS, &args).shared(shared))
     }
 
     pub(super) fn sum_experts(

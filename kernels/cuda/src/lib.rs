@@ -10,6 +10,7 @@ mod array;
 mod attention;
 mod backend;
 mod bytes;
+mod config;
 #[cfg(feature = "cuda")]
 mod device;
 mod driver;
@@ -33,8 +34,9 @@ mod step;
 pub use array::{Array, Element, Floats, Ints};
 pub use attention::PrefillKernel;
 use backend::END_BYTES;
-pub use backend::{Cuda, CudaConfig, LOGIT_ROWS_MAX};
+pub use backend::{Cuda, LOGIT_ROWS_MAX};
 pub use bytes::StepShape;
+pub use config::CudaConfig;
 #[cfg(feature = "cuda")]
 pub use device::{Gpu, GpuConfig};
 pub use driver::{Driver, Facts, GEMM_WORKSPACE_BYTES, Gemm, Launch, Scales};

@@ -11,7 +11,7 @@ pub use group::{GREEDY, Group, Link, OPTIONS, PATIENCE, peer_memory, staged};
 
 use checks::{BF16, Check, Device};
 use collective::Collective;
-use cuda::{CudaConfig, Driver, KvFormat, WeightFormat};
+use cuda::{Cuda, CudaConfig, Driver, KvFormat, WeightFormat};
 use engine::plan::Want;
 use kernels::{Backend, Join};
 use model::Checkpoint;
@@ -82,36 +82,48 @@ fn on<D: Driver>(device: Device<'_, D>, close: Closeness) -> Closeness {
     }
 }
 
+/// Devices of groups whose ranks share a card; each in the emulation is one of its own.
+fn of_ranks<'a, D: Driver>(
+    device: Device<'a, D>,
+    config: CudaConfig,
+) -> impl Fn(usize) -> Cuda<D> + 'a {
+    move |ranks| {
+        let mut made = device(config);
+        made.set_overlap(ranks == 1 || made.driver().facts().name == "emulated");
+        made
+    }
+}
+
 fn in_bf16<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let apart = |name: &&str| OF_MODULES.iter().any(|(other, _)| name == other);
     let names: Vec<&str> = NAMES.into_iter().filter(|name| !apart(name)).collect();
-    check(&names, &|| device(BF16), peer_memory, on(device, IN_BF16))
+    check(&names, &of_ranks(device, BF16), peer_memory, on(device, IN_BF16))
 }
 
 fn of_modules<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     OF_MODULES.into_iter().try_for_each(|(name, close)| {
-        check(&[name], &|| device(BF16), peer_memory, on(device, close))
+        check(&[name], &of_ranks(device, BF16), peer_memory, on(device, close))
     })
 }
 
 fn weights_in_fp8<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let config = CudaConfig { weights: WeightFormat::Fp8, ..BF16 };
-    check(&FAMILIES, &|| device(config), peer_memory, WEIGHTS_IN_FP8)
+    check(&FAMILIES, &of_ranks(device, config), peer_memory, WEIGHTS_IN_FP8)
 }
 
 fn cache_in_fp8<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let config = CudaConfig { kv_format: KvFormat::Fp8, ..BF16 };
-    check(&FAMILIES, &|| device(config), peer_memory, CACHE_IN_FP8)
+    check(&FAMILIES, &of_ranks(device, config), peer_memory, CACHE_IN_FP8)
 }
 
 /// Every prompt and continuation of the checkpoints `names`, on every number of ranks up to 3 that
-/// each can be split over.
+/// each can be split over; `device` hears how many there are.
 ///
 /// # Errors
 /// Says what came out otherwise than the reference's, and by how much.
 pub fn check<B: Backend, C: Collective<B>>(
     names: &[&str],
-    device: &dyn Fn() -> B,
+    device: &dyn Fn(usize) -> B,
     link: Link<B, C>,
     close: Closeness,
 ) -> Result<(), String> {
@@ -125,7 +137,7 @@ pub fn check<B: Backend, C: Collective<B>>(
         }
         for world_size in world_sizes {
             let case = |error: String| format!("{name} on {world_size} ranks, {error}");
-            let devices: Vec<B> = (0..world_size).map(|_| device()).collect();
+            let devices: Vec<B> = (0..world_size).map(|_| device(world_size)).collect();
             let summed = world_size > 1 && devices.iter().all(|d| d.join() == Join::Sum);
             let margin = if summed { close.margin.max(SUMMED_MARGIN) } else { close.margin };
             let close = Closeness { margin, ..close };

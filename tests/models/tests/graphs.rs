@@ -90,8 +90,9 @@ fn ranks_capture_their_exchanges_too() {
 fn scheduled(ranks: usize, depth: usize, blocks: u32) -> (Vec<Vec<TokenLogprob>>, usize, usize) {
     let (devices, _) = devices(ranks, true);
     let options = model::RunnerOptions { sequences_max: 4, ..OPTIONS };
-    let mut group =
-        Group::load(&checkpoint("qwen2_gqa2_hd128"), options, devices, peer_memory).unwrap();
+    // With heads for each.
+    let name = if ranks < 3 { "qwen2_gqa2_hd128" } else { "qwen3_gqa4_hd128_tied" };
+    let mut group = Group::load(&checkpoint(name), options, devices, peer_memory).unwrap();
     let mut scheduler = Scheduler::new(SchedulerConfig {
         blocks,
         step_tokens_max: 40,
@@ -101,7 +102,9 @@ fn scheduled(ranks: usize, depth: usize, blocks: u32) -> (Vec<Vec<TokenLogprob>>
         context_max: 240,
         prefix_reuse_max: None,
     });
-    for number in 0..8u32 {
+    // As many as many ranks have time for.
+    let (requests, max_tokens) = if ranks < 3 { (8u32, 40) } else { (6, 16) };
+    for number in 0..requests {
         let params = SamplingParams {
             temperature: 0.8,
             // Steps of these wait for the one before: what they choose hangs on it.
@@ -115,13 +118,13 @@ fn scheduled(ranks: usize, depth: usize, blocks: u32) -> (Vec<Vec<TokenLogprob>>
             prompt: (0..prompt).map(|at| (at * 31 + prompt) % 300).collect(),
             generated: Vec::new(),
             params,
-            max_tokens: 40,
+            max_tokens,
             stop_ids: vec![7 * number],
             score_prompt: number == 5,
         };
         scheduler.submit(request).unwrap();
     }
-    let (mut answers, mut unknown, mut behind) = (vec![Vec::new(); 8], 0, 0);
+    let (mut answers, mut unknown, mut behind) = (vec![Vec::new(); requests as usize], 0, 0);
     let (mut launched, mut ready) = (VecDeque::<StepPlan>::new(), VecDeque::new());
     loop {
         while launched.len() + ready.len() < depth.min(PLANS_IN_FLIGHT_MAX)
@@ -152,15 +155,33 @@ fn scheduled(ranks: usize, depth: usize, blocks: u32) -> (Vec<Vec<TokenLogprob>>
     (answers, unknown, behind)
 }
 
+/// Requests on `ranks` ranks with so many blocks, one plan after another and two in flight.
+fn a_step_behind_another_has_the_bits_of_one_alone(ranks: usize, blocks: u32) {
+    let (alone, none, never) = scheduled(ranks, 1, blocks);
+    let (behind, some, often) = scheduled(ranks, 2, blocks);
+    assert_eq!(alone, behind, "{ranks} ranks, {blocks} blocks");
+    assert_eq!((none, never), (0, 0));
+    assert!(some > 20 && often > 10, "{some} unknown tokens, {often} plans behind others");
+}
+
 #[test]
-fn a_step_behind_another_has_the_bits_of_one_alone() {
-    for (ranks, blocks) in [(1, 40), (1, 6), (2, 40)] {
-        let (alone, none, never) = scheduled(ranks, 1, blocks);
-        let (behind, some, often) = scheduled(ranks, 2, blocks);
-        assert_eq!(alone, behind, "{ranks} ranks, {blocks} blocks");
-        assert_eq!((none, never), (0, 0));
-        assert!(some > 20 && often > 10, "{some} unknown tokens, {often} plans behind others");
-    }
+fn a_step_behind_another_has_its_own_bits() {
+    a_step_behind_another_has_the_bits_of_one_alone(1, 40);
+}
+
+#[test]
+fn a_step_behind_another_has_its_own_bits_where_sequences_are_preempted() {
+    a_step_behind_another_has_the_bits_of_one_alone(1, 6);
+}
+
+#[test]
+fn a_step_behind_another_has_its_own_bits_on_two_ranks() {
+    a_step_behind_another_has_the_bits_of_one_alone(2, 40);
+}
+
+#[test]
+fn a_step_behind_another_has_its_own_bits_on_three_ranks() {
+    a_step_behind_another_has_the_bits_of_one_alone(3, 40);
 }
 
 /// What goes to the device and comes from it in a captured step.

@@ -71,8 +71,14 @@ pub enum Stage {
 }
 
 impl Stage {
-    /// What there is; nothing of it was measured on a card.
-    pub const TODAY: Self = Self::Kernels;
+    /// What there is for a card; nothing of it was measured on one. Kernels overlap on compute
+    /// capability 9.0 alone, as `cuda::CudaConfig::overlap` says.
+    pub fn today(hardware: &Hardware) -> Self {
+        match hardware.compute_capability {
+            (9, 0) => Self::Prefetch,
+            _ => Self::Fused,
+        }
+    }
 }
 
 /// What a stage costs, at some number of rows.

@@ -68,7 +68,7 @@ fn sizes_are_those_of_the_published_models() {
     let kv = |plan: &Plan| (1024 * plan.kv_bytes_per_token) as f64 / 1e9;
     assert!((bytes(&original) - kv(&original) - 72.3).abs() < 0.06, "{}", bytes(&original));
     assert!((original.decode[0].floor_ms - 15.6).abs() < 0.06, "{:?}", original.decode[0]);
-    assert!((grouped.decode[0].predicted_ms - 21.4).abs() < 0.1, "{:?}", grouped.decode[0]);
+    assert!((grouped.decode[0].predicted_ms - 18.8).abs() < 0.1, "{:?}", grouped.decode[0]);
     // 142.1 GB and the embedding leave an H200 nothing; they are told all the same.
     let bf16 = planned(&qwen_72b(), "h200", WeightFormat::Bf16);
     let weights = bf16.ranks[0].weights_bytes as f64 / 1e9;

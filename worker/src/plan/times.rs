@@ -48,7 +48,8 @@ impl Times {
 
     fn decode(&self, batch: usize, context: usize) -> Prediction {
         self.slowest(|rank| {
-            let constants = Constants::of(Stage::TODAY, rank.products, batch, rank.ranks);
+            let constants =
+                Constants::of(Stage::today(self.hardware), rank.products, batch, rank.ranks);
             rank.decode(self.hardware, &constants, (batch, context))
         })
     }
@@ -59,7 +60,8 @@ impl Times {
         let RunnerOptions { blocks, step_tokens_max, sequences_max, context_max } = *options;
         let rows = step_tokens_max.min(context_max);
         let cached = context_max - rows;
-        let chunk = self.slowest(|rank| rank.chunk(self.hardware, Stage::TODAY, (rows, cached)));
+        let chunk = self
+            .slowest(|rank| rank.chunk(self.hardware, Stage::today(self.hardware), (rows, cached)));
         let held = blocks * BLOCK_TOKENS / sequences_max;
         slower(chunk, self.decode(sequences_max, held.clamp(1, context_max)))
     }
@@ -81,7 +83,8 @@ impl Times {
         let prompts = contexts.iter().filter(|context| **context <= kv_tokens);
         let prefill = prompts.map(|&context| {
             let steps = (context, options.step_tokens_max);
-            let prompt = self.slowest(|rank| rank.prefill(self.hardware, Stage::TODAY, steps));
+            let prompt = self
+                .slowest(|rank| rank.prefill(self.hardware, Stage::today(self.hardware), steps));
             StepTime::of((1, context), &prompt)
         });
         (decode.collect(), prefill.collect())

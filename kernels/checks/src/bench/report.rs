@@ -147,6 +147,8 @@ impl Report {
             "name": name,
             "layers": step.layers,
             "seconds": step.seconds,
+            "apart_seconds": step.apart_seconds,
+            "eager_seconds": step.eager_seconds,
             "bytes": step.bytes(),
             "of_read_floor": self.of_floor(step),
             "kernels": step.kernels.iter().map(kernel).collect::<Vec<_>>(),
@@ -221,17 +223,22 @@ impl Report {
         if self.steps.is_empty() {
             return;
         }
-        *text += "| step | layers | ms | GB | of the read floor | each kernel: µs (GB/s) |\n\
-                  |---|---:|---:|---:|---:|---|\n";
+        *text += "Steps are captured, and their kernels overlap; \"apart\" they do not, and \
+                  \"eager\" they are launched one by one.\n\n\
+                  | step | layers | ms | apart | eager | GB | of the read floor | \
+                  each kernel: µs (GB/s) |\n\
+                  |---|---:|---:|---:|---:|---:|---:|---|\n";
         for (name, step) in &self.steps {
             let kernel = |(name, seconds, bytes): &(String, f64, f64)| {
                 format!("{name} {:.1} ({:.0})", seconds * 1e6, bytes / seconds / 1e9)
             };
             let kernels: Vec<String> = step.kernels.iter().map(kernel).collect();
             *text += &format!(
-                "| {name} | {} | {:.3} | {:.2} | {} | {} |\n",
+                "| {name} | {} | {:.3} | {:.3} | {:.3} | {:.2} | {} | {} |\n",
                 step.layers,
                 step.seconds * 1e3,
+                step.apart_seconds * 1e3,
+                step.eager_seconds * 1e3,
                 step.bytes() / 1e9,
                 percent(self.of_floor(step)),
                 kernels.join(", "),
@@ -345,8 +352,13 @@ mod tests {
         let ceilings = [("copy_bytes_per_second", 100.0), ("read_bytes_per_second", 50.0)];
         let ceilings = ceilings.map(|(name, rate)| (name.to_owned(), rate)).into();
         let told = |end| vec![Told { name: "benches".into(), end, ..Told::default() }];
-        let step =
-            StepOutcome { layers: 2, seconds: 1.0, kernels: vec![("qkv".into(), 0.4, 10.0)] };
+        let step = StepOutcome {
+            layers: 2,
+            seconds: 1.0,
+            apart_seconds: 1.25,
+            eager_seconds: 1.5,
+            kernels: vec![("qkv".into(), 0.4, 10.0)],
+        };
         let report = Report {
             ceilings,
             lines: told(End::Done),
@@ -361,7 +373,11 @@ mod tests {
         assert!(report.markdown().contains(row));
         assert!(report.markdown().contains("2000000.0, 2.00 × ours |"));
         // 20 bytes at 50 a second are 0.4 of its second.
-        assert!(report.markdown().contains("| Qwen, 1 × 8 | 2 | 1000.000 | 0.00 | 40 % |"));
+        assert!(
+            report
+                .markdown()
+                .contains("| Qwen, 1 × 8 | 2 | 1000.000 | 1250.000 | 1500.000 | 0.00 | 40 % |")
+        );
         let slow = vec![outcome(Bar::OfCopy(0.8), 2.0)];
         let slow = Report { outcomes: slow, ..report.clone() };
         assert!(!slow.holds() && slow.markdown().contains("**no**"));

@@ -7,7 +7,9 @@
 use super::{Scale, attention::filled, batch, int4, noisy, with_noise};
 use crate::{BF16, flat::no_turn};
 use cuda::{Cuda, CudaConfig, Driver, WeightFormat};
-use kernels::{BLOCK_TOKENS, Backend, Batch, Heads, KernelError, Rotation, Tensor, WeightPart};
+use kernels::{
+    BLOCK_TOKENS, Backend, Batch, Heads, KernelError, Rotation, StepSequence, Tensor, WeightPart,
+};
 use std::time::Duration;
 
 /// Times that are taken of a step, and of each kernel; medians count.
@@ -33,6 +35,19 @@ pub struct Sized {
     intermediate: usize,
 }
 
+/// The median of `times`, and one more that is not counted: it finds algorithms and makes room.
+fn median(
+    times: usize,
+    mut take: impl FnMut() -> Result<Duration, KernelError>,
+) -> Result<f64, KernelError> {
+    take()?;
+    let mut taken = (0..times)
+        .map(|_| take().map(|time| time.as_secs_f64()))
+        .collect::<Result<Vec<f64>, _>>()?;
+    taken.sort_by(f64::total_cmp);
+    Ok(taken[times / 2])
+}
+
 /// One step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Step {
@@ -47,8 +62,12 @@ pub struct Step {
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepOutcome {
     pub layers: usize,
-    /// Of all layers.
+    /// Of all layers, captured, with kernels that overlap: as steps run.
     pub seconds: f64,
+    /// The same with each kernel behind the end of the one before.
+    pub apart_seconds: f64,
+    /// The same launched one by one.
+    pub eager_seconds: f64,
     /// Of each kernel of a layer: its name, its own time when run again and again (small matrices
     /// then come out of the cache), and the bytes that it must read and write.
     pub kernels: Vec<(String, f64, f64)>,
@@ -98,32 +117,45 @@ impl Step {
     /// `KernelError::Memory` where the caches do not fit; what the device refuses.
     pub fn measure<D: Driver>(
         &self,
-        device: &Cuda<D>,
+        device: &mut Cuda<D>,
         layer: &Layer<D>,
         timer: Timer<'_, D>,
     ) -> Result<StepOutcome, KernelError> {
         let mut run = Running::new(device, self)?;
-        let mut median = |ops: &[Op], times: usize| -> Result<f64, KernelError> {
-            let mut taken = Vec::new();
-            // The first is not counted: it finds algorithms and makes room.
-            for _ in 0..=times {
-                let mut work = || {
-                    (0..self.layers)
-                        .flat_map(|_| ops)
-                        .try_for_each(|op| run.one(device, layer, *op))
-                };
-                taken.push(timer(device, &mut work)?.as_secs_f64());
-            }
-            let taken = &mut taken[1..];
-            taken.sort_by(f64::total_cmp);
-            Ok(taken[taken.len() / 2])
+        device.set_overlap(true);
+        let eager_seconds =
+            median(STEPS, || timer(device, &mut || self.run(device, layer, &mut run, &Op::ALL)))?;
+        let mut captured = |device: &Cuda<D>| {
+            device.driver().begin_capture()?;
+            let done = self.run(device, layer, &mut run, &Op::ALL);
+            let graph = device.driver().end_capture()?;
+            done?;
+            median(STEPS, || timer(device, &mut || device.driver().replay(&graph)))
         };
-        let seconds = median(&Op::ALL, STEPS)?;
-        let each = |op: Op| {
-            Ok((op.name().to_owned(), median(&[op], KERNELS)? / self.layers as f64, self.bytes(op)))
+        let seconds = captured(device)?;
+        device.set_overlap(false);
+        let apart_seconds = captured(device)?;
+        device.set_overlap(true);
+        let mut each = |op: Op| {
+            let work = || timer(device, &mut || self.run(device, layer, &mut run, &[op]));
+            let seconds = median(KERNELS, work)? / self.layers as f64;
+            Ok((op.name().to_owned(), seconds, self.bytes(op)))
         };
-        let kernels = Op::ALL.into_iter().map(each).collect::<Result<_, KernelError>>()?;
-        Ok(StepOutcome { layers: self.layers, seconds, kernels })
+        let kernels = Op::ALL.into_iter().map(&mut each).collect::<Result<_, KernelError>>()?;
+        let layers = self.layers;
+        Ok(StepOutcome { layers, seconds, apart_seconds, eager_seconds, kernels })
+    }
+
+    /// Launches `ops` of every layer.
+    fn run<D: Driver>(
+        &self,
+        device: &Cuda<D>,
+        layer: &Layer<D>,
+        run: &mut Running<D>,
+        ops: &[Op],
+    ) -> Result<(), KernelError> {
+        let all = (0..self.layers).flat_map(|_| ops);
+        all.into_iter().try_for_each(|op| run.one(device, layer, *op))
     }
 
     /// Read and written by one op of a layer, as little as can be.
@@ -135,10 +167,9 @@ impl Step {
         let bytes = match op {
             Op::NormBefore | Op::NormBehind => vectors(4 * hidden),
             Op::Qkv => product(heads.qkv_cols(), hidden),
-            Op::Rotate => vectors(2 * heads.qkv_cols()),
             Op::Attention => {
                 let cached = 2 * rows * self.context * heads.kv * heads.dim * 2;
-                cached + vectors(2 * attended)
+                cached + vectors(heads.qkv_cols() + attended)
             }
             Op::Out => product(hidden, attended),
             Op::GateUp => product(2 * intermediate, hidden) - vectors(intermediate),
@@ -177,7 +208,6 @@ impl Sized {
 enum Op {
     NormBefore,
     Qkv,
-    Rotate,
     Attention,
     Out,
     NormBehind,
@@ -186,10 +216,9 @@ enum Op {
 }
 
 impl Op {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 7] = [
         Self::NormBefore,
         Self::Qkv,
-        Self::Rotate,
         Self::Attention,
         Self::Out,
         Self::NormBehind,
@@ -201,8 +230,7 @@ impl Op {
         match self {
             Self::NormBefore => "add, norm before attention",
             Self::Qkv => "qkv",
-            Self::Rotate => "rope, store",
-            Self::Attention => "attention",
+            Self::Attention => "rope, store, attention",
             Self::Out => "out",
             Self::NormBehind => "add, norm behind attention",
             Self::GateUp => "gate, up, silu",
@@ -266,9 +294,14 @@ impl<D: Driver> Running<D> {
         let Sized { heads, hidden, intermediate, .. } = of;
         let noisy = |cols| noisy(device, sequences, cols);
         let mut batch = batch(device, sequences, 1, context, heads)?;
-        // One row of angles for all.
-        device.write_ints(&mut batch.rope_rows, &vec![0; sequences])?;
-        batch.rope_rows_end = 1;
+        // As in every later step: no new blocks. One row of angles for all.
+        let row = |table| StepSequence { table, start: context - 1, rows: 1, rope_start: 0 };
+        let step = kernels::Step {
+            sequences: (0..sequences).map(row).collect(),
+            ids: vec![0; sequences],
+            ..kernels::Step::default()
+        };
+        device.lay_out(&mut batch, &step)?;
         Ok(Self {
             heads,
             kv: filled(device, sequences * context.div_ceil(BLOCK_TOKENS), heads)?,
@@ -292,12 +325,10 @@ impl<D: Driver> Running<D> {
                 device.add_rms_norm(&mut s.normed, &mut s.hidden, &s.delta, &layer.norm, EPS)
             }
             Op::Qkv => device.linear(&mut s.qkv, &s.normed, &layer.qkv, Some(&layer.bias)),
-            Op::Rotate => {
-                let rotation = Rotation { norm: None, cos_sin: &s.cos_sin, heads: s.heads };
-                device.rotate_and_store(&mut s.kv, &mut s.qkv, &rotation, &s.batch)
-            }
             Op::Attention => {
-                device.attention(&mut s.attended, &s.qkv, &s.kv, &s.batch, s.heads, None)
+                let rotation = Rotation { norm: None, cos_sin: &s.cos_sin, heads: s.heads };
+                let (out, kv, qkv) = (&mut s.attended, &mut s.kv, &mut s.qkv);
+                device.rotate_and_attend(out, kv, qkv, &rotation, &s.batch, None)
             }
             Op::Out => device.linear(&mut s.delta, &s.attended, &layer.out, None),
             Op::GateUp => device.gated(&mut s.gated, &mut s.gate_up, &s.normed, &layer.gate_up),

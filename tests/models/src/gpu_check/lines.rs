@@ -248,6 +248,8 @@ fn step(value: &Value) -> Option<StepOutcome> {
     Some(StepOutcome {
         layers: value["layers"].as_u64()? as usize,
         seconds: value["seconds"].as_f64()?,
+        apart_seconds: value["apart_seconds"].as_f64()?,
+        eager_seconds: value["eager_seconds"].as_f64()?,
         kernels: value["kernels"].as_array()?.iter().map(kernel).collect::<Option<_>>()?,
     })
 }

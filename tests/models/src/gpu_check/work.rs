@@ -239,11 +239,13 @@ fn steps(card: &Card, wanted: &Wanted<'_>) -> Done {
             let layer = Layer::new(&device, &step.of)?;
             *held = Some((step.of, device, layer));
         }
-        let Some((_, device, layer)) = &*held else { return Ok(json!({})) };
+        let Some((_, device, layer)) = &mut *held else { return Ok(json!({})) };
         let outcome = step.measure(device, layer, &|device, work| device.driver().time(work))?;
         Ok(json!({
             "layers": outcome.layers,
             "seconds": outcome.seconds,
+            "apart_seconds": outcome.apart_seconds,
+            "eager_seconds": outcome.eager_seconds,
             "kernels": outcome.kernels,
         }))
     };
