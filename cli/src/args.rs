@@ -131,12 +131,11 @@ pub struct GroupArgs {
     /// Memory of the KV cache, all ranks together, e.g. 512M or 4G [default: by context and memory]
     #[arg(long, value_parser = bytes, env = "LOCKSTEP_KV_MEMORY")]
     kv_memory: Option<u64>,
-    /// Tokens in one step, at most
-    #[arg(long, default_value_t = 512, env = "LOCKSTEP_STEP_TOKENS")]
-    step_tokens: usize,
+    /// Tokens in one step, at most [default: 512, on CUDA cards 4096 or what memory allows]
+    #[arg(long, env = "LOCKSTEP_STEP_TOKENS")]
+    step_tokens: Option<usize>,
     /// Seconds that a step should take while answers wait for their next tokens: prompts get fewer
-    /// tokens of a step until it does, whatever the machine's speed [default: 0.25, on CUDA cards
-    /// --step-tokens alone]
+    /// tokens of a step until it does, whatever the machine's speed [default: 0.25]
     #[arg(long, value_parser = seconds, env = "LOCKSTEP_STEP_SECONDS")]
     step_seconds: Option<Duration>,
     /// Seconds after which a card that has not finished a step is taken for hung [default: several
@@ -155,7 +154,7 @@ impl GroupArgs {
             ("--tp", Some(self.tp)),
             ("--threads", self.threads),
             ("--context", self.context),
-            ("--step-tokens", Some(self.step_tokens)),
+            ("--step-tokens", self.step_tokens),
             ("--sequences", self.sequences),
         ] {
             if value == Some(0) {

@@ -42,9 +42,9 @@ pub struct PlanArgs {
     /// [default: bf16]
     #[arg(long, value_enum, env = "LOCKSTEP_KV_CACHE")]
     kv_cache: Option<FloatName>,
-    /// Tokens in one step, at most
-    #[arg(long, default_value_t = 512, env = "LOCKSTEP_STEP_TOKENS")]
-    step_tokens: usize,
+    /// Tokens in one step, at most [default: 4096 or what memory allows]
+    #[arg(long, env = "LOCKSTEP_STEP_TOKENS")]
+    step_tokens: Option<usize>,
     /// Sequences that run at once, at most
     #[arg(long, default_value_t = 256, env = "LOCKSTEP_SEQUENCES")]
     sequences: usize,
@@ -58,7 +58,7 @@ impl PlanArgs {
         for (flag, value) in [
             ("--tp", self.tp),
             ("--context", self.context.unwrap_or(1)),
-            ("--step-tokens", self.step_tokens),
+            ("--step-tokens", self.step_tokens.unwrap_or(1)),
             ("--sequences", self.sequences),
         ] {
             if value == 0 {
@@ -108,8 +108,8 @@ fn shown(plan: &Plan) -> String {
         return lines.join("\n");
     }
     lines.push(format!(
-        "fits: {} tokens of KV cache, a context of {}",
-        plan.kv_tokens, plan.context_max
+        "fits: {} tokens of KV cache, a context of {}, steps of up to {} tokens",
+        plan.kv_tokens, plan.context_max, plan.step_tokens_max
     ));
     let head = ["", "sequences", "context", "GB a rank", "floor ms", "predicted ms"];
     let row = |cells: [&str; 6]| {

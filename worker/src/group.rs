@@ -84,11 +84,11 @@ pub struct GroupConfig {
     /// Bytes of the KV pool, all ranks together. Default: of the memory that weights and scratch
     /// leave, a quarter or 16 contexts, whichever is less, on the CPU; all of it on CUDA devices.
     pub kv_memory: Option<u64>,
-    /// Tokens in one step, at most.
-    pub step_tokens_max: usize,
+    /// Tokens in one step, at most. Default: 512 on the CPU; on CUDA devices, which need many to be
+    /// busy, 4096, or fewer where they would take much of the KV pool.
+    pub step_tokens_max: Option<usize>,
     /// How long a step should take that has both prompts and answers in it; prompts get fewer
-    /// tokens of a step until it does. Default: 0.25 s on the CPU; on CUDA devices, which need many
-    /// tokens to be busy and are quick with them, `step_tokens_max` alone bounds steps.
+    /// tokens of a step until it does. Default: 0.25 s.
     pub step_target: Option<Duration>,
     /// After which a device that has not finished a step is taken for hung. Default: on CUDA
     /// devices several times what the step model predicts, at least 1 s; nothing else on the CPU.
@@ -102,7 +102,7 @@ pub struct GroupConfig {
 }
 
 impl GroupConfig {
-    /// The defaults for a model: one rank, 512 tokens a step, 64 sequences.
+    /// The defaults for a model: one rank on the CPU, 64 sequences.
     pub fn new(model: impl Into<PathBuf>) -> Self {
         Self {
             model: model.into(),
@@ -114,7 +114,7 @@ impl GroupConfig {
             isa_cap: None,
             context_max: None,
             kv_memory: None,
-            step_tokens_max: 512,
+            step_tokens_max: None,
             step_target: None,
             step_deadline: None,
             sequences_max: 64,

@@ -24,7 +24,7 @@ pub use times::StepTime;
 pub(crate) use times::Times;
 
 use crate::WorkerError;
-use layout::{Layout, Place, Wanted};
+use layout::{CARD_STEPS, Layout, Place, Wanted, step_tokens};
 use remedies::{OnCards, advice, that_fit};
 
 /// A model on cards that need not be here.
@@ -40,8 +40,8 @@ pub struct PlanConfig {
     pub numbers: Option<Numbers>,
     /// Tokens of prompt and answer together. Default: the model's, as far as memory allows.
     pub context_max: Option<usize>,
-    /// Tokens in one step, at most.
-    pub step_tokens_max: usize,
+    /// Tokens in one step, at most. Default: as a group's on cards.
+    pub step_tokens_max: Option<usize>,
     /// Sequences that run at once.
     pub sequences_max: usize,
 }
@@ -65,6 +65,8 @@ pub struct Plan {
     pub name: String,
     #[serde(skip)]
     pub context_max: usize,
+    #[serde(skip)]
+    pub step_tokens_max: usize,
     /// Each rank's arithmetic, for people.
     #[serde(skip)]
     pub memory: Vec<String>,
@@ -97,7 +99,7 @@ pub fn plan(config: &PlanConfig) -> Result<Plan, WorkerError> {
         None => opened,
     };
     let (model, cuda, hardware) = (checkpoint.config(), config.cuda, config.hardware);
-    let on_cards = OnCards {
+    let with_steps = |step_tokens_max| OnCards {
         checkpoint,
         cuda,
         card: hardware.name,
@@ -108,11 +110,13 @@ pub fn plan(config: &PlanConfig) -> Result<Plan, WorkerError> {
             context_max: config.context_max,
             kv_memory: None,
             model_context: model.context_max,
-            step_tokens_max: config.step_tokens_max,
+            step_tokens_max,
             sequences_max: config.sequences_max,
             kv_share: card::KV_SHARE,
         },
     };
+    let steps = config.step_tokens_max.map_or(CARD_STEPS.to_vec(), |tokens| vec![tokens]);
+    let on_cards = with_steps(step_tokens(&steps, |tokens| with_steps(tokens).lay_out())?);
     let (layout, places, shards) = (on_cards.lay_out()?, on_cards.places(), on_cards.shards()?);
     let fits = layout.overfull(&places).is_none();
     let times = Times::new(hardware, cuda, checkpoint, &shards)?;
@@ -133,6 +137,7 @@ pub fn plan(config: &PlanConfig) -> Result<Plan, WorkerError> {
         prefill,
         name: checkpoint.name().to_owned(),
         context_max: layout.options.context_max,
+        step_tokens_max: layout.options.step_tokens_max,
         memory: places.iter().map(|place| told(&layout, place)).collect(),
         advice: (!fits).then(|| advice(&that_fit(on_cards))),
         step_deadline: step_deadline(&times.longest_step(&layout.options)),
@@ -143,7 +148,7 @@ fn check(config: &PlanConfig) -> Result<(), WorkerError> {
     let bounds = [
         ("ranks", config.ranks),
         ("tokens of context", config.context_max.unwrap_or(1)),
-        ("tokens in a step", config.step_tokens_max),
+        ("tokens in a step", config.step_tokens_max.unwrap_or(1)),
         ("sequences", config.sequences_max),
     ];
     match bounds.iter().find(|(_, value)| *value == 0) {

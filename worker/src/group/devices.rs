@@ -56,6 +56,8 @@ pub(super) trait Devices: Clone + Send + Sync + 'static {
     ) -> u64;
     /// The memory that the ranks take from.
     fn places(&self, ranks: usize) -> Result<Vec<Place>, WorkerError>;
+    /// Tokens of a step where nobody says, the best first.
+    fn step_tokens(&self) -> &'static [usize];
     /// How much of what is left the KV pool takes by default.
     fn kv_share(&self) -> KvShare;
     /// What to do about a group that does not fit.
@@ -157,6 +159,10 @@ impl Devices for CpuConfig {
         Ok(vec![Place { ranks: 0..ranks, name, hardware, bytes, source }])
     }
 
+    fn step_tokens(&self) -> &'static [usize] {
+        &[512]
+    }
+
     fn kv_share(&self) -> KvShare {
         KvShare { part: 4, contexts_max: 16 }
     }
@@ -187,6 +193,7 @@ mod cuda {
         NcclUse,
         plan::{
             Hardware, Times, card, human,
+            layout::CARD_STEPS,
             remedies::{OnCards, advice, that_fit},
             step_deadline,
         },
@@ -336,6 +343,10 @@ mod cuda {
                 })
             };
             (0..ranks).step_by(each).map(place).collect()
+        }
+
+        fn step_tokens(&self) -> &'static [usize] {
+            CARD_STEPS
         }
 
         fn kv_share(&self) -> KvShare {

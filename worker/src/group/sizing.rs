@@ -14,7 +14,7 @@ use super::{
 use crate::{
     WorkerError,
     plan::{
-        layout::{Layout, Place, RankCost, Wanted, blocks_of, lay_out},
+        layout::{Layout, Place, RankCost, Wanted, blocks_of, lay_out, step_tokens},
         told,
     },
 };
@@ -57,8 +57,8 @@ impl Sizing {
             kv_bytes: layout.ranks.iter().map(|rank| rank.kv).sum(),
             weights_bytes: layout.ranks.iter().map(|rank| rank.weights).sum(),
             prefix_reuse_max: prefix_reuse_max(checkpoint.config()),
-            step_tokens_max: config.step_tokens_max,
-            step_target: step_target(&config),
+            step_tokens_max: runner.step_tokens_max,
+            step_target: Some(config.step_target.unwrap_or(STEP_TARGET)),
             step_deadline,
             sequences_max: config.sequences_max,
             text_files,
@@ -74,7 +74,7 @@ fn check(config: &GroupConfig) -> Result<(), WorkerError> {
     let bounds = [
         ("ranks", config.ranks),
         ("threads for each rank", config.threads_per_rank.unwrap_or(1)),
-        ("tokens in a step", config.step_tokens_max),
+        ("tokens in a step", config.step_tokens_max.unwrap_or(1)),
         ("sequences", config.sequences_max),
         ("tokens of context", config.context_max.unwrap_or(1)),
     ];
@@ -94,11 +94,6 @@ fn check(config: &GroupConfig) -> Result<(), WorkerError> {
         return Err(WorkerError::Config(text.into()));
     }
     Ok(())
-}
-
-fn step_target(config: &GroupConfig) -> Option<Duration> {
-    let usual = (config.device == Device::Cpu).then_some(STEP_TARGET);
-    config.step_target.or(usual)
 }
 
 fn threads(config: &GroupConfig) -> usize {
@@ -129,20 +124,30 @@ impl Task for Survey<'_> {
         let joined = |shard: Shard| shard.joined_by(devices.join(), model);
         let shards = (0..ranks).map(|rank| Ok(joined(checkpoint.shard(rank, ranks)?)));
         let shards = shards.collect::<Result<Vec<Shard>, ModelError>>()?;
-        let cost = |shard| devices.cost(checkpoint, shard, config.step_tokens_max);
-        let costs = shards.iter().map(cost).collect::<Result<Vec<RankCost>, _>>()?;
         let places = devices.places(ranks)?;
-        let wanted = Wanted {
+        let wanted = |step_tokens_max| Wanted {
             context_max: config.context_max,
             kv_memory: config.kv_memory,
             model_context: model.context_max,
-            step_tokens_max: config.step_tokens_max,
+            step_tokens_max,
             sequences_max: config.sequences_max,
             kv_share: devices.kv_share(),
         };
-        let layout = lay_out(&wanted, &places, &costs, |rank, options| {
-            devices.scratch(model, &shards[rank], &costs[rank], options)
-        });
+        let costs = |step_tokens: usize| -> Result<Vec<RankCost>, WorkerError> {
+            shards.iter().map(|shard| devices.cost(checkpoint, shard, step_tokens)).collect()
+        };
+        let laid_out = |wanted: &Wanted, costs: &[RankCost]| {
+            lay_out(wanted, &places, costs, |rank, options| {
+                devices.scratch(model, &shards[rank], &costs[rank], options)
+            })
+        };
+        let given = config.step_tokens_max.map(|tokens| vec![tokens]);
+        let steps = given.unwrap_or_else(|| devices.step_tokens().to_vec());
+        let chosen = step_tokens(&steps, |tokens| {
+            Ok::<_, WorkerError>(laid_out(&wanted(tokens), &costs(tokens)?))
+        })?;
+        let (wanted, costs) = (wanted(chosen), costs(chosen)?);
+        let layout = laid_out(&wanted, &costs);
         check_pool(&wanted, &costs, &layout)?;
         let advice = || devices.advice(checkpoint, &wanted, &places);
         check_memory(&places, &layout, advice)?;

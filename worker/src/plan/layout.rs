@@ -90,6 +90,37 @@ impl Layout {
     }
 }
 
+/// Tokens that a step of cards may have where nobody says, the best first: matrices are unpacked
+/// for each step of more than a few rows, and read again, which only many rows outweigh.
+pub(crate) const CARD_STEPS: &[usize] = &[4096, 2048, 1024, 512];
+
+/// The first of `sizes` of steps that costs little: the context is that of the last, and the KV
+/// pool at least seven eighths of it.
+///
+/// # Errors
+/// Those of `lay_out`.
+pub(crate) fn step_tokens<E>(
+    sizes: &[usize],
+    lay_out: impl Fn(usize) -> Result<Layout, E>,
+) -> Result<usize, E> {
+    let Some((&least, larger)) = sizes.split_last().filter(|(_, larger)| !larger.is_empty()) else {
+        return Ok(sizes.first().copied().unwrap_or(1));
+    };
+    let (held, pool) = {
+        let layout = lay_out(least)?;
+        (layout.options.context_max, layout.blocks_fit)
+    };
+    for &size in larger {
+        let layout = lay_out(size)?;
+        let blocks = layout.blocks_fit.min(pool);
+        let is_cheap = blocks >= pool - pool / 8 && blocks >= layout.options.blocks as u64;
+        if layout.options.context_max == held && is_cheap {
+            return Ok(size);
+        }
+    }
+    Ok(least)
+}
+
 /// Blocks have indices of 32 bits for each of their tokens.
 const BLOCKS_MAX: u64 = i32::MAX as u64 / BLOCK_TOKENS as u64;
 

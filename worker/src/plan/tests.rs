@@ -44,7 +44,7 @@ fn asked(config: &Value, gpu: &str, weights: WeightFormat) -> (TempDir, PlanConf
         cuda: CudaConfig { weights, ..CudaConfig::default() },
         numbers: None,
         context_max: None,
-        step_tokens_max: 512,
+        step_tokens_max: Some(512),
         sequences_max: 64,
     };
     (folder, plan)
@@ -111,6 +111,25 @@ fn what_does_not_fit_is_told_with_what_would() {
     hopeless.context_max = Some(10_000_000);
     let hopeless = super::plan(&hopeless).expect("a plan").advice.expect("advice");
     assert!(hopeless.contains("smaller model"), "{hopeless}");
+}
+
+/// The KV pool of an H200 beside fp8 weights hardly notices what long steps take; beside them an
+/// H100 has little left.
+#[test]
+fn steps_are_as_long_as_memory_allows() {
+    let of = |gpu: &str, step_tokens_max: Option<usize>| {
+        let (_folder, one) = asked(&qwen2_5_72b(), gpu, WeightFormat::Fp8);
+        plan(&PlanConfig { step_tokens_max, ..one }).expect("a plan")
+    };
+    let (long, short) = (of("h200", None), of("h200", Some(512)));
+    assert_eq!((long.step_tokens_max, long.context_max), (4096, short.context_max));
+    assert!(long.kv_tokens < short.kv_tokens && long.kv_tokens > short.kv_tokens / 8 * 7);
+    // And of a prompt's time they take less.
+    let prompt = |plan: &Plan| plan.prefill.iter().map(|step| step.predicted_ms).sum::<f64>();
+    assert!(prompt(&long) < prompt(&short), "{:?}, {:?}", long.prefill, short.prefill);
+    let (tight, least) = (of("h100", None), of("h100", Some(512)));
+    assert_eq!((tight.fits, tight.context_max), (true, least.context_max));
+    assert!(tight.step_tokens_max < 4096, "{}", tight.step_tokens_max);
 }
 
 #[test]
