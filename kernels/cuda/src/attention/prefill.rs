@@ -8,12 +8,12 @@ use serde::{Deserialize, Serialize};
 /// Which kernel prefills.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PrefillKernel {
-    /// The fastest that the device and the cache's format allow.
+    /// The fastest that the device allows.
     #[default]
     Fastest,
     /// mma.sync: on every device from compute capability 8.0 on, for every format.
     Mma,
-    /// Warpgroups' wgmma: on compute capability 9.0, for bf16 caches.
+    /// Warpgroups' wgmma: on compute capability 9.0, for every format.
     Wgmma,
 }
 
@@ -27,10 +27,13 @@ const WORK_BYTES: usize = 64;
 
 /// Of the wgmma kernels.
 mod wgmma {
-    /// One warpgroup that copies, two that compute.
+    /// One warpgroup that brings keys and values, two that compute.
     pub const THREADS: u32 = 384;
-    /// Of the ring of keys, and of that of values.
+    /// Of the ring of keys, and of that of values: of bf16, and of e4m3 once widened.
     pub const SLOTS: usize = 3;
+    pub const SLOTS_WIDENED: usize = 2;
+    /// Of e4m3 as stored.
+    pub const STAGES: usize = 4;
     pub const STEP_KEYS: usize = 128;
 }
 
@@ -66,11 +69,10 @@ impl<D: Driver> Cuda<D> {
         let Some(blocks) = blocks else {
             return Err(KernelError::Device("more tiles of attention than a grid holds".into()));
         };
-        if self.prefills_by_wgmma(call)? {
-            return self.prefill_wgmma(&args, blocks, call.heads.dim);
-        }
-        let (name, shared) = mma_kernel(call.heads.dim, call.kv.format());
-        let launch = Launch::new(name, [blocks, 1, 1], THREADS, &args);
+        let by_wgmma = self.prefills_by_wgmma()?;
+        let kernel = if by_wgmma { wgmma_kernel } else { mma_kernel };
+        let (name, threads, shared) = kernel(call.heads.dim, call.kv.format());
+        let launch = Launch::new(name, [blocks, 1, 1], threads, &args);
         self.driver.launch(launch.shared(shared as u32))
     }
 
@@ -96,37 +98,22 @@ impl<D: Driver> Cuda<D> {
     }
 
     /// Which of the two kernels prefills here.
-    fn prefills_by_wgmma(&self, call: &Call<'_, D>) -> Result<bool, KernelError> {
-        let capability = self.driver.facts().compute_capability;
-        let fits = capability == (9, 0) && call.kv.format() == KvFormat::Bf16;
+    fn prefills_by_wgmma(&self) -> Result<bool, KernelError> {
+        let (major, minor) = self.driver.facts().compute_capability;
+        let has = (major, minor) == (9, 0);
         match self.config.prefill {
-            PrefillKernel::Wgmma if !fits => Err(KernelError::Device(format!(
-                "wgmma prefills bf16 caches on compute capability 9.0, here is {:?} on {}.{}; \
-                 choose mma",
-                call.kv.format(),
-                capability.0,
-                capability.1
+            PrefillKernel::Wgmma if !has => Err(KernelError::Device(format!(
+                "wgmma prefills on compute capability 9.0, here is {major}.{minor}; choose mma"
             ))),
             PrefillKernel::Wgmma => Ok(true),
-            PrefillKernel::Fastest => Ok(fits),
+            PrefillKernel::Fastest => Ok(has),
             PrefillKernel::Mma => Ok(false),
         }
     }
-
-    fn prefill_wgmma(
-        &self,
-        args: &PrefillArgs,
-        blocks: u32,
-        dim: usize,
-    ) -> Result<(), KernelError> {
-        let (name, shared) = wgmma_kernel(dim);
-        let launch = Launch::new(name, [blocks, 1, 1], wgmma::THREADS, args);
-        self.driver.launch(launch.shared(shared as u32))
-    }
 }
 
-/// The kernel's name and the shared memory it takes: queries and the ring.
-fn mma_kernel(dim: usize, format: KvFormat) -> (&'static str, usize) {
+/// The kernel's name, its threads, and the shared memory it takes: queries and the ring.
+fn mma_kernel(dim: usize, format: KvFormat) -> (&'static str, u32, usize) {
     let name = match (dim, format) {
         (64, KvFormat::Bf16) => "attention_prefill_d64_bf16",
         (64, KvFormat::Fp8) => "attention_prefill_d64_fp8",
@@ -139,12 +126,23 @@ fn mma_kernel(dim: usize, format: KvFormat) -> (&'static str, usize) {
         // As stored, with scales, and one tile of bf16.
         KvFormat::Fp8 => RING * (tile + STEP_KEYS * format.scale_bytes()) + 2 * tile,
     };
-    (name, TILE_ROWS * 2 * dim + ring + WORK_BYTES)
+    (name, THREADS, TILE_ROWS * 2 * dim + ring + WORK_BYTES)
 }
 
-/// As [`mma_kernel`]: queries, two rings, and their barriers in what is left of 1024 bytes.
-fn wgmma_kernel(dim: usize) -> (&'static str, usize) {
-    let name = if dim == 64 { "attention_prefill_sm90_d64" } else { "attention_prefill_sm90_d128" };
-    let rings = 2 * wgmma::SLOTS * wgmma::STEP_KEYS;
-    (name, (TILE_ROWS + rings) * 2 * dim + 1024)
+/// As [`mma_kernel`]: queries, two rings, what waits to be widened, and barriers in what is left of
+/// 1024 bytes.
+fn wgmma_kernel(dim: usize, format: KvFormat) -> (&'static str, u32, usize) {
+    let name = match (dim, format) {
+        (64, KvFormat::Bf16) => "attention_prefill_sm90_d64_bf16",
+        (64, KvFormat::Fp8) => "attention_prefill_sm90_d64_fp8",
+        (_, KvFormat::Bf16) => "attention_prefill_sm90_d128_bf16",
+        (_, KvFormat::Fp8) => "attention_prefill_sm90_d128_fp8",
+    };
+    let (slots, stages) = match format {
+        KvFormat::Bf16 => (wgmma::SLOTS, 0),
+        KvFormat::Fp8 => (wgmma::SLOTS_WIDENED, wgmma::STAGES),
+    };
+    let rings = 2 * slots * wgmma::STEP_KEYS * 2 * dim;
+    let staged = stages * wgmma::STEP_KEYS * (dim + format.scale_bytes());
+    (name, wgmma::THREADS, TILE_ROWS * 2 * dim + rings + staged + 1024)
 }
