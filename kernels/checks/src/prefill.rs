@@ -11,12 +11,17 @@ pub(crate) type On = (PrefillKernel, KvFormat);
 
 pub fn checks<D: Driver>() -> Vec<Check<D>> {
     const MMA: On = (PrefillKernel::Mma, KvFormat::Bf16);
+    const FP8: On = (PrefillKernel::Mma, KvFormat::Fp8);
     vec![
         Check { name: "prefill: rows and prefixes about blocks' ends", run: |d| lengths(d, MMA) },
         Check { name: "prefill: several tiles", run: |d| tiles(d, MMA) },
         Check { name: "prefill: windows", run: |d| windows(d, MMA) },
         Check { name: "prefill: other company, other chunks", run: |d| company(d, MMA) },
         Check { name: "prefill: e4m3 cache", run: e4m3 },
+        Check { name: "prefill: spans of keys", run: |d| spans(d, MMA) },
+        Check { name: "prefill: spans of an e4m3 cache", run: |d| spans(d, FP8) },
+        Check { name: "prefill: spans, other company", run: |d| spans_company(d, MMA) },
+        Check { name: "prefill: spans and none agree", run: |d| spans_or_none(d, MMA) },
         Check { name: "prefill: what is refused", run: refusals },
     ]
 }
@@ -105,6 +110,54 @@ fn e4m3<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
         agree(device, (PrefillKernel::Mma, KvFormat::Fp8), &case)?;
     }
     Ok(())
+}
+
+/// Up to 32 rows have spans of 1024 keys, up to 64 of 2048, up to 128 of 4096: contexts that end
+/// about a span's end, rows on both sides of it, windows that leave out spans or all but one.
+pub(crate) fn spans<D: Driver>(device: Device<'_, D>, on: On) -> Result<(), String> {
+    for case in [
+        Case::new((2, 1, 64), &[(1022, 2), (1023, 2), (1040, 31), (2030, 33)]),
+        Case::new((1, 1, 128), &[(2046, 32), (2020, 50)]),
+        Case::new((1, 1, 64), &[(4020, 100)]),
+        Case::new((2, 2, 64), &[(3000, 20), (1030, 3)]).window(100),
+        Case::new((1, 1, 128), &[(3060, 20)]).window(1500),
+        Case::new((1, 1, 64), &[(2040, 20)]).window(1),
+    ] {
+        agree(device, on, &case.needles())?;
+    }
+    Ok(())
+}
+
+/// Bit for bit: alone, beside others, and beside so many that their sums have no room at once.
+pub(crate) fn spans_company<D: Driver>(device: Device<'_, D>, on: On) -> Result<(), String> {
+    let rows = [(1030, 9), (5, 140), (2100, 20), (1500, 1), (1024, 32), (40, 7), (1001, 32)];
+    let mut case = Case::new((2, 1, 64), &rows);
+    for window in [None, Some(600)] {
+        (case.window, case.format) = (window, on.1);
+        let together = run(device, on, &case)?;
+        let cols = case.heads.q * case.heads.dim;
+        let mut first = 0;
+        for sequence in case.sequences.clone() {
+            let wanted = &together[first * cols..][..sequence.rows * cols];
+            first += sequence.rows;
+            let alone = Case { sequences: vec![sequence], ..case.clone() };
+            let got = run(device, on, &alone)?;
+            compare(&format!("{sequence:?}, {window:?}"), &got, wanted, Tolerance::Rounded)?;
+        }
+    }
+    Ok(())
+}
+
+/// A sequence of more rows than are cut, and the same in pieces that are.
+fn spans_or_none<D: Driver>(device: Device<'_, D>, on: On) -> Result<(), String> {
+    let whole = Case::new((2, 1, 64), &[(1500, 150)]);
+    let wanted = run(device, on, &whole)?;
+    let mut got = Vec::new();
+    for start in (0..150).step_by(30) {
+        let rows = Rows { prefix: 1500 + start, rows: 30, ..whole.sequences[0] };
+        got.extend(run(device, on, &Case { sequences: vec![rows], ..whole.clone() })?);
+    }
+    compare("by 30 rows", &got, &wanted, Tolerance::Absolute(4e-3))
 }
 
 fn refusals<D: Driver>(device: Device<'_, D>) -> Result<(), String> {

@@ -5,7 +5,7 @@
 use crate::{
     BF16, Check, Device,
     paged::Case,
-    prefill::{On, agree, company, lengths, tiles, windows},
+    prefill::{On, agree, company, lengths, spans, spans_company, tiles, windows},
 };
 use cuda::{Driver, KvFormat, PrefillKernel};
 
@@ -32,6 +32,14 @@ pub fn checks<D: Driver>() -> Vec<Check<D>> {
             run: |device| on_wgmma(device, KvFormat::Bf16, steps),
         },
         Check {
+            name: "wgmma prefill: spans of keys",
+            run: |device| on_wgmma(device, KvFormat::Bf16, spans),
+        },
+        Check {
+            name: "wgmma prefill: spans, other company",
+            run: |device| on_wgmma(device, KvFormat::Bf16, spans_company),
+        },
+        Check {
             name: "wgmma prefill, e4m3: rows and prefixes about blocks' ends",
             run: |device| on_wgmma(device, KvFormat::Fp8, lengths),
         },
@@ -50,6 +58,10 @@ pub fn checks<D: Driver>() -> Vec<Check<D>> {
         Check {
             name: "wgmma prefill, e4m3: steps, rings and stages",
             run: |device| on_wgmma(device, KvFormat::Fp8, steps),
+        },
+        Check {
+            name: "wgmma prefill, e4m3: spans of keys",
+            run: |device| on_wgmma(device, KvFormat::Fp8, spans),
         },
     ]
 }

@@ -173,6 +173,42 @@ fn scales_that_another_lane_has_copied_are_waited_for() {
     assert!(error.contains("race on byte"), "{error}");
 }
 
+/// What the checks of tiles that are cut along their keys say where `fault.0` of `file` is replaced
+/// by `fault.1`.
+fn spans_planted(file: &str, fault: (&str, &str)) {
+    let files = ["attention_prefill", "attention_combine"];
+    let (library, _dir) = planted_in(&files, file, fault, compile::PLAIN);
+    let mut checks = checks::prefill::checks();
+    checks.retain(|check| check.name == "prefill: spans of keys");
+    assert_eq!(checks.len(), 1);
+    let error = verdict(&library, &checks).expect_err("an error");
+    assert!(error.contains("wanted"), "{error}");
+}
+
+#[test]
+fn a_span_that_goes_on_into_the_next_is_found() {
+    let end = "tile.keys_stop = min(tile.keys_end, (span + 1) * keys);";
+    spans_planted("prefill.cuh", (end, "tile.keys_stop = tile.keys_end;"));
+}
+
+#[test]
+fn a_span_that_nobody_adds_is_found() {
+    let all = "#pragma unroll 8\n    for (int s = spans.first; s <= spans.last; ++s)";
+    spans_planted("attention_combine.cu", (all, &all.replace("<=", "<")));
+}
+
+#[test]
+fn sums_that_are_added_as_they_lie_are_found() {
+    let share = "const float share = exp2_approx(weight(s)[0] - most);";
+    spans_planted("attention_combine.cu", (share, "const float share = 1.0f;"));
+}
+
+#[test]
+fn sums_of_another_row_are_found() {
+    let place = "tile.place = place + span * tile.rows;";
+    spans_planted("prefill.cuh", (place, "tile.place = place + span * (tile.rows - 1);"));
+}
+
 /// What the checks of products with weights of bf16 in records say, on a device of one
 /// multiprocessor, whose ring comes round, where `fault.0` of `file` is replaced by `fault.1`.
 fn records_planted(file: &str, fault: (&str, &str), variant: Variant) -> String {

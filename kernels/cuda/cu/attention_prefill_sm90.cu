@@ -197,6 +197,26 @@ DEVICE void store(const PrefillArgs& args, const PrefillTile& tile, bf16* stagin
     }
 }
 
+// Leaves the warp's sums of a span.
+template <int D>
+DEVICE void leave(const PrefillArgs& args, const PrefillTile& tile, const Rows& rows,
+                  const float (&out)[D / 2], int group) {
+    const int lane = threadIdx.x % WARP, head = head_of(args);
+    const int first = group * GROUP_ROWS + threadIdx.x % WARPGROUP / WARP * 16 + lane / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float sum = warp_sum<4>(rows.sum[half]);
+        const int row = first + 8 * half, place = tile.place + row;
+        if (row >= tile.rows) continue;
+        float* to = sums_of<D>(args, place, head) + lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n)
+            store_floats(to + n * 8, out[4 * n + 2 * half], out[4 * n + 2 * half + 1]);
+        if (lane % 4 == 0)
+            store_floats(weight_of(args, place, head), rows.largest[half] * args.score_scale, sum);
+    }
+}
+
 template <int D, KvFormat format>
 struct Computer {
     static constexpr int SLOT_BYTES = STEP_KEYS * D * static_cast<int>(sizeof(bf16));
@@ -294,7 +314,11 @@ struct Computer {
         begin_next_output(values);
         wgmma_wait<0>();
         hold_registers(out);
-        store<D>(args, tile, shared.q[group], rows, out, group);
+        if (tile.place < 0) {
+            store<D>(args, tile, shared.q[group], rows, out, group);
+        } else {
+            leave<D>(args, tile, rows, out, group);
+        }
     }
 };
 
@@ -302,6 +326,8 @@ template <int D, KvFormat format>
 DEVICE void attend(const PrefillArgs& args) {
     auto& shared = *shared_memory<Shared<D, format>>();
     const PrefillTile tile = prefill_tile(args, blockIdx.x / args.q_heads);
+    // A span outside the window.
+    if (tile.first_key >= tile.keys_stop) return;
     if (threadIdx.x == 0) {
         for (auto* ring : {&shared.key_ring, &shared.value_ring}) {
             for (int slot = 0; slot < shared.SLOTS; ++slot) {

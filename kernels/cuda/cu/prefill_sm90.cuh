@@ -78,7 +78,7 @@ struct Steps {
 };
 
 DEVICE Steps steps_of(const PrefillTile& tile) {
-    const int last = (tile.keys_end - 1) / STEP_KEYS;
+    const int last = (tile.keys_stop - 1) / STEP_KEYS;
     return {last, last - tile.first_key / STEP_KEYS + 1};
 }
 

@@ -1,8 +1,9 @@
-//! Sequences with several rows. Kernels: `attention_prefill.cu`, `attention_prefill_sm90.cu`.
+//! Sequences with several rows. Kernels: `attention_prefill.cu`, `attention_prefill_sm90.cu`, and
+//! for what they leave of tiles that are cut along their keys `attention_combine.cu`.
 
-use super::{Call, TILE_ROWS};
+use super::{Call, TILE_ROWS, sums_bytes, sums_places};
 use crate::{Cuda, Driver, KvFormat, Launch};
-use kernels::{KernelError, Tensor};
+use kernels::{BatchRoom, KernelError, StepSequence, Tensor};
 use serde::{Deserialize, Serialize};
 
 /// Which kernel prefills.
@@ -37,6 +38,95 @@ mod wgmma {
     pub const STEP_KEYS: usize = 128;
 }
 
+/// Threads in a block of `attention_combine.cu`.
+const COMBINE_THREADS: u32 = 128;
+
+/// Up to so many rows have spans of one length.
+const SPAN_ROWS: [usize; 3] = [32, 64, TILE_ROWS];
+
+/// Keys of a span of so many rows, a multiple of every kernel's steps.
+fn span_keys(rows: usize) -> usize {
+    match rows {
+        0..=32 => 1024,
+        33..=64 => 2048,
+        _ => 4096,
+    }
+}
+
+/// Spans of keys that a sequence is cut into, 1 where it is not: by its own rows and context alone.
+fn spans(rows: usize, context: usize) -> usize {
+    if rows > TILE_ROWS { 1 } else { context.div_ceil(span_keys(rows)).max(1) }
+}
+
+/// Places for sums that a sequence takes: one for each row and span.
+fn places(rows: usize, context: usize) -> usize {
+    match spans(rows, context) {
+        1 => 0,
+        spans => rows.saturating_mul(spans),
+    }
+}
+
+/// Of any sequence that there is room for.
+pub(super) fn places_max(room: &BatchRoom) -> usize {
+    let of = |rows: usize| match spans(rows, room.context) {
+        1 => 0,
+        spans => rows.min(room.tokens).saturating_mul(spans),
+    };
+    SPAN_ROWS.into_iter().map(of).max().unwrap_or(0)
+}
+
+/// Tiles and spans of a step, at most.
+pub(crate) fn tiles_max(room: &BatchRoom) -> usize {
+    let cut = room.sequences.saturating_mul(spans(2, room.context));
+    room.tokens.div_ceil(TILE_ROWS).saturating_add(cut)
+}
+
+/// What one launch works on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tiles {
+    first: usize,
+    len: usize,
+    /// Whether some are cut.
+    cut: bool,
+}
+
+/// The tiles of a step as they are told to `step.cu`. Cut ones share the room for sums: where it is
+/// full, a launch begins that starts over.
+#[derive(Default)]
+pub(crate) struct Tiling {
+    /// Of each sequence itself, its first item, and the place of its sums; -1 where it is not cut.
+    pub words: Vec<i32>,
+    pub items: usize,
+    pub launches: Vec<Tiles>,
+    /// Places that the last launch has taken.
+    taken: usize,
+}
+
+impl Tiling {
+    /// Integers of a sequence in `words`.
+    pub const WORDS: usize = 3;
+
+    /// `places_max`: that there are.
+    pub fn push(&mut self, index: usize, sequence: &StepSequence, places_max: usize) {
+        let (rows, context) = (sequence.rows, sequence.context());
+        let places = places(rows, context);
+        let cut = places > 0;
+        let items = if cut { spans(rows, context) } else { rows.div_ceil(TILE_ROWS) };
+        if self.launches.is_empty() || self.taken + places > places_max {
+            self.launches.push(Tiles { first: self.items, len: 0, cut: false });
+            self.taken = 0;
+        }
+        if let Some(launch) = self.launches.last_mut() {
+            launch.len += items;
+            launch.cut |= cut;
+        }
+        let place = if cut { self.taken as i32 } else { -1 };
+        self.words.extend([index as i32, self.items as i32, place]);
+        self.items += items;
+        self.taken += places;
+    }
+}
+
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct PrefillArgs {
@@ -49,10 +139,13 @@ struct PrefillArgs {
     context_lens: u64,
     tables: u64,
     block_tables: u64,
+    sums: u64,
+    weights: u64,
     block_table_cols: i32,
     q_heads: i32,
     kv_heads: i32,
     window: i32,
+    first_tile: i32,
     score_scale: f32,
 }
 
@@ -62,24 +155,42 @@ impl<D: Driver> Cuda<D> {
         out: &mut Tensor<Self>,
         call: &Call<'_, D>,
     ) -> Result<(), KernelError> {
-        let args = self.prefill_args(out, call);
-        // One block a tile and head; heads that share keys are neighbours.
-        let blocks = call.batch.cuts.tiles_len * call.heads.q;
-        let blocks = u32::try_from(blocks).ok().filter(|&blocks| blocks <= i32::MAX as u32);
-        let Some(blocks) = blocks else {
-            return Err(KernelError::Device("more tiles of attention than a grid holds".into()));
-        };
         let by_wgmma = self.prefills_by_wgmma()?;
         let kernel = if by_wgmma { wgmma_kernel } else { mma_kernel };
         let (name, threads, shared) = kernel(call.heads.dim, call.kv.format());
-        let launch = Launch::new(name, [blocks, 1, 1], threads, &args);
-        self.driver.launch(launch.shared(shared as u32))
+        let mut args = self.prefill_args(out, call)?;
+        for tiles in &call.batch.cuts.prefills {
+            // One block a tile and head; heads that share keys are neighbours.
+            let blocks = u32::try_from(tiles.len * call.heads.q).ok();
+            let Some(blocks) = blocks.filter(|&blocks| blocks <= i32::MAX as u32) else {
+                return Err(KernelError::Device(
+                    "more tiles of attention than a grid holds".into(),
+                ));
+            };
+            args.first_tile = tiles.first as i32;
+            let launch = Launch::new(name, [blocks, 1, 1], threads, &args);
+            self.driver.launch(launch.shared(shared as u32))?;
+            if tiles.cut {
+                let dim = call.heads.dim;
+                let name =
+                    if dim == 64 { "attention_combine_d64" } else { "attention_combine_d128" };
+                self.driver.launch(Launch::new(name, [blocks, 1, 1], COMBINE_THREADS, &args))?;
+            }
+        }
+        Ok(())
     }
 
-    fn prefill_args(&self, out: &Tensor<Self>, call: &Call<'_, D>) -> PrefillArgs {
+    fn prefill_args(
+        &self,
+        out: &Tensor<Self>,
+        call: &Call<'_, D>,
+    ) -> Result<PrefillArgs, KernelError> {
         let Call { batch, kv, heads, .. } = *call;
         let driver = &self.driver;
-        PrefillArgs {
+        // Sums of every place, then the weights beside them.
+        let sums = self.workspace(sums_bytes(&batch.room))?;
+        let sums_len = sums_places(&batch.room) * heads.q * heads.dim;
+        Ok(PrefillArgs {
             out: self.at(out),
             qkv: self.at(call.qkv),
             keys: kv.keys().address(driver),
@@ -89,12 +200,15 @@ impl<D: Driver> Cuda<D> {
             context_lens: batch.context_lens.address(driver),
             tables: batch.tables.address(driver),
             block_tables: batch.block_tables.address(driver),
+            sums,
+            weights: sums + (sums_len * size_of::<f32>()) as u64,
             block_table_cols: batch.block_table_cols as i32,
             q_heads: heads.q as i32,
             kv_heads: heads.kv as i32,
             window: call.keys_seen(),
+            first_tile: 0,
             score_scale: std::f32::consts::LOG2_E / (heads.dim as f32).sqrt(),
-        }
+        })
     }
 
     /// Which of the two kernels prefills here.
