@@ -260,3 +260,56 @@ fn wgmma_kernel(dim: usize, format: KvFormat) -> (&'static str, u32, usize) {
     let staged = stages * wgmma::STEP_KEYS * (dim + format.scale_bytes());
     (name, wgmma::THREADS, TILE_ROWS * 2 * dim + rings + staged + 1024)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kernels::Heads;
+
+    fn sequence(start: usize, rows: usize) -> StepSequence {
+        StepSequence { table: 0, start, rows, rope_start: 0 }
+    }
+
+    #[test]
+    fn few_rows_behind_long_contexts_are_cut() {
+        for (rows, context, wanted) in [
+            (2, 1024, 1),
+            (2, 1025, 2),
+            (32, 8192, 8),
+            (33, 2049, 2),
+            (64, 8192, 4),
+            (65, 4096, 1),
+            (128, 32768, 8),
+            (129, 32768, 1),
+        ] {
+            assert_eq!(spans(rows, context), wanted, "{rows} rows of {context}");
+        }
+    }
+
+    #[test]
+    fn every_sequence_has_room_for_its_sums() {
+        for (tokens, context) in [(512, 4097), (40, 9000), (2, 1025), (128, 1000), (100, 5000)] {
+            let heads = Heads { q: 2, kv: 1, dim: 64 };
+            let room = BatchRoom { tokens, sequences: 1, tables: 1, context, heads };
+            for rows in 2..=tokens.min(context) {
+                let (takes, tiles) = (places(rows, context), rows.div_ceil(TILE_ROWS));
+                assert!(takes <= places_max(&room), "{rows} rows in {room:?}");
+                assert!(tiles.max(spans(rows, context)) <= tiles_max(&room), "{rows} in {room:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn sums_that_have_no_room_wait_for_the_next_launch() {
+        let mut tiling = Tiling::default();
+        // Two spans, then three tiles that are not cut, then two and three spans.
+        let sequences = [(2000, 30), (0, 300), (1024, 32), (2100, 20)];
+        for (index, (start, rows)) in sequences.into_iter().enumerate() {
+            tiling.push(index, &sequence(start, rows), 128);
+        }
+        assert_eq!(tiling.words, [0, 0, 0, 1, 2, -1, 2, 5, 60, 3, 7, 0]);
+        let launches: Vec<_> = tiling.launches.iter().map(|t| (t.first, t.len, t.cut)).collect();
+        assert_eq!(launches, [(0, 7, true), (7, 3, true)]);
+        assert_eq!(tiling.items, 10);
+    }
+}
