@@ -39,7 +39,7 @@ struct Warp {
     bool fenced = false;
 };
 
-// A 16-byte chunk that a copy wrote: when, and which thread's.
+// A 16-byte chunk that was written, by a copy or as an operand: when, and which thread's.
 struct Landing {
     uint64_t when;
     unsigned thread;
@@ -47,7 +47,7 @@ struct Landing {
 
 struct State {
     uint64_t block = 0;
-    uint64_t now = 0;  // counts landings and proxy fences
+    uint64_t now = 0;  // counts landings, stores of operands and proxy fences
     std::vector<Warp> warps;
     // What the warps of each warpgroup began, in order.
     std::vector<std::vector<Wgmma>> begun;
@@ -101,7 +101,7 @@ void read_chunk(const Pending& p, uint32_t address, uint16_t (&to)[8]) {
         fail("wgmma reads at %u of %zu bytes of shared memory", at, shared_bytes());
     const Landing& landing = s.landings[at / 16];
     if (landing.when > p.fenced && landing.when > s.fenced[landing.thread])
-        fail("wgmma reads at %u what a copy of thread %u wrote, with no fence.proxy.async between",
+        fail("wgmma reads at %u what thread %u wrote or copied, with no fence.proxy.async between",
              at, landing.thread);
     const auto* from = static_cast<const unsigned char*>(shared(0)) + at;
     races::touch(from, 16, false);
@@ -323,11 +323,19 @@ uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - start);
 }
 
-void note_landing(const Copy& copy, unsigned thread) {
+namespace {
+
+void note(const void* to, unsigned bytes, unsigned thread) {
     State& s = state();
     ++s.now;
-    for (unsigned i = 0; i < copy.bytes; i += 16)
-        s.landings[(shared_address(copy.to) + i) / 16] = {s.now, thread};
+    for (unsigned i = 0; i < bytes; i += 16)
+        s.landings[(shared_address(to) + i) / 16] = {s.now, thread};
 }
+
+}  // namespace
+
+void note_landing(const Copy& copy, unsigned thread) { note(copy.to, copy.bytes, thread); }
+
+void note_operand(const void* to, unsigned bytes) { note(to, bytes, self().thread.x); }
 
 }  // namespace simt

@@ -7,7 +7,7 @@
 // must agree. Descriptors are decoded bit by bit: reserved bits, other swizzles than the 128-byte
 // one, a pattern that does not start at a multiple of 1024 and addresses outside shared memory are
 // errors. So are products without a wgmma.fence after the last wait, and operands that a cp.async
-// wrote with no proxy fence after its landing, by the writer or by the warp that reads.
+// or store16_operand wrote with no proxy fence after it, by the writer or by the warp that reads.
 //
 // A cp.async behind mbarrier_arrive_copies lands when somebody waits for the barrier (threads in
 // turn), at once (backwards) or either (at random). So does a bulk copy; one that begins before its
@@ -16,7 +16,7 @@
 // Registers are counted: warps start with what the kernel's threads share of 65536, and who asks
 // setmaxnreg for more than others gave back waits for ever.
 //
-// Not seen: ordinary stores that a proxy fence should follow, registers that were changed after
+// Not seen: other stores that a proxy fence should follow, registers that were changed after
 // the wgmma.fence, more registers used than setmaxnreg left, the order in which a tensor core adds.
 #pragma once
 
@@ -39,6 +39,8 @@ void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int pending);
 void fence_async_proxy();
+// The running thread has stored a part of an operand.
+void note_operand(const void* to, unsigned bytes);
 // A warp has `count` registers a lane from here on.
 void setmaxnreg(unsigned count, bool grow);
 

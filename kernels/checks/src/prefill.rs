@@ -6,14 +6,22 @@ use crate::{
 };
 use cuda::{CudaConfig, Driver, KvFormat, PrefillKernel};
 
+/// A kernel, and the cache's format.
+pub(crate) type On = (PrefillKernel, KvFormat);
+
 pub fn checks<D: Driver>() -> Vec<Check<D>> {
-    const MMA: PrefillKernel = PrefillKernel::Mma;
+    const MMA: On = (PrefillKernel::Mma, KvFormat::Bf16);
+    const FP8: On = (PrefillKernel::Mma, KvFormat::Fp8);
     vec![
         Check { name: "prefill: rows and prefixes about blocks' ends", run: |d| lengths(d, MMA) },
         Check { name: "prefill: several tiles", run: |d| tiles(d, MMA) },
         Check { name: "prefill: windows", run: |d| windows(d, MMA) },
         Check { name: "prefill: other company, other chunks", run: |d| company(d, MMA) },
         Check { name: "prefill: e4m3 cache", run: e4m3 },
+        Check { name: "prefill: spans of keys", run: |d| spans(d, MMA) },
+        Check { name: "prefill: spans of an e4m3 cache", run: |d| spans(d, FP8) },
+        Check { name: "prefill: spans, other company", run: |d| spans_company(d, MMA) },
+        Check { name: "prefill: spans and none agree", run: |d| spans_or_none(d, MMA) },
         Check { name: "prefill: what is refused", run: refusals },
     ]
 }
@@ -23,28 +31,21 @@ const NEAR: Tolerance = Tolerance::Absolute(1e-2);
 
 fn run<D: Driver>(
     device: Device<'_, D>,
-    kernel: PrefillKernel,
+    (prefill, kv_format): On,
     case: &Case,
 ) -> Result<Vec<f32>, String> {
-    let device =
-        device(CudaConfig { kv_format: case.format, prefill: kernel, ..CudaConfig::default() });
+    let device = device(CudaConfig { kv_format, prefill, ..CudaConfig::default() });
     case.run(&device).map_err(|error| format!("{case:?}: {error}"))
 }
 
-pub(crate) fn agree<D: Driver>(
-    device: Device<'_, D>,
-    kernel: PrefillKernel,
-    case: &Case,
-) -> Result<(), String> {
-    let got = run(device, kernel, case)?;
+pub(crate) fn agree<D: Driver>(device: Device<'_, D>, on: On, case: &Case) -> Result<(), String> {
+    let case = case.clone().format(on.1);
+    let got = run(device, on, &case)?;
     let wanted = case.oracle().map_err(|error| error.to_string())?;
     compare(&format!("{case:?}"), &got, &wanted, NEAR)
 }
 
-pub(crate) fn lengths<D: Driver>(
-    device: Device<'_, D>,
-    kernel: PrefillKernel,
-) -> Result<(), String> {
+pub(crate) fn lengths<D: Driver>(device: Device<'_, D>, on: On) -> Result<(), String> {
     for (heads, sequences) in [
         ((9, 3, 64), &[(0, 2), (1, 15), (15, 16), (16, 17)][..]),
         ((14, 2, 64), &[(49, 15)]),
@@ -52,37 +53,31 @@ pub(crate) fn lengths<D: Driver>(
         ((16, 2, 128), &[(15, 17)]),
         ((2, 1, 128), &[(500, 3), (0, 2), (31, 65)]),
     ] {
-        agree(device, kernel, &Case::new(heads, sequences))?;
+        agree(device, on, &Case::new(heads, sequences))?;
     }
     Ok(())
 }
 
-pub(crate) fn tiles<D: Driver>(device: Device<'_, D>, kernel: PrefillKernel) -> Result<(), String> {
-    agree(device, kernel, &Case::new((2, 1, 64), &[(0, 300), (500, 128), (15, 127)]))?;
-    agree(device, kernel, &Case::new((1, 1, 128), &[(16, 129), (1, 300)]))
+pub(crate) fn tiles<D: Driver>(device: Device<'_, D>, on: On) -> Result<(), String> {
+    agree(device, on, &Case::new((2, 1, 64), &[(0, 300), (500, 128), (15, 127)]))?;
+    agree(device, on, &Case::new((1, 1, 128), &[(16, 129), (1, 300)]))
 }
 
-pub(crate) fn windows<D: Driver>(
-    device: Device<'_, D>,
-    kernel: PrefillKernel,
-) -> Result<(), String> {
+pub(crate) fn windows<D: Driver>(device: Device<'_, D>, on: On) -> Result<(), String> {
     for window in [1, 7, 64, 1000] {
-        agree(device, kernel, &Case::new((1, 1, 64), &[(60, 129), (500, 20)]).window(window))?;
-        agree(device, kernel, &Case::new((2, 2, 128), &[(90, 70)]).window(window))?;
+        agree(device, on, &Case::new((1, 1, 64), &[(60, 129), (500, 20)]).window(window))?;
+        agree(device, on, &Case::new((2, 2, 128), &[(90, 70)]).window(window))?;
     }
     Ok(())
 }
 
 /// Bit for bit, beside sequences that decode: keys are looked at in steps that begin at fixed
 /// positions, and a step that a row does not see leaves no trace in it.
-pub(crate) fn company<D: Driver>(
-    device: Device<'_, D>,
-    kernel: PrefillKernel,
-) -> Result<(), String> {
+pub(crate) fn company<D: Driver>(device: Device<'_, D>, on: On) -> Result<(), String> {
     for window in [None, Some(50)] {
         let mut case = Case::new((2, 1, 64), &[(0, 150), (600, 1), (37, 40), (0, 1), (0, 20)]);
-        case.window = window;
-        let together = run(device, kernel, &case)?;
+        (case.window, case.format) = (window, on.1);
+        let together = run(device, on, &case)?;
         let cols = case.heads.q * case.heads.dim;
         let mut first = 0;
         for sequence in case.sequences.clone() {
@@ -95,7 +90,7 @@ pub(crate) fn company<D: Driver>(
                     let rows = chunk.min(sequence.rows - start);
                     let prefix = sequence.prefix + start;
                     alone.sequences = vec![Rows { prefix, rows, ..sequence }];
-                    got.extend(run(device, kernel, &alone)?);
+                    got.extend(run(device, on, &alone)?);
                 }
                 compare(&format!("{sequence:?} by {chunk}"), &got, wanted, Tolerance::Rounded)?;
             }
@@ -110,11 +105,59 @@ fn e4m3<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
         ((2, 1, 128), &[(47, 129), (1, 31)], None),
         ((2, 1, 128), &[(100, 40)], Some(70)),
     ] {
-        let mut case = Case::new(heads, sequences).format(KvFormat::Fp8);
+        let mut case = Case::new(heads, sequences);
         case.window = window;
-        agree(device, PrefillKernel::Mma, &case)?;
+        agree(device, (PrefillKernel::Mma, KvFormat::Fp8), &case)?;
     }
     Ok(())
+}
+
+/// Up to 32 rows have spans of 1024 keys, up to 64 of 2048, up to 128 of 4096: contexts that end
+/// about a span's end, rows on both sides of it, windows that leave out spans or all but one.
+pub(crate) fn spans<D: Driver>(device: Device<'_, D>, on: On) -> Result<(), String> {
+    for case in [
+        Case::new((2, 1, 64), &[(1022, 2), (1023, 2), (1040, 31), (2030, 33)]),
+        Case::new((1, 1, 128), &[(2046, 32), (2020, 50)]),
+        Case::new((1, 1, 64), &[(4020, 100)]),
+        Case::new((2, 2, 64), &[(3000, 20), (1030, 3)]).window(100),
+        Case::new((1, 1, 128), &[(3060, 20)]).window(1500),
+        Case::new((1, 1, 64), &[(2040, 20)]).window(1),
+    ] {
+        agree(device, on, &case.needles())?;
+    }
+    Ok(())
+}
+
+/// Bit for bit: alone, beside others, and beside so many that their sums have no room at once.
+pub(crate) fn spans_company<D: Driver>(device: Device<'_, D>, on: On) -> Result<(), String> {
+    let rows = [(1030, 9), (5, 140), (2100, 20), (1500, 1), (1024, 32), (40, 7), (1001, 32)];
+    let mut case = Case::new((2, 1, 64), &rows);
+    for window in [None, Some(600)] {
+        (case.window, case.format) = (window, on.1);
+        let together = run(device, on, &case)?;
+        let cols = case.heads.q * case.heads.dim;
+        let mut first = 0;
+        for sequence in case.sequences.clone() {
+            let wanted = &together[first * cols..][..sequence.rows * cols];
+            first += sequence.rows;
+            let alone = Case { sequences: vec![sequence], ..case.clone() };
+            let got = run(device, on, &alone)?;
+            compare(&format!("{sequence:?}, {window:?}"), &got, wanted, Tolerance::Rounded)?;
+        }
+    }
+    Ok(())
+}
+
+/// A sequence of more rows than are cut, and the same in pieces that are.
+fn spans_or_none<D: Driver>(device: Device<'_, D>, on: On) -> Result<(), String> {
+    let whole = Case::new((2, 1, 64), &[(1500, 150)]);
+    let wanted = run(device, on, &whole)?;
+    let mut got = Vec::new();
+    for start in (0..150).step_by(30) {
+        let rows = Rows { prefix: 1500 + start, rows: 30, ..whole.sequences[0] };
+        got.extend(run(device, on, &Case { sequences: vec![rows], ..whole.clone() })?);
+    }
+    compare("by 30 rows", &got, &wanted, Tolerance::Absolute(4e-3))
 }
 
 fn refusals<D: Driver>(device: Device<'_, D>) -> Result<(), String> {

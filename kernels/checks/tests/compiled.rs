@@ -31,6 +31,8 @@ const MEANT: &[(&str, &[&str], &[&str])] = &[
     ("skinny_linear", &["sm_80"], &["HMMA", "LDGSTS", "ARRIVES"]),
     ("skinny_linear", &["sm_90a"], &["HMMA", "LDGSTS", "ARRIVES", "UBLKCP", "SYNCS", "PREEXIT"]),
     ("attention_prefill_sm90", &["sm_90a"], &WGMMA),
+    ("attention_prefill_sm90_d64_fp8", &["sm_90a"], &WGMMA_OF_WIDENED),
+    ("attention_prefill_sm90_d128_fp8", &["sm_90a"], &WGMMA_OF_WIDENED),
 ];
 
 /// Kernels that copy from global memory before they wait for the launches before (`ACQBULK`), by
@@ -42,6 +44,10 @@ const BOTH: [&str; 2] = ["sm_80", "sm_90a"];
 /// Products, copies, barriers in shared memory and arrivals behind copies, the fence before
 /// products of what was copied, and registers that change hands.
 const WGMMA: [&str; 6] = ["HGMMA", "LDGSTS", "SYNCS", "ARRIVES", "FENCE", "USETMAXREG"];
+/// As [`WGMMA`], but copies are waited for, and what they brought is widened: HADD2 makes f32 of
+/// f16.
+const WGMMA_OF_WIDENED: [&str; 7] =
+    ["HGMMA", "LDGSTS", "DEPBAR", "HADD2", "SYNCS", "FENCE", "USETMAXREG"];
 /// What a thread of 384 starts with: registers that change hands are counted on it, and the
 /// compiler may give a kernel fewer.
 const REGISTERS_OF_384: u32 = 65536 / 384 / 8 * 8;
@@ -300,12 +306,13 @@ fn a_loop_that_memory_outruns_is_a_fault() {
 #[test]
 fn hopper_kernels_are_held_to_hopper_alone() {
     let nothing = Compiled::default();
-    assert!(faults("attention_prefill_sm90_d128", "sm_80", &nothing).is_empty());
-    assert_eq!(faults("attention_prefill_sm90_d128", "sm_90a", &nothing).len(), WGMMA.len());
+    assert!(faults("attention_prefill_sm90_d128_bf16", "sm_80", &nothing).is_empty());
+    assert_eq!(faults("attention_prefill_sm90_d128_bf16", "sm_90a", &nothing).len(), 6);
+    assert_eq!(faults("attention_prefill_sm90_d128_fp8", "sm_90a", &nothing).len(), 7);
     assert_eq!(faults("attention_prefill_d128", "sm_90a", &nothing).len(), 3);
     assert!(faults("add_bf16", "sm_90a", &nothing).is_empty());
     let opcodes = WGMMA.map(str::to_owned).into();
     let scarce = Compiled { registers: 160, opcodes, ..Compiled::default() };
-    let wrong = faults("attention_prefill_sm90_d128", "sm_90a", &scarce);
+    let wrong = faults("attention_prefill_sm90_d128_bf16", "sm_90a", &scarce);
     assert!(wrong.len() == 1 && wrong[0].contains("160 registers"), "{wrong:?}");
 }

@@ -124,12 +124,89 @@ fn registers_that_nobody_gave_back_are_waited_for() {
 
 #[test]
 fn a_product_of_what_was_copied_wants_a_proxy_fence() {
-    let fence = (
-        "    barrier_wait(full, parity);\n    fence_async_proxy();",
-        "    barrier_wait(full, parity);",
-    );
+    let fence = ("if (format == KvFormat::BF16) fence_async_proxy();", "");
     let error = wgmma_planted(KERNEL, fence);
     assert!(error.contains("no fence.proxy.async between"), "{error}");
+}
+
+/// What the checks of the wgmma kernel with caches in e4m3 say where `fault.0` of what widens is
+/// replaced by `fault.1`.
+fn widening_planted(fault: (&str, &str), variant: Variant) -> String {
+    let (library, _dir) = planted("attention_prefill_sm90", "prefill_sm90_fp8.cuh", fault, variant);
+    let mut checks = checks::prefill_sm90::checks();
+    checks.retain(|check| check.name.contains("e4m3"));
+    verdict(&library, &checks).expect_err("an error")
+}
+
+#[test]
+fn a_product_of_what_was_widened_wants_a_proxy_fence() {
+    let error = widening_planted(("        fence_async_proxy();\n", ""), compile::PLAIN);
+    assert!(error.contains("no fence.proxy.async between"), "{error}");
+}
+
+#[test]
+fn codes_that_are_not_scaled_are_found() {
+    let unscaled = ("pack_bf16(x[2] * scale, x[3] * scale)", "pack_bf16(x[2], x[3])");
+    let error = widening_planted(unscaled, compile::PLAIN);
+    assert!(error.contains("wanted"), "{error}");
+}
+
+#[test]
+fn scales_of_slots_that_no_token_has_are_found() {
+    let error = widening_planted(("        clear_scales(stage, i);\n", ""), compile::PLAIN);
+    assert!(error.contains("NaN"), "{error}");
+}
+
+#[test]
+fn a_slot_that_is_waited_for_in_the_wrong_phase_is_an_error() {
+    let free = "barrier_wait(&ring.free[place.slot], place.parity ^ 1);";
+    let other = free.replace("parity ^ 1", "parity");
+    let error = widening_planted((free, &other), compile::PLAIN);
+    assert!(error.contains("deadlock") && error.contains("an mbarrier"), "{error}");
+}
+
+#[test]
+fn scales_that_another_lane_has_copied_are_waited_for() {
+    let wait =
+        ("cp_async_wait<STAGES - 2>();\n        __syncwarp();", "cp_async_wait<STAGES - 2>();");
+    let error = widening_planted(wait, compile::RACES);
+    assert!(error.contains("race on byte"), "{error}");
+}
+
+/// What the checks of tiles that are cut along their keys say where `fault.0` of `file` is replaced
+/// by `fault.1`.
+fn spans_planted(file: &str, fault: (&str, &str)) {
+    let files = ["attention_prefill", "attention_combine"];
+    let (library, _dir) = planted_in(&files, file, fault, compile::PLAIN);
+    let mut checks = checks::prefill::checks();
+    checks.retain(|check| check.name == "prefill: spans of keys");
+    assert_eq!(checks.len(), 1);
+    let error = verdict(&library, &checks).expect_err("an error");
+    assert!(error.contains("wanted"), "{error}");
+}
+
+#[test]
+fn a_span_that_goes_on_into_the_next_is_found() {
+    let end = "tile.keys_stop = min(tile.keys_end, (span + 1) * keys);";
+    spans_planted("prefill.cuh", (end, "tile.keys_stop = tile.keys_end;"));
+}
+
+#[test]
+fn a_span_that_nobody_adds_is_found() {
+    let all = "#pragma unroll 8\n    for (int s = spans.first; s <= spans.last; ++s)";
+    spans_planted("attention_combine.cu", (all, &all.replace("<=", "<")));
+}
+
+#[test]
+fn sums_that_are_added_as_they_lie_are_found() {
+    let share = "const float share = exp2_approx(weight(s)[0] - most);";
+    spans_planted("attention_combine.cu", (share, "const float share = 1.0f;"));
+}
+
+#[test]
+fn sums_of_another_row_are_found() {
+    let place = "tile.place = place + span * tile.rows;";
+    spans_planted("prefill.cuh", (place, "tile.place = place + span * (tile.rows - 1);"));
 }
 
 /// What the checks of products with weights of bf16 in records say, on a device of one

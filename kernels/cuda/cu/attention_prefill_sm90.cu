@@ -2,25 +2,25 @@
 //
 // A block does one tile of up to 128 rows of one sequence and query head: softmax(Q Kᵀ) V over the
 // keys that its rows see, in steps of 128 keys. Shapes, layouts and masks are those of
-// `attention_prefill.cu`; the cache is bf16 (fp8 caches go there: wgmma takes V along its rows in
-// 16-bit formats only). Grid: a block a tile and query head, heads first, so that those of a group,
-// which read the same keys, run side by side and find them in the L2.
+// `attention_prefill.cu`. Grid: a block a tile and query head, heads first, so that those of a
+// group, which read the same keys, run side by side and find them in the L2.
 //
-// The block is three warpgroups. One copies: K and V of each step into two rings of three slots,
-// its registers handed to the others. Two compute, 64 rows each: S = Q Kᵀ with both from shared
-// memory, softmax in registers, O += P V with P in registers, whose layout as S is the layout that
-// the second product wants. Two overlaps keep the tensor cores busy while exponentials are taken:
-// a warpgroup starts Q Kᵀ of the next step before P V of this one and takes the exponentials while
-// P V runs; and the two warpgroups take turns at starting their products. That is FlashAttention-3
-// (Shah et al. 2024, "intra-warpgroup overlap" and "ping-pong"); the online softmax in base 2 is
-// FlashAttention-2's. The cache is read by cp.async, 16 bytes a thread, since a step's keys are
-// eight blocks anywhere in the pool.
+// The block is three warpgroups. One brings K and V of each step into two rings of slots, in bf16;
+// codes in e4m3 it widens (`prefill_sm90_fp8.cuh`): wgmma takes V along its rows in 16-bit formats
+// only. Its registers are handed to the others. Two compute, 64 rows each: S = Q Kᵀ with both from
+// shared memory, softmax in registers, O += P V with P in registers, whose layout as S is the
+// layout that the second product wants. Two overlaps keep the tensor cores busy while exponentials
+// are taken: a warpgroup starts Q Kᵀ of the next step before P V of this one and takes the
+// exponentials while P V runs; and the two warpgroups take turns at starting their products. That
+// is FlashAttention-3 (Shah et al. 2024, "intra-warpgroup overlap" and "ping-pong"); the online
+// softmax in base 2 is FlashAttention-2's. The cache is read by cp.async, 16 bytes a thread, since
+// a step's keys are eight blocks anywhere in the pool.
 //
 // Steps run from the last key to the first, at multiples of 128 from the sequence's start whatever
 // the tile: what a row does not see changes no bit of its sums, so its result depends neither on
 // the batch nor on how the prompt was cut into chunks.
 //
-// Counted at D = 128, per multiprocessor and step of 128 rows by 128 keys:
+// Counted at D = 128 in bf16, per multiprocessor and step of 128 rows by 128 keys:
 //   products            8.4 MFLOP, 2048 cycles at 4096 a cycle
 //   exponentials        16384 at 16 a cycle: 1024 cycles, beneath the other warpgroup's products
 //   f32 on the side     about 4 an element (scale, maximum, sum, half a pack, 1/128 of O): 600
@@ -33,15 +33,16 @@
 // and step, where a scheduler issues 2048) and no overlap of a tile's end with the next one's
 // start (about 3 of 93 thousand cycles at 8k): 560 to 610 is to be expected. Not measured.
 //
-// Shared memory at D = 128: 32 KiB of Q, 3 · 64 of K and V, 96 bytes of barriers: 225 of 227 KiB.
-// Registers of a computing thread: 64 of O, 64 of S, 32 of P and about 40: 232 are set aside.
-#include "prefill_sm90.cuh"
+// Shared memory at D = 128 in bf16: 32 KiB of Q, 3 · 64 of K and V, 96 bytes of barriers: 225 of
+// 227 KiB.
+// Registers of a computing thread: 64 of O, 64 of S, 32 of P and about 25: 216 are set aside.
+#include "prefill_sm90_fp8.cuh"
 
 using namespace prefill_sm90;
 
-// What setmaxnreg gives: (40 + 2 · 232) · 128 of the multiprocessor's 65536.
-inline constexpr int COPY_REGISTERS = 40;
-inline constexpr int COMPUTE_REGISTERS = 232;
+// What setmaxnreg gives: (72 + 2 · 216) · 128 of the multiprocessor's 65536.
+inline constexpr int COPY_REGISTERS = 72;
+inline constexpr int COMPUTE_REGISTERS = 216;
 // What a thread starts with; who asks for more than others gave back waits for ever.
 inline constexpr int FIRST_REGISTERS = 65536 / THREADS / 8 * 8;
 static_assert(COPY_REGISTERS + GROUPS * COMPUTE_REGISTERS <= (1 + GROUPS) * FIRST_REGISTERS);
@@ -58,14 +59,16 @@ struct Rows {
     float sum[2];           // of this thread's share of the weights so far
 };
 
-// Waits until a slot is filled. Its rows were written by cp.async, through the generic proxy, and
-// wgmma reads through the async proxy: a fence must lie on the way from the write to the read. The
-// copies' arrival makes the writes visible to this thread, and the fence, after that, makes them
-// so to the wgmma that the thread takes part in; each of the 128 does it for itself. A fence by
-// the copying threads would have to follow the landing, for which they then would have to wait.
+// Waits until a slot is filled. Its rows were written through the generic proxy, and wgmma reads
+// through the async proxy: a fence must lie on the way from the write to the read. Who has widened
+// e4m3 fences before it arrives. Behind cp.async the copies' arrival makes the writes visible to
+// this thread, and the fence, after that, makes them so to the wgmma that the thread takes part in;
+// each of the 128 does it for itself. A fence by the copying threads would have to follow the
+// landing, for which they then would have to wait.
+template <KvFormat format>
 DEVICE void wait_filled(Barrier* full, uint32_t parity) {
     barrier_wait(full, parity);
-    fence_async_proxy();
+    if (format == KvFormat::BF16) fence_async_proxy();
 }
 
 // Gives a slot back: once for each warp, which has waited for its products.
@@ -194,24 +197,45 @@ DEVICE void store(const PrefillArgs& args, const PrefillTile& tile, bf16* stagin
     }
 }
 
+// Leaves the warp's sums of a span.
 template <int D>
+DEVICE void leave(const PrefillArgs& args, const PrefillTile& tile, const Rows& rows,
+                  const float (&out)[D / 2], int group) {
+    const int lane = threadIdx.x % WARP, head = head_of(args);
+    const int first = group * GROUP_ROWS + threadIdx.x % WARPGROUP / WARP * 16 + lane / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float sum = warp_sum<4>(rows.sum[half]);
+        const int row = first + 8 * half, place = tile.place + row;
+        if (row >= tile.rows) continue;
+        float* to = sums_of<D>(args, place, head) + lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n)
+            store_floats(to + n * 8, out[4 * n + 2 * half], out[4 * n + 2 * half + 1]);
+        if (lane % 4 == 0)
+            store_floats(weight_of(args, place, head), rows.largest[half] * args.score_scale, sum);
+    }
+}
+
+template <int D, KvFormat format>
 struct Computer {
     static constexpr int SLOT_BYTES = STEP_KEYS * D * static_cast<int>(sizeof(bf16));
 
     const PrefillArgs& args;
     const PrefillTile& tile;
-    Shared<D>& shared;
+    Shared<D, format>& shared;
     const int group;
     const Steps steps;
     // The last keys that the warpgroup's first and last row see. Rows past the tile's count as its
     // last one.
     const int first_position, last_position;
     Rows rows;
-    Place key_place, value_place;
+    Place<Shared<D, format>::SLOTS> key_place, value_place;
     float scores[STEP_KEYS / 2], out[D / 2], shrink[2];
     uint32_t weights[STEP_KEYS / 16][4];
 
-    DEVICE Computer(const PrefillArgs& args, const PrefillTile& tile, Shared<D>& shared, int group)
+    DEVICE Computer(const PrefillArgs& args, const PrefillTile& tile, Shared<D, format>& shared,
+                    int group)
         : args(args),
           tile(tile),
           shared(shared),
@@ -237,7 +261,7 @@ struct Computer {
     }
 
     DEVICE void begin_next_output(uint64_t values) {
-        wait_filled(&shared.value_ring.full[value_place.slot], value_place.parity);
+        wait_filled<format>(&shared.value_ring.full[value_place.slot], value_place.parity);
         hold_registers(out);
         hold_registers(weights);
         wgmma_fence();
@@ -262,7 +286,7 @@ struct Computer {
         const uint64_t keys = wgmma_descriptor(shared.keys, KV_PANEL_BYTES);
         const uint64_t values = wgmma_descriptor(shared.values, KV_PANEL_BYTES);
 
-        wait_filled(&shared.key_ring.full[0], 0);
+        wait_filled<format>(&shared.key_ring.full[0], 0);
         begin_next_scores(q, keys);
         wgmma_wait<0>();
         take_scores(steps.last);
@@ -270,7 +294,7 @@ struct Computer {
         // The first warpgroup begins; at the end nobody has been called who does not come.
         if (group == 1 && steps.count > 1) named_barrier_arrive(TURN, COMPUTING);
         for (int i = 1; i < steps.count; ++i) {
-            wait_filled(&shared.key_ring.full[key_place.slot], key_place.parity);
+            wait_filled<format>(&shared.key_ring.full[key_place.slot], key_place.parity);
             named_barrier(TURN + group, COMPUTING);
             begin_next_scores(q, keys);
             begin_next_output(values);
@@ -290,18 +314,24 @@ struct Computer {
         begin_next_output(values);
         wgmma_wait<0>();
         hold_registers(out);
-        store<D>(args, tile, shared.q[group], rows, out, group);
+        if (tile.place < 0) {
+            store<D>(args, tile, shared.q[group], rows, out, group);
+        } else {
+            leave<D>(args, tile, rows, out, group);
+        }
     }
 };
 
-template <int D>
+template <int D, KvFormat format>
 DEVICE void attend(const PrefillArgs& args) {
-    auto& shared = *shared_memory<Shared<D>>();
+    auto& shared = *shared_memory<Shared<D, format>>();
     const PrefillTile tile = prefill_tile(args, blockIdx.x / args.q_heads);
+    // A span outside the window.
+    if (tile.first_key >= tile.keys_stop) return;
     if (threadIdx.x == 0) {
-        for (int slot = 0; slot < SLOTS; ++slot) {
-            for (Ring* ring : {&shared.key_ring, &shared.value_ring}) {
-                barrier_init(&ring->full[slot], WARPGROUP);
+        for (auto* ring : {&shared.key_ring, &shared.value_ring}) {
+            for (int slot = 0; slot < shared.SLOTS; ++slot) {
+                barrier_init(&ring->full[slot], FILLING<format>);
                 barrier_init(&ring->free[slot], COMPUTING / WARP);
             }
         }
@@ -311,12 +341,19 @@ DEVICE void attend(const PrefillArgs& args) {
     const int warpgroup = __shfl_sync(ALL_LANES, static_cast<int>(threadIdx.x) / WARPGROUP, 0);
     if (warpgroup == 0) {
         registers_shrink<COPY_REGISTERS>();
-        copy_steps<D>(args, tile, shared);
+        bring_steps<D>(args, tile, shared);
     } else {
         registers_grow<COMPUTE_REGISTERS>();
-        Computer<D>(args, tile, shared, warpgroup - 1).run();
+        Computer<D, format>(args, tile, shared, warpgroup - 1).run();
     }
 }
 
-HOPPER_KERNEL(attention_prefill_sm90_d64, PrefillArgs, THREADS, attend<64>)
-HOPPER_KERNEL(attention_prefill_sm90_d128, PrefillArgs, THREADS, attend<128>)
+template <int D>
+DEVICE void attend_bf16(const PrefillArgs& args) { attend<D, KvFormat::BF16>(args); }
+template <int D>
+DEVICE void attend_fp8(const PrefillArgs& args) { attend<D, KvFormat::FP8>(args); }
+
+HOPPER_KERNEL(attention_prefill_sm90_d64_bf16, PrefillArgs, THREADS, attend_bf16<64>)
+HOPPER_KERNEL(attention_prefill_sm90_d64_fp8, PrefillArgs, THREADS, attend_fp8<64>)
+HOPPER_KERNEL(attention_prefill_sm90_d128_bf16, PrefillArgs, THREADS, attend_bf16<128>)
+HOPPER_KERNEL(attention_prefill_sm90_d128_fp8, PrefillArgs, THREADS, attend_fp8<128>)

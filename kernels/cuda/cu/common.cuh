@@ -155,6 +155,28 @@ DEVICE float load_float_shared(SharedAddress from) {
 #endif
 }
 
+DEVICE void store_float_shared(SharedAddress to, float x) {
+#ifdef LOCKSTEP_EMULATE
+    *reinterpret_cast<float*>(const_cast<void*>(
+        simt::aligned(reinterpret_cast<const void*>(to), 4))) = x;
+#else
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
+#endif
+}
+
+DEVICE Bytes8 load8_shared(SharedAddress from) {
+#ifdef LOCKSTEP_EMULATE
+    return load8(reinterpret_cast<const void*>(from));
+#else
+    Bytes8 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(v.words[0]), "=r"(v.words[1])
+                 : "r"(from)
+                 : "memory");
+    return v;
+#endif
+}
+
 DEVICE Bytes16 load16_shared(SharedAddress from) {
 #ifdef LOCKSTEP_EMULATE
     return load16(reinterpret_cast<const void*>(from));

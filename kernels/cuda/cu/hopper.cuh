@@ -171,6 +171,14 @@ DEVICE void fence_async_proxy() {
 #endif
 }
 
+// Stores 16 bytes of an operand, which wgmma sees once this thread has fenced and its reader knows.
+DEVICE void store16_operand(SharedAddress to, const Bytes16& v) {
+    store16_shared(to, v);
+#ifdef LOCKSTEP_EMULATE
+    simt::note_operand(reinterpret_cast<void*>(to), 16);
+#endif
+}
+
 // ---- registers ------------------------------------------------------------------------------
 
 // The warpgroup's threads give registers back until they have `count`.

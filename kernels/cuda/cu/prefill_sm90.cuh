@@ -1,5 +1,5 @@
 // A block of sm_90a's prefill: its steps, its shared memory with the rings of keys and values, and
-// the warpgroup that fills them.
+// the warpgroup that fills them from a cache in bf16. From one in e4m3: `prefill_sm90_fp8.cuh`.
 #pragma once
 
 #include "hopper.cuh"
@@ -11,35 +11,61 @@ inline constexpr int GROUPS = 2;       // warpgroups that compute
 inline constexpr int GROUP_ROWS = 64;  // of one of them
 inline constexpr int STEP_KEYS = 128;
 inline constexpr int STEP_BLOCKS = STEP_KEYS / BLOCK_TOKENS;
-inline constexpr int SLOTS = 3;  // of each ring
+// Of a cache.
+enum class KvFormat { BF16, FP8 };
+
 inline constexpr int COMPUTING = GROUPS * WARPGROUP;
 inline constexpr int THREADS = WARPGROUP + COMPUTING;
+
+// Arrivals at a slot that is filled.
+template <KvFormat format>
+inline constexpr int FILLING = format == KvFormat::BF16 ? WARPGROUP : WARPGROUP / WARP;
 
 inline constexpr int Q_PANEL_BYTES = GROUP_ROWS * PANEL_ROW_BYTES;
 inline constexpr int KV_PANEL_BYTES = STEP_KEYS * PANEL_ROW_BYTES;
 
 // Phases of a ring's slots.
+template <int slots>
 struct Ring {
-    Barrier full[SLOTS];  // an arrival for each copying thread
-    Barrier free[SLOTS];  // an arrival for each computing warp
+    static constexpr int SLOTS = slots;
+    Barrier full[slots];  // an arrival for each copying thread, or warp that widens
+    Barrier free[slots];  // an arrival for each computing warp
 };
 
+// Tiles of e4m3 as stored, on their way to be widened.
+inline constexpr int STAGES = 4;
+
 // The block's shared memory. Tiles are panels of 64 columns, D / 64 of them one after another.
+template <int D, KvFormat format>
+struct Shared;
+
 template <int D>
-struct alignas(1024) Shared {
+struct alignas(1024) Shared<D, KvFormat::BF16> {
+    static constexpr int SLOTS = 3;
     bf16 q[GROUPS][GROUP_ROWS * D];
     bf16 keys[SLOTS][STEP_KEYS * D];
     bf16 values[SLOTS][STEP_KEYS * D];
-    Ring key_ring, value_ring;
+    Ring<SLOTS> key_ring, value_ring;
+};
+
+template <int D>
+struct alignas(1024) Shared<D, KvFormat::FP8> {
+    static constexpr int SLOTS = 2;
+    bf16 q[GROUPS][GROUP_ROWS * D];
+    bf16 keys[SLOTS][STEP_KEYS * D];
+    bf16 values[SLOTS][STEP_KEYS * D];
+    unsigned char staged[STAGES][STEP_BLOCKS * Fp8Block<D>::BYTES];
+    Ring<SLOTS> key_ring, value_ring;
 };
 
 // A place in a ring, and the parity of its phase.
+template <int slots>
 struct Place {
     int slot = 0;
     uint32_t parity = 0;
 
     DEVICE void advance() {
-        if (++slot == SLOTS) {
+        if (++slot == slots) {
             slot = 0;
             parity ^= 1;
         }
@@ -52,7 +78,7 @@ struct Steps {
 };
 
 DEVICE Steps steps_of(const PrefillTile& tile) {
-    const int last = (tile.keys_end - 1) / STEP_KEYS;
+    const int last = (tile.keys_stop - 1) / STEP_KEYS;
     return {last, last - tile.first_key / STEP_KEYS + 1};
 }
 
@@ -111,10 +137,11 @@ struct Copier {
 };
 
 template <int D>
-DEVICE void copy_steps(const PrefillArgs& args, const PrefillTile& tile, Shared<D>& shared) {
+DEVICE void bring_steps(const PrefillArgs& args, const PrefillTile& tile,
+                        Shared<D, KvFormat::BF16>& shared) {
     const Copier<D> copier(args, tile);
     const Steps steps = steps_of(tile);
-    Place place, last;
+    Place<Shared<D, KvFormat::BF16>::SLOTS> place, last;
     int remembered = copier.look_up(steps.last);
     for (int i = 0; i < steps.count; ++i) {
         const int step = steps.last - i;

@@ -22,16 +22,22 @@ struct StepWork {
     int sequence, first;
 };
 
+// The same of tiles. A sequence that is cut along its keys has an item for each span, and its sums
+// from a place on; that of others is below zero.
+struct StepTiles {
+    int sequence, first, place;
+};
+
 struct StepArgs {
     // From the host.
     const StepSequence* sequences;
-    const int* ids;              // [rows]; negative: the sequence's last sampled id
-    const int* new_blocks;       // [.., 2]: place in block_tables, block
-    const int* wanted;           // [logit_rows_len]
-    const StepWork* decoding;    // by their first split
-    const StepWork* prefilling;  // by their first tile
-    const float* q_scales;       // by position, or null
-    const int* last_ids;         // by table
+    const int* ids;               // [rows]; negative: the sequence's last sampled id
+    const int* new_blocks;        // [.., 2]: place in block_tables, block
+    const int* wanted;            // [logit_rows_len]
+    const StepWork* decoding;     // by their first split
+    const StepTiles* prefilling;  // by their first tile
+    const float* q_scales;        // by position, or null
+    const int* last_ids;          // by table
     // Derived.
     int* out_ids;
     int* positions;
@@ -44,7 +50,7 @@ struct StepArgs {
     int* block_tables;  // [.., table_cols]
     int* logit_rows;
     int* splits;        // [splits_len, 3]: sequence, its split, the item of its first split
-    int* tiles;         // [tiles_len, 2]: sequence, first row
+    int* tiles;         // [tiles_len, 4]: sequence, first row, span, place of sums
     int* splits_count;
     int sequences_len;
     int rows;
@@ -112,7 +118,8 @@ DEVICE void derive_sequence(const StepArgs& args, int s) {
     args.tables[s] = sequence.table;
 }
 
-DEVICE StepWork work_of(const StepWork* work, int count, int item) {
+template <typename Work>
+DEVICE Work work_of(const Work* work, int count, int item) {
     return work[entry_of(item, count, [&](int entry) { return work[entry].first; })];
 }
 
@@ -126,11 +133,14 @@ DEVICE void derive_split(const StepArgs& args, int item) {
 
 // A sequence's last tile comes first: it sees the most keys.
 DEVICE void derive_tile(const StepArgs& args, int item) {
-    const StepWork work = work_of(args.prefilling, args.prefilling_len, item);
-    const int last = (rows_of(args, work.sequence) - 1) / TILE_ROWS;
-    int* tile = args.tiles + 2 * static_cast<int64_t>(item);
+    const StepTiles work = work_of(args.prefilling, args.prefilling_len, item);
+    const int within = item - work.first;
+    const int index = work.place < 0 ? (rows_of(args, work.sequence) - 1) / TILE_ROWS - within : 0;
+    int* tile = args.tiles + 4 * static_cast<int64_t>(item);
     tile[0] = work.sequence;
-    tile[1] = args.sequences[work.sequence].first_row + (last - (item - work.first)) * TILE_ROWS;
+    tile[1] = args.sequences[work.sequence].first_row + index * TILE_ROWS;
+    tile[2] = work.place < 0 ? 0 : within;
+    tile[3] = work.place;
 }
 
 KERNEL(step_tables, StepArgs, THREADS) {

@@ -2,17 +2,18 @@
 //!
 //! A sequence with one row decodes: its keys are cut into splits of `SPLIT_TOKENS`, whatever runs
 //! beside it, whose sums are added in order. A sequence with more rows prefills: its rows are cut
-//! into tiles of `TILE_ROWS`. Cuts are made by `step.cu`. Kernels: `attention_decode.cu`,
-//! `attention_prefill.cu`, `attention_prefill_sm90.cu`.
+//! into tiles of `TILE_ROWS`, and where they are one tile behind a long context, its keys into
+//! spans. Cuts are made by `step.cu`. Kernels: `attention_decode.cu`, `attention_prefill.cu`,
+//! `attention_prefill_sm90.cu`, `attention_combine.cu`.
 
 mod decode;
 mod prefill;
 
-pub(super) use decode::sums_bytes;
 pub use prefill::PrefillKernel;
+pub(super) use prefill::{Tiles, Tiling, tiles_max};
 
 use super::{Cuda, CudaKv, Driver, Element, rope::Turn, step::check_laid_out};
-use kernels::{Batch, Heads, KernelError, ShapeError, Tensor, shape::ensure};
+use kernels::{Batch, BatchRoom, Heads, KernelError, ShapeError, Tensor, shape::ensure};
 
 /// Keys that one block of the decode kernel looks at.
 pub const SPLIT_TOKENS: usize = 512;
@@ -23,6 +24,23 @@ pub const TILE_ROWS: usize = 128;
 const UNBOUNDED: usize = 1 << 30;
 
 const OP: &str = "attention";
+
+/// Bytes of the workspace for sums of splits and of spans, which one launch after the other has for
+/// itself: as decode wants, and at least those of the longest sequence that prefills.
+pub(super) fn sums_bytes(room: &BatchRoom) -> usize {
+    decode::sums_bytes(room).max(prefill::places_max(room).saturating_mul(place_bytes(room)))
+}
+
+/// A sum and two weights of every query head.
+fn place_bytes(room: &BatchRoom) -> usize {
+    let Heads { q, dim, .. } = room.heads;
+    q * (dim + 2) * size_of::<f32>()
+}
+
+/// Places for sums of spans that there are.
+pub(super) fn sums_places(room: &BatchRoom) -> usize {
+    sums_bytes(room) / place_bytes(room)
+}
 
 /// One call.
 pub(super) struct Call<'a, D: Driver> {
@@ -72,7 +90,7 @@ impl<D: Driver> Cuda<D> {
         if call.batch.cuts.decodes {
             self.decode(out, call)?;
         }
-        if call.batch.cuts.tiles_len > 0 {
+        if !call.batch.cuts.prefills.is_empty() {
             self.prefill(out, call)?;
         }
         Ok(())

@@ -3,7 +3,7 @@
 
 use super::{
     Array, Cuda, Driver, Ints, Launch,
-    attention::{SPLIT_TOKENS, TILE_ROWS, sums_bytes},
+    attention::{SPLIT_TOKENS, Tiles, Tiling, sums_bytes, sums_places, tiles_max},
     sampling::ALONG_BYTES,
 };
 use kernels::{
@@ -18,6 +18,8 @@ const THREADS: u32 = 256;
 const SEQUENCE: usize = 4;
 const NEW_BLOCK: usize = 2;
 const WORK: usize = 2;
+/// Of a tile, as it is derived.
+const TILE: usize = 4;
 
 /// The attention of a step, the same in every layer, and what it is made of.
 pub struct Cuts<D: Driver> {
@@ -33,9 +35,10 @@ pub struct Cuts<D: Driver> {
     pub(super) splits_count: Ints<D>,
     /// [sequences, query heads]: splits that are done. Kernels leave zeros.
     pub(super) arrivals: Ints<D>,
-    /// [tiles, 2]: sequence and its first row here, the longest contexts first.
+    /// [tiles, 4]: sequence, its first row here, span of its keys, place of its sums; the longest
+    /// contexts first.
     pub(super) tiles: Ints<D>,
-    pub(super) tiles_len: usize,
+    pub(super) prefills: Vec<Tiles>,
     /// Whether a sequence has one row.
     pub(super) decodes: bool,
     /// Whether decode attention turns and stores rows: all sequences have one, and none sees what
@@ -64,12 +67,12 @@ impl Bounds {
             blocks.saturating_mul(NEW_BLOCK),
             tokens,
             sequences * WORK,
-            sequences * WORK,
+            sequences * Tiling::WORDS,
         ];
         Self {
             words: parts.into_iter().fold(0, |all, part| all.saturating_add(aligned(part))),
             splits: splits_max(room),
-            tiles: tokens.div_ceil(TILE_ROWS).saturating_add(sequences),
+            tiles: tiles_max(room),
             arrivals: sequences.saturating_mul(heads.q),
         }
     }
@@ -103,8 +106,8 @@ impl<D: Driver> Cuts<D> {
             splits: ints(splits.saturating_mul(3))?,
             splits_count: ints(1)?,
             arrivals: ints(arrivals)?,
-            tiles: ints(tiles.saturating_mul(2))?,
-            tiles_len: 0,
+            tiles: ints(tiles.saturating_mul(TILE))?,
+            prefills: Vec::new(),
             decodes: false,
             fused: false,
             of: None,
@@ -134,7 +137,7 @@ fn input_bytes(words: usize) -> usize {
 /// Bytes of [`Cuts`].
 pub(super) fn cuts_bytes(room: &BatchRoom) -> usize {
     let Bounds { words, splits, tiles, arrivals } = Bounds::of(room);
-    let parts = [splits.saturating_mul(3), 1, arrivals, tiles.saturating_mul(2)];
+    let parts = [splits.saturating_mul(3), 1, arrivals, tiles.saturating_mul(TILE)];
     let ints = parts.into_iter().fold(0, usize::saturating_add);
     ints.saturating_mul(size_of::<i32>()).saturating_add(input_bytes(words))
 }
@@ -155,14 +158,15 @@ impl Work {
 
 /// The splits of sequences with one row and the tiles of the others, the longest contexts first:
 /// what is left for last is short.
-fn work(sequences: &[StepSequence]) -> (Work, Work) {
-    let (mut decoding, mut prefilling) = (Work::default(), Work::default());
+fn work(sequences: &[StepSequence], room: &BatchRoom) -> (Work, Tiling) {
+    let (mut decoding, mut prefilling) = (Work::default(), Tiling::default());
+    let places = sums_places(room);
     let mut order: Vec<_> = sequences.iter().enumerate().collect();
     order.sort_by_key(|(_, sequence)| std::cmp::Reverse(sequence.context()));
     for (index, sequence) in order {
         match sequence.rows {
             1 => decoding.push(index, sequence.context().div_ceil(SPLIT_TOKENS)),
-            rows => prefilling.push(index, rows.div_ceil(TILE_ROWS)),
+            _ => prefilling.push(index, sequence, places),
         }
     }
     (decoding, prefilling)
@@ -223,7 +227,7 @@ impl<D: Driver> Cuda<D> {
     ) -> Result<(), KernelError> {
         batch.cuts.of = None;
         batch.begin(step)?;
-        let (decoding, prefilling) = work(&step.sequences);
+        let (decoding, prefilling) = work(&step.sequences, &batch.room);
         let items = decoding.items.max(prefilling.items);
         ensure(OP, items <= i32::MAX as usize, || format!("{items} pieces of attention"))?;
         let args = self.step_args(batch, step, (&decoding, &prefilling));
@@ -241,7 +245,7 @@ impl<D: Driver> Cuda<D> {
         }
         let most = [step.tokens(), step.sequences.len() + 1, step.logit_rows.len(), items];
         launch("step_rows", most.into_iter().max().unwrap_or(1))?;
-        batch.cuts.tiles_len = prefilling.items;
+        batch.cuts.prefills = prefilling.launches;
         batch.cuts.decodes = decoding.items > 0;
         batch.cuts.fused = decoding.items > 0 && prefilling.items == 0 && !may_share(step);
         batch.cuts.of = Some((batch.tokens, batch.sequences));
@@ -253,7 +257,7 @@ impl<D: Driver> Cuda<D> {
         &self,
         batch: &mut Batch<Self>,
         step: &Step,
-        (decoding, prefilling): (&Work, &Work),
+        (decoding, prefilling): (&Work, &Tiling),
     ) -> StepArgs {
         let cols = batch.block_table_cols;
         let cuts = &mut batch.cuts;
@@ -313,7 +317,7 @@ impl<D: Driver> Cuda<D> {
             logit_rows_len: step.logit_rows.len() as i32,
             decoding_len: (decoding.words.len() / WORK) as i32,
             splits_len: decoding.items as i32,
-            prefilling_len: (prefilling.words.len() / WORK) as i32,
+            prefilling_len: (prefilling.words.len() / Tiling::WORDS) as i32,
             tiles_len: prefilling.items as i32,
             table_cols: cols as i32,
         }

@@ -41,6 +41,7 @@ fn models_with_weights_in_fp8_come_near_them() {
 #[test]
 fn models_with_caches_in_fp8_come_near_them() {
     models("models with caches in fp8", PrefillKernel::Mma);
+    models("models with caches in fp8", PrefillKernel::Wgmma);
 }
 
 /// Two sequences of one prompt in one plan, the second behind blocks that the first one writes.

@@ -32,6 +32,9 @@ pub fn benches<D: Driver>(scale: Scale) -> Vec<Bench<D>> {
             (1, 8192, 8192, QWEN_72B),
             (4, 2048, 2048, QWEN_72B),
             (1, 2048, 32768, QWEN_72B),
+            (1, 16, 32768, QWEN_72B),
+            (1, 128, 32768, QWEN_72B),
+            (1, 32, 8192, QWEN_7B),
             (1, 8192, 8192, QWEN_7B),
             (1, 8192, 8192, QWEN_HALF_B),
         ],
@@ -43,10 +46,12 @@ pub fn benches<D: Driver>(scale: Scale) -> Vec<Bench<D>> {
             decode.iter().map(|&(batch, context, heads)| decoding((batch, context), heads, format)),
         );
     }
-    for kernel in [PrefillKernel::Mma, PrefillKernel::Fastest] {
-        all.extend(prefill.iter().map(|&(batch, rows, context, heads)| {
-            prefilling((batch, rows, context), heads, kernel)
-        }));
+    for format in [KvFormat::Bf16, KvFormat::Fp8] {
+        for kernel in [PrefillKernel::Mma, PrefillKernel::Fastest] {
+            all.extend(prefill.iter().map(|&(batch, rows, context, heads)| {
+                prefilling((batch, rows, context), heads, (kernel, format))
+            }));
+        }
     }
     all
 }
@@ -81,23 +86,27 @@ fn decoding<D: Driver>(
 fn prefilling<D: Driver>(
     (sequences, rows, context): (usize, usize, usize),
     heads: Heads,
-    prefill: PrefillKernel,
+    (prefill, kv_format): (PrefillKernel, KvFormat),
 ) -> Bench<D> {
     // Row i sees the prefix, itself, and what came before.
     let seen = rows * (context - rows) + rows * (rows + 1) / 2;
     let flops = 4.0 * (sequences * seen) as f64 * (heads.q * heads.dim) as f64;
-    let (op, least) = match prefill {
-        PrefillKernel::Mma => ("attention_prefill, mma.sync", 330.0),
-        PrefillKernel::Fastest | PrefillKernel::Wgmma => ("attention_prefill", 550.0),
+    let bf16 = kv_format == KvFormat::Bf16;
+    let (op, least) = match (prefill, kv_format) {
+        (PrefillKernel::Mma, KvFormat::Bf16) => ("attention_prefill, mma.sync", 330.0),
+        (PrefillKernel::Mma, KvFormat::Fp8) => ("attention_prefill, mma.sync, fp8 cache", 250.0),
+        (_, KvFormat::Bf16) => ("attention_prefill", 550.0),
+        (_, KvFormat::Fp8) => ("attention_prefill, fp8 cache", 400.0),
     };
     let long = heads.dim == 128 && rows >= 8192;
     Bench {
         op,
         shape: format!("{sequences} × {rows} of {context}, {}", named(heads)),
-        config: CudaConfig { prefill, ..BF16 },
+        config: CudaConfig { prefill, kv_format, ..BF16 },
         work: Work::Flops(flops),
         bar: if long { Bar::Tflops(least) } else { Bar::None },
-        peer: Some(Peer::Attention { batch: sequences, rows, context, heads }),
+        // PyTorch's attention has no fp8 caches.
+        peer: bf16.then_some(Peer::Attention { batch: sequences, rows, context, heads }),
         prepare: prepared((sequences, rows, context), heads),
         baseline: None,
     }
