@@ -1,26 +1,30 @@
 //! Loading a group with progress, and the facts about it that a bug report needs.
 
-use std::path::Path;
+use std::{path::Path, time::Instant};
 
 use anyhow::{Context, Result};
 use cpu::Isa;
+use model::Loaded;
 use text::{Files, Language};
 use worker::{Group, GroupConfig, GroupPlan, ModelInfo, RankMode};
 
 use crate::args::GroupArgs;
 use crate::progress::{ProgressReport, Unit};
 
-/// A callback that shows how far the weights are loaded.
-pub fn shown() -> impl FnMut(u64, u64) + Send + 'static {
+/// A callback that shows how far the weights are loaded, and at the end how fast they were.
+pub fn shown() -> impl FnMut(Loaded) + Send + 'static {
     let mut progress: Option<ProgressReport> = None;
-    move |done, total| {
-        if done >= total {
+    let start = Instant::now();
+    move |Loaded { read, uploaded, total }| {
+        if uploaded >= total {
             progress = None;
+            let seconds = start.elapsed().as_secs_f64();
+            let mib = total >> 20;
+            tracing::info!(mib, seconds, mib_per_second = (mib as f64 / seconds) as u64, "weights");
             return;
         }
-        progress
-            .get_or_insert_with(|| ProgressReport::new("loading", Unit::Bytes, total))
-            .set(done);
+        let report = || ProgressReport::new("loading", Unit::Bytes, total);
+        progress.get_or_insert_with(report).set_ahead(uploaded, read);
     }
 }
 
