@@ -10,7 +10,10 @@ use formats::Tensors;
 use half::f16;
 use kernels::{Grouped, Groups, IntegerShape, Scaled, Stored, WeightPart};
 
-use super::{module::Module, slice};
+use super::{
+    module::{Cut, Module},
+    slice,
+};
 use crate::{ModelError, config::Quantisation};
 
 /// Bits of a stored word.
@@ -296,34 +299,39 @@ fn along_outputs(
 }
 
 /// Reads rows of a module in e4m3 that [`check_fp8`] has seen, whose scales are those of `block`
-/// rows and columns. The numbers are the weights themselves, so it is only here that they are read
+/// rows and columns, or columns of one block, or from a block's first on. The numbers are the weights themselves, so it is only here that they are read
 /// and can be found to be none.
 pub(super) fn fp8(
     tensors: &Tensors,
     module: &Module,
     block: (usize, usize),
-    rows: &Range<usize>,
+    cut: &Cut,
 ) -> Result<WeightPart<'static>, ModelError> {
-    let cols = module.cols;
+    let (rows, cols) = (cut.rows(), cut.cols(module));
     let name = module.tensor("weight");
-    let mut values = vec![0; rows.len() * cols];
-    tensors.read_at(&name, (rows.start * cols) as u64, &mut values)?;
-    if values.iter().any(|code| code & 0x7f == 0x7f) {
+    let read = slice::Rows { rows: rows.clone(), row_bytes: module.cols, kept: cols.clone() };
+    let values = read.read(tensors, &name)?;
+    // Without an end in the middle, the compiler looks at many codes at once.
+    let no_number = |codes: &[u8]| codes.iter().fold(false, |no, code| no | (code & 0x7f == 0x7f));
+    if values.chunks(4096).any(no_number) {
         return Err(ModelError::Checkpoint(format!(
             "tensor {name} has values that are no numbers"
         )));
     }
     let (block_rows, run) = block;
     let stored = fp8_scales(tensors, module)?;
-    let runs = cols.div_ceil(run);
+    let runs = module.cols.div_ceil(run);
     let scale = |row: usize, at: usize| match stored[..] {
         [one] => one,
         _ => stored[row / block_rows * runs + at],
     };
-    let scales = rows.clone().flat_map(|row| (0..runs).map(move |at| (row, at)));
+    let runs_here = cols.start / run..cols.end.div_ceil(run);
+    // One scale is that of any columns of its run.
+    let run = if runs_here.len() == 1 { cols.len() } else { run };
+    let scales = rows.clone().flat_map(|row| runs_here.clone().map(move |at| (row, at)));
     let scales = scales.map(|(row, at)| scale(row, at)).collect();
     let stored = Stored::Scaled(Scaled { values: values.into(), run, scales });
-    Ok(WeightPart { rows: rows.len(), cols, stored })
+    Ok(WeightPart { rows: rows.len(), cols: cols.len(), stored })
 }
 
 /// Those of all rows and runs, or one.
