@@ -27,6 +27,7 @@ mod random;
 mod rope;
 mod rows;
 mod sampling;
+mod shares;
 mod skinny;
 mod step;
 

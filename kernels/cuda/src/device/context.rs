@@ -301,6 +301,14 @@ impl Context {
         self.poll(event.behind(), || unsafe { sys::cuEventQuery(event.handle) })
     }
 
+    /// As [`Self::wait`], for what takes another time each time: nothing is foretold of it, nor
+    /// learned.
+    pub fn wait_awake(&self, event: &Event) -> Result<(), KernelError> {
+        // SAFETY: the event is alive.
+        let query = || unsafe { sys::cuEventQuery(event.handle) };
+        self.ask(query, Duration::ZERO).map(drop)
+    }
+
     /// Makes the context this thread's and waits until all work so far is done. Freeing memory,
     /// code or the context also waits for that, without a deadline.
     pub fn settle(&self) -> Result<(), KernelError> {
@@ -315,16 +323,26 @@ impl Context {
         let kernels = u32::try_from(behind.saturating_sub(waited)).unwrap_or(u32::MAX);
         let known = || self.patience.lock().unwrap_or_else(PoisonError::into_inner);
         let expected = known().expected(kernels);
+        let took = self.ask(query, expected)?;
+        known().learn(kernels, took);
+        Ok(())
+    }
+
+    /// Asks until the answer is another than "not ready"; how long that took.
+    fn ask(
+        &self,
+        query: impl Fn() -> CUresult,
+        expected: Duration,
+    ) -> Result<Duration, KernelError> {
         let limit = if expected.is_zero() { self.first_wait_limit } else { self.wait_limit };
         let start = Instant::now();
         loop {
             match query() {
-                CUresult::CUDA_SUCCESS => {
-                    known().learn(kernels, start.elapsed());
-                    return Ok(());
-                }
+                CUresult::CUDA_SUCCESS => return Ok(start.elapsed()),
                 CUresult::CUDA_ERROR_NOT_READY => {}
-                result => return self.check("running kernels", result),
+                result => {
+                    self.check("running kernels", result)?;
+                }
             }
             let waited = start.elapsed();
             if waited > limit {
