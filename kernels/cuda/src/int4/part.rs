@@ -110,9 +110,12 @@ impl<'a> Int4Part<'a> {
         Columns { cols: self.cols, groups: &self.grouped.groups, count: self.groups() }
     }
 
-    /// The number of row `n`, column `k`.
-    pub(super) fn quant(&self, n: usize, k: usize) -> u8 {
-        self.grouped.values[n * self.cols + k]
+    /// The integers of row `n`, two to a byte, the first in the lower half.
+    pub(super) fn put_row(&self, n: usize, to: &mut [u8]) {
+        let row = &self.grouped.values[n * self.cols..][..self.cols];
+        for (to, [low, high]) in to.iter_mut().zip(row.as_chunks().0) {
+            *to = low | high << 4;
+        }
     }
 
     /// The zero point of row `n` in a group, 0 to 16.
