@@ -23,7 +23,8 @@ use crate::{
     DecoderConfig, ModelError, Shard,
     config::{Quantisation, RopeScaling},
 };
-use ahead::{Bounds, Taker, read_ahead};
+pub(crate) use ahead::Weights;
+use ahead::{AHEAD, read_ahead};
 use expected::Expected;
 pub use module::Stack;
 use module::{Cut, Files, Module};
@@ -35,12 +36,6 @@ use outline::{Seeded, no_numbers};
 
 /// Configurations beyond this are no configurations.
 const CONFIG_BYTES_MAX: u64 = 16 << 20;
-
-/// How a rank's weights are read ahead of their upload. Of 72B the largest two take 1.5 GB.
-const AHEAD: Bounds = Bounds { readers: 4, bytes: 1 << 30 };
-
-/// What a rank uploads as one weight, read ahead.
-pub(crate) type Weights<'a> = Taker<'a, Vec<WeightPart<'static>>>;
 
 /// Weights and configuration of one model. Ranks may share one: reading takes `&self`.
 pub struct Checkpoint {

@@ -1,6 +1,7 @@
 // Weights into records and out of them (layout: `skinny.cuh`), and the order of int4's columns.
 //
-// Into: once, as a weight is uploaded, from rows of bf16, e4m3 or int4 that arrive a piece at a time.
+// Into: once, as a weight is uploaded, from rows of bf16, e4m3 or int4 that arrive a piece at a
+// time.
 //
 // Out of: [N, K] as rows, for products of so many tokens that the device's own are worth it, in
 // bf16 or, where there are products in e4m3, as its codes. That reads and writes a weight once more
@@ -76,7 +77,7 @@ KERNEL(skinny_pack_e4m3, PackArgs, THREADS) {
 
 struct PackInt4Args {
     uint32_t* records;        // of the first strip here
-    const uint32_t* from;     // [rows, cols / 8] integers, the lowest first, rows as records have them
+    const uint32_t* from;     // [rows, cols / 8] of eight integers, rows as records have them
     const uint32_t* factors;  // [rows, groups] as records have them
     const int32_t* columns;   // [places] the column at each place, negative for none
     const int32_t* runs;      // [places / unit] the group of a run of places, negative for none

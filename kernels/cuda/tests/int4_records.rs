@@ -122,7 +122,7 @@ fn runs(size: usize, first: usize) -> Groups {
 
 /// Numbers that repeat nowhere near.
 fn mixed(seed: usize, row: usize, at: usize) -> usize {
-    (seed * 7919 + row * 613 + at * 104_729) * 2_654_435_761 % (1 << 32) >> 13
+    ((seed * 7919 + row * 613 + at * 104_729) * 2_654_435_761 % (1 << 32)) >> 13
 }
 
 fn quant(part: usize, row: usize, col: usize) -> u8 {
@@ -151,7 +151,7 @@ impl Stack {
             let values: Vec<u8> = each(cols).map(|(n, k)| quant(part, n, k)).collect();
             let grouped = Grouped {
                 bits: 4,
-                values: values.into(),
+                values: Grouped::packed(4, cols, &values).into(),
                 groups: self.groups.clone(),
                 scales: each(count).map(|(n, group)| scale(part, n, group)).collect(),
                 zeros: each(count).map(|(n, group)| zero(part, n, group)).collect(),

@@ -10,6 +10,8 @@ use std::{
     time::Duration,
 };
 
+use kernels::WeightPart;
+
 use crate::ModelError;
 
 /// How often who waits for a read tells that it still waits.
@@ -24,6 +26,12 @@ pub(super) struct Bounds {
     /// whatever its size.
     pub bytes: u64,
 }
+
+/// How a rank's weights are read ahead of their upload. Of 72B the largest two take 1.5 GB.
+pub(super) const AHEAD: Bounds = Bounds { readers: 4, bytes: 1 << 30 };
+
+/// What a rank uploads as one weight, read ahead.
+pub(crate) type Weights<'a> = Taker<'a, Vec<WeightPart<'static>>>;
 
 /// What is to be read, of sizes known before, and how far that is.
 struct Ahead<T> {

@@ -89,7 +89,7 @@ impl Storage {
                 cols.start.is_multiple_of(run) || cols.end <= cols.start.next_multiple_of(run)
             }
             Self::Fp8 => true,
-            Self::Integers(_) => false,
+            Self::Integers(packing) => cols.start.is_multiple_of(packing.each()),
         }
     }
 }
@@ -186,9 +186,7 @@ impl Files<'_> {
         };
         let part = match storage {
             Storage::Plain(format) => slice::plain(self.tensors, module, format, read),
-            Storage::Integers(packing) => {
-                quantised::integers(self.tensors, module, packing, cut.rows())
-            }
+            Storage::Integers(packing) => quantised::integers(self.tensors, module, packing, read),
             Storage::Fp8Blocks { rows, cols } => {
                 quantised::fp8(self.tensors, module, (rows, cols), read)
             }

@@ -301,12 +301,10 @@ impl Context {
         self.poll(event.behind(), || unsafe { sys::cuEventQuery(event.handle) })
     }
 
-    /// As [`Self::wait`], for what takes another time each time: nothing is foretold of it, nor
-    /// learned.
+    /// As [`Self::wait`], where nothing foretells how long: nothing is learned from it either.
     pub fn wait_awake(&self, event: &Event) -> Result<(), KernelError> {
         // SAFETY: the event is alive.
-        let query = || unsafe { sys::cuEventQuery(event.handle) };
-        self.ask(query, Duration::ZERO).map(drop)
+        self.ask(|| unsafe { sys::cuEventQuery(event.handle) }, Duration::ZERO)
     }
 
     /// Makes the context this thread's and waits until all work so far is done. Freeing memory,
@@ -323,26 +321,20 @@ impl Context {
         let kernels = u32::try_from(behind.saturating_sub(waited)).unwrap_or(u32::MAX);
         let known = || self.patience.lock().unwrap_or_else(PoisonError::into_inner);
         let expected = known().expected(kernels);
-        let took = self.ask(query, expected)?;
-        known().learn(kernels, took);
+        let start = Instant::now();
+        self.ask(query, expected)?;
+        known().learn(kernels, start.elapsed());
         Ok(())
     }
 
-    /// Asks until the answer is another than "not ready"; how long that took.
-    fn ask(
-        &self,
-        query: impl Fn() -> CUresult,
-        expected: Duration,
-    ) -> Result<Duration, KernelError> {
+    /// Asks until the answer is another than "not ready".
+    fn ask(&self, query: impl Fn() -> CUresult, expected: Duration) -> Result<(), KernelError> {
         let limit = if expected.is_zero() { self.first_wait_limit } else { self.wait_limit };
         let start = Instant::now();
         loop {
             match query() {
-                CUresult::CUDA_SUCCESS => return Ok(start.elapsed()),
                 CUresult::CUDA_ERROR_NOT_READY => {}
-                result => {
-                    self.check("running kernels", result)?;
-                }
+                result => return self.check("running kernels", result),
             }
             let waited = start.elapsed();
             if waited > limit {

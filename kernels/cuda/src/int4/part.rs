@@ -112,10 +112,7 @@ impl<'a> Int4Part<'a> {
 
     /// The integers of row `n`, two to a byte, the first in the lower half.
     pub(super) fn put_row(&self, n: usize, to: &mut [u8]) {
-        let row = &self.grouped.values[n * self.cols..][..self.cols];
-        for (to, [low, high]) in to.iter_mut().zip(row.as_chunks().0) {
-            *to = low | high << 4;
-        }
+        to.copy_from_slice(&self.grouped.values[n * self.cols / 2..][..self.cols / 2]);
     }
 
     /// The zero point of row `n` in a group, 0 to 16.
@@ -138,7 +135,7 @@ mod tests {
         let part = |rows: usize, cols: usize, bits, groups: Groups| {
             let count = (0..cols).map(|k| groups.of(k)).max().unwrap_or(0) + 1;
             let (scales, zeros) = (vec![f16::ONE; rows * count], vec![8; rows * count]);
-            let values = vec![0; rows * cols].into();
+            let values = vec![0; rows * Grouped::row_bytes(bits, cols)].into();
             let grouped = Grouped { bits, values, groups, scales, zeros };
             WeightPart { rows, cols, stored: Stored::Grouped(grouped) }
         };
