@@ -78,8 +78,8 @@ impl<B: Backend> Upload<'_, B> {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Reads what `shard` says and nothing else. `progress` hears of each weight that is uploaded,
-    /// and each second while none is.
+    /// Reads what `shard` says and nothing else. `progress` hears of the beginning, of each weight
+    /// that is uploaded, and each second while one is waited for.
     ///
     /// # Errors
     /// What the checkpoint or the device refuses.
@@ -95,6 +95,7 @@ impl<B: Backend> Decoder<B> {
         let total = checkpoint.weight_bytes(shard)?;
         checkpoint.read_ahead(shard, |weights| {
             let done = Loaded { total, ..Loaded::default() };
+            progress(done);
             let mut upload = Upload { device, weights, done, progress };
             Self::upload(&mut upload, checkpoint, shard, rope)
         })
