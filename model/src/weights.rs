@@ -180,7 +180,7 @@ impl Checkpoint {
         Modules { config: &self.config, names: &self.names }
     }
 
-    /// What `shard` holds, weight by weight in the order of use, without reading it.
+    /// What `shard` holds, weight by weight, tables first, without reading it.
     ///
     /// # Errors
     /// The files cannot be read; a shard of another model.

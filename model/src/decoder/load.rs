@@ -108,14 +108,15 @@ impl<B: Backend> Decoder<B> {
         rope: &RopeTables,
     ) -> Result<Self, ModelError> {
         let config = checkpoint.config();
+        // In the order of `Checkpoint::stacks`: tables first.
         let embedding = upload.table()?;
-        let layers = (0..config.layers)
-            .map(|index| Layer::load(upload, checkpoint, shard, index))
-            .collect::<Result<_, _>>()?;
         let lm_head = match config.tied {
             true => None,
             false => Some(upload.table()?),
         };
+        let layers = (0..config.layers)
+            .map(|index| Layer::load(upload, checkpoint, shard, index))
+            .collect::<Result<_, _>>()?;
         let cos_sin = rope.cos_sin(config);
         Ok(Self {
             embedding,

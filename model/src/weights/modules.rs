@@ -38,11 +38,8 @@ impl Modules<'_> {
     ///
     /// [`Stack::is_table`]: super::Stack::is_table
     pub fn stacks(self, shard: &Shard) -> impl Iterator<Item = (bool, Vec<(Module, Cut)>)> {
-        let table = |cut| (true, vec![cut]);
-        let mut tables = self.tables(shard).into_iter().map(table);
-        let embed = tables.next();
-        let layers = (0..self.config.layers).flat_map(move |layer| self.layer(layer, shard));
-        embed.into_iter().chain(layers).chain(tables)
+        let tables = self.tables(shard).into_iter().map(|cut| (true, vec![cut]));
+        tables.chain((0..self.config.layers).flat_map(move |layer| self.layer(layer, shard)))
     }
 
     /// Those of a layer.
