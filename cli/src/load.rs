@@ -1,26 +1,47 @@
 //! Loading a group with progress, and the facts about it that a bug report needs.
 
-use std::path::Path;
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result};
 use cpu::Isa;
+use model::Loaded;
 use text::{Files, Language};
 use worker::{Group, GroupConfig, GroupPlan, ModelInfo, RankMode};
 
 use crate::args::GroupArgs;
 use crate::progress::{ProgressReport, Unit};
 
-/// A callback that shows how far the weights are loaded.
-pub fn shown() -> impl FnMut(u64, u64) + Send + 'static {
+/// A disk or a device that brings nothing for so long is told of.
+const STALL: Duration = Duration::from_secs(30);
+
+/// A callback that shows how far the weights are loaded, and at the end how fast they were.
+pub fn shown() -> impl FnMut(Loaded) + Send + 'static {
     let mut progress: Option<ProgressReport> = None;
-    move |done, total| {
-        if done >= total {
-            progress = None;
+    let mut start = None;
+    let (mut moved, mut last) = (Instant::now(), Loaded::default());
+    move |loaded| {
+        let Loaded { read, uploaded, total } = loaded;
+        let start = *start.get_or_insert_with(Instant::now);
+        if loaded != last {
+            (moved, last) = (Instant::now(), loaded);
+        } else if moved.elapsed() >= STALL {
+            moved = Instant::now();
+            let (read, uploaded, mib) = (read >> 20, uploaded >> 20, total >> 20);
+            tracing::warn!(mib, read, uploaded, "no matrix came whole from the files for 30 s");
+        }
+        if uploaded >= total {
+            if progress.take().is_some() {
+                let (mib, seconds) = (total >> 20, start.elapsed().as_secs_f64());
+                let mib_per_second = (mib as f64 / seconds) as u64;
+                tracing::info!(mib, seconds, mib_per_second, "weights loaded");
+            }
             return;
         }
-        progress
-            .get_or_insert_with(|| ProgressReport::new("loading", Unit::Bytes, total))
-            .set(done);
+        let report = || ProgressReport::new("loading", Unit::Bytes, total);
+        progress.get_or_insert_with(report).set_ahead(uploaded, read);
     }
 }
 

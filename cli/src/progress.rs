@@ -1,6 +1,9 @@
 //! How far something is: a bar on a terminal, plain lines elsewhere.
 
-use std::{io::IsTerminal, time::Duration};
+use std::{
+    io::IsTerminal,
+    time::{Duration, Instant},
+};
 
 use cluster::telemetry::{self, LogFormat};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -20,6 +23,7 @@ pub struct ProgressReport {
     total: u64,
     done: u64,
     told: u64,
+    start: Instant,
 }
 
 impl ProgressReport {
@@ -28,11 +32,16 @@ impl ProgressReport {
         // A bar is nothing that a machine could read.
         let people = std::io::stderr().is_terminal() && telemetry::format() == LogFormat::Human;
         let bar = people.then(|| bar(&what, unit, total));
-        Self { bar, what, unit, total, done: 0, told: 0 }
+        Self { bar, what, unit, total, done: 0, told: 0, start: Instant::now() }
     }
 
     /// `done` of the total, counted from the beginning.
     pub fn set(&mut self, done: u64) {
+        self.set_ahead(done, done);
+    }
+
+    /// As [`Self::set`], where `read` of the total wait to be done, or are.
+    pub fn set_ahead(&mut self, done: u64, read: u64) {
         self.done = done.min(self.total);
         if let Some(bar) = &self.bar {
             bar.set_position(self.done);
@@ -46,8 +55,15 @@ impl ProgressReport {
             telemetry::say(match self.unit {
                 Unit::Bytes => {
                     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+                    let rate = mib(done) / self.start.elapsed().as_secs_f64();
+                    let ahead = match read.saturating_sub(done) {
+                        0 => String::new(),
+                        ahead => format!(", {:.0} MiB read ahead", mib(ahead)),
+                    };
                     let (done, total) = (mib(done), mib(total));
-                    format!("{what}: {done:.0} of {total:.0} MiB ({percent} %)")
+                    format!(
+                        "{what}: {done:.0} of {total:.0} MiB ({percent} %), {rate:.0} MiB/s{ahead}"
+                    )
                 }
                 Unit::Items => format!("{what}: {done} of {total} ({percent} %)"),
             });

@@ -85,7 +85,7 @@ pub enum Stored<'a> {
 pub struct Grouped<'a> {
     /// 4 or 8.
     pub bits: usize,
-    /// [N, K], one to a byte, below 2^bits.
+    /// [N, K], the lowest bits of a byte first; rows begin with a byte of their own.
     pub values: Cow<'a, [u8]>,
     pub groups: Groups,
     /// [N, G].
@@ -147,6 +147,32 @@ impl Groups {
 }
 
 impl Grouped<'_> {
+    /// Bytes of `cols` integers of so many bits.
+    pub fn row_bytes(bits: usize, cols: usize) -> usize {
+        (cols * bits).div_ceil(8)
+    }
+
+    /// Integers [N, K], one to a byte, as [`Self::values`] has them.
+    pub fn packed(bits: usize, cols: usize, integers: &[u8]) -> Vec<u8> {
+        if bits == 8 {
+            return integers.to_vec();
+        }
+        let pair = |pair: &[u8]| pair[0] | pair.get(1).copied().unwrap_or_default() << 4;
+        integers.chunks(cols.max(1)).flat_map(|row| row.chunks(2).map(pair)).collect()
+    }
+
+    /// The integers of row `n` of `cols`.
+    pub fn integers(&self, n: usize, cols: usize) -> impl Iterator<Item = u8> {
+        let bytes = Self::row_bytes(self.bits, cols);
+        let (bits, row) = (self.bits, &self.values[n * bytes..][..bytes]);
+        let each = 8 / bits;
+        let mask = u8::MAX >> (8 - bits);
+        let integers = (0..each).map(move |at| at * bits);
+        row.iter()
+            .flat_map(move |byte| integers.clone().map(move |at| byte >> at & mask))
+            .take(cols)
+    }
+
     /// G.
     pub fn count(&self, rows: usize) -> usize {
         self.scales.len() / rows.max(1)
@@ -165,12 +191,13 @@ impl Grouped<'_> {
             _ => {}
         }
         let count = self.count(rows);
-        let lengths =
-            [(values.len(), rows.checked_mul(cols)), (scales.len(), rows.checked_mul(count))];
+        let row_bytes = cols.checked_mul(*bits).map(|bits| bits.div_ceil(8));
+        let wanted = row_bytes.and_then(|bytes| bytes.checked_mul(rows));
+        let lengths = [(values.len(), wanted), (scales.len(), rows.checked_mul(count))];
         if lengths.iter().any(|(has, wanted)| Some(*has) != *wanted) || zeros.len() != scales.len()
         {
             return Err(format!(
-                "[{rows}, {cols}] in {} integers, {} scales and {} zero points",
+                "[{rows}, {cols}] in {} bytes of integers, {} scales and {} zero points",
                 values.len(),
                 scales.len(),
                 zeros.len()
@@ -184,11 +211,8 @@ impl Grouped<'_> {
             return Err(format!("a column is of group {highest} of {count}"));
         }
         let most = 1u16 << bits;
-        if let Some(zero) = zeros.iter().find(|zero| **zero > most) {
-            return Err(format!("a zero point of {zero} beside integers of {bits} bits"));
-        }
-        match values.iter().find(|value| u16::from(**value) >= most) {
-            Some(value) => Err(format!("{value} is no integer of {bits} bits")),
+        match zeros.iter().find(|zero| **zero > most) {
+            Some(zero) => Err(format!("a zero point of {zero} beside integers of {bits} bits")),
             None => Ok(()),
         }
     }
@@ -270,7 +294,7 @@ impl<'a> WeightPart<'a> {
     pub fn bytes(&self) -> usize {
         match &self.stored {
             Stored::Plain { data, .. } => data.len(),
-            Stored::Grouped(grouped) => grouped.values.len() * grouped.bits / 8,
+            Stored::Grouped(grouped) => grouped.values.len(),
             Stored::Scaled(scaled) => scaled.values.len(),
             Stored::Random(random) => match random.format {
                 RandomFormat::Bf16 => 2 * self.rows * self.cols,

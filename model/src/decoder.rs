@@ -14,6 +14,7 @@ use crate::ModelError;
 use collective::Collective;
 use feed_forward::FeedForward;
 use kernels::{AddNorm, Backend, Batch, Heads, Join, Rotation, Tensor};
+pub use load::Loaded;
 pub use scratch::{ExpertsShape, Scratch, ScratchShape, Width};
 
 /// This rank's part of a model.

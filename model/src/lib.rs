@@ -19,6 +19,7 @@ mod shard;
 mod weights;
 
 pub use config::{DecoderConfig, Experts, Rope, RopeScaling};
+pub use decoder::Loaded;
 pub use elements::{Elements, elements};
 pub use error::ModelError;
 pub use families::{FAMILIES, Family};

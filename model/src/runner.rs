@@ -12,7 +12,7 @@ mod tables;
 
 use crate::{
     Checkpoint, DecoderConfig, ModelError, Shard,
-    decoder::{Decoder, ExpertsShape, Scratch, ScratchShape, Width},
+    decoder::{Decoder, ExpertsShape, Loaded, Scratch, ScratchShape, Width},
     rope::RopeTables,
     sampler::{Sampler, Seen},
 };
@@ -151,7 +151,7 @@ pub(crate) fn scratch_shape(
 }
 
 impl<B: Backend, C: Collective<B>> Runner<B, C> {
-    /// Loads this rank's part of `checkpoint`; `progress` hears of bytes done and in all.
+    /// Loads this rank's part of `checkpoint`; `progress` hears how far that is.
     ///
     /// # Errors
     /// `Options` for sizes that cannot be indexed, and what the checkpoint or the device refuses.
@@ -160,7 +160,7 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         group: C,
         checkpoint: &Checkpoint,
         options: RunnerOptions,
-        progress: &mut dyn FnMut(u64, u64),
+        progress: &mut dyn FnMut(Loaded),
     ) -> Result<Self, ModelError> {
         let config = checkpoint.config();
         let tables = RopeTables::new(&config.rope, options.context_max);

@@ -5,6 +5,7 @@
 //! multiply, and that there are no others. Afterwards each method reads one rank's slice of one
 //! thing, and no other bytes; nothing is cached.
 
+mod ahead;
 mod expected;
 mod module;
 mod modules;
@@ -22,6 +23,8 @@ use crate::{
     DecoderConfig, ModelError, Shard,
     config::{Quantisation, RopeScaling},
 };
+pub(crate) use ahead::Weights;
+use ahead::{AHEAD, read_ahead};
 use expected::Expected;
 pub use module::Stack;
 use module::{Cut, Files, Module};
@@ -97,8 +100,29 @@ impl Checkpoint {
             return Ok(());
         }
         let files = self.files()?;
-        let mut modules = Expected::each(&self.config, &self.names)?.flat_map(|each| each.modules);
-        modules.try_for_each(|module| files.check_scales(&module))
+        let modules = Expected::each(&self.config, &self.names)?.flat_map(|each| each.modules);
+        let modules: Vec<Module> = modules.collect();
+        let check = |at: usize| files.check_scales(&modules[at]);
+        // They are small, and none is kept.
+        read_ahead(vec![0; modules.len()], AHEAD, check, |checked| {
+            modules.iter().try_for_each(|_| checked.take(&mut |_| {}))
+        })
+    }
+
+    /// Calls `take` with what hands out the weights of `shard`, in the order of [`Self::stacks`].
+    /// Several threads read ahead of it.
+    ///
+    /// # Errors
+    /// What `take` says; where it takes a weight, what the files say.
+    pub(crate) fn read_ahead<R>(
+        &self,
+        shard: &Shard,
+        take: impl FnOnce(&Weights<'_>) -> Result<R, ModelError>,
+    ) -> Result<R, ModelError> {
+        let stacks: Vec<_> = self.modules().stacks(shard).map(|(_, cuts)| cuts).collect();
+        let bytes = |cuts: &Vec<(Module, Cut)>| cuts.iter().map(|cut| self.bytes(cut)).sum();
+        let sizes = stacks.iter().map(bytes).collect::<Result<_, _>>()?;
+        read_ahead(sizes, AHEAD, |at| self.read(&stacks[at]), take)
     }
 
     pub fn config(&self) -> &DecoderConfig {
@@ -139,20 +163,24 @@ impl Checkpoint {
     /// # Errors
     /// A shard of another model.
     pub fn weight_bytes(&self, shard: &Shard) -> Result<u64, ModelError> {
-        let bytes = |(module, cut): &(Module, Cut)| match &self.source {
+        self.modules().all(shard).iter().map(|cut| self.bytes(cut)).sum()
+    }
+
+    /// Of the numbers of a cut.
+    fn bytes(&self, (module, cut): &(Module, Cut)) -> Result<u64, ModelError> {
+        match &self.source {
             Source::Files { .. } => self.files()?.bytes(module, cut),
             Source::Outline(numbers) | Source::Seeded(Seeded { numbers, .. }) => {
                 Ok(numbers.bytes(module, cut, &self.names))
             }
-        };
-        self.modules().all(shard).iter().map(bytes).sum()
+        }
     }
 
     fn modules(&self) -> Modules<'_> {
         Modules { config: &self.config, names: &self.names }
     }
 
-    /// What `shard` holds, weight by weight, without reading it.
+    /// What `shard` holds, weight by weight, tables first, without reading it.
     ///
     /// # Errors
     /// The files cannot be read; a shard of another model.

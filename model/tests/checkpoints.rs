@@ -2,9 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use collective::{Staged, Threads};
 use formats::{Tensors, locate};
-use kernels::{Format, Stored, WeightPart};
-use model::{Checkpoint, DecoderConfig, FfnBlock, ModelError, Shard};
+use kernels::{Format, Stored, WeightPart, plain::Plain};
+use model::{
+    Checkpoint, DecoderConfig, FfnBlock, Loaded, ModelError, Runner, RunnerOptions, Shard,
+};
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/public").join(name)
@@ -235,4 +238,25 @@ fn memory_by_rank_adds_up() {
         assert!(bytes(0, 2) + bytes(1, 2) >= whole, "KV heads may be held twice");
         assert!(bytes(0, 2) < whole * 2 / 3);
     }
+}
+
+/// Of a file that opened whole and then lost its second half.
+#[test]
+fn what_can_no_longer_be_read_is_named_and_ends_the_load() {
+    const OPTIONS: RunnerOptions =
+        RunnerOptions { blocks: 1, step_tokens_max: 1, sequences_max: 1, context_max: 16 };
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(golden("qwen2_mha_hd64").join(file), folder.path().join(file)).unwrap();
+    }
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let path = folder.path().join("model.safetensors");
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.set_len(file.metadata().unwrap().len() / 2).unwrap();
+    let mut last = Loaded::default();
+    let alone = Staged::new(Threads::group(1).remove(0));
+    let loaded = Runner::load(Plain, alone, &checkpoint, OPTIONS, &mut |loaded| last = loaded);
+    let error = loaded.map(drop).expect_err("half a file").to_string();
+    assert!(error.contains(path.to_str().unwrap()), "{error}");
+    assert!(last.uploaded < checkpoint.weight_bytes(&checkpoint.shard(0, 1).unwrap()).unwrap());
 }

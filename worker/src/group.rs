@@ -18,7 +18,7 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 use cpu::{Isa, Precision};
 use cuda::CudaConfig;
 use engine::{SchedulerConfig, plan::Executor};
-use model::Numbers;
+use model::{Loaded, Numbers};
 use serde::{Deserialize, Serialize};
 
 pub use process::{RANK_TOKEN_VARIABLE, RankConfig, run_rank};
@@ -173,8 +173,8 @@ impl ModelInfo {
     }
 }
 
-/// Called while weights load with the bytes done and in all, of rank 0's share.
-pub type LoadProgress<'a> = &'a mut (dyn FnMut(u64, u64) + Send);
+/// Called while weights load, each second at least, with how far rank 0's share is.
+pub type LoadProgress<'a> = &'a mut (dyn FnMut(Loaded) + Send);
 
 /// A group whose size is known, and whose weights are not loaded yet.
 pub struct GroupPlan {

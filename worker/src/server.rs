@@ -17,6 +17,7 @@ use axum::{
     routing::get,
 };
 use cluster::Membership;
+use model::Loaded;
 use proto::v1::worker_server::WorkerServer;
 use task::WorkerTask;
 use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
@@ -80,15 +81,15 @@ impl WorkerConfig {
 pub struct Worker;
 
 impl Worker {
-    /// Listens, announces itself as loading, loads the group, and serves. `progress` hears of bytes
-    /// loaded and in all. Returns once requests are taken.
+    /// Listens, announces itself as loading, loads the group, and serves. `progress` hears how
+    /// far that is. Returns once requests are taken.
     ///
     /// When `shutdown` turns true the worker drains by itself; `WorkerHandle::join` waits for the
     /// end.
     pub async fn start(
         config: WorkerConfig,
         membership: Arc<dyn Membership>,
-        mut progress: Box<dyn FnMut(u64, u64) + Send>,
+        mut progress: Box<dyn FnMut(Loaded) + Send>,
         shutdown: watch::Receiver<bool>,
     ) -> Result<WorkerHandle, WorkerError> {
         let (listener, addr) = bind(config.listen).await?;

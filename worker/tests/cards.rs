@@ -41,7 +41,7 @@ fn config(rank_mode: RankMode, ranks: usize) -> GroupConfig {
 }
 
 fn start(config: GroupConfig) -> Result<Group, WorkerError> {
-    Group::start(config, &mut |_, _| {})
+    Group::start(config, &mut |_| {})
 }
 
 /// Two requests side by side on a new group; their tokens, or why there are none.

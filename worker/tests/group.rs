@@ -26,7 +26,7 @@ fn config(name: &str, ranks: usize, precision: Precision) -> GroupConfig {
 }
 
 fn group(config: GroupConfig) -> Group {
-    Group::start(config, &mut |_, _| {}).unwrap()
+    Group::start(config, &mut |_| {}).unwrap()
 }
 
 /// A prompt of its own for each number, and sampling that reaches beyond the likeliest token.
@@ -209,7 +209,7 @@ async fn an_engine_over_two_ranks_answers_and_stops() {
 
 #[test]
 fn what_cannot_be_is_refused_before_loading() {
-    let refused = |config: GroupConfig| match Group::start(config, &mut |_, _| {}) {
+    let refused = |config: GroupConfig| match Group::start(config, &mut |_| {}) {
         Ok(_) => panic!("not refused"),
         Err(error) => error,
     };
@@ -236,7 +236,7 @@ fn what_cannot_be_is_refused_before_loading() {
 fn a_context_beyond_the_trained_one_is_allowed_where_asked_for() {
     let base = config("llama_smollm2", 1, Precision::Fast);
     let config = GroupConfig { context_max: Some(10_000), kv_memory: None, ..base };
-    let group = Group::start(config, &mut |_, _| {}).unwrap();
+    let group = Group::start(config, &mut |_| {}).unwrap();
     assert_eq!(group.info.context_max, 10_000);
     assert!(group.info.blocks * 16 >= 10_000);
 }
@@ -270,6 +270,6 @@ fn a_model_of_random_numbers_answers_the_same_on_any_number_of_ranks() {
         assert_eq!(answer(2, numbers), one, "{numbers:?}");
     }
     let bare = GroupConfig::new(folder.path());
-    let error = Group::start(bare, &mut |_, _| {}).map(|_| ()).unwrap_err().to_string();
+    let error = Group::start(bare, &mut |_| {}).map(|_| ()).unwrap_err().to_string();
     assert!(error.contains(".safetensors"), "{error}");
 }

@@ -36,7 +36,7 @@ fn config(rank_mode: RankMode, ranks: usize, program: PathBuf) -> GroupConfig {
 }
 
 fn start(config: GroupConfig) -> Result<Group, WorkerError> {
-    Group::start(config, &mut |_, _| {})
+    Group::start(config, &mut |_| {})
 }
 
 /// Waits for a process that somebody else reaps.

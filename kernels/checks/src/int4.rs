@@ -98,7 +98,7 @@ impl Matrix {
         let at = || (0..rows).flat_map(move |row| (0..count).map(move |g| g * rows + row));
         let scales = at().map(|at| self.scales[at]).collect();
         let zeros = at().map(|at| u16::from(self.zeros[at])).collect();
-        let values = self.quants.clone().into();
+        let values = Grouped::packed(4, cols, &self.quants).into();
         let stored = Stored::Grouped(Grouped { bits: 4, values, groups, scales, zeros });
         WeightPart { rows, cols, stored }
     }

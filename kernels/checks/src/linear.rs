@@ -2,7 +2,7 @@
 
 use crate::{BF16, Check, Device, Tolerance, compare, e4m3, flat::refused, noise, rounded};
 use cuda::{Cuda, CudaConfig, Driver, WeightFormat};
-use kernels::{Backend, Format, KernelError, Tensor, WeightPart};
+use kernels::{Backend, Format, KernelError, Scaled, Stored, Tensor, WeightPart, plain::dequant};
 
 pub fn checks<D: Driver>() -> Vec<Check<D>> {
     vec![
@@ -10,6 +10,7 @@ pub fn checks<D: Driver>() -> Vec<Check<D>> {
         Check { name: "linear in fp8", run: fp8 },
         Check { name: "linear: parts of every storage", run: parts },
         Check { name: "linear: a weight in several pieces", run: pieces },
+        Check { name: "linear: e4m3 as stored", run: stored_e4m3 },
         Check { name: "linear: tables and odd sizes stay bf16 beside fp8", run: exempt },
         Check { name: "linear: what is refused", run: refusals },
     ]
@@ -201,6 +202,49 @@ fn pieces<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
             let weight = weight.map_err(|error| error.to_string())?;
             let got = product.run(&device, &weight, true)?;
             near(&format!("{format:?} in pieces, {config:?}"), &got, &wanted, share)?;
+        }
+    }
+    Ok(())
+}
+
+/// Codes that the device widens give the bits of the numbers that they stand for, rounded here.
+fn stored_e4m3<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
+    // The last is more than a piece; of the others one has runs that the host must widen.
+    let shapes: [[usize; 3]; 4] =
+        [[48, 64, 64], [24, 256, 128], [16, 160, 128], [260, 16384, 16384]];
+    for [rows, cols, run] in shapes {
+        let codes =
+            (0..rows * cols).map(|at| (at * 37 % 251) as u8).map(|code| match code & 0x7f {
+                0x7f => 0x11,
+                _ => code,
+            });
+        let codes: Vec<u8> = codes.collect();
+        let count = rows * cols.div_ceil(run);
+        let scales = noise(31, count).iter().map(|scale| scale / 300.0).collect();
+        let scaled = Scaled { values: codes.into(), run, scales };
+        let stored = WeightPart { rows, cols, stored: Stored::Scaled(scaled) };
+        let mut row = vec![0.0; cols];
+        let widened = (0..rows).flat_map(|n| {
+            dequant::part_row(&stored, n, &mut row);
+            row.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>()
+        });
+        let widened = WeightPart::plain(Format::F32, rows, cols, widened.collect::<Vec<u8>>());
+        let product = Product::new(32, (1, rows, cols), false);
+        let configs = if cols < 1000 { &[BF16, FP8][..] } else { &[BF16] };
+        for &config in configs {
+            let device = device(config);
+            let run = |part: &WeightPart<'_>| {
+                let text = |error: KernelError| error.to_string();
+                let parts = std::slice::from_ref(part);
+                let weight = device.weight(parts).map_err(text)?;
+                let table = device.table(parts).map_err(text)?;
+                let both =
+                    [product.run(&device, &weight, true)?, product.run(&device, &table, true)?];
+                Ok::<_, String>(both.concat())
+            };
+            let (got, wanted) = (run(&stored)?, run(&widened)?);
+            let what = format!("[{rows}, {cols}] of e4m3, {config:?}");
+            compare(&what, &got, &wanted, Tolerance::Absolute(0.0))?;
         }
     }
     Ok(())

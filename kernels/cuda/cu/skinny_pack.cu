@@ -1,6 +1,7 @@
 // Weights into records and out of them (layout: `skinny.cuh`), and the order of int4's columns.
 //
-// Into: once, as a weight is uploaded, from rows of bf16 or e4m3 that arrive a piece at a time.
+// Into: once, as a weight is uploaded, from rows of bf16, e4m3 or int4 that arrive a piece at a
+// time.
 //
 // Out of: [N, K] as rows, for products of so many tokens that the device's own are worth it, in
 // bf16 or, where there are products in e4m3, as its codes. That reads and writes a weight once more
@@ -72,6 +73,61 @@ KERNEL(skinny_pack_e4m3, PackArgs, THREADS) {
 #pragma unroll
     for (int s = 0; s < 2; ++s)
         store_word(word_of<E4m3>(args, row, col, m, 2 * s + r), eight.words[s]);
+}
+
+struct PackInt4Args {
+    uint32_t* records;        // of the first strip here
+    const uint32_t* from;     // [rows, cols / 8] of eight integers, rows as records have them
+    const uint32_t* factors;  // [rows, groups] as records have them
+    const int32_t* columns;   // [places] the column at each place, negative for none
+    const int32_t* runs;      // [places / unit] the group of a run of places, negative for none
+    uint64_t words;           // of the records here
+    uint32_t rows;
+    uint32_t cols;  // a multiple of 8
+    uint32_t groups;
+    uint32_t strip_records;
+    uint32_t unit;  // places of a run
+    uint32_t unused;
+};
+
+// The integer of a row at a place; 0 where there is none.
+DEVICE uint32_t int4_at(const PackInt4Args& args, uint64_t row, uint32_t place) {
+    const int32_t col = args.columns[place];
+    if (row >= args.rows || col < 0) return 0;
+    return args.from[row * (args.cols / 8) + col / 8] >> (col % 8 * 4) & 15;
+}
+
+// A thread for each word of the records.
+KERNEL(skinny_pack_int4, PackInt4Args, THREADS) {
+    using Format = Int4<128>;
+    const uint64_t at = static_cast<uint64_t>(blockIdx.x) * THREADS + threadIdx.x;
+    if (at >= args.words) return;
+    const uint32_t numbers = Format::NUMBER_BYTES / 4;
+    const uint32_t words = numbers + Format::COLS / args.unit * STRIP;
+    const uint32_t word = static_cast<uint32_t>(at % words);
+    const uint32_t record = static_cast<uint32_t>(at / words % args.strip_records);
+    const uint64_t first_row = at / words / args.strip_records * STRIP;
+    if (word >= numbers) {
+        const uint32_t factor = word - numbers;
+        const uint64_t row = first_row + factor % STRIP;
+        const int32_t group = args.runs[record * (Format::COLS / args.unit) + factor / STRIP];
+        // 128 without a scale: what is not there counts nothing.
+        const bool there = row < args.rows && group >= 0;
+        args.records[at] = there ? args.factors[row * args.groups + group] : 0x43000000u;
+        return;
+    }
+    const uint32_t lane = word / 4 % 32, half = word / 128 % 2, slot = word / 256;
+    const uint64_t row = first_row + half * HALF + lane / 4 * LANE_ROWS + word % 4 / 2 * 2;
+    const uint32_t place =
+        record * Format::COLS + slot * SLOT_COLS + lane % 4 * 8 + word % 2 * 4;
+    uint32_t packed = 0;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+        const uint32_t even = place + r / 2 * 2;
+        packed |= int4_at(args, row + r % 2, even) << 4 * r;
+        packed |= int4_at(args, row + r % 2, even + 1) << (16 + 4 * r);
+    }
+    args.records[at] = packed;
 }
 
 // ---- out of records -----------------------------------------------------------------------------

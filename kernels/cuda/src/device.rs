@@ -216,6 +216,19 @@ impl Driver for Gpu {
         uploads.send(&self.context, address, bytes)
     }
 
+    fn write_with(
+        &self,
+        to: &Memory,
+        offset: usize,
+        bytes: usize,
+        fill: &mut dyn FnMut(&mut [u8]),
+    ) -> Result<(), KernelError> {
+        self.context.enter_to("writing")?;
+        let address = to.at(offset, bytes)?;
+        let mut uploads = self.uploads.lock().unwrap_or_else(PoisonError::into_inner);
+        uploads.send_filled(&self.context, address, bytes, fill)
+    }
+
     fn read(&self, to: &mut [u8], from: &Memory, offset: usize) -> Result<(), KernelError> {
         self.context.enter_to("reading")?;
         let address = from.at(offset, to.len())?;

@@ -139,6 +139,22 @@ pub trait Driver: Send + Sync + Sized + 'static {
     /// # Errors
     /// `KernelError::Device` where the bytes do not fit or the device fails.
     fn write(&self, to: &Self::Memory, offset: usize, bytes: &[u8]) -> Result<(), KernelError>;
+    /// Writes `bytes` bytes from `offset` on, which `fill` makes: in place, where the driver has
+    /// memory of its own through which they go, while the device still copies those before.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    fn write_with(
+        &self,
+        to: &Self::Memory,
+        offset: usize,
+        bytes: usize,
+        fill: &mut dyn FnMut(&mut [u8]),
+    ) -> Result<(), KernelError> {
+        let mut made = vec![0; bytes];
+        fill(&mut made);
+        self.write(to, offset, &made)
+    }
     /// Reads from `offset` on, once all work before is done.
     ///
     /// # Errors

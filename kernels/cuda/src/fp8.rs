@@ -181,6 +181,26 @@ impl<D: Driver> Cuda<D> {
         self.launch_vectors("dequantize_bf16", blocks(OP, vectors)?, &args)
     }
 
+    /// out = code · scale, rounded to bf16, by address, of `len` codes of which each `run` have a
+    /// scale: multiples of 8.
+    pub(super) fn dequantize_rows(
+        &self,
+        (out, codes, scales): (u64, u64, u64),
+        len: usize,
+        run: usize,
+    ) -> Result<(), KernelError> {
+        const OP: &str = "dequantize_fp8";
+        let (vectors, row_vectors) = (len / VECTOR, run / VECTOR);
+        let args = ScaleArgs {
+            codes,
+            x: out,
+            scales,
+            vectors: vectors as u32,
+            row_vectors: row_vectors as u32,
+        };
+        self.launch_vectors("dequantize_bf16", blocks(OP, vectors)?, &args)
+    }
+
     /// Codes and scales of rows.
     pub(super) fn quantize_rows(&self, rows: &ScaledRows) -> Result<(), KernelError> {
         let shape = (rows.rows as usize, rows.cols as usize);

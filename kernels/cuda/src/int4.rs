@@ -3,16 +3,17 @@
 
 mod pack;
 mod part;
+mod plan;
 
 use super::{
     Array, Cuda, Driver, Element, Launch,
     linear::upload,
     random::{PARTS as RANDOM_PARTS, RandomRecords, random},
-    skinny::{self, Extent, Numbers, Records, STRIP},
+    skinny::{self, Extent, Numbers, Records},
 };
 use kernels::{KernelError, PartShape, WeightPart};
-use pack::Plan;
 use part::{Columns, Int4Part};
+use plan::Plan;
 
 const THREADS: u32 = 256;
 
@@ -40,10 +41,7 @@ impl<D: Driver> Int4<D> {
         let (rows, cols) = (parts.iter().map(|part| part.rows).sum::<usize>(), parts[0].cols);
         let plan = Plan::of(&parts[0].columns());
         let weight = Self::room(driver, &plan, (rows, cols), pairs)?;
-        for strip in 0..rows.div_ceil(STRIP) {
-            let records = pack::strip(&parts, &plan, weight.records.extent(), strip);
-            weight.records.write(driver, strip, &records)?;
-        }
+        pack::records(device, &parts, &plan, &weight)?;
         Ok(Some(weight))
     }
 
@@ -89,14 +87,7 @@ impl<D: Driver> Int4<D> {
         let records = upload::room(driver, numbers, extent)?;
         let order = match plan.lead {
             Some(_) => None,
-            None => {
-                let place = |column: &Option<usize>| column.map_or(-1, |column| column as i32);
-                let places: Vec<u8> =
-                    plan.columns.iter().flat_map(|column| place(column).to_le_bytes()).collect();
-                let order = Array::zeroed(driver, "an order of columns", order_bytes(extent))?;
-                order.write(driver, &places)?;
-                Some(order)
-            }
+            None => Some(indices(driver, "an order of columns", &plan.columns)?),
         };
         Ok(Self { records, order })
     }
@@ -117,6 +108,19 @@ pub(super) fn bytes(stack: &[PartShape]) -> Option<usize> {
     let (numbers, extent, is_permuted) = records(stack)?;
     let order = if is_permuted { order_bytes(extent) } else { 0 };
     Some(skinny::bytes(numbers, extent) + order)
+}
+
+/// On the device, -1 for none.
+fn indices<D: Driver>(
+    driver: &D,
+    what: &'static str,
+    of: &[Option<usize>],
+) -> Result<Array<D>, KernelError> {
+    let index = |at: &Option<usize>| at.map_or(-1, |at| at as i32).to_le_bytes();
+    let bytes: Vec<u8> = of.iter().flat_map(index).collect();
+    let array = Array::zeroed(driver, what, bytes.len())?;
+    array.write(driver, &bytes)?;
+    Ok(array)
 }
 
 /// The column at each place.

@@ -28,6 +28,7 @@ mod random;
 mod rope;
 mod rows;
 mod sampling;
+mod shares;
 mod skinny;
 mod step;
 

@@ -270,17 +270,6 @@ impl<D: Driver> Records<D> {
     pub(super) fn scales(&self) -> Option<&Array<D>> {
         self.scales.as_ref()
     }
-
-    /// Writes the records of a strip.
-    pub(super) fn write(
-        &self,
-        driver: &D,
-        strip: usize,
-        records: &[u8],
-    ) -> Result<(), KernelError> {
-        let strip_bytes = self.extent.records(self.numbers) * self.numbers.record_bytes();
-        driver.write(&self.values.memory, strip * strip_bytes, records)
-    }
 }
 
 impl<D: Driver> Cuda<D> {

@@ -52,6 +52,13 @@ fn bytes_come_back_as_they_went() {
             gpu.write(&large, 10_007 * at, &piece).unwrap();
             wanted[10_007 * at..][..piece.len()].copy_from_slice(&piece);
         }
+        // Made in place, and more than there is place for.
+        for (at, bytes) in [(77, 5), (1 << 20, 7 << 20), (3 << 20, 8 << 20), (99, 17 << 20)] {
+            let made = noise(bytes);
+            let mut fill = |to: &mut [u8]| to.copy_from_slice(&made);
+            gpu.write_with(&large, at, bytes, &mut fill).unwrap();
+            wanted[at..][..bytes].copy_from_slice(&made);
+        }
         gpu.copy(&copy, (&large, 0), 19 << 20).unwrap();
         gpu.read(&mut got, &copy, 0).unwrap();
         assert!(got == wanted, "what came back is not what went");

@@ -19,7 +19,7 @@ fn parts(shapes: &[PartShape]) -> Vec<WeightPart<'static>> {
             return WeightPart::plain(Format::F16, rows, cols, vec![0; 2 * rows * cols]);
         };
         let scales = vec![f16::ONE; rows * count];
-        let values = vec![0; rows * cols].into();
+        let values = vec![0; rows * Grouped::row_bytes(bits, cols)].into();
         let grouped = Grouped { bits, values, groups, scales, zeros: vec![1; rows * count] };
         WeightPart { rows, cols, stored: Stored::Grouped(grouped) }
     };

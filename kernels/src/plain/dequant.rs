@@ -22,11 +22,10 @@ pub fn part_row(part: &WeightPart<'_>, n: usize, out: &mut [f32]) {
         }
         Stored::Grouped(grouped) => {
             let count = grouped.count(part.rows);
-            let values = &grouped.values[n * cols..][..cols];
-            for (k, (out, q)) in out.iter_mut().zip(values).enumerate() {
+            for (k, (out, q)) in out.iter_mut().zip(grouped.integers(n, cols)).enumerate() {
                 let at = n * count + grouped.groups.of(k);
                 let zero = f32::from(grouped.zeros[at]);
-                *out = grouped.scales[at].to_f32() * (f32::from(*q) - zero);
+                *out = grouped.scales[at].to_f32() * (f32::from(q) - zero);
             }
         }
         Stored::Scaled(scaled) => {

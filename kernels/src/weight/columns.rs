@@ -70,11 +70,25 @@ impl Grouped<'_> {
         let (groups, kept) = self.groups.columns(count, cols);
         Grouped {
             bits: self.bits,
-            values: Cow::Owned(cut_rows(&self.values, part.cols, cols.clone())),
+            values: Cow::Owned(self.cut_integers(part, cols)),
             groups,
             scales: cut_rows(&self.scales, count, kept.clone()),
             zeros: cut_rows(&self.zeros, count, kept),
         }
+    }
+}
+
+impl Grouped<'_> {
+    fn cut_integers(&self, part: &WeightPart<'_>, cols: &Range<usize>) -> Vec<u8> {
+        let bytes = |cols: usize| Self::row_bytes(self.bits, cols);
+        let each = 8 / self.bits;
+        if cols.start.is_multiple_of(each) && cols.end.is_multiple_of(each) {
+            let range = bytes(cols.start)..bytes(cols.end);
+            return cut_rows(&self.values, bytes(part.cols), range);
+        }
+        let row = |n| self.integers(n, part.cols).skip(cols.start).take(cols.len());
+        let integers: Vec<u8> = (0..part.rows).flat_map(row).collect();
+        Self::packed(self.bits, cols.len(), &integers)
     }
 }
 
@@ -114,13 +128,13 @@ mod tests {
         let bytes = |len: usize| -> Vec<u8> { (0..len).map(|at| (at * 37 % 113) as u8).collect() };
         let (rows, cols) = (3, 96);
         let scales: Vec<f16> = (1..=18).map(|at| f16::from_f32(at as f32 / 8.0)).collect();
-        let grouped = |groups: Groups, count: usize| {
+        let grouped = |bits: usize, groups: Groups, count: usize| {
             Stored::Grouped(Grouped {
-                bits: 8,
-                values: bytes(rows * cols).into(),
+                bits,
+                values: bytes(rows * cols * bits / 8).into(),
                 groups,
                 scales: scales[..rows * count].into(),
-                zeros: (0..rows * count).map(|at| at as u16).collect(),
+                zeros: (0..rows * count).map(|at| at as u16 % 16).collect(),
             })
         };
         let e4m3 = |run: usize| {
@@ -134,9 +148,9 @@ mod tests {
         let stored = [
             plain(Format::Bf16),
             plain(Format::Q8_0),
-            grouped(Groups::Runs { size: 32, first: 0 }, 3),
-            grouped(Groups::Runs { size: 40, first: 16 }, 3),
-            grouped(Groups::Listed((0..96).map(|k| k * 5 % 6).collect()), 6),
+            grouped(8, Groups::Runs { size: 32, first: 0 }, 3),
+            grouped(4, Groups::Runs { size: 40, first: 16 }, 3),
+            grouped(4, Groups::Listed((0..96).map(|k| k * 5 % 6).collect()), 6),
             e4m3(32),
             e4m3(96),
             e4m3(40),
@@ -144,7 +158,7 @@ mod tests {
         for stored in stored {
             let whole = WeightPart { rows, cols, stored };
             let all = widened(&whole);
-            for range in [0..32, 32..96, 16..24, 0..96, 40..80] {
+            for range in [0..32, 32..96, 16..24, 0..96, 40..80, 7..16, 8..25] {
                 let wanted: Vec<&[f32]> = all.iter().map(|row| &row[range.clone()]).collect();
                 let got = widened(&whole.columns(&range));
                 assert_eq!(got, wanted, "columns {range:?} of {:?}", whole.stored);

@@ -80,10 +80,11 @@ impl Random {
             }
             RandomFormat::Int4 { group } => {
                 let groups = self.groups(group);
+                let integers: Vec<u8> = places().map(|(n, k)| self.integer(n, k)).collect();
                 let count = cols.checked_sub(1).map_or(0, |last| groups.of(last) + 1);
                 Stored::Grouped(Grouped {
                     bits: 4,
-                    values: places().map(|(n, k)| self.integer(n, k)).collect(),
+                    values: Cow::Owned(Grouped::packed(4, cols, &integers)),
                     groups,
                     scales: vec![random_int4_scale(); rows * count],
                     zeros: vec![RANDOM_INT4_ZERO; rows * count],

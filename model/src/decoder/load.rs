@@ -1,52 +1,74 @@
-//! Uploads one rank's part of a checkpoint, one matrix in memory at a time.
+//! Uploads one rank's part of a checkpoint, one matrix after another, while the next are read.
 
 use super::{
     Decoder, Layer, Shares,
     feed_forward::{Experts, FeedForward, Ffn},
 };
-use crate::{Checkpoint, FfnBlock, ModelError, Shard, rope::RopeTables};
+use crate::{Checkpoint, ModelError, Shard, rope::RopeTables, weights::Weights};
 use kernels::{Backend, Tensor, WeightPart};
 
-/// Counts the bytes of weights on their way to the device.
+/// How far the weights of a rank are, in bytes as the files have them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Loaded {
+    /// Ahead of what is uploaded.
+    pub read: u64,
+    pub uploaded: u64,
+    pub total: u64,
+}
+
+/// Brings weights to the device, in the order of `Checkpoint::stacks`.
 struct Upload<'a, B> {
     device: &'a B,
-    done: u64,
-    total: u64,
-    progress: &'a mut dyn FnMut(u64, u64),
+    weights: &'a Weights<'a>,
+    done: Loaded,
+    progress: &'a mut dyn FnMut(Loaded),
 }
 
 impl<B: Backend> Upload<'_, B> {
-    fn weight(&mut self, parts: Vec<WeightPart<'static>>) -> Result<B::Weight, ModelError> {
+    /// The next weight.
+    fn next(&mut self) -> Result<Vec<WeightPart<'static>>, ModelError> {
+        let Self { weights, done, progress, .. } = self;
+        weights.take(&mut |read| {
+            done.read = read;
+            progress(*done);
+        })
+    }
+
+    fn weight(&mut self) -> Result<B::Weight, ModelError> {
+        let parts = self.next()?;
         let weight = self.device.weight(&parts)?;
         self.sent(&parts);
         Ok(weight)
     }
 
-    fn gate_up(&mut self, parts: Vec<WeightPart<'static>>) -> Result<B::Weight, ModelError> {
+    fn gate_up(&mut self) -> Result<B::Weight, ModelError> {
+        let parts = self.next()?;
         let weight = self.device.gate_up(&parts)?;
         self.sent(&parts);
         Ok(weight)
     }
 
-    fn table(&mut self, parts: Vec<WeightPart<'static>>) -> Result<B::Weight, ModelError> {
+    fn table(&mut self) -> Result<B::Weight, ModelError> {
+        let parts = self.next()?;
         let table = self.device.table(&parts)?;
         self.sent(&parts);
         Ok(table)
     }
 
-    fn push_expert(
-        &mut self,
-        to: &mut B::Experts,
-        parts: Vec<WeightPart<'static>>,
-    ) -> Result<(), ModelError> {
+    fn push_expert(&mut self, to: &mut B::Experts) -> Result<(), ModelError> {
+        let parts = self.next()?;
         self.device.push_expert(to, &parts)?;
         self.sent(&parts);
         Ok(())
     }
 
     fn sent(&mut self, parts: &[WeightPart<'_>]) {
-        self.done += parts.iter().map(|part| part.bytes() as u64).sum::<u64>();
-        (self.progress)(self.done.min(self.total), self.total);
+        let Loaded { uploaded, total, .. } = self.done;
+        let sent = parts.iter().map(|part| part.bytes() as u64).sum::<u64>();
+        let uploaded = (uploaded + sent).min(total);
+        let read = self.weights.read_bytes().clamp(uploaded, total);
+        self.done = Loaded { read, uploaded, total };
+        (self.progress)(self.done);
     }
 
     /// [1, len]
@@ -56,7 +78,8 @@ impl<B: Backend> Upload<'_, B> {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Reads what `shard` says and nothing else. `progress` hears of bytes done and in all.
+    /// Reads what `shard` says and nothing else. `progress` hears of the beginning, of each weight
+    /// that is uploaded, and each second while one is waited for.
     ///
     /// # Errors
     /// What the checkpoint or the device refuses.
@@ -65,28 +88,43 @@ impl<B: Backend> Decoder<B> {
         checkpoint: &Checkpoint,
         shard: &Shard,
         rope: &RopeTables,
-        progress: &mut dyn FnMut(u64, u64),
+        progress: &mut dyn FnMut(Loaded),
     ) -> Result<Self, ModelError> {
         // Before any memory is taken, and long before the last layer.
         checkpoint.check_scales()?;
-        let config = checkpoint.config();
         let total = checkpoint.weight_bytes(shard)?;
-        let mut upload = Upload { device, done: 0, total, progress };
-        let embedding = upload.table(checkpoint.embed(shard)?)?;
-        let layers = (0..config.layers)
-            .map(|index| Layer::load(&mut upload, checkpoint, shard, index))
-            .collect::<Result<_, _>>()?;
+        checkpoint.read_ahead(shard, |weights| {
+            let done = Loaded { total, ..Loaded::default() };
+            progress(done);
+            let mut upload = Upload { device, weights, done, progress };
+            Self::upload(&mut upload, checkpoint, shard, rope)
+        })
+    }
+
+    fn upload(
+        upload: &mut Upload<'_, B>,
+        checkpoint: &Checkpoint,
+        shard: &Shard,
+        rope: &RopeTables,
+    ) -> Result<Self, ModelError> {
+        let config = checkpoint.config();
+        // In the order of `Checkpoint::stacks`: tables first.
+        let embedding = upload.table()?;
         let lm_head = match config.tied {
             true => None,
-            false => Some(upload.table(checkpoint.lm_head(shard)?)?),
+            false => Some(upload.table()?),
         };
+        let layers = (0..config.layers)
+            .map(|index| Layer::load(upload, checkpoint, shard, index))
+            .collect::<Result<_, _>>()?;
+        let cos_sin = rope.cos_sin(config);
         Ok(Self {
             embedding,
             first_id: shard.vocab.start,
             layers,
             final_norm: upload.vector(&checkpoint.final_norm()?)?,
             lm_head,
-            cos_sin: Tensor::exact_from_host(device, config.head_dim, &rope.cos_sin(config))?,
+            cos_sin: Tensor::exact_from_host(upload.device, config.head_dim, &cos_sin)?,
             heads: shard.heads(),
             norm_eps: config.norm_eps,
             shares: Shares::of_ranks(checkpoint, shard.world_size)?,
@@ -126,10 +164,10 @@ impl<B: Backend> Layer<B> {
         };
         Ok(Self {
             input_norm: upload.vector(&checkpoint.input_norm(index)?)?,
-            qkv: upload.weight(checkpoint.qkv(index, shard)?)?,
+            qkv: upload.weight()?,
             qkv_bias: bias.map(|bias| upload.vector(&bias)).transpose()?,
             qk_norm,
-            attention_out: upload.weight(checkpoint.attn_out(index, shard)?)?,
+            attention_out: upload.weight()?,
             post_norm: upload.vector(&checkpoint.post_norm(index)?)?,
             feed_forward: FeedForward::load(upload, checkpoint, shard, index)?,
             window: checkpoint.config().window[index],
@@ -146,34 +184,25 @@ impl<B: Backend> FeedForward<B> {
     ) -> Result<Self, ModelError> {
         let config = checkpoint.config();
         let Some(experts) = config.experts_of(layer) else {
-            return Ffn::load(upload, checkpoint, shard, (layer, FfnBlock::Dense)).map(Self::Dense);
+            return Ffn::load(upload).map(Self::Dense);
         };
         let (hidden, width) = (config.hidden, experts.intermediate);
         let (count, device) = (experts.count, upload.device);
-        let router = upload.table(checkpoint.router(layer)?)?;
+        let router = upload.table()?;
         let mut gate_up = device.experts([count, 2 * shard.expert.len(), hidden])?;
         let inputs = shard.gathered(shard.expert.len(), width).whole;
         let mut down = device.experts([count, shard.hidden.len(), inputs])?;
-        for expert in (0..count).map(FfnBlock::Expert) {
-            upload.push_expert(&mut gate_up, checkpoint.gate_up(layer, expert, shard)?)?;
-            upload.push_expert(&mut down, checkpoint.down(layer, expert, shard)?)?;
+        for _ in 0..count {
+            upload.push_expert(&mut gate_up)?;
+            upload.push_expert(&mut down)?;
         }
-        let shared = |_| Ffn::load(upload, checkpoint, shard, (layer, FfnBlock::SharedExpert));
-        let shared = experts.shared.map(shared).transpose()?;
+        let shared = experts.shared.map(|_| Ffn::load(upload)).transpose()?;
         Ok(Self::Experts(Experts { router, gate_up, down, shared }))
     }
 }
 
 impl<B: Backend> Ffn<B> {
-    fn load(
-        upload: &mut Upload<'_, B>,
-        checkpoint: &Checkpoint,
-        shard: &Shard,
-        (layer, block): (usize, FfnBlock),
-    ) -> Result<Self, ModelError> {
-        Ok(Self {
-            gate_up: upload.gate_up(checkpoint.gate_up(layer, block, shard)?)?,
-            down: upload.weight(checkpoint.down(layer, block, shard)?)?,
-        })
+    fn load(upload: &mut Upload<'_, B>) -> Result<Self, ModelError> {
+        Ok(Self { gate_up: upload.gate_up()?, down: upload.weight()? })
     }
 }

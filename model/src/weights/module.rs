@@ -79,6 +79,21 @@ pub(super) enum Storage {
     Fp8,
 }
 
+impl Storage {
+    /// Whether these columns, of a module in numbers, can be read without others.
+    fn cuts_at(self, cols: &Range<usize>) -> bool {
+        let whole = |unit: usize| cols.start.is_multiple_of(unit) && cols.end.is_multiple_of(unit);
+        match self {
+            Self::Plain(format) => whole(format.block_elements()),
+            Self::Fp8Blocks { cols: run, .. } => {
+                cols.start.is_multiple_of(run) || cols.end <= cols.start.next_multiple_of(run)
+            }
+            Self::Fp8 => true,
+            Self::Integers(packing) => cols.start.is_multiple_of(packing.each()),
+        }
+    }
+}
+
 /// The files, and what the configuration says of them.
 #[derive(Clone, Copy)]
 pub(super) struct Files<'a> {
@@ -162,19 +177,24 @@ impl Files<'_> {
         if cut.rows().end > module.rows || cut.cols(module).end > module.cols {
             return Err(ModelError::Checkpoint(format!("{cut:?} is no part of {module:?}")));
         }
-        let part = match self.storage(module)? {
-            Storage::Plain(format) => slice::plain(self.tensors, module, format, cut),
-            Storage::Integers(packing) => {
-                quantised::integers(self.tensors, module, packing, cut.rows())
-            }
+        let storage = self.storage(module)?;
+        let all = Cut::Rows(cut.rows().clone());
+        // What is scaled together with other ranks' columns is read with them, and cut then.
+        let read = match cut {
+            Cut::Columns { cols, .. } if !storage.cuts_at(cols) => &all,
+            _ => cut,
+        };
+        let part = match storage {
+            Storage::Plain(format) => slice::plain(self.tensors, module, format, read),
+            Storage::Integers(packing) => quantised::integers(self.tensors, module, packing, read),
             Storage::Fp8Blocks { rows, cols } => {
-                quantised::fp8(self.tensors, module, (rows, cols), cut.rows())
+                quantised::fp8(self.tensors, module, (rows, cols), read)
             }
-            Storage::Fp8 => quantised::fp8(self.tensors, module, (1, module.cols), cut.rows()),
+            Storage::Fp8 => quantised::fp8(self.tensors, module, (1, module.cols), read),
         }?;
         Ok(match cut {
-            Cut::Columns { cols, .. } => part.columns(cols),
-            Cut::Rows(_) | Cut::Heads { .. } => part,
+            Cut::Columns { cols, .. } if part.cols != cols.len() => part.columns(cols),
+            _ => part,
         })
     }
 

@@ -1,17 +1,21 @@
 //! Matrices of several tensors: GPTQ, AWQ and fp8.
 //!
 //! Layouts as the reference implementations store them (AutoGPTQ and GPTQModel `qlinear`, AutoAWQ
-//! `packing_utils`, compressed-tensors `forward`). W [N, K] is brought into the kernels' form: one
-//! integer or code to a byte, scales by row.
+//! `packing_utils`, compressed-tensors `forward`). W [N, K] is brought into the kernels' form:
+//! integers or codes by row, scales by row.
 
-use std::ops::Range;
+mod words;
 
 use formats::Tensors;
 use half::f16;
 use kernels::{Grouped, Groups, IntegerShape, Scaled, Stored, WeightPart};
 
-use super::{module::Module, slice};
+use super::{
+    module::{Cut, Module},
+    slice,
+};
 use crate::{ModelError, config::Quantisation};
+use words::Words;
 
 /// Bits of a stored word.
 const WORD: usize = 32;
@@ -44,7 +48,7 @@ impl Packing {
     }
 
     /// Integers in a word.
-    fn each(self) -> usize {
+    pub fn each(self) -> usize {
         WORD / self.bits()
     }
 
@@ -157,17 +161,19 @@ pub(super) fn check_fp8(tensors: &Tensors, module: &Module) -> Result<(), ModelE
     }
 }
 
-/// Reads rows of a module of integers that [`check_integers`] has seen.
+/// Reads a cut of a module of integers that [`check_integers`] has seen; columns that begin in the
+/// middle of a word are none.
 pub(super) fn integers(
     tensors: &Tensors,
     module: &Module,
     packing: Packing,
-    rows: &Range<usize>,
+    cut: &Cut,
 ) -> Result<WeightPart<'static>, ModelError> {
-    let values = match packing {
-        Packing::Gptq { .. } => along_inputs(tensors, module, packing, rows)?,
-        Packing::Awq { .. } => along_outputs(tensors, module, packing, rows)?,
-    };
+    let (rows, cols) = (cut.rows(), cut.cols(module));
+    let read = Words { tensors, name: module.tensor("qweight"), module, packing };
+    let mut values = vec![0; rows.len() * Grouped::row_bytes(packing.bits(), cols.len())];
+    let row_bytes = (Grouped::row_bytes(packing.bits(), cols.len()), packing.each());
+    slice::by_rows(&mut values, row_bytes, |first, to| read.put(rows.start + first, &cols, to))?;
     let count = group_count(module, packing);
     let stored = integer_scales(tensors, module, packing)?;
     let scale = |row: usize, group: usize| stored[group * module.rows + row];
@@ -181,15 +187,21 @@ pub(super) fn integers(
         Packing::Gptq { zeros_as_stored: false, .. } => 1,
         _ => 0,
     };
-    let each = || rows.clone().flat_map(|row| (0..count).map(move |group| (row, group)));
+    let whole = integer_shape(tensors, module, packing)?;
+    let first = match &whole.groups {
+        Groups::Runs { size, .. } => cols.start / size,
+        Groups::Listed(_) => 0,
+    };
+    let IntegerShape { bits, groups, count } = whole.columns(&cols);
+    let each = || rows.clone().flat_map(|row| (first..first + count).map(move |at| (row, at)));
     let grouped = Grouped {
-        bits: packing.bits(),
+        bits,
         values: values.into(),
-        groups: groups(tensors, module, packing)?,
+        groups,
         scales: each().map(|(row, group)| scale(row, group)).collect(),
         zeros: each().map(|(row, group)| zero(row, group) + offset).collect(),
     };
-    Ok(WeightPart { rows: rows.len(), cols: module.cols, stored: Stored::Grouped(grouped) })
+    Ok(WeightPart { rows: rows.len(), cols: cols.len(), stored: Stored::Grouped(grouped) })
 }
 
 /// How the integers of a module lie. Of the files only the columns' groups are read, where they are
@@ -252,78 +264,40 @@ fn word_cols(module: &Module, packing: Packing) -> usize {
     module.rows.div_ceil(packing.each())
 }
 
-/// [rows, K] of words that hold inputs of one output each.
-fn along_inputs(
-    tensors: &Tensors,
-    module: &Module,
-    packing: Packing,
-    rows: &Range<usize>,
-) -> Result<Vec<u8>, ModelError> {
-    let Module { rows: all, cols, .. } = *module;
-    let name = module.tensor("qweight");
-    let mut values = vec![0; rows.len() * cols];
-    for (at, first) in (0..cols).step_by(packing.each()).enumerate() {
-        let words = words(tensors, &name, at * all + rows.start, rows.len())?;
-        let width = packing.each().min(cols - first);
-        for (word, row) in words.iter().zip(values.chunks_exact_mut(cols)) {
-            for (i, value) in row[first..first + width].iter_mut().enumerate() {
-                *value = packing.one(*word, i * packing.bits());
-            }
-        }
-    }
-    Ok(values)
-}
-
-/// [rows, K] of words that hold outputs of one input each.
-fn along_outputs(
-    tensors: &Tensors,
-    module: &Module,
-    packing: Packing,
-    rows: &Range<usize>,
-) -> Result<Vec<u8>, ModelError> {
-    let cols = module.cols;
-    let name = module.tensor("qweight");
-    let each = packing.each();
-    let (first, end) = (rows.start / each, rows.end.div_ceil(each));
-    let mut values = vec![0; rows.len() * cols];
-    for k in 0..cols {
-        let words = words(tensors, &name, k * word_cols(module, packing) + first, end - first)?;
-        for (value, row) in values[k..].iter_mut().step_by(cols).zip(rows.clone()) {
-            *value = packing.one(words[row / each - first], packing.shift(row));
-        }
-    }
-    Ok(values)
-}
-
 /// Reads rows of a module in e4m3 that [`check_fp8`] has seen, whose scales are those of `block`
-/// rows and columns. The numbers are the weights themselves, so it is only here that they are read
-/// and can be found to be none.
+/// rows and columns, or columns of one block, or from a block's first on. The numbers are
+/// the weights themselves, so it is only here that they are read and can be found to be none.
 pub(super) fn fp8(
     tensors: &Tensors,
     module: &Module,
     block: (usize, usize),
-    rows: &Range<usize>,
+    cut: &Cut,
 ) -> Result<WeightPart<'static>, ModelError> {
-    let cols = module.cols;
+    let (rows, cols) = (cut.rows(), cut.cols(module));
     let name = module.tensor("weight");
-    let mut values = vec![0; rows.len() * cols];
-    tensors.read_at(&name, (rows.start * cols) as u64, &mut values)?;
-    if values.iter().any(|code| code & 0x7f == 0x7f) {
+    let read = slice::Rows { rows: rows.clone(), row_bytes: module.cols, kept: cols.clone() };
+    let values = read.read(tensors, &name)?;
+    // Without an end in the middle, the compiler looks at many codes at once.
+    let no_number = |codes: &[u8]| codes.iter().fold(false, |no, code| no | (code & 0x7f == 0x7f));
+    if values.chunks(4096).any(no_number) {
         return Err(ModelError::Checkpoint(format!(
             "tensor {name} has values that are no numbers"
         )));
     }
     let (block_rows, run) = block;
     let stored = fp8_scales(tensors, module)?;
-    let runs = cols.div_ceil(run);
+    let runs = module.cols.div_ceil(run);
     let scale = |row: usize, at: usize| match stored[..] {
         [one] => one,
         _ => stored[row / block_rows * runs + at],
     };
-    let scales = rows.clone().flat_map(|row| (0..runs).map(move |at| (row, at)));
+    let runs_here = cols.start / run..cols.end.div_ceil(run);
+    // One scale is that of any columns of its run.
+    let run = if runs_here.len() == 1 { cols.len() } else { run };
+    let scales = rows.clone().flat_map(|row| runs_here.clone().map(move |at| (row, at)));
     let scales = scales.map(|(row, at)| scale(row, at)).collect();
     let stored = Stored::Scaled(Scaled { values: values.into(), run, scales });
-    Ok(WeightPart { rows: rows.len(), cols, stored })
+    Ok(WeightPart { rows: rows.len(), cols: cols.len(), stored })
 }
 
 /// Those of all rows and runs, or one.

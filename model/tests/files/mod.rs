@@ -63,7 +63,9 @@ impl Files {
         let mut load = || -> Result<(), ModelError> {
             let checkpoint = Checkpoint::open(folder.path())?;
             let alone = Staged::new(Threads::group(1).remove(0));
-            Runner::load(Plain, alone, &checkpoint, OPTIONS, &mut |done, _| taken = done)?;
+            Runner::load(Plain, alone, &checkpoint, OPTIONS, &mut |loaded| {
+                taken = loaded.uploaded
+            })?;
             Ok(())
         };
         load().map_err(|error| (error.to_string(), taken))

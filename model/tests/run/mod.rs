@@ -30,7 +30,7 @@ pub fn logits(
     let run = &|rank| {
         let device = Cpu::new(config).unwrap();
         let rank = Staged::new(rank);
-        let mut runner = Runner::load(device, rank, checkpoint, options, &mut |_, _| {}).unwrap();
+        let mut runner = Runner::load(device, rank, checkpoint, options, &mut |_| {}).unwrap();
         runner.step(&plan).unwrap().logits
     };
     let mut outputs: Vec<_> = std::thread::scope(|scope| {

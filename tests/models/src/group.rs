@@ -6,7 +6,7 @@ use collective::{
 use cuda::{Cuda, Driver, PeerConfig};
 use engine::plan::{Chunk, SamplingParams, StepOutput, StepPlan};
 use kernels::Backend;
-use model::{Checkpoint, ModelError, Runner, RunnerOptions};
+use model::{Checkpoint, Loaded, ModelError, Runner, RunnerOptions};
 use std::{
     sync::{
         Arc,
@@ -150,8 +150,9 @@ fn load<B: Backend, C: Collective<B>>(
     (device, link): (B, Link<B, C>),
 ) -> Result<Runner<B, C>, ModelError> {
     let (mut last, mut calls) = (0, 0);
-    let mut progress = |done: u64, total: u64| {
-        assert!(last <= done && done <= total, "{done} of {total} after {last}");
+    let mut progress = |loaded: Loaded| {
+        let Loaded { read, uploaded: done, total } = loaded;
+        assert!(last <= done && done <= read && read <= total, "{loaded:?} after {last}");
         (last, calls) = (done, calls + 1);
         if done == total {
             calls += 1000;

@@ -187,7 +187,7 @@ mod tests {
         let config = CpuConfig { threads: 1, precision: Precision::Exact, isa: Isa::detect() };
         let device = Cpu::new(config).unwrap();
         let rank = Staged::new(Threads::group(1).remove(0));
-        let runner = Runner::load(device, rank, &checkpoint, OPTIONS, &mut |_, _| {}).unwrap();
+        let runner = Runner::load(device, rank, &checkpoint, OPTIONS, &mut |_| {}).unwrap();
         let control = Threads::group(1).remove(0);
         assert_eq!(control.world_size(), 1);
         lead(runner, control, RankFailures::default(), Nobody, beside).unwrap()

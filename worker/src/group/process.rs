@@ -99,7 +99,7 @@ impl Task for Follower {
     type Out = ();
 
     fn on<D: Devices>(mut self, devices: D) -> Result<(), WorkerError> {
-        let progress: LoadProgress<'_> = &mut |_, _| {};
+        let progress: LoadProgress<'_> = &mut |_| {};
         let mut runner = load(&devices, self.data, &self.checkpoint, &self.options, progress)?;
         meet(&mut self.control)?;
         follow(&mut runner, &mut self.control, self.options.step_deadline)

@@ -78,7 +78,7 @@ fn follow_as_thread<D: Devices>(
     checkpoint: &Checkpoint,
     options: &RankOptions,
 ) -> Result<(), WorkerError> {
-    let mut runner = load(devices, data, checkpoint, options, &mut |_, _| {})?;
+    let mut runner = load(devices, data, checkpoint, options, &mut |_| {})?;
     meet(&mut control)?;
     follow(&mut runner, &mut control, options.step_deadline)
 }

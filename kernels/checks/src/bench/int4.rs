@@ -57,11 +57,12 @@ pub(super) fn weight<W>(
     let integer = |v: &f32| ((v + 1.0) * 8.0) as u8 & 15;
     let most = parts_of(n, k).next().unwrap_or(0) * k;
     let piece: Vec<u8> = noise(9, most).iter().map(integer).collect();
+    let piece = Grouped::packed(4, k, &piece);
     let part = |rows: usize| {
         let count = rows * k.div_ceil(GROUP);
         let stored = Stored::Grouped(Grouped {
             bits: 4,
-            values: (&piece[..rows * k]).into(),
+            values: (&piece[..rows * k / 2]).into(),
             groups: Groups::Runs { size: GROUP, first: 0 },
             scales: vec![f16::ONE; count],
             zeros: vec![8; count],

@@ -81,8 +81,10 @@ fn integers(
     let Placed { order, groups, shift } = Placed::new(&grouped.groups, part.cols);
     let layout = TileLayout::new(format, groups.len() * BLOCK, shift);
     let count = grouped.count(part.rows);
+    let mut values = Vec::new();
     let mut packed = tiles((part.rows, first), format, layout, |tile, lane, row| {
-        let values = &grouped.values[row * part.cols..][..part.cols];
+        values.clear();
+        values.extend(grouped.integers(row, part.cols));
         let column = Column { bits: grouped.bits, scales: Scales::GroupZero, lane };
         for (block, group) in groups.iter().enumerate() {
             // A place without a column meets an activation of zero.

@@ -105,10 +105,11 @@ impl Numbers {
         };
         let count = (0..cols).map(|k| groups.of(k)).max().unwrap_or(0) + 1;
         let values = (0..rows * cols).map(|_| ((self.bits() >> 20) % (1 << bits)) as u8);
-        let values = values.collect::<Vec<u8>>().into();
+        let values = values.collect::<Vec<u8>>();
         let zeros = (0..rows * count).map(|_| (self.bits() >> 20) as u16 % ((1 << bits) + 1));
         let zeros = zeros.collect();
         let scales = (0..rows * count).map(|_| f16::from_f32(self.next() / 16.0)).collect();
+        let values = Grouped::packed(bits, cols, &values).into();
         let stored = Stored::Grouped(Grouped { bits, values, groups, scales, zeros });
         WeightPart { rows, cols, stored }
     }
@@ -345,7 +346,8 @@ fn the_largest_products_fit_their_sums() {
     for (bits, q) in [(4, 0), (4, 15), (8, 0), (8, 255)] {
         let groups = Groups::Runs { size: 128, first: 0 };
         let (scales, zeros) = (vec![f16::ONE; 16 * 2], vec![1; 16 * 2]);
-        let grouped = Grouped { bits, values: vec![q; 16 * COLS].into(), groups, scales, zeros };
+        let values = Grouped::packed(bits, COLS, &[q; 16 * COLS]).into();
+        let grouped = Grouped { bits, values, groups, scales, zeros };
         let part = WeightPart { rows: 16, cols: COLS, stored: Stored::Grouped(grouped) };
         let weight = CpuWeight::pack(&[part], Precision::Fast).unwrap();
         // Rows of 1, of −1 and of both.

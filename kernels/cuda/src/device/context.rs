@@ -301,6 +301,12 @@ impl Context {
         self.poll(event.behind(), || unsafe { sys::cuEventQuery(event.handle) })
     }
 
+    /// As [`Self::wait`], where nothing foretells how long: nothing is learned from it either.
+    pub fn wait_awake(&self, event: &Event) -> Result<(), KernelError> {
+        // SAFETY: the event is alive.
+        self.ask(|| unsafe { sys::cuEventQuery(event.handle) }, Duration::ZERO)
+    }
+
     /// Makes the context this thread's and waits until all work so far is done. Freeing memory,
     /// code or the context also waits for that, without a deadline.
     pub fn settle(&self) -> Result<(), KernelError> {
@@ -315,14 +321,18 @@ impl Context {
         let kernels = u32::try_from(behind.saturating_sub(waited)).unwrap_or(u32::MAX);
         let known = || self.patience.lock().unwrap_or_else(PoisonError::into_inner);
         let expected = known().expected(kernels);
+        let start = Instant::now();
+        self.ask(query, expected)?;
+        known().learn(kernels, start.elapsed());
+        Ok(())
+    }
+
+    /// Asks until the answer is another than "not ready".
+    fn ask(&self, query: impl Fn() -> CUresult, expected: Duration) -> Result<(), KernelError> {
         let limit = if expected.is_zero() { self.first_wait_limit } else { self.wait_limit };
         let start = Instant::now();
         loop {
             match query() {
-                CUresult::CUDA_SUCCESS => {
-                    known().learn(kernels, start.elapsed());
-                    return Ok(());
-                }
                 CUresult::CUDA_ERROR_NOT_READY => {}
                 result => return self.check("running kernels", result),
             }

@@ -9,8 +9,8 @@ use super::{
 use kernels::KernelError;
 use std::{ffi::c_void, ptr, slice, sync::Arc};
 
-/// Pinned bytes in one piece of a transfer.
-const PIECE_BYTES: usize = 4 << 20;
+/// Pinned bytes in one piece of a transfer: as many as a piece of a weight has.
+const PIECE_BYTES: usize = 8 << 20;
 
 /// Device memory, given back when dropped.
 pub struct Memory {
@@ -176,17 +176,44 @@ impl Uploads {
     ) -> Result<(), KernelError> {
         let mut address = address;
         for piece in bytes.chunks(PIECE_BYTES) {
-            if self.used + piece.len() > PIECE_BYTES {
-                self.turn(context)?;
-            }
-            let place = &mut self.halves[self.at].pinned.bytes()[self.used..][..piece.len()];
-            place.copy_from_slice(piece);
-            let (from, stream) = (place.as_ptr().cast(), context.stream());
-            let what = "a copy to the device";
-            call!(context, what, cuMemcpyHtoDAsync_v2(address, from, piece.len(), stream))?;
-            self.used += piece.len().next_multiple_of(16);
+            self.send_piece(context, address, piece.len(), &mut |to| to.copy_from_slice(piece))?;
             address += piece.len() as u64;
         }
+        Ok(())
+    }
+
+    /// As [`Self::send`], of bytes that are made where the device copies them from.
+    pub fn send_filled(
+        &mut self,
+        context: &Context,
+        address: u64,
+        bytes: usize,
+        fill: &mut dyn FnMut(&mut [u8]),
+    ) -> Result<(), KernelError> {
+        if bytes <= PIECE_BYTES {
+            return self.send_piece(context, address, bytes, fill);
+        }
+        let mut made = vec![0; bytes];
+        fill(&mut made);
+        self.send(context, address, &made)
+    }
+
+    fn send_piece(
+        &mut self,
+        context: &Context,
+        address: u64,
+        bytes: usize,
+        fill: &mut dyn FnMut(&mut [u8]),
+    ) -> Result<(), KernelError> {
+        if self.used + bytes > PIECE_BYTES {
+            self.turn(context)?;
+        }
+        let place = &mut self.halves[self.at].pinned.bytes()[self.used..][..bytes];
+        fill(place);
+        let (from, stream) = (place.as_ptr().cast(), context.stream());
+        let what = "a copy to the device";
+        call!(context, what, cuMemcpyHtoDAsync_v2(address, from, bytes, stream))?;
+        self.used += bytes.next_multiple_of(16);
         Ok(())
     }
 
@@ -198,7 +225,7 @@ impl Uploads {
         self.at = 1 - self.at;
         let next = &mut self.halves[self.at];
         if next.in_use {
-            context.wait(&next.done)?;
+            context.wait_awake(&next.done)?;
             next.in_use = false;
         }
         self.used = 0;

@@ -110,9 +110,9 @@ impl<'a> Int4Part<'a> {
         Columns { cols: self.cols, groups: &self.grouped.groups, count: self.groups() }
     }
 
-    /// The number of row `n`, column `k`.
-    pub(super) fn quant(&self, n: usize, k: usize) -> u8 {
-        self.grouped.values[n * self.cols + k]
+    /// The integers of row `n`, two to a byte, the first in the lower half.
+    pub(super) fn put_row(&self, n: usize, to: &mut [u8]) {
+        to.copy_from_slice(&self.grouped.values[n * self.cols / 2..][..self.cols / 2]);
     }
 
     /// The zero point of row `n` in a group, 0 to 16.
@@ -135,7 +135,7 @@ mod tests {
         let part = |rows: usize, cols: usize, bits, groups: Groups| {
             let count = (0..cols).map(|k| groups.of(k)).max().unwrap_or(0) + 1;
             let (scales, zeros) = (vec![f16::ONE; rows * count], vec![8; rows * count]);
-            let values = vec![0; rows * cols].into();
+            let values = vec![0; rows * Grouped::row_bytes(bits, cols)].into();
             let grouped = Grouped { bits, values, groups, scales, zeros };
             WeightPart { rows, cols, stored: Stored::Grouped(grouped) }
         };

@@ -3,15 +3,19 @@
 use super::route::{RECORDS_ROWS_MAX, Route, route};
 use crate::{
     Array, Cuda, Driver, Element,
+    elementwise::VECTOR,
     fp8::ScaledRows,
     random::random,
+    shares::by_shares,
     skinny::{Extent, Numbers, Records},
 };
-use kernels::{Format, KernelError, Random, RandomFormat, Stored, WeightPart, plain::dequant};
+use kernels::{
+    Format, KernelError, Random, RandomFormat, Scaled, Stored, WeightPart, plain::dequant,
+};
 use std::ops::Range;
 
 /// Rows are sent in pieces of about this size.
-const PIECE_BYTES: usize = 8 << 20;
+pub(crate) const PIECE_BYTES: usize = 8 << 20;
 
 /// [N, K], row-major.
 pub(super) fn bf16<D: Driver>(
@@ -32,16 +36,10 @@ pub(crate) fn bf16_at<D: Driver>(
     cols: usize,
     (to, first_row): (&Array<D>, usize),
 ) -> Result<(), KernelError> {
+    let staged = Staged::new(device, parts, cols)?;
     let row_bytes = cols * Element::Bf16.bytes();
-    let start = to.address(device.driver());
-    pieces(parts, cols, |first, piece| {
-        let offset = (first_row + first) * row_bytes;
-        match piece {
-            Piece::Bytes(bytes) => device.driver().write(&to.memory, offset, bytes),
-            Piece::Random { random, rows } => {
-                device.random_rows(start + offset as u64, random, (rows.start, rows.len(), cols))
-            }
-        }
+    pieces(parts, cols, |first, part, rows| {
+        staged.bring((part, rows), (to, (first_row + first) * row_bytes))
     })
 }
 
@@ -68,37 +66,29 @@ pub(super) fn records<D: Driver>(
     let values = room(driver, numbers, extent)?;
     let row_bytes = cols * Element::Bf16.bytes();
     let rows_most = rows_each(row_bytes).min(rows);
-    let piece_memory = Array::zeroed(driver, "a piece of a weight", rows_most * row_bytes)?;
-    let x = piece_memory.address(driver);
-    // Leaves a piece's rows in bf16 at x.
-    let rows_of = |piece: Piece<'_>| match piece {
-        Piece::Bytes(bytes) => {
-            piece_memory.write(driver, bytes)?;
-            Ok::<_, KernelError>(bytes.len() / row_bytes)
-        }
-        Piece::Random { random, rows } => {
-            device.random_rows(x, random, (rows.start, rows.len(), cols))?;
-            Ok(rows.len())
-        }
-    };
+    let staged = Staged::new(device, parts, cols)?;
+    let piece = Array::zeroed(driver, "a piece of a weight", rows_most * row_bytes)?;
+    let x = piece.address(driver);
     let Some(scales) = values.scales() else {
-        pieces(parts, cols, |first, piece| {
-            let rows = rows_of(piece)?;
-            device.pack_rows(&values, (first, rows), x)
+        pieces(parts, cols, |first, part, rows| {
+            let count = rows.len();
+            staged.bring((part, rows), (&piece, 0))?;
+            device.pack_rows(&values, (first, count), x)
         })?;
         return Ok(values);
     };
     let codes = Array::zeroed(driver, "a piece of a weight", rows_most * cols)?;
-    pieces(parts, cols, |first, piece| {
-        let rows = rows_of(piece)?;
+    pieces(parts, cols, |first, part, rows| {
+        let count = rows.len();
+        staged.bring((part, rows), (&piece, 0))?;
         device.quantize_rows(&ScaledRows {
             codes: codes.address(driver),
             scales: scales.address(driver) + (first * size_of::<f32>()) as u64,
             x,
-            rows: rows as u64,
+            rows: count as u64,
             cols: cols as u64,
         })?;
-        device.pack_rows(&values, (first, rows), codes.address(driver))
+        device.pack_rows(&values, (first, count), codes.address(driver))
     })?;
     Ok(values)
 }
@@ -107,44 +97,117 @@ fn rows_each(row_bytes: usize) -> usize {
     (PIECE_BYTES / row_bytes).max(1)
 }
 
-/// Some rows of a stack.
-enum Piece<'a> {
-    /// As bf16.
-    Bytes(&'a [u8]),
-    /// Rows of a part whose numbers the device makes.
-    Random { random: Random, rows: Range<usize> },
-}
-
-/// Hands out all rows, some at a time, with the number of the first.
+/// Hands out all rows, some of a part at a time, with the number in the stack of the first.
 fn pieces(
     parts: &[WeightPart<'_>],
     cols: usize,
-    mut take: impl FnMut(usize, Piece<'_>) -> Result<(), KernelError>,
+    mut take: impl FnMut(usize, &WeightPart<'_>, Range<usize>) -> Result<(), KernelError>,
 ) -> Result<(), KernelError> {
     let rows_each = rows_each(cols * Element::Bf16.bytes());
-    let (mut first, mut rounded) = (0, Vec::new());
+    let mut first = 0;
     for part in parts {
-        let mut row = vec![0.0; cols];
         for start in (0..part.rows).step_by(rows_each) {
-            let end = (start + rows_each).min(part.rows);
-            if let Stored::Plain { format: Format::Bf16, data } = &part.stored {
-                let bytes = Format::Bf16.row_bytes(cols);
-                take(first, Piece::Bytes(&data[start * bytes..end * bytes]))?;
-            } else if let Some(random) = random_bf16(part) {
-                take(first, Piece::Random { random, rows: start..end })?;
-            } else {
-                rounded.clear();
-                for n in start..end {
-                    dequant::part_row(part, n, &mut row);
-                    let values = row.iter();
-                    rounded.extend(values.flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()));
-                }
-                take(first, Piece::Bytes(&rounded))?;
-            }
-            first += end - start;
+            take(first + start, part, start..(start + rows_each).min(part.rows))?;
         }
+        first += part.rows;
     }
     Ok(())
+}
+
+/// Brings rows of a stack to the device, as bf16. Rows of e4m3 go as they are, beside their scales,
+/// and random ones not at all: the device makes bf16 of them. Everything else is widened here.
+struct Staged<'a, D: Driver> {
+    device: &'a Cuda<D>,
+    /// Codes of a piece and, behind them, scales.
+    e4m3: Option<Array<D>>,
+}
+
+impl<'a, D: Driver> Staged<'a, D> {
+    fn new(
+        device: &'a Cuda<D>,
+        parts: &[WeightPart<'_>],
+        cols: usize,
+    ) -> Result<Self, KernelError> {
+        let bytes = |part: &WeightPart<'_>| {
+            let scaled = e4m3(part)?;
+            let rows = rows_each(cols * Element::Bf16.bytes()).min(part.rows);
+            Some(rows * (cols + scaled.count(cols) * size_of::<f32>()))
+        };
+        let most = parts.iter().filter_map(bytes).max();
+        let array = |bytes| Array::zeroed(device.driver(), "a piece of a weight", bytes);
+        Ok(Self { device, e4m3: most.map(array).transpose()? })
+    }
+
+    /// Rows of a part, from an offset of an array on.
+    fn bring(
+        &self,
+        (part, rows): (&WeightPart<'_>, Range<usize>),
+        (to, offset): (&Array<D>, usize),
+    ) -> Result<(), KernelError> {
+        let driver = self.device.driver();
+        let out = to.address(driver) + offset as u64;
+        if let Some(random) = random_bf16(part) {
+            return self.device.random_rows(out, random, (rows.start, rows.len(), part.cols));
+        }
+        if let (Some(scaled), Some(staged)) = (e4m3(part), &self.e4m3) {
+            return self.bring_e4m3((scaled, rows, part.cols), staged, out);
+        }
+        let row_bytes = part.cols * Element::Bf16.bytes();
+        driver.write_with(&to.memory, offset, rows.len() * row_bytes, &mut |to| {
+            rounded(part, rows.start, to);
+        })
+    }
+
+    fn bring_e4m3(
+        &self,
+        (scaled, rows, cols): (&Scaled<'_>, Range<usize>, usize),
+        staged: &Array<D>,
+        out: u64,
+    ) -> Result<(), KernelError> {
+        let driver = self.device.driver();
+        let bytes = rows.len() * cols;
+        let codes = &scaled.values[rows.start * cols..][..bytes];
+        driver.write_with(&staged.memory, 0, bytes, &mut |to| copied(codes, to))?;
+        let count = scaled.count(cols);
+        let scales = &scaled.scales[rows.start * count..rows.end * count];
+        let scales: Vec<u8> = scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
+        driver.write(&staged.memory, bytes, &scales)?;
+        let codes = staged.address(driver);
+        let scales = codes + bytes as u64;
+        self.device.dequantize_rows((out, codes, scales), bytes, scaled.run)
+    }
+}
+
+/// What the device widens: columns are whole vectors, and whole runs of one scale.
+fn e4m3<'a>(part: &'a WeightPart<'_>) -> Option<&'a Scaled<'a>> {
+    let Stored::Scaled(scaled) = &part.stored else { return None };
+    let whole = part.cols.is_multiple_of(scaled.run) && scaled.run.is_multiple_of(VECTOR);
+    whole.then_some(scaled)
+}
+
+/// Bytes that a thread copies or makes at least.
+const COPIED_BYTES: usize = 2 << 20;
+const MADE_BYTES: usize = 128 << 10;
+
+fn copied(from: &[u8], to: &mut [u8]) {
+    by_shares(to, (1, COPIED_BYTES), |at, to| to.copy_from_slice(&from[at..][..to.len()]));
+}
+
+/// Rows of a part from `first` on, as bf16.
+fn rounded(part: &WeightPart<'_>, first: usize, to: &mut [u8]) {
+    let row_bytes = part.cols * Element::Bf16.bytes();
+    if let Stored::Plain { format: Format::Bf16, data } = &part.stored {
+        return copied(&data[first * row_bytes..][..to.len()], to);
+    }
+    by_shares(to, (row_bytes, MADE_BYTES), |at, to| {
+        let mut row = vec![0.0; part.cols];
+        for (n, to) in to.chunks_exact_mut(row_bytes).enumerate() {
+            dequant::part_row(part, first + at / row_bytes + n, &mut row);
+            for (to, value) in to.as_chunks_mut().0.iter_mut().zip(&row) {
+                *to = half::bf16::from_f32(*value).to_le_bytes();
+            }
+        }
+    });
 }
 
 /// Random integers that are to be bf16 are widened on the host, as a checkpoint's are.

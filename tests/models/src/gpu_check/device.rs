@@ -113,6 +113,16 @@ impl Driver for Card {
         self.gpu.write(to, offset, bytes)
     }
 
+    fn write_with(
+        &self,
+        to: &Memory,
+        offset: usize,
+        bytes: usize,
+        fill: &mut dyn FnMut(&mut [u8]),
+    ) -> Result<(), KernelError> {
+        self.gpu.write_with(to, offset, bytes, fill)
+    }
+
     fn read(&self, to: &mut [u8], from: &Memory, offset: usize) -> Result<(), KernelError> {
         self.gpu.read(to, from, offset)
     }

@@ -199,7 +199,7 @@ fn sizes_that_cannot_be_indexed_are_refused() {
         RunnerOptions { context_max: usize::MAX, ..OPTIONS },
     ] {
         let rank = Staged::new(Threads::group(1).remove(0));
-        let loaded = model::Runner::load(Plain, rank, &checkpoint, options, &mut |_, _| {});
+        let loaded = model::Runner::load(Plain, rank, &checkpoint, options, &mut |_| {});
         assert!(matches!(loaded, Err(ModelError::Options(_))), "{options:?}");
     }
 }

@@ -64,7 +64,7 @@ fn check(checkpoint: &Checkpoint, cuda: CudaConfig, data: Threads) {
     let device = Cuda::new(counting.clone(), cuda);
     let peers = PeerConfig::new(ranks, Duration::ZERO);
     let link = Cards::new(&device, data, &CardsConfig::peers(peers)).expect("regions");
-    let runner = Runner::load(device, link, checkpoint, OPTIONS, &mut |_, _| {});
+    let runner = Runner::load(device, link, checkpoint, OPTIONS, &mut |_| {});
     let mut runner = runner.expect("a runner");
     run(&mut runner, config.vocab);
     let reckoned = cost.weights
