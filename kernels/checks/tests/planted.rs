@@ -248,7 +248,8 @@ fn waiting_for_the_wrong_phase_is_a_race() {
 
 #[test]
 fn a_stage_that_is_filled_before_it_is_read_is_an_error() {
-    let empty = ("            barrier_wait(&ring.empty[place.stage], place.parity ^ 1);\n", "");
+    let empty =
+        ("            barrier_wait(&ring.empty[step.place.stage], step.place.parity ^ 1);\n", "");
     let error = records_planted(LINEAR, empty, compile::PLAIN);
     assert!(error.contains("copies have landed"), "{error}");
 }
