@@ -62,7 +62,7 @@ impl ProgressReport {
                     };
                     let (done, total) = (mib(done), mib(total));
                     format!(
-                        "{what}: {done:.0} of {total:.0} MiB ({percent} %), {rate:.0} MiB/s{ahead}"
+                        "{what}: {done:.0} of {total:.0} MiB, {rate:.0} MiB/s{ahead} ({percent} %)"
                     )
                 }
                 Unit::Items => format!("{what}: {done} of {total} ({percent} %)"),

@@ -37,7 +37,7 @@ pub struct Launch<'a> {
     /// Bytes of dynamic shared memory.
     pub shared: u32,
     /// Whether it may begin before the one before it is done: its kernel waits for that itself
-    /// (`wait_prerequisites` of `common.cuh`), in every block.
+    /// (`wait_prerequisites` of `overlap.cuh`), in every block.
     pub dependent: bool,
     args: *const c_void,
     args_len: usize,
