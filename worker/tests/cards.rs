@@ -31,7 +31,7 @@ fn config(rank_mode: RankMode, ranks: usize) -> GroupConfig {
         device: device(NcclUse::Auto),
         context_max: Some(128),
         kv_memory: Some(8 << 20),
-        step_tokens_max: 64,
+        step_tokens_max: Some(64),
         sequences_max: 4,
         // A fake card on a busy machine.
         step_deadline: Some(Duration::from_secs(60)),
