@@ -30,7 +30,7 @@ type EndFn = unsafe extern "C" fn(*mut c_void, *mut c_char, usize) -> c_int;
 pub(super) struct Begun<'a> {
     launch: Option<NonNull<c_void>>,
     end: Symbol<'a, EndFn>,
-    error: [u8; 1024],
+    error: Box<[u8; 1024]>,
 }
 
 /// A launch, wherever its argument lies.
@@ -72,10 +72,10 @@ impl Emulator {
             schedule: self.schedule.code(),
             dependent: u32::from(order.dependent),
         };
-        let mut begun = Begun { launch: None, end, error: [0; 1024] };
+        let mut begun = Begun { launch: None, end, error: Box::new([0; 1024]) };
+        let (error, len) = (begun.error.as_mut_ptr().cast(), begun.error.len());
         // SAFETY: the argument struct is alive and as long as said, which the library compares with
         // the kernel's, and copies; what its addresses point to is the launcher's promise.
-        let (error, len) = (begun.error.as_mut_ptr().cast(), begun.error.len());
         let started = unsafe { begin(&raw const given, c_int::from(ahead), error, len) };
         begun.launch = NonNull::new(started);
         match begun.launch {
@@ -102,7 +102,7 @@ impl Begun<'_> {
     }
 
     fn what_was_wrong(&self) -> KernelError {
-        let text = CStr::from_bytes_until_nul(&self.error).unwrap_or_default();
+        let text = CStr::from_bytes_until_nul(&self.error[..]).unwrap_or_default();
         KernelError::Device(text.to_string_lossy().into_owned())
     }
 }
