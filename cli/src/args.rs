@@ -115,8 +115,8 @@ pub struct GroupArgs {
     /// from a seed instead of the file's, to measure speed: a folder with config.json is enough
     #[arg(long, value_enum, env = "LOCKSTEP_WEIGHTS")]
     weights: Option<WeightsName>,
-    /// How CUDA cards keep keys and values; fp8 halves their memory, without a scale
-    /// [default: bf16]
+    /// How CUDA cards keep keys and values; fp8, with a scale for each token and head, takes about
+    /// half the memory [default: bf16]
     #[arg(long, value_enum, env = "LOCKSTEP_KV_CACHE")]
     kv_cache: Option<FloatName>,
     /// Whether activations may be rounded for speed

@@ -38,8 +38,8 @@ pub struct PlanArgs {
     /// [default: bf16, or what the file stores in 4 bits]
     #[arg(long, value_enum, env = "LOCKSTEP_WEIGHTS")]
     weights: Option<WeightsName>,
-    /// How CUDA cards keep keys and values; fp8 halves their memory, without a scale
-    /// [default: bf16]
+    /// How CUDA cards keep keys and values; fp8, with a scale for each token and head, takes about
+    /// half the memory [default: bf16]
     #[arg(long, value_enum, env = "LOCKSTEP_KV_CACHE")]
     kv_cache: Option<FloatName>,
     /// Tokens in one step, at most [default: 4096 or what memory allows]

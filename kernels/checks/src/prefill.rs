@@ -71,30 +71,51 @@ pub(crate) fn windows<D: Driver>(device: Device<'_, D>, on: On) -> Result<(), St
     Ok(())
 }
 
-/// Bit for bit, beside sequences that decode: keys are looked at in steps that begin at fixed
-/// positions, and a step that a row does not see leaves no trace in it.
-pub(crate) fn company<D: Driver>(device: Device<'_, D>, on: On) -> Result<(), String> {
-    for window in [None, Some(50)] {
-        let mut case = Case::new((2, 1, 64), &[(0, 150), (600, 1), (37, 40), (0, 1), (0, 20)]);
-        (case.window, case.format) = (window, on.1);
-        let together = run(device, on, &case)?;
-        let cols = case.heads.q * case.heads.dim;
-        let mut first = 0;
-        for sequence in case.sequences.clone() {
-            let wanted = &together[first * cols..][..sequence.rows * cols];
-            first += sequence.rows;
-            for chunk in [sequence.rows, 33] {
-                let mut got = Vec::new();
-                for start in (0..sequence.rows).step_by(chunk) {
-                    let mut alone = case.clone();
-                    let rows = chunk.min(sequence.rows - start);
-                    let prefix = sequence.prefix + start;
-                    alone.sequences = vec![Rows { prefix, rows, ..sequence }];
-                    got.extend(run(device, on, &alone)?);
-                }
-                compare(&format!("{sequence:?} by {chunk}"), &got, wanted, Tolerance::Rounded)?;
-            }
+/// Rows of `sequence` alone, so many at a time.
+fn in_chunks<D: Driver>(
+    device: Device<'_, D>,
+    on: On,
+    (case, sequence): (&Case, Rows),
+    chunk: usize,
+) -> Result<Vec<f32>, String> {
+    let mut got = Vec::new();
+    for start in (0..sequence.rows).step_by(chunk) {
+        let (prefix, rows) = (sequence.prefix + start, chunk.min(sequence.rows - start));
+        let alone = Case { sequences: vec![Rows { prefix, rows, ..sequence }], ..case.clone() };
+        got.extend(run(device, on, &alone)?);
+    }
+    Ok(got)
+}
+
+/// Bit for bit: every sequence beside the others as alone, in each of `chunks`.
+fn alone_as_together<D: Driver>(
+    device: Device<'_, D>,
+    on: On,
+    case: &Case,
+    chunks: &[usize],
+) -> Result<(), String> {
+    let together = run(device, on, case)?;
+    let cols = case.heads.q * case.heads.dim;
+    let mut first = 0;
+    for &sequence in &case.sequences {
+        let wanted = &together[first * cols..][..sequence.rows * cols];
+        first += sequence.rows;
+        for &chunk in chunks {
+            let got = in_chunks(device, on, (case, sequence), chunk.min(sequence.rows))?;
+            let what = format!("{sequence:?} by {chunk}, {:?}", case.window);
+            compare(&what, &got, wanted, Tolerance::Rounded)?;
         }
+    }
+    Ok(())
+}
+
+/// Beside sequences that decode: keys are looked at in steps that begin at fixed positions, and a
+/// step that a row does not see leaves no trace in it.
+pub(crate) fn company<D: Driver>(device: Device<'_, D>, on: On) -> Result<(), String> {
+    let mut case = Case::new((2, 1, 64), &[(0, 150), (600, 1), (37, 40), (0, 1), (0, 20)]);
+    for window in [None, Some(50)] {
+        (case.window, case.format) = (window, on.1);
+        alone_as_together(device, on, &case, &[usize::MAX, 33])?;
     }
     Ok(())
 }
@@ -128,22 +149,13 @@ pub(crate) fn spans<D: Driver>(device: Device<'_, D>, on: On) -> Result<(), Stri
     Ok(())
 }
 
-/// Bit for bit: alone, beside others, and beside so many that their sums have no room at once.
+/// Beside others, and beside so many that their sums have no room at once.
 pub(crate) fn spans_company<D: Driver>(device: Device<'_, D>, on: On) -> Result<(), String> {
     let rows = [(1030, 9), (5, 140), (2100, 20), (1500, 1), (1024, 32), (40, 7), (1001, 32)];
     let mut case = Case::new((2, 1, 64), &rows);
     for window in [None, Some(600)] {
         (case.window, case.format) = (window, on.1);
-        let together = run(device, on, &case)?;
-        let cols = case.heads.q * case.heads.dim;
-        let mut first = 0;
-        for sequence in case.sequences.clone() {
-            let wanted = &together[first * cols..][..sequence.rows * cols];
-            first += sequence.rows;
-            let alone = Case { sequences: vec![sequence], ..case.clone() };
-            let got = run(device, on, &alone)?;
-            compare(&format!("{sequence:?}, {window:?}"), &got, wanted, Tolerance::Rounded)?;
-        }
+        alone_as_together(device, on, &case, &[usize::MAX])?;
     }
     Ok(())
 }
@@ -152,11 +164,7 @@ pub(crate) fn spans_company<D: Driver>(device: Device<'_, D>, on: On) -> Result<
 fn spans_or_none<D: Driver>(device: Device<'_, D>, on: On) -> Result<(), String> {
     let whole = Case::new((2, 1, 64), &[(1500, 150)]);
     let wanted = run(device, on, &whole)?;
-    let mut got = Vec::new();
-    for start in (0..150).step_by(30) {
-        let rows = Rows { prefix: 1500 + start, rows: 30, ..whole.sequences[0] };
-        got.extend(run(device, on, &Case { sequences: vec![rows], ..whole.clone() })?);
-    }
+    let got = in_chunks(device, on, (&whole, whole.sequences[0]), 30)?;
     compare("by 30 rows", &got, &wanted, Tolerance::Absolute(4e-3))
 }
 

@@ -166,19 +166,13 @@ impl<D: Driver> Cuda<D> {
         ensure(OP, fits, || {
             format!("out is [{}, {}], x [{}, {}]", out.rows, out.cols, x.rows, x.cols)
         })?;
-        let vectors = x.rows * x.cols / VECTOR;
-        let args = ScaleArgs {
-            codes: x.codes.address(&self.driver),
-            x: self.at(out),
-            scales: x.scales.address(&self.driver),
-            vectors: vectors as u32,
-            // A scale for all is one for more vectors than there are.
-            row_vectors: match x.scaling {
-                Fp8Scaling::Row => (x.cols / VECTOR) as u32,
-                Fp8Scaling::Tensor(_) => u32::MAX,
-            },
+        let (codes, scales) = (x.codes.address(&self.driver), x.scales.address(&self.driver));
+        let run = match x.scaling {
+            Fp8Scaling::Row => x.cols,
+            // A scale for all is one for more than there are.
+            Fp8Scaling::Tensor(_) => u32::MAX as usize * VECTOR,
         };
-        self.launch_vectors("dequantize_bf16", blocks(OP, vectors)?, &args)
+        self.dequantize_rows((self.at(out), codes, scales), x.rows * x.cols, run)
     }
 
     /// out = code · scale, rounded to bf16, by address, of `len` codes of which each `run` have a

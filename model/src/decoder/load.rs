@@ -5,7 +5,7 @@ use super::{
     feed_forward::{Experts, FeedForward, Ffn},
 };
 use crate::{Checkpoint, ModelError, Shard, rope::RopeTables, weights::Weights};
-use kernels::{Backend, Tensor, WeightPart};
+use kernels::{Backend, KernelError, Tensor, WeightPart};
 
 /// How far the weights of a rank are, in bytes as the files have them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,41 +25,19 @@ struct Upload<'a, B> {
 }
 
 impl<B: Backend> Upload<'_, B> {
-    /// The next weight.
-    fn next(&mut self) -> Result<Vec<WeightPart<'static>>, ModelError> {
+    /// Brings the next weight to the device by `put`.
+    fn next<T>(
+        &mut self,
+        put: impl FnOnce(&B, &[WeightPart<'_>]) -> Result<T, KernelError>,
+    ) -> Result<T, ModelError> {
         let Self { weights, done, progress, .. } = self;
-        weights.take(&mut |read| {
+        let parts = weights.take(&mut |read| {
             done.read = read;
             progress(*done);
-        })
-    }
-
-    fn weight(&mut self) -> Result<B::Weight, ModelError> {
-        let parts = self.next()?;
-        let weight = self.device.weight(&parts)?;
+        })?;
+        let weight = put(self.device, &parts)?;
         self.sent(&parts);
         Ok(weight)
-    }
-
-    fn gate_up(&mut self) -> Result<B::Weight, ModelError> {
-        let parts = self.next()?;
-        let weight = self.device.gate_up(&parts)?;
-        self.sent(&parts);
-        Ok(weight)
-    }
-
-    fn table(&mut self) -> Result<B::Weight, ModelError> {
-        let parts = self.next()?;
-        let table = self.device.table(&parts)?;
-        self.sent(&parts);
-        Ok(table)
-    }
-
-    fn push_expert(&mut self, to: &mut B::Experts) -> Result<(), ModelError> {
-        let parts = self.next()?;
-        self.device.push_expert(to, &parts)?;
-        self.sent(&parts);
-        Ok(())
     }
 
     fn sent(&mut self, parts: &[WeightPart<'_>]) {
@@ -109,10 +87,10 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<Self, ModelError> {
         let config = checkpoint.config();
         // In the order of `Checkpoint::stacks`: tables first.
-        let embedding = upload.table()?;
+        let embedding = upload.next(B::table)?;
         let lm_head = match config.tied {
             true => None,
-            false => Some(upload.table()?),
+            false => Some(upload.next(B::table)?),
         };
         let layers = (0..config.layers)
             .map(|index| Layer::load(upload, checkpoint, shard, index))
@@ -164,10 +142,10 @@ impl<B: Backend> Layer<B> {
         };
         Ok(Self {
             input_norm: upload.vector(&checkpoint.input_norm(index)?)?,
-            qkv: upload.weight()?,
+            qkv: upload.next(B::weight)?,
             qkv_bias: bias.map(|bias| upload.vector(&bias)).transpose()?,
             qk_norm,
-            attention_out: upload.weight()?,
+            attention_out: upload.next(B::weight)?,
             post_norm: upload.vector(&checkpoint.post_norm(index)?)?,
             feed_forward: FeedForward::load(upload, checkpoint, shard, index)?,
             window: checkpoint.config().window[index],
@@ -188,13 +166,13 @@ impl<B: Backend> FeedForward<B> {
         };
         let (hidden, width) = (config.hidden, experts.intermediate);
         let (count, device) = (experts.count, upload.device);
-        let router = upload.table()?;
+        let router = upload.next(B::table)?;
         let mut gate_up = device.experts([count, 2 * shard.expert.len(), hidden])?;
         let inputs = shard.gathered(shard.expert.len(), width).whole;
         let mut down = device.experts([count, shard.hidden.len(), inputs])?;
         for _ in 0..count {
-            upload.push_expert(&mut gate_up)?;
-            upload.push_expert(&mut down)?;
+            upload.next(|device, parts| device.push_expert(&mut gate_up, parts))?;
+            upload.next(|device, parts| device.push_expert(&mut down, parts))?;
         }
         let shared = experts.shared.map(|_| Ffn::load(upload)).transpose()?;
         Ok(Self::Experts(Experts { router, gate_up, down, shared }))
@@ -203,6 +181,6 @@ impl<B: Backend> FeedForward<B> {
 
 impl<B: Backend> Ffn<B> {
     fn load(upload: &mut Upload<'_, B>) -> Result<Self, ModelError> {
-        Ok(Self { gate_up: upload.gate_up()?, down: upload.weight()? })
+        Ok(Self { gate_up: upload.next(B::gate_up)?, down: upload.next(B::weight)? })
     }
 }

@@ -39,11 +39,12 @@ pub(super) trait Devices: Clone + Send + Sync + 'static {
     fn compute_beside_the_host(&self) -> bool;
     /// As their `Backend::join`.
     fn join(&self) -> Join;
-    /// What a rank holds of a model.
+    /// What a rank holds of a model, in the place where it is.
     fn cost(
         &self,
         checkpoint: &Checkpoint,
         shard: &Shard,
+        place: &Place,
         step_tokens_max: usize,
     ) -> Result<RankCost, WorkerError>;
     /// Bytes that a rank takes beside weights and KV cache.
@@ -133,6 +134,7 @@ impl Devices for CpuConfig {
         &self,
         checkpoint: &Checkpoint,
         shard: &Shard,
+        _place: &Place,
         _step_tokens_max: usize,
     ) -> Result<RankCost, WorkerError> {
         // Only asked for sizes: it never computes.
@@ -155,8 +157,8 @@ impl Devices for CpuConfig {
     fn places(&self, ranks: usize) -> Result<Vec<Place>, WorkerError> {
         let available = available().unwrap_or(Available { bytes: u64::MAX, source: "unknown" });
         let (bytes, source) = (available.bytes, available.source.to_owned());
-        let (name, hardware) = ("cpu".to_owned(), None);
-        Ok(vec![Place { ranks: 0..ranks, name, hardware, bytes, source }])
+        let (name, hardware, fp8_products) = ("cpu".to_owned(), None, false);
+        Ok(vec![Place { ranks: 0..ranks, name, hardware, fp8_products, bytes, source }])
     }
 
     fn step_tokens(&self) -> &'static [usize] {
@@ -310,9 +312,10 @@ mod cuda {
             &self,
             checkpoint: &Checkpoint,
             shard: &Shard,
+            place: &Place,
             step_tokens_max: usize,
         ) -> Result<RankCost, WorkerError> {
-            let fp8_products = self.card(shard.rank)?.facts().fp8_products();
+            let fp8_products = place.fp8_products;
             Ok(card::cost(self.config, fp8_products, checkpoint, shard, step_tokens_max)?)
         }
 
@@ -338,6 +341,7 @@ mod cuda {
                     ranks: first..first + each,
                     name: format!("cuda:{} {}", self.of_ranks[first], facts.name),
                     hardware: Hardware::of_card(&facts.name, facts.memory_bytes),
+                    fp8_products: facts.fp8_products(),
                     bytes: card::usable(free, each),
                     source: format!("of {} free, less 1.1 GB a rank for the driver", human(free)),
                 })
@@ -360,7 +364,7 @@ mod cuda {
                 checkpoint,
                 cuda: self.config,
                 card: &place.name,
-                fp8_products: place.hardware.is_some_and(Hardware::fp8_products),
+                fp8_products: place.fp8_products,
                 ranks: self.of_ranks.len(),
                 card_bytes: place.bytes / each as u64,
                 wanted: *wanted,

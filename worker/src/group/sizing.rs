@@ -133,8 +133,10 @@ impl Task for Survey<'_> {
             sequences_max: config.sequences_max,
             kv_share: devices.kv_share(),
         };
+        let placed = places.iter().flat_map(|place| place.ranks.clone().map(move |_| place));
         let costs = |step_tokens: usize| -> Result<Vec<RankCost>, WorkerError> {
-            shards.iter().map(|shard| devices.cost(checkpoint, shard, step_tokens)).collect()
+            let cost = |(shard, place)| devices.cost(checkpoint, shard, place, step_tokens);
+            shards.iter().zip(placed.clone()).map(cost).collect()
         };
         let laid_out = |wanted: &Wanted, costs: &[RankCost]| {
             lay_out(wanted, &places, costs, |rank, options| {

@@ -28,6 +28,8 @@ pub(crate) struct Place {
     pub name: String,
     /// Where it is a card that is known.
     pub hardware: Option<&'static Hardware>,
+    /// As `cuda::Facts::fp8_products`.
+    pub fp8_products: bool,
     /// `u64::MAX` where the system does not say.
     pub bytes: u64,
     /// Where the figure comes from, for messages.
@@ -213,7 +215,8 @@ mod tests {
     const COST: RankCost = RankCost { weights: 1000, block: 10, products: 0 };
 
     fn place(ranks: Range<usize>, bytes: u64) -> Place {
-        Place { ranks, name: "a card".into(), hardware: None, bytes, source: "free".into() }
+        let (name, source) = ("a card".into(), "free".into());
+        Place { ranks, name, hardware: None, fp8_products: false, bytes, source }
     }
 
     /// A byte for each token of context.

@@ -38,6 +38,7 @@ impl OnCards<'_> {
             ranks: rank..rank + 1,
             name: self.card.to_owned(),
             hardware: None,
+            fp8_products: self.fp8_products,
             bytes: self.card_bytes,
             source: "less 1.6 GB for the driver".into(),
         };
