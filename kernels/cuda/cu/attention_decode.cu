@@ -59,7 +59,7 @@ struct Merge {
 // The queries of the sequence's row, turned on the way where they are not yet.
 template <typename T, int D>
 DEVICE void load_queries(const DecodeArgs& args, const Split& split, Lane<T, D>& mine) {
-    if (split.turns) {
+    if (args.turns()) {
         OwnRow<T, D>& own = OwnRow<T, D>::behind_tiles();
         turn_row(args, split, own);
         mine.load_q(own.queries[0], own.STRIDE, split.heads, args.score_scale);
@@ -257,7 +257,7 @@ template <typename T, int D>
 DEVICE void decode(const DecodeArgs& args) {
     launch_dependents();
     // Rows that are turned already are stored too, and what is fetched first may be among them.
-    if (args.cos_sin == nullptr) wait_prerequisites();
+    if (!args.turns()) wait_prerequisites();
     const auto next = [&](int item) { return item + static_cast<int>(gridDim.x); };
     for (int item = static_cast<int>(blockIdx.x);; item = next(item)) {
         Lane<T, D> mine;

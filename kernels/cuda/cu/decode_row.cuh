@@ -21,14 +21,7 @@ struct DecodeArgs {
     float* sums;                 // [splits, q_heads, D]: Σ 2^(score - max) · value
     float* weights;              // [splits, q_heads, 2]: max of the scores, Σ 2^(score - max)
     uint32_t* arrivals;          // [S, q_heads]: splits that left sums; zeros between launches
-    // As rope.cu's; cos_sin is null where rows are turned and stored already.
-    const float* cos_sin;
-    const bf16* q_norm;
-    const bf16* k_norm;
-    const int* rope_rows;
-    const int* slots;
-    const float* q_scale;
-    float eps;
+    rope::TurnArgs turn;         // cos_sin is null where rows are turned and stored already
     float score_scale;           // log2(e) / sqrt(D)
     int qkv_cols;
     int q_heads;
@@ -36,6 +29,8 @@ struct DecodeArgs {
     int table_cols;
     int group;                   // q_heads / kv_heads
     int window;                  // keys that a row sees, itself included; 2^30 for all
+
+    DEVICE bool turns() const { return turn.cos_sin != nullptr; }
 };
 
 // What a thread block has before it: one split, and the query heads of one key head, up to 16.
@@ -44,8 +39,7 @@ struct Split {
     int place, first_place, last_place;  // of this split and of those that have keys, in the list
     int first, end;                      // keys; none where first >= end
     bool alone;                          // the sequence has no other
-    bool turns;                          // rows are to be turned
-    bool newest;                         // and the last key is new: not in the cache
+    bool newest;                         // the last key is turned here: not in the cache
 };
 
 // Without heads behind the last.
@@ -69,8 +63,7 @@ DEVICE Split split_of(const DecodeArgs& args, int item) {
     split.first = max(start, visible);
     split.end = min(start + SPLIT_TOKENS, context);
     split.alone = context <= SPLIT_TOKENS;
-    split.turns = args.cos_sin != nullptr;
-    split.newest = split.turns && split.end == context;
+    split.newest = args.turns() && split.end == context;
     return split;
 }
 
@@ -105,22 +98,6 @@ struct alignas(16) OwnRow {
     }
 };
 
-// Where a token's key or value lies in the cache, and its scale.
-template <typename T, int D>
-struct Stored {
-    unsigned char* head;
-    float* scale;
-
-    DEVICE Stored(unsigned char* cache, const DecodeArgs& args, const Split& split, int slot) {
-        const int row = slot % BLOCK_TOKENS;
-        const int64_t block = slot / BLOCK_TOKENS;
-        unsigned char* start =
-            cache + (block * args.kv_heads + split.kv_head) * Tile<T, D>::STORED;
-        head = start + row * Tile<T, D>::ROW;
-        scale = reinterpret_cast<float*>(start + Tile<T, D>::ELEMENTS) + row;
-    }
-};
-
 // Turns the heads of the sequence's row that the block has to do with.
 template <typename T, int D>
 DEVICE void turn_row(const DecodeArgs& args, const Split& split, OwnRow<T, D>& own) {
@@ -130,9 +107,8 @@ DEVICE void turn_row(const DecodeArgs& args, const Split& split, OwnRow<T, D>& o
     const int token = args.row_starts[split.sequence];
     const bf16* row = args.qkv + static_cast<int64_t>(token) * args.qkv_cols + at;
     const int heads = split.heads + (split.newest ? 2 : 0);
-    Angles angles;
-    angles.load<D>(args.cos_sin + static_cast<int64_t>(args.rope_rows[token]) * D, at);
-    const float q_scale = args.q_scale != nullptr ? args.q_scale[token] : 1.0f;
+    const Turn turn = Turn::of<D>(args.turn, token, at);
+    const CachePlace<D> there(args.turn.slots[token], args.kv_heads, split.kv_head);
     // Of the product that makes the row.
     wait_prerequisites();
     for (int first = 0; first < heads; first += TOGETHER) {
@@ -141,30 +117,27 @@ DEVICE void turn_row(const DecodeArgs& args, const Split& split, OwnRow<T, D>& o
         const int cached = args.q_heads + split.kv_head + (is_key ? 0 : args.kv_heads);
         HeadPart part;
         if (n < heads) part.load<D>(row + (is_query ? split.first_head + n : cached) * D);
-        const Turn turn = {is_query || is_key, args.q_norm != nullptr,
-                           is_query ? args.q_norm : args.k_norm, args.eps,
-                           is_query ? q_scale : 1.0f};
-        turn_head<D>(part, turn, angles, at);
+        turn.apply<D>(part, is_query ? Head::QUERY : is_key ? Head::KEY : Head::OTHER);
         if (is_query) {
             store16(&own.queries[n][at], part.low);
             store16(&own.queries[n][at + D / 2], part.high);
         }
         const int which = is_key ? 0 : 1;
         unsigned char* here = reinterpret_cast<unsigned char*>(own.cached[which]);
-        const Stored<T, D> there(is_key ? args.keys : args.values, args, split, args.slots[token]);
+        void* const cache = is_key ? args.keys : args.values;
         // Of the blocks that share the key head one.
         const bool is_new = n >= split.heads && n < heads;
         const bool stores = is_new && split.first_head == split.kv_head * args.group;
         if constexpr (Tile<T, D>::SCALED) {
             const CodedPart codes = coded<D>(part);
             if (is_new) codes.store<D>(here, at, &own.scales[which]);
-            if (stores) codes.store<D>(there.head, at, there.scale);
+            if (stores) there.store(cache, codes, at);
         } else {
             if (is_new) {
                 store16(here + at * 2, part.low);
                 store16(here + (at + D / 2) * 2, part.high);
             }
-            if (stores) part.store<D>(reinterpret_cast<bf16*>(there.head) + at);
+            if (stores) there.store(cache, part, at);
         }
     }
     __syncthreads();

@@ -29,12 +29,7 @@ constexpr int DEPTH = 2;
 
 struct RopeArgs {
     bf16* qkv;
-    const bf16* q_norm;  // [D], or null and k_norm too
-    const bf16* k_norm;  // [D]
-    const float* cos_sin;
-    const int32_t* rope_rows;  // [tokens]
-    const float* q_scale;      // [tokens], or null
-    const int32_t* slots;      // [tokens], negative for those that are not stored
+    TurnArgs turn;
     void* keys;
     void* values;
     uint32_t tokens;
@@ -42,7 +37,7 @@ struct RopeArgs {
     uint32_t kv_heads;
     uint32_t token_warps;  // those that share a token
     uint32_t fp8;          // whether the cache is e4m3
-    float eps;
+    uint32_t unused;
 };
 
 template <int D>
@@ -64,36 +59,24 @@ DEVICE void rotate_and_store(const RopeArgs& args) {
         if (head >= heads) break;
         parts[i].load<D>(row + head * D);
     }
-    Angles angles;
-    angles.load<D>(args.cos_sin + static_cast<uint64_t>(args.rope_rows[token]) * D, at);
-    const float q_scale = args.q_scale != nullptr ? args.q_scale[token] : 1.0f;
-    const int32_t slot = args.slots[token];
+    const Turn turn = Turn::of<D>(args.turn, token, at);
+    const int32_t slot = args.turn.slots[token];
 
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i) {
         const uint32_t head = first + i * TOGETHER;
-        const bool is_query = head < args.q_heads;
-        const Turn turn = {head < rotated, args.q_norm != nullptr,
-                           is_query ? args.q_norm : args.k_norm, args.eps,
-                           is_query ? q_scale : 1.0f};
-        turn_head<D>(parts[i], turn, angles, at);
+        const bool is_query = head < args.q_heads, is_key = !is_query && head < rotated;
+        turn.apply<D>(parts[i], is_query ? Head::QUERY : is_key ? Head::KEY : Head::OTHER);
         if (is_query) parts[i].store<D>(row + head * D);
         // Keys are read from the cache alone.
         const bool is_cached = !is_query && head < heads && slot >= 0;
-        const bool is_key = head < rotated;
-        const uint32_t place = static_cast<uint32_t>(slot), row_in_block = place % BLOCK_TOKENS;
-        const uint32_t kv_head = head - (is_key ? args.q_heads : rotated);
-        const uint64_t kv_heads = args.kv_heads;
-        const uint64_t block = place / BLOCK_TOKENS * kv_heads + kv_head;
+        const CachePlace<D> place(slot, args.kv_heads, head - (is_key ? args.q_heads : rotated));
         void* const cache = is_key ? args.keys : args.values;
         if (args.fp8 != 0) {
-            auto* const codes = static_cast<unsigned char*>(cache) + block * Fp8Block<D>::BYTES;
-            auto* const scales = reinterpret_cast<float*>(codes + Fp8Block<D>::CODES);
             const CodedPart part = coded<D>(parts[i]);
-            if (is_cached) part.store<D>(codes + row_in_block * D, at, scales + row_in_block);
+            if (is_cached) place.store(cache, part, at);
         } else if (is_cached) {
-            bf16* const to = static_cast<bf16*>(cache) + (block * BLOCK_TOKENS + row_in_block) * D;
-            parts[i].store<D>(to + at);
+            place.store(cache, parts[i], at);
         }
     }
 }

@@ -32,17 +32,6 @@ DEVICE void load_floats(const float* from, float (&x)[LANE_VECTOR]) {
     }
 }
 
-// A lane's part of a row of the table: cosines and sines.
-struct Angles {
-    float cos[LANE_VECTOR], sin[LANE_VECTOR];
-
-    template <int D>
-    DEVICE void load(const float* row, int at) {
-        load_floats(row + at, cos);
-        load_floats(row + D / 2 + at, sin);
-    }
-};
-
 // A lane's part of a head: elements `at`.. of the lower half, and those of the upper one.
 struct HeadPart {
     Bytes16 low = {}, high = {};
@@ -94,31 +83,57 @@ DEVICE void norm_head(float (&x)[2 * LANE_VECTOR], const bf16* weight, int at, f
     for (int i = 0; i < 2 * LANE_VECTOR; ++i) x[i] = x[i] * factor * by[i];
 }
 
-// What is to be done to a lane's head.
-struct Turn {
-    bool turns;          // values, and lanes without a head, stay as they are
-    bool norms;          // the same in all lanes
-    const bf16* weight;  // [D] of the norm
+// What turning rows takes beside them; the launcher's `Turn`.
+struct TurnArgs {
+    const float* cos_sin;
+    const bf16* q_norm;        // [D], or null and k_norm too
+    const bf16* k_norm;        // [D]
+    const int32_t* rope_rows;  // [tokens]
+    const int32_t* slots;      // [tokens], negative for those that are not stored
+    const float* q_scale;      // [tokens], or null
     float eps;
-    float scale;
+    uint32_t unused;
 };
 
-// Norm, rotation (element i with i + D/2) and scale of a head, rounded once. All lanes of the warp
-// come here.
-template <int D>
-DEVICE void turn_head(HeadPart& part, const Turn& turn, const Angles& angles, int at) {
-    float x[2 * LANE_VECTOR];
-    part.unpack_to(x);
-    if (turn.norms) norm_head<D>(x, turn.turns ? turn.weight : nullptr, at, turn.eps);
-    if (!turn.turns) return;
-    for (int j = 0; j < LANE_VECTOR; ++j) {
-        const float a = x[j], b = x[LANE_VECTOR + j];
-        x[j] = fmaf(a, angles.cos[j], -(b * angles.sin[j])) * turn.scale;
-        x[LANE_VECTOR + j] = fmaf(b, angles.cos[j], a * angles.sin[j]) * turn.scale;
+enum class Head { QUERY, KEY, OTHER };  // values, and lanes without a head, stay as they are
+
+// A lane's part of what a token's heads are turned by.
+struct Turn {
+    const TurnArgs& args;
+    float cos[LANE_VECTOR], sin[LANE_VECTOR];
+    float q_scale;
+    int at;  // the lane's elements
+
+    template <int D>
+    DEVICE static Turn of(const TurnArgs& args, uint32_t token, int at) {
+        Turn turn{args, {}, {}, args.q_scale != nullptr ? args.q_scale[token] : 1.0f, at};
+        const float* row = args.cos_sin + static_cast<uint64_t>(args.rope_rows[token]) * D + at;
+        load_floats(row, turn.cos);
+        load_floats(row + D / 2, turn.sin);
+        return turn;
     }
-    part.low = pack(x);
-    part.high = pack(x + LANE_VECTOR);
-}
+
+    // Norm, rotation (element i with i + D/2) and scale of a head, rounded once. All lanes of the
+    // warp come here.
+    template <int D>
+    DEVICE void apply(HeadPart& part, Head head) const {
+        float x[2 * LANE_VECTOR];
+        part.unpack_to(x);
+        if (args.q_norm != nullptr) {
+            const bf16* weight = head == Head::QUERY ? args.q_norm : args.k_norm;
+            norm_head<D>(x, head != Head::OTHER ? weight : nullptr, at, args.eps);
+        }
+        if (head == Head::OTHER) return;
+        const float scale = head == Head::QUERY ? q_scale : 1.0f;
+        for (int j = 0; j < LANE_VECTOR; ++j) {
+            const float a = x[j], b = x[LANE_VECTOR + j];
+            x[j] = fmaf(a, cos[j], -(b * sin[j])) * scale;
+            x[LANE_VECTOR + j] = fmaf(b, cos[j], a * sin[j]) * scale;
+        }
+        part.low = pack(x);
+        part.high = pack(x + LANE_VECTOR);
+    }
+};
 
 // 8 elements · factor as e4m3.
 DEVICE Bytes8 quantize(const float (&x)[2 * LANE_VECTOR], int first, float factor) {
@@ -140,5 +155,27 @@ DEVICE CodedPart coded(const HeadPart& part) {
     return {quantize(x, 0, factor), quantize(x, LANE_VECTOR, factor),
             most > 0.0f ? most * (1.0f / FP8_MAX) : 1.0f};
 }
+
+// Where a token's key or value of a head lies in the cache [blocks, kv heads, 16, D].
+template <int D>
+struct CachePlace {
+    uint64_t block;
+    uint32_t row;
+
+    DEVICE CachePlace(int32_t slot, uint32_t kv_heads, uint32_t kv_head)
+        : block(static_cast<uint64_t>(static_cast<uint32_t>(slot) / BLOCK_TOKENS) * kv_heads +
+                kv_head),
+          row(static_cast<uint32_t>(slot) % BLOCK_TOKENS) {}
+
+    DEVICE void store(void* cache, const HeadPart& part, int at) const {
+        part.store<D>(static_cast<bf16*>(cache) + (block * BLOCK_TOKENS + row) * D + at);
+    }
+
+    DEVICE void store(void* cache, const CodedPart& part, int at) const {
+        auto* const codes = static_cast<unsigned char*>(cache) + block * Fp8Block<D>::BYTES;
+        auto* const scales = reinterpret_cast<float*>(codes + Fp8Block<D>::CODES);
+        part.store<D>(codes + row * D, at, scales + row);
+    }
+};
 
 }  // namespace rope

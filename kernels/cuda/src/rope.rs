@@ -95,6 +95,7 @@ const THREADS: u32 = 128;
 const DEPTH: usize = 2;
 
 /// Addresses of what turning rows takes beside them; 0 where there is none.
+#[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub(super) struct Turn {
     pub cos_sin: u64,
@@ -104,18 +105,14 @@ pub(super) struct Turn {
     pub slots: u64,
     pub q_scale: u64,
     pub eps: f32,
+    pub unused: u32,
 }
 
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct RopeArgs {
     qkv: u64,
-    q_norm: u64,
-    k_norm: u64,
-    cos_sin: u64,
-    rope_rows: u64,
-    q_scale: u64,
-    slots: u64,
+    turn: Turn,
     keys: u64,
     values: u64,
     tokens: u32,
@@ -123,7 +120,7 @@ struct RopeArgs {
     kv_heads: u32,
     token_warps: u32,
     fp8: u32,
-    eps: f32,
+    unused: u32,
 }
 
 impl<D: Driver> Cuda<D> {
@@ -156,6 +153,7 @@ impl<D: Driver> Cuda<D> {
             slots: batch.slots.address(&self.driver),
             q_scale: self.q_scale(batch)?,
             eps: norm.map_or(0.0, |(.., eps)| eps),
+            unused: 0,
         })
     }
 
@@ -168,8 +166,7 @@ impl<D: Driver> Cuda<D> {
         batch: &Batch<Self>,
     ) -> Result<(), KernelError> {
         let Heads { q, kv: kv_heads, dim } = rotation.heads;
-        let Turn { cos_sin, q_norm, k_norm, rope_rows, slots, q_scale, eps } =
-            self.turn(kv, qkv, rotation, batch)?;
+        let turn = self.turn(kv, qkv, rotation, batch)?;
         let kernel = match dim {
             64 => "rope_d64",
             128 => "rope_d128",
@@ -186,12 +183,7 @@ impl<D: Driver> Cuda<D> {
         }
         let args = RopeArgs {
             qkv: self.at(qkv),
-            q_norm,
-            k_norm,
-            cos_sin,
-            rope_rows,
-            q_scale,
-            slots,
+            turn,
             keys: kv.keys.address(&self.driver),
             values: kv.values.address(&self.driver),
             tokens: qkv.rows as u32,
@@ -199,7 +191,7 @@ impl<D: Driver> Cuda<D> {
             kv_heads: kv_heads as u32,
             token_warps: token_warps as u32,
             fp8: u32::from(kv.format == KvFormat::Fp8),
-            eps,
+            unused: 0,
         };
         let blocks = warps.div_ceil(THREADS as usize / 32) as u32;
         self.driver.launch(Launch::new(kernel, [blocks, 1, 1], THREADS, &args))

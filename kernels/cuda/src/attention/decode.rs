@@ -1,7 +1,7 @@
 //! Sequences with one row: splits of the context, and their sum. Kernels: `attention_decode.cu`.
 
 use super::{Call, SPLIT_TOKENS};
-use crate::{Cuda, Driver, KvFormat, Launch, step::splits_max};
+use crate::{Cuda, Driver, KvFormat, Launch, rope::Turn, step::splits_max};
 use kernels::{BatchRoom, Heads, KernelError, Tensor};
 
 /// Threads in a block of the kernel, and its warps.
@@ -28,13 +28,7 @@ struct DecodeArgs {
     sums: u64,
     weights: u64,
     arrivals: u64,
-    cos_sin: u64,
-    q_norm: u64,
-    k_norm: u64,
-    rope_rows: u64,
-    slots: u64,
-    q_scale: u64,
-    eps: f32,
+    turn: Turn,
     score_scale: f32,
     qkv_cols: i32,
     q_heads: i32,
@@ -102,7 +96,6 @@ impl<D: Driver> Cuda<D> {
     ) -> DecodeArgs {
         let Call { qkv, batch, kv, heads, .. } = *call;
         let driver = &self.driver;
-        let turn = call.turn.unwrap_or_default();
         DecodeArgs {
             qkv: self.at(qkv),
             out: self.at(out),
@@ -117,13 +110,7 @@ impl<D: Driver> Cuda<D> {
             sums,
             weights,
             arrivals: batch.cuts.arrivals.address(driver),
-            cos_sin: turn.cos_sin,
-            q_norm: turn.q_norm,
-            k_norm: turn.k_norm,
-            rope_rows: turn.rope_rows,
-            slots: turn.slots,
-            q_scale: turn.q_scale,
-            eps: turn.eps,
+            turn: call.turn.unwrap_or_default(),
             score_scale: std::f32::consts::LOG2_E / (heads.dim as f32).sqrt(),
             qkv_cols: qkv.cols as i32,
             q_heads: heads.q as i32,
