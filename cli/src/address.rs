@@ -1,8 +1,11 @@
 //! Addresses as people type them, and whether another machine can use them.
 
-use std::net::IpAddr;
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket},
+};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use hyper::Uri;
 
 /// `http://HOST:PORT`; the scheme may be left out.
@@ -47,6 +50,30 @@ fn is_loopback(address: &str) -> bool {
     let host = bare.rsplit_once(':').map_or(bare, |(host, _)| host);
     let host = host.trim_start_matches('[').trim_end_matches(']');
     host == "localhost" || host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback())
+}
+
+/// This machine's address towards the first etcd member that is elsewhere; `None` where none is.
+pub fn route(etcd: &[String]) -> Result<Option<IpAddr>> {
+    let Some(member) = etcd.iter().find(|member| !is_loopback(member)) else { return Ok(None) };
+    let bare = member.split_once("://").map_or(&**member, |(_, bare)| bare);
+    let towards = || -> io::Result<IpAddr> {
+        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+        for member in bare.to_socket_addrs()? {
+            let any: IpAddr = match member {
+                SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+            };
+            // Nothing is sent: a socket that is connected knows by which address it would.
+            let socket = UdpSocket::bind((any, 0))?;
+            match socket.connect(member).and_then(|()| socket.local_addr()) {
+                Ok(local) => return Ok(local.ip()),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    };
+    let found = towards().with_context(|| format!("no way to etcd at {member}"))?;
+    Ok(Some(found))
 }
 
 /// Refuses a worker that says an address which routers of other machines cannot use, where the
@@ -97,6 +124,23 @@ mod tests {
             let error = http(text).unwrap_err();
             assert!(error.contains(word) && error.contains("http://HOST:PORT"), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn the_route_to_etcd_tells_this_machines_address() {
+        let route = |etcd: &[&str]| {
+            route(&etcd.iter().map(|&member| member.to_owned()).collect::<Vec<_>>())
+        };
+        assert_eq!(route(&[]).unwrap(), None);
+        assert_eq!(route(&["http://127.0.0.1:2379", "localhost:1"]).unwrap(), None);
+        // Any address of this machine's own leads back to itself.
+        let own = UdpSocket::bind("0.0.0.0:0").unwrap();
+        if own.connect("192.0.2.1:9").is_ok() {
+            let own = own.local_addr().unwrap().ip();
+            assert_eq!(route(&["http://127.0.0.1:1", "192.0.2.1:2379"]).unwrap(), Some(own));
+        }
+        let error = format!("{:#}", route(&["http://no-such-host.invalid:2379"]).unwrap_err());
+        assert!(error.contains("no-such-host.invalid"), "{error}");
     }
 
     #[test]

@@ -19,13 +19,18 @@ pub struct DeadlineArgs {
     /// second
     #[arg(long, default_value_t = 10, value_parser = seconds(), env = "LOCKSTEP_SILENCE_SECONDS")]
     silence_seconds: u64,
+    /// Seconds without a sign of life of a worker's process after which it gets nothing new, and what
+    /// it has goes to another; a sound one gives two a second, whatever it computes
+    #[arg(long, default_value_t = 2, value_parser = seconds(), env = "LOCKSTEP_HEARTBEAT_SECONDS")]
+    heartbeat_seconds: u64,
     /// Seconds that a request waits for a worker to take it, while those that are ready fail
     #[arg(long, default_value_t = 30, value_parser = seconds(), env = "LOCKSTEP_OPEN_SECONDS")]
     open_seconds: u64,
     /// Seconds that a request waits for a ready worker, while none is there or on its way
-    #[arg(long, default_value_t = 10, value_parser = seconds(), env = "LOCKSTEP_READY_SECONDS")]
+    #[arg(long, default_value_t = 60, value_parser = seconds(), env = "LOCKSTEP_READY_SECONDS")]
     ready_seconds: u64,
-    /// Seconds that a request waits for a ready worker, while one loads
+    /// Seconds that a request waits for a ready worker while one loads, and that an answer which
+    /// has begun waits for one to go on
     #[arg(long, default_value_t = 600, value_parser = seconds(), env = "LOCKSTEP_LOADING_SECONDS")]
     loading_seconds: u64,
     /// Requests that wait at the router while every worker's queue is full, at most
@@ -34,6 +39,17 @@ pub struct DeadlineArgs {
     /// Seconds of that wait; who would have to wait longer is refused at once
     #[arg(long, default_value_t = 30, value_parser = seconds(), env = "LOCKSTEP_LINE_SECONDS")]
     line_seconds: u64,
+    /// Seconds for a request's first token, whatever its client says
+    #[arg(
+        long,
+        default_value_t = 1800,
+        value_parser = seconds(),
+        env = "LOCKSTEP_FIRST_TOKEN_SECONDS"
+    )]
+    first_token_seconds: u64,
+    /// Seconds for a whole request, whatever its client says
+    #[arg(long, default_value_t = 7200, value_parser = seconds(), env = "LOCKSTEP_TOTAL_SECONDS")]
+    total_seconds: u64,
     /// Seconds for a model's tokenizer files to come from a worker
     #[arg(long, default_value_t = 60, value_parser = seconds(), env = "LOCKSTEP_DESCRIBE_SECONDS")]
     describe_seconds: u64,
@@ -53,11 +69,14 @@ impl DeadlineArgs {
         let deadlines = &mut config.deadlines;
         for (deadline, seconds) in [
             (&mut deadlines.connect, self.connect_seconds),
+            (&mut deadlines.heartbeat, self.heartbeat_seconds),
             (&mut deadlines.silence, self.silence_seconds),
             (&mut deadlines.open, self.open_seconds),
             (&mut deadlines.ready, self.ready_seconds),
             (&mut deadlines.loading, self.loading_seconds),
             (&mut deadlines.queue, self.line_seconds),
+            (&mut deadlines.first_token, self.first_token_seconds),
+            (&mut deadlines.total, self.total_seconds),
             (&mut deadlines.describe, self.describe_seconds),
             (&mut deadlines.body, self.body_seconds),
         ] {

@@ -2,7 +2,7 @@
 //! The binary `lockstep`: flags to configuration, configuration to running parts.
 //!
 //! No logic of its own beyond that and the tools (`run`, `perplexity`, `chat`, `pull`, `bench`,
-//! `plan`).
+//! `plan`, `status`).
 
 mod address;
 mod args;
@@ -25,6 +25,7 @@ mod run;
 mod sampling;
 mod serve;
 mod source;
+mod status;
 #[cfg(test)]
 mod tests;
 mod up;
@@ -77,6 +78,8 @@ enum Command {
     Chat(chat::ChatArgs),
     /// Fetches a model
     Pull(pull::PullArgs),
+    /// What a router knows of its workers, and why one gets no requests
+    Status(status::StatusArgs),
     /// Load against a running router
     Bench(bench::BenchArgs),
     /// What a model takes of cards, and how fast it will be there; needs neither weights nor cards
@@ -124,6 +127,7 @@ fn dispatch(cli: Cli) -> Result<()> {
         Command::Perplexity(args) => perplexity::main(args),
         Command::Chat(args) => chat::main(args),
         Command::Pull(args) => pull::main(args),
+        Command::Status(args) => status::main(args),
         Command::Bench(args) => bench::main(args),
         Command::Plan(args) => plan::main(args),
         Command::Completions(args) => generated::completions(args),

@@ -1,6 +1,12 @@
 //! Flags of the servers: the router's side, the worker's side, and how the two find each other.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -63,7 +69,7 @@ pub struct ServedArgs {
     #[arg(long, default_value_t = 256, env = "LOCKSTEP_QUEUE")]
     queue: usize,
     /// The worker's address as routers see it, e.g. http://10.0.0.7:7001 [default: where it
-    /// listens]
+    /// listens, at this machine's address towards etcd where that is 0.0.0.0]
     #[arg(long, value_parser = address::http, env = "LOCKSTEP_ADVERTISE")]
     advertise: Option<String>,
     /// Seconds that one step may last; a longer one means that the group hangs, and ends the worker
@@ -76,20 +82,37 @@ pub struct ServedArgs {
     step_limit_seconds: u64,
 }
 
-/// Where a worker listens, and by which flag that was said.
+/// Where a worker listens, and by which flag that is said.
 #[derive(Clone, Copy)]
 pub struct Listen {
     pub flag: &'static str,
     pub address: SocketAddr,
+    /// In the address that routers are told, where it is another.
+    host: Option<IpAddr>,
+}
+
+impl Listen {
+    /// Where nothing is `given`: on loopback, or where etcd is elsewhere at the address by which
+    /// this machine reaches it.
+    pub fn new(flag: &'static str, given: Option<SocketAddr>, etcd: &EtcdArgs) -> Result<Self> {
+        let route = address::route(&etcd.etcd).with_context(|| {
+            format!("say with {flag} HOST:PORT where routers reach this worker")
+        })?;
+        let any = || SocketAddr::new(route.unwrap_or(Ipv4Addr::LOCALHOST.into()), 0);
+        let address = given.unwrap_or_else(any);
+        Ok(Self { flag, address, host: route.filter(|_| address.ip().is_unspecified()) })
+    }
 }
 
 impl ServedArgs {
     /// Checks, before minutes are spent on loading, that routers can reach what is announced.
-    pub fn check(&self, Listen { flag, address }: Listen, etcd: &EtcdArgs) -> Result<()> {
+    pub fn check(&self, at: Listen, etcd: &EtcdArgs) -> Result<()> {
+        let Listen { flag, address, host } = at;
         if self.name.as_ref().is_some_and(String::is_empty) {
             bail!("--name is empty; give a name, or leave it out for the checkpoint's");
         }
         match &self.advertise {
+            None if host.is_some() => Ok(()),
             None if address.ip().is_unspecified() => bail!(
                 "{flag} {address} is no address to connect to; say with \
                  --advertise http://HOST:PORT how routers reach it"
@@ -103,6 +126,7 @@ impl ServedArgs {
         let mut config = WorkerConfig::new(group);
         config.listen = listen.address;
         config.advertise = self.advertise.clone();
+        config.host = listen.host;
         config.model_name = self.name.clone();
         config.waiting_max = self.queue;
         config.drain_limit = Duration::from_secs(drain_seconds);
@@ -248,7 +272,7 @@ mod tests {
     fn what_a_worker_announces_can_be_reached() {
         let check = |words: &str, listen: &str| {
             let line = line(words).expect(words);
-            let listen = Listen { flag: "--listen", address: listen.parse().unwrap() };
+            let listen = Listen { flag: "--listen", address: listen.parse().unwrap(), host: None };
             line.served.check(listen, &line.workers.etcd).map_err(|error| error.to_string())
         };
         let far = "--etcd http://10.0.0.5:2379";

@@ -22,9 +22,10 @@ pub struct UpArgs {
     front: FrontArgs,
     #[command(flatten)]
     served: ServedArgs,
-    /// Address of the worker: its metrics, and what routers connect to; port 0 takes any
-    #[arg(long, default_value = "127.0.0.1:0", env = "LOCKSTEP_WORKER_LISTEN")]
-    worker_listen: SocketAddr,
+    /// Address of the worker: its metrics, and what routers connect to; port 0 takes any [default:
+    /// 127.0.0.1:0, with etcd on another machine this one's address towards it]
+    #[arg(long, env = "LOCKSTEP_WORKER_LISTEN")]
+    worker_listen: Option<SocketAddr>,
     #[command(flatten)]
     etcd: EtcdArgs,
     /// Seconds that running answers may take to finish after Ctrl-C
@@ -57,7 +58,7 @@ struct Up {
 }
 
 async fn start(args: &UpArgs, stop: watch::Receiver<bool>) -> Result<Up> {
-    let at = Listen { flag: "--worker-listen", address: args.worker_listen };
+    let at = Listen::new("--worker-listen", args.worker_listen, &args.etcd)?;
     args.served.check(at, &args.etcd)?;
     let front = args.front.resolve(args.drain_seconds)?;
     // A taken port is told before minutes are spent on loading.

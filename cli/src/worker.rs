@@ -19,9 +19,10 @@ pub struct WorkerArgs {
     group: GroupArgs,
     #[command(flatten)]
     etcd: EtcdArgs,
-    /// Address that routers connect to; port 0 takes any
-    #[arg(long, default_value = "127.0.0.1:0", env = "LOCKSTEP_LISTEN")]
-    listen: SocketAddr,
+    /// Address that routers connect to; port 0 takes any [default: 127.0.0.1:0, with etcd on another
+    /// machine this one's address towards it]
+    #[arg(long, env = "LOCKSTEP_LISTEN")]
+    listen: Option<SocketAddr>,
     #[command(flatten)]
     served: ServedArgs,
     /// Seconds that running answers may take to finish after a signal
@@ -35,7 +36,7 @@ pub fn main(args: WorkerArgs) -> Result<()> {
 
 async fn run(args: WorkerArgs) -> Result<()> {
     load::log_machine();
-    args.served.check(args.at(), &args.etcd)?;
+    args.served.check(args.at()?, &args.etcd)?;
     let stop = shutdown::signals().context("cannot listen for signals")?;
     let mut early = stop.clone();
     let worker = tokio::select! {
@@ -53,8 +54,8 @@ async fn run(args: WorkerArgs) -> Result<()> {
 }
 
 impl WorkerArgs {
-    fn at(&self) -> Listen {
-        Listen { flag: "--listen", address: self.listen }
+    fn at(&self) -> Result<Listen> {
+        Listen::new("--listen", self.listen, &self.etcd)
     }
 }
 
@@ -62,6 +63,6 @@ async fn start(args: WorkerArgs, stop: watch::Receiver<bool>) -> Result<WorkerHa
     // Without etcd it is for routers to know this address: see `router --workers`.
     let membership = args.etcd.connect_or_alone().await?;
     let group = load::resolve(&args.group, RankMode::Processes).await?;
-    let config = args.served.resolve(group, args.at(), args.drain_seconds);
+    let config = args.served.resolve(group, args.at()?, args.drain_seconds);
     Ok(Worker::start(config, membership, Box::new(load::shown()), stop).await?)
 }

@@ -32,26 +32,23 @@ pub enum State {
     Draining,
 }
 
-/// How busy an instance is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Load {
-    /// Sequences in the running batch.
-    pub running: usize,
-    /// Sequences waiting for a place.
-    pub waiting: usize,
-    /// KV blocks that no running sequence holds (cached prefixes count as free).
-    pub blocks_free: usize,
-}
-
-/// One worker group as the roster shows it.
+/// One worker group as the roster shows it: facts that seldom change. How busy it is, it tells
+/// routers itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Instance {
     /// Unique for the life of the process.
     pub id: String,
     /// Name that clients ask for.
     pub model: String,
+    /// Names weights, tokenizer and template: instances of one name and different fingerprints
+    /// serve different models.
+    pub fingerprint: String,
     /// gRPC address, e.g. `http://127.0.0.1:7001`.
     pub address: String,
+    /// Version of the protocol between routers and workers.
+    pub protocol: u32,
+    /// Unix time at which the process announced itself, in milliseconds.
+    pub started: u64,
     pub state: State,
     /// Tokens of prompt and answer together that one sequence may have.
     pub context_max: usize,
@@ -61,7 +58,6 @@ pub struct Instance {
     pub ranks: usize,
     /// KV pool, in the engine's blocks.
     pub blocks_total: usize,
-    pub load: Load,
 }
 
 /// Bytes of one instance in its outer form, at most.
@@ -84,7 +80,10 @@ impl Instance {
     }
 
     /// Reads what `encode` wrote, here or in another process; without trusting it.
-    fn decode(value: &[u8]) -> Result<Self, String> {
+    ///
+    /// # Errors
+    /// What is wrong with it, in words.
+    pub fn decode(value: &[u8]) -> Result<Self, String> {
         if value.len() > INSTANCE_BYTES_MAX {
             return Err(format!("{} bytes, at most {INSTANCE_BYTES_MAX}", value.len()));
         }
@@ -93,7 +92,7 @@ impl Instance {
 }
 
 /// Every known instance, in order of id. Always the whole set, never a difference.
-pub type Roster = Arc<Vec<Instance>>;
+pub type Roster = Arc<Vec<Arc<Instance>>>;
 
 /// Why membership could not be set up or kept.
 #[derive(Debug, thiserror::Error)]

@@ -16,7 +16,7 @@ pub struct InMemory {
 }
 
 struct Members {
-    instances: Mutex<BTreeMap<String, Instance>>,
+    instances: Mutex<BTreeMap<String, Arc<Instance>>>,
     roster: watch::Sender<Roster>,
 }
 
@@ -37,7 +37,7 @@ impl InMemory {
 
 impl Members {
     /// Changes the set and shows the whole of it, as one step for every observer.
-    fn change(&self, edit: impl FnOnce(&mut BTreeMap<String, Instance>)) {
+    fn change(&self, edit: impl FnOnce(&mut BTreeMap<String, Arc<Instance>>)) {
         let mut instances = self.instances.lock().unwrap_or_else(PoisonError::into_inner);
         edit(&mut instances);
         let roster = Arc::new(instances.values().cloned().collect());
@@ -51,7 +51,7 @@ impl Membership for InMemory {
         &self,
         mut instance: watch::Receiver<Instance>,
     ) -> Result<Box<dyn Registration>, MembershipError> {
-        let first = instance.borrow_and_update().clone();
+        let first = Arc::new(instance.borrow_and_update().clone());
         let id = first.id.clone();
         self.shared.change(|all| {
             all.insert(id.clone(), first);
@@ -59,7 +59,7 @@ impl Membership for InMemory {
         let (shared, followed) = (self.shared.clone(), id.clone());
         let follower = tokio::spawn(async move {
             while instance.changed().await.is_ok() {
-                let current = instance.borrow_and_update().clone();
+                let current = Arc::new(instance.borrow_and_update().clone());
                 // Only what is still there is updated: an update may race with the leaving.
                 shared.change(|all| {
                     if let Some(entry) = all.get_mut(&followed) {

@@ -97,15 +97,18 @@ impl Membership for StaticList {
 
 /// What the addresses last answered.
 struct Known {
-    answers: Mutex<Vec<Option<Instance>>>,
+    answers: Mutex<Vec<Option<Arc<Instance>>>>,
     roster: watch::Sender<Roster>,
 }
 
 impl Known {
     fn set(&self, at: usize, instance: Option<Instance>) {
         let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-        answers[at] = instance;
-        let mut all: Vec<Instance> = answers.iter().flatten().cloned().collect();
+        if answers[at].as_deref() == instance.as_ref() {
+            return;
+        }
+        answers[at] = instance.map(Arc::new);
+        let mut all: Vec<Arc<Instance>> = answers.iter().flatten().cloned().collect();
         all.sort_by(|a, b| a.id.cmp(&b.id));
         // One worker may be listed by two of its addresses.
         all.dedup_by(|a, b| a.id == b.id);
@@ -204,19 +207,21 @@ fn fault(status: &Status) -> Fault {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Load, State};
+    use crate::State;
 
     fn instance(id: &str) -> Instance {
         Instance {
             id: id.into(),
             model: "m".into(),
+            fingerprint: "f".into(),
             address: "http://a:1".into(),
+            protocol: proto::WORKER_PROTOCOL,
+            started: 0,
             state: State::Ready,
             context_max: 8,
             vocab_size: 8,
             ranks: 1,
             blocks_total: 1,
-            load: Load::default(),
         }
     }
 

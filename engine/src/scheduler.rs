@@ -67,6 +67,8 @@ pub struct Stats {
     pub blocks_free: usize,
     /// Of those, the ones whose contents can be found again.
     pub blocks_cached: usize,
+    /// Tokens of the sequences that run or wait, not yet computed.
+    pub to_prefill: usize,
     pub prefill_tokens: u64,
     pub decode_tokens: u64,
     pub prompt_tokens: u64,
@@ -128,12 +130,15 @@ impl Scheduler {
     }
 
     pub fn stats(&self) -> Stats {
+        let sequences = self.running.values().chain(self.waiting.values());
+        let left = sequences.map(Sequence::remaining).filter(|&left| left > 1);
         Stats {
             running: self.running.len(),
             waiting: self.waiting.len(),
             blocks_total: self.pool.total(),
             blocks_free: self.pool.free(),
             blocks_cached: self.pool.cached(),
+            to_prefill: left.sum(),
             ..self.stats
         }
     }

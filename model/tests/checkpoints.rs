@@ -260,3 +260,43 @@ fn what_can_no_longer_be_read_is_named_and_ends_the_load() {
     assert!(error.contains(path.to_str().unwrap()), "{error}");
     assert!(last.uploaded < checkpoint.weight_bytes(&checkpoint.shard(0, 1).unwrap()).unwrap());
 }
+
+#[test]
+fn a_fingerprint_follows_weights_and_text_and_nothing_else() {
+    let fingerprint = |path: &Path| {
+        let text = formats::text_files(path).unwrap();
+        Checkpoint::open(path).unwrap().fingerprint(&text).unwrap()
+    };
+    let mut all: Vec<String> = goldens().iter().map(|path| fingerprint(path)).collect();
+    let first = all[0].clone();
+    assert!(first.len() == 32 && first.bytes().all(|digit| digit.is_ascii_hexdigit()), "{first}");
+    all.sort();
+    all.dedup();
+    assert_eq!(all.len(), 12, "every model has its own");
+
+    let copy = tempfile::tempdir().unwrap();
+    let path = copy.path();
+    for entry in std::fs::read_dir(&goldens()[0]).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), path.join(entry.file_name())).unwrap();
+    }
+    assert_eq!(fingerprint(path), first, "where it lies does not matter");
+    let config = std::fs::read(path.join("tokenizer_config.json")).unwrap();
+    std::fs::write(path.join("tokenizer_config.json"), [&config[..], b"\n"].concat()).unwrap();
+    let other_text = fingerprint(path);
+    assert_ne!(other_text, first);
+    // The last tensor's middle.
+    let Ok(formats::Layout::Safetensors { files, .. }) = locate(path) else { panic!("a folder") };
+    let (tensors, _) = Tensors::open(&locate(path).unwrap()).unwrap();
+    let name = tensors.names().last().unwrap().to_owned();
+    let tensor = tensors.get(&name).unwrap();
+    let file = files.iter().find(|file| {
+        let bytes = std::fs::read(file).unwrap();
+        bytes.windows(name.len()).any(|window| window == name.as_bytes())
+    });
+    let file = file.unwrap();
+    let mut bytes = std::fs::read(file).unwrap();
+    bytes[(tensor.offset + tensor.bytes / 2) as usize] ^= 1;
+    std::fs::write(file, bytes).unwrap();
+    assert_ne!(fingerprint(path), other_text);
+}

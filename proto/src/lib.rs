@@ -7,6 +7,9 @@ pub mod v1 {
     tonic::include_proto!("lockstep.v1");
 }
 
+/// Version of the service `Worker`: router and worker of different ones do not speak to each other.
+pub const WORKER_PROTOCOL: u32 = 1;
+
 /// What is used of etcd's v3 protocol, as a client.
 #[allow(clippy::all)]
 pub mod etcd {

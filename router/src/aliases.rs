@@ -18,11 +18,10 @@ impl Aliases {
         if !asked.is_empty() {
             return Ok(self.0.get(asked).map_or(asked, String::as_str));
         }
-        let present: BTreeSet<&str> =
-            now.entries.iter().map(|entry| entry.instance.model.as_str()).collect();
+        let present: BTreeSet<&str> = now.present().collect();
         // Where every worker is away, the models that they served are still asked for.
         let known = match present.is_empty() {
-            true => now.models.keys().map(String::as_str).collect(),
+            true => now.names().collect(),
             false => present,
         };
         match known.len() {
@@ -37,7 +36,7 @@ impl Aliases {
 
     /// Every name that may be asked for, for people.
     pub fn names(&self, now: &Snapshot) -> String {
-        join(now.models.keys().chain(self.0.keys()).map(String::as_str).collect())
+        join(now.names().chain(self.0.keys().map(String::as_str)).collect())
     }
 
     /// The models that are served, and after them their aliases.

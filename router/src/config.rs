@@ -64,16 +64,25 @@ impl Default for Limits {
 pub struct Deadlines {
     /// Until a worker has accepted or refused a call.
     pub connect: Duration,
+    /// Until a worker has said who it is.
+    pub hello: Duration,
+    /// Between two signs of life of a worker's process: one that is silent for longer gets nothing
+    /// new, and what it has goes elsewhere where there is an elsewhere.
+    pub heartbeat: Duration,
     /// Without any message from a worker that runs a sequence.
     pub silence: Duration,
     /// For a worker that takes the request, while those that are ready fail.
     pub open: Duration,
     /// For a ready worker, while the model has none and none loads.
     pub ready: Duration,
-    /// For a ready worker, while one loads.
+    /// For a ready worker, while one loads, or for an answer that has begun.
     pub loading: Duration,
     /// For a place while every worker's queue is full: longer expected waits are refused at once.
     pub queue: Duration,
+    /// For a request's first token, and for the whole request, whatever its client says: beyond any
+    /// real work, so that nothing waits for ever.
+    pub first_token: Duration,
+    pub total: Duration,
     /// For the model's tokenizer files.
     pub describe: Duration,
     /// For a connection's first request, for a request's headers, and for the next request on an
@@ -89,11 +98,15 @@ impl Default for Deadlines {
     fn default() -> Self {
         Self {
             connect: Duration::from_secs(10),
+            hello: Duration::from_secs(2),
+            heartbeat: Duration::from_secs(2),
             silence: Duration::from_secs(10),
             open: Duration::from_secs(30),
-            ready: Duration::from_secs(10),
+            ready: Duration::from_secs(60),
             loading: Duration::from_secs(600),
             queue: Duration::from_secs(30),
+            first_token: Duration::from_secs(1800),
+            total: Duration::from_secs(7200),
             describe: Duration::from_secs(60),
             // Longer than clients keep idle connections, so that theirs is the side that closes.
             headers: Duration::from_secs(120),

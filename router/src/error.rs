@@ -52,9 +52,9 @@ pub enum RouterError {
     /// Everything is full; worth another try after `retry_after`.
     #[error("overloaded: {reason}; try again in {} s", retry_after.as_secs())]
     Overloaded { reason: String, retry_after: Duration },
-    /// The client's own time limit passed.
-    #[error("timeout: the request's limit of {} s passed", limit.as_secs_f64())]
-    Timeout { limit: Duration },
+    /// The request's time limit passed; it waited for this then.
+    #[error("timeout: the request's limit of {} s passed while it waited {waited}", limit.as_secs_f64())]
+    Timeout { limit: Duration, waited: String },
     /// Nobody can serve this now.
     #[error("unavailable: {0}")]
     Unavailable(String),

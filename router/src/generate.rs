@@ -47,7 +47,7 @@ pub(crate) struct Generation {
     usage: Usage,
     stop: watch::Receiver<bool>,
     open: usize,
-    time: Option<TimeLimit>,
+    time: TimeLimit,
     record: Record,
 }
 
@@ -63,9 +63,9 @@ impl Answering {
         shared: Arc<RouterState>,
         input: Input,
         permit: OwnedSemaphorePermit,
-        time: Option<TimeLimit>,
+        time: TimeLimit,
     ) -> Result<Self, RouterError> {
-        let patience = time.map_or(HEAD_AFTER, |time| HEAD_AFTER.min(time.limit / 2));
+        let patience = HEAD_AFTER.min(time.total / 2);
         let mut starting: Starting = Box::pin(begin(shared, input, permit, time));
         match timeout(patience, &mut starting).await {
             Ok(started) => Ok(Self::Running(Box::new(started?))),
@@ -90,16 +90,17 @@ pub(crate) async fn begin(
     shared: Arc<RouterState>,
     input: Input,
     permit: OwnedSemaphorePermit,
-    time: Option<TimeLimit>,
+    time: TimeLimit,
 ) -> Result<Generation, RouterError> {
     let mut stop = shared.stop.subscribe();
+    let facts = input.trace.facts.clone();
     let start = async {
         let prepared = request::prepare(&shared, input).await?;
         start(&shared, prepared, permit, time).await
     };
     tokio::select! {
         started = start => started,
-        error = TimeLimit::over(time) => Err(error),
+        error = time.over(&facts) => Err(error),
         () = raised(&mut stop) => Err(stopping()),
     }
 }
@@ -129,7 +130,7 @@ async fn start(
     shared: &Arc<RouterState>,
     prepared: Prepared,
     mut permit: OwnedSemaphorePermit,
-    time: Option<TimeLimit>,
+    time: TimeLimit,
 ) -> Result<Generation, RouterError> {
     let count = prepared.prompts.len().saturating_mul(prepared.sampling.n as usize);
     let max = shared.upstream.limits.in_flight_max;
@@ -253,7 +254,7 @@ impl Generation {
         }
         let next = tokio::select! {
             next = self.chunks.next() => next?,
-            error = TimeLimit::over(self.time) => Err(error),
+            error = self.time.over(&self.record.facts) => Err(error),
             () = raised(&mut self.stop) => Err(stopping()),
         };
         match &next {
@@ -266,6 +267,9 @@ impl Generation {
     fn count(&mut self, chunk: &Chunk) {
         self.usage.completion_tokens += chunk.sampled;
         let Record { facts, tokens, .. } = &self.record;
+        if let Some(progress) = chunk.progress {
+            facts.progress(progress);
+        }
         tokens.completion.inc_by(chunk.sampled.into());
         tokens.cached.inc_by(chunk.cached_tokens.into());
         // The first choice speaks for its prompt.

@@ -1,10 +1,6 @@
 //! How each model speaks: its tokenizer and template, fetched once from any of its workers.
 
-use crate::{
-    RouterError,
-    config::Deadlines,
-    targets::{Link, Model, Targets},
-};
+use crate::{RouterError, config::Deadlines, link::Link, targets::Targets, version::Model};
 use proto::v1::DescribeModelRequest;
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -26,7 +22,7 @@ pub(crate) struct LanguageSlot {
 }
 
 impl LanguageSlot {
-    /// The model left: whoever comes next under this name may speak otherwise.
+    /// The model left: its tokenizer takes memory, and can be fetched again.
     pub fn forget(&self) {
         *self.loaded.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
@@ -66,8 +62,9 @@ async fn first_language(
     if let Some(language) = model.language.get() {
         return Ok(language);
     }
+    let now = targets.now();
     let links: Vec<Arc<Link>> =
-        targets.now().ready(&model.name).map(|entry| entry.link.clone()).collect();
+        now.version(model).into_iter().flat_map(|version| version.ready().cloned()).collect();
     let mut last = format!("no ready worker of '{}'", model.name);
     for link in links {
         let files = match fetch(&link, deadlines.silence).await {

@@ -13,26 +13,31 @@ mod generate;
 mod grpc;
 mod http;
 mod languages;
+mod link;
 mod metrics;
 mod openai;
 mod opening;
 mod placement;
 pub mod policy;
+mod presence;
 mod queue;
 mod record;
 mod request;
 mod sampling;
 mod server;
 mod service;
+mod status;
 mod targets;
 mod time_limit;
 mod trace;
 mod upstream;
+mod version;
 
 pub use config::{Deadlines, Limits, RouterConfig};
 pub use error::RouterError;
 pub use sampling::sampling_params;
 pub use server::{Router, RouterHandle};
+pub use status::{ModelStatus, Status, WorkerStatus};
 
 use aliases::Aliases;
 use metrics::Metrics;
@@ -88,14 +93,15 @@ impl RouterState {
     /// these.
     fn served(&self) -> Vec<proto::v1::Model> {
         let now = self.upstream.targets.now();
-        let served = now.models.values().filter_map(|model| {
-            let capacity = now.capacity(&model.name)?;
+        let served = now.names().filter_map(|name| {
+            let version = now.serving(name)?;
+            let capacity = version.capacity()?;
             let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
             Some(proto::v1::Model {
-                id: model.name.clone(),
+                id: name.to_owned(),
                 context_max: count(capacity.context_max),
-                workers: count(now.ready(&model.name).count()),
-                created: model.created,
+                workers: count(version.ready().count()),
+                created: version.model.created,
                 root: String::new(),
             })
         });

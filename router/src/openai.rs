@@ -73,6 +73,7 @@ pub(crate) fn routes(shared: Arc<RouterState>, cors: CorsLayer) -> Router {
         .route("/detokenize", post(tokenize::detokenize))
         .route("/version", get(tokenize::version))
         .route("/health", get(health))
+        .route("/status", get(status))
         .route("/metrics", get(metrics))
         .method_not_allowed_fallback(async |request: Request| {
             RouterError::MethodNotAllowed(request.method().to_string())
@@ -124,7 +125,7 @@ async fn run(
     route: Route,
     trace: Trace,
 ) -> Result<Ready, RouterError> {
-    let time = TimeLimit::from_http(request.headers())?;
+    let time = TimeLimit::from_http(request.headers(), &shared.upstream.deadlines)?;
     let permit = shared.permit(1)?;
     let body = read_body(shared, request).await?;
     let body = match route {
@@ -214,6 +215,10 @@ async fn health(State(shared): State<Arc<RouterState>>) -> Response {
         (false, false) => (StatusCode::OK, "ok"),
     };
     (status, Json(json!({"status": word, "models": models}))).into_response()
+}
+
+async fn status(State(shared): State<Arc<RouterState>>) -> Response {
+    Json(shared.status()).into_response()
 }
 
 async fn metrics(State(shared): State<Arc<RouterState>>, headers: HeaderMap) -> Response {

@@ -3,44 +3,43 @@
 use crate::{
     RouterError,
     config::Deadlines,
+    link::Link,
     placement::{Order, Placement, Refusal},
     policy::{RouteKey, Target},
     queue::Ticket,
-    targets::{Link, Snapshot},
+    targets::Changes,
     upstream::Upstream,
+    version::Version,
 };
 use std::{sync::Arc, time::Duration};
 use tokio::time::{Instant, sleep};
 
-/// Between two looks at workers that are away or rest, unless the roster changes earlier.
+/// Between two looks at workers that rest, unless something changes earlier.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// How long a request waits while no worker of its model takes it.
 pub(crate) struct Patience {
     started: Instant,
-    /// For one whose answer has begun: it waits for a worker as long as for one that fails.
+    /// For one whose answer has begun: a successor may be starting without having said so.
     under_way: bool,
-    /// When a worker was last seen loading.
-    loading: Option<Instant>,
+    /// A worker was seen loading.
+    loading: bool,
 }
 
 impl Patience {
     pub fn new(under_way: bool) -> Self {
-        Self { started: Instant::now(), under_way, loading: None }
+        Self { started: Instant::now(), under_way, loading: false }
     }
 
     /// Until when to wait, given who is there now. One that loads is worth a longer wait.
-    pub fn until(&mut self, now: &Snapshot, model: &str, deadlines: &Deadlines) -> Instant {
-        if now.loads(model) {
-            self.loading = Some(Instant::now());
-            return self.started + deadlines.loading;
-        }
-        let there = now.ready(model).next().is_some();
-        let limit = match there || self.under_way {
+    pub fn until(&mut self, now: Option<&Version>, deadlines: &Deadlines) -> Instant {
+        self.loading |= now.is_some_and(Version::loads);
+        let limit = match now.is_some_and(Version::is_listed) {
+            _ if self.under_way || self.loading => deadlines.loading,
             true => deadlines.open.max(deadlines.ready),
             false => deadlines.ready,
         };
-        self.loading.unwrap_or(self.started) + limit
+        self.started + limit
     }
 }
 
@@ -57,6 +56,7 @@ pub(crate) struct Opening<'a> {
     /// Running while nobody that is there answers.
     patience: Option<Patience>,
     last_fault: Option<String>,
+    changes: Changes,
 }
 
 impl<'a> Opening<'a> {
@@ -67,7 +67,8 @@ impl<'a> Opening<'a> {
         under_way: bool,
     ) -> Self {
         let (full, ticket, patience, last_fault) = (Vec::new(), None, None, None);
-        Self { upstream, order, key, under_way, full, ticket, patience, last_fault }
+        let changes = upstream.targets.changes();
+        Self { upstream, order, key, under_way, full, ticket, patience, last_fault, changes }
     }
 
     /// Errors: `Overloaded`, `Unavailable` after the deadline for opening, what the client got
@@ -78,8 +79,10 @@ impl<'a> Opening<'a> {
         }
         loop {
             let now = self.upstream.targets.now();
+            let version = now.version(self.order.model);
+            let candidates = version.map(|version| version.candidates(&self.full));
             let (links, targets): (Vec<Arc<Link>>, Vec<Target>) =
-                now.candidates(&self.order.model.name, &self.full).into_iter().unzip();
+                candidates.unwrap_or_default().into_iter().unzip();
             match self.upstream.policy.pick(self.key, &targets) {
                 Some(at) => {
                     if let Some(placement) = self.ask(&links[at]).await? {
@@ -88,7 +91,7 @@ impl<'a> Opening<'a> {
                     self.upstream.metrics.retries.inc();
                 }
                 None if !self.full.is_empty() => self.line_up().await?,
-                None => self.wait_for_worker(&now).await?,
+                None => self.wait_for_worker(version).await?,
             }
         }
     }
@@ -107,7 +110,8 @@ impl<'a> Opening<'a> {
                 tracing::warn!(worker, address, reason, "worker did not take the sequence");
                 link.failed();
                 self.last_fault = Some(format!("{worker}: {reason}"));
-                self.check_patience(&self.upstream.targets.now())?;
+                let now = self.upstream.targets.now();
+                self.check_patience(now.version(self.order.model))?;
                 Ok(None)
             }
         }
@@ -126,23 +130,24 @@ impl<'a> Opening<'a> {
         self.ticket.insert(ticket).turn().await
     }
 
-    async fn wait_for_worker(&mut self, now: &Snapshot) -> Result<(), RouterError> {
+    async fn wait_for_worker(&mut self, now: Option<&Version>) -> Result<(), RouterError> {
         self.check_patience(now)?;
-        let mut targets = self.upstream.targets.clone();
         tokio::select! {
-            () = targets.changed() => {}
+            () = self.changes.next() => {}
             () = sleep(LOOK_AGAIN) => {}
         }
         Ok(())
     }
 
-    fn check_patience(&mut self, now: &Snapshot) -> Result<(), RouterError> {
+    fn check_patience(&mut self, now: Option<&Version>) -> Result<(), RouterError> {
         let patience = self.patience.get_or_insert_with(|| Patience::new(self.under_way));
-        let name = &self.order.model.name;
-        if Instant::now() < patience.until(now, name, &self.upstream.deadlines) {
+        if Instant::now() < patience.until(now, &self.upstream.deadlines) {
             return Ok(());
         }
-        let mut reason = now.shortage(name);
+        let mut reason = match now {
+            Some(version) => version.shortage(),
+            None => format!("the workers of '{}' are gone", self.order.model.name),
+        };
         if let Some(fault) = &self.last_fault {
             reason += &format!("; last {fault}");
         }

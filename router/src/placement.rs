@@ -5,9 +5,10 @@
 
 use crate::{
     RouterError,
+    link::{InFlight, Link},
     metrics::{Metrics, StageGauge},
-    targets::{InFlight, Link, Model},
     trace::Trace,
+    version::Model,
 };
 use proto::v1::{RunRequest, RunResponse};
 use std::{error::Error, sync::Arc, time::Duration};
@@ -22,6 +23,8 @@ pub(crate) struct Placement {
     stream: Streaming<RunResponse>,
     place: InFlight,
     stage: StageGauge,
+    /// As the worker last said, others are ahead of it in the worker's line.
+    stands_in_line: bool,
     /// A message of a worker's came: it is no stranger at its address.
     spoke: bool,
 }
@@ -73,12 +76,17 @@ impl Placement {
         let mut request = Request::new(order.request.clone());
         order.trace.write(request.metadata_mut());
         let mut client = link.client();
-        match timeout(limit, client.run(request)).await {
+        let called = tokio::select! {
+            called = timeout(limit, client.run(request)) => called,
+            loss = link.lost() => return Err(Refusal::Broken(loss.reason)),
+        };
+        match called {
             Ok(Ok(response)) => {
                 place.accepted();
                 order.trace.facts.worker(link.address());
                 let stage = StageGauge::new(order.metrics);
-                Ok(Self { stream: response.into_inner(), place, stage, spoke: false })
+                let stream = response.into_inner();
+                Ok(Self { stream, place, stage, stands_in_line: false, spoke: false })
             }
             Ok(Err(status)) => Err(Refusal::of(&status, false)),
             Err(_) => Err(Refusal::Broken(format!("no answer within {limit:?}"))),
@@ -92,6 +100,9 @@ impl Placement {
                 self.spoke = true;
                 self.place.link().works();
                 self.stage.observe(message.progress.as_ref());
+                self.stands_in_line = message
+                    .progress
+                    .is_some_and(|progress| !progress.running && progress.waiting_ahead > 0);
                 Ok(message)
             }
             Ok(Ok(None)) => Err(Refusal::Broken("the stream ended before its finish".to_owned())),
@@ -100,8 +111,13 @@ impl Placement {
         }
     }
 
-    pub fn link(&self) -> &Link {
+    pub fn link(&self) -> &Arc<Link> {
         self.place.link()
+    }
+
+    /// Whether the sequence cannot have begun to run a moment ago.
+    pub fn stands_in_line(&self) -> bool {
+        self.stands_in_line
     }
 
     /// Lets the worker end the stream itself, so that it does not count as cancelled there.

@@ -5,7 +5,11 @@
 //! so on; nobody holds the others up while a worker is being asked. From how often places come free
 //! follows how long a newcomer would wait. What is longer than the limit is told at once.
 
-use crate::{RouterError, targets::Model, upstream::Upstream};
+use crate::{
+    RouterError,
+    upstream::Upstream,
+    version::{Model, Version},
+};
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
@@ -21,6 +25,8 @@ const RETRY_AFTER: Duration = Duration::from_secs(2);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(600);
 /// Between two tries of the first in line, unless a place of this router's own comes free earlier.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
+/// While nothing is known of how often places come free, so many may wait for each that there is.
+const LINE_PER_PLACE: usize = 2;
 /// Freed places that the rate is measured by: at least, and at most.
 const MEASURED: (usize, usize) = (4, 64);
 
@@ -39,6 +45,8 @@ struct State {
     measured_since: Option<Instant>,
     /// When places came free since then.
     freed: VecDeque<Instant>,
+    /// Seconds between two, as last measured.
+    each: Option<f64>,
 }
 
 struct Waiter {
@@ -56,7 +64,16 @@ impl State {
             self.measured_since = self.freed.pop_front();
         }
         self.freed.push_back(now);
+        if self.freed.len() >= MEASURED.0 {
+            self.each = self.measured(now);
+        }
         self.wake_next();
+    }
+
+    /// Seconds between two places that came free.
+    fn measured(&self, now: Instant) -> Option<f64> {
+        let elapsed = now.saturating_duration_since(self.measured_since?);
+        Some(elapsed.as_secs_f64() / self.freed.len().max(1) as f64)
     }
 
     /// Lets the next one try.
@@ -71,15 +88,12 @@ impl State {
         }
     }
 
-    /// How long one more would wait; `None` before enough is known.
+    /// How long one more would wait, by this line or the one before; `None` before enough is known.
     fn expected_wait(&self, now: Instant, patience: Duration) -> Option<Duration> {
-        let elapsed = now.saturating_duration_since(self.measured_since?);
-        if self.freed.len() < MEASURED.0 && elapsed < patience {
-            return None;
-        }
-        let each = elapsed.as_secs_f64() / self.freed.len().max(1) as f64;
-        let wait = each * (self.waiting.len() + 1) as f64;
-        Duration::try_from_secs_f64(wait).ok()
+        let since = self.measured_since.map(|since| now.saturating_duration_since(since));
+        let enough = self.freed.len() >= MEASURED.0 || since.is_some_and(|since| since >= patience);
+        let each = if enough { self.measured(now) } else { self.each };
+        Duration::try_from_secs_f64(each? * (self.waiting.len() + 1) as f64).ok()
     }
 }
 
@@ -130,6 +144,15 @@ impl Ticket {
                 );
                 return Err(overloaded(&long, Some(wait)));
             }
+            let workers = upstream.targets.now();
+            let places = workers.version(model).map_or(0, Version::places);
+            if wait.is_none() && places > 0 && ahead >= LINE_PER_PLACE * places {
+                let long = format!(
+                    "{ahead} choices wait for one of the {places} places on workers of '{}'",
+                    model.name
+                );
+                return Err(overloaded(&long, None));
+            }
             if upstream.queued.load(Ordering::Relaxed) >= max {
                 let full = format!("{max} choices wait for a place already");
                 return Err(overloaded(&full, wait));
@@ -152,12 +175,12 @@ impl Ticket {
     /// Waits for the turn to try: a place came free, or this is the first and it is time to look.
     /// Errors: `Overloaded` when no place at all came free for as long as the queue deadline.
     pub async fn turn(&self) -> Result<(), RouterError> {
-        let mut targets = self.upstream.targets.clone();
+        let mut changes = self.upstream.targets.changes();
         let patience = self.upstream.deadlines.queue;
         loop {
             let woken = tokio::select! {
                 () = self.wake.notified() => true,
-                () = targets.changed() => false,
+                () = changes.next() => false,
                 () = sleep(LOOK_AGAIN.min(patience)) => false,
             };
             let mut state = self.model.line.state();
@@ -230,6 +253,11 @@ mod tests {
         let wait = |at| line.expected_wait(after(at), PATIENCE);
         assert_eq!(wait(8), Some(Duration::from_secs(20)), "ten places, one every 2 s");
         assert_eq!(wait(16), Some(Duration::from_secs(40)), "it has become slower");
+        // The next line begins with what this one knew.
+        line.freed.clear();
+        line.measured_since = Some(after(100));
+        let wait = line.expected_wait(after(101), PATIENCE);
+        assert_eq!(wait, Some(Duration::from_secs(20)), "as last measured");
     }
 
     #[test]

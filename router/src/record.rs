@@ -15,6 +15,7 @@ use axum::{
 };
 use http::HeaderMap;
 use hyper::body::{Body as HttpBody, Bytes, Frame, SizeHint};
+use proto::v1::Progress;
 use std::{
     fmt::Display,
     net::SocketAddr,
@@ -66,6 +67,8 @@ pub(crate) struct Known {
     /// When workers had taken all choices.
     pub taken: Option<Instant>,
     pub first_token: Option<Instant>,
+    /// As a worker last told it of a choice without tokens.
+    progress: Option<Progress>,
     workers: Vec<String>,
     /// After the answer began.
     failure: Option<(&'static str, String)>,
@@ -106,6 +109,31 @@ impl Facts {
         known.cached_tokens += u64::from(cached);
         if sampled > 0 {
             known.first_token.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// How far a choice has come towards its next token.
+    pub fn progress(&self, progress: Progress) {
+        self.known().progress = Some(progress);
+    }
+
+    pub fn has_begun(&self) -> bool {
+        self.known().first_token.is_some()
+    }
+
+    /// What the request waits for now, for people.
+    pub fn waits_for(&self) -> String {
+        let known = self.known();
+        match (known.taken, known.first_token, &known.progress) {
+            (None, ..) => "for a worker that takes it".to_owned(),
+            (_, Some(_), _) => format!("for more after {} tokens", known.completion_tokens),
+            (_, None, Some(Progress { running: false, waiting_ahead, .. })) => {
+                format!("for a place in its worker's batch, {waiting_ahead} ahead of it")
+            }
+            (_, None, Some(Progress { prefilled, prompt, .. })) => {
+                format!("for its first token, {prefilled} of {prompt} prompt tokens computed")
+            }
+            (_, None, None) => "for its first token".to_owned(),
         }
     }
 

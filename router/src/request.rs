@@ -4,8 +4,8 @@ use crate::{
     RouterError, RouterState, languages,
     opening::Patience,
     sampling::{self, Sampling},
-    targets::{Capacity, Model},
     trace::Trace,
+    version::{Capacity, Model},
 };
 use engine::check_ids;
 use proto::v1;
@@ -132,24 +132,26 @@ async fn find_model(
     shared: &RouterState,
     asked: &str,
 ) -> Result<(Arc<Model>, Capacity), RouterError> {
-    let mut targets = shared.upstream.targets.clone();
+    let targets = &shared.upstream.targets;
+    let mut changes = targets.changes();
     let mut patience = Patience::new(false);
     loop {
         let now = targets.now();
         let name = shared.aliases.model(&now, asked)?;
-        if let Some(model) = now.models.get(name) {
-            if let Some(capacity) = now.capacity(name) {
-                return Ok((model.clone(), capacity));
+        let serving = now.serving(name);
+        if let Some(version) = serving {
+            if let Some(capacity) = version.capacity() {
+                return Ok((version.model.clone(), capacity));
             }
-        } else if !now.models.is_empty() {
+        } else if now.names().next().is_some() {
             let served = shared.aliases.names(&now);
             return Err(RouterError::ModelNotFound { model: name.to_owned(), served });
         }
-        let until = patience.until(&now, name, &shared.upstream.deadlines);
-        if timeout_at(until, targets.changed()).await.is_err() {
-            return Err(RouterError::Unavailable(match now.models.is_empty() {
-                true => "no worker has joined yet".to_owned(),
-                false => now.shortage(name),
+        let until = patience.until(serving, &shared.upstream.deadlines);
+        if timeout_at(until, changes.next()).await.is_err() {
+            return Err(RouterError::Unavailable(match serving {
+                None => "no worker has joined yet".to_owned(),
+                Some(version) => version.shortage(),
             }));
         }
     }

@@ -173,19 +173,22 @@ fn grpc_app(
 
 /// Says `SERVING` while some model is served and the router does not drain.
 async fn report_health(shared: Arc<RouterState>, reporter: HealthReporter) {
-    let mut targets = shared.upstream.targets.clone();
+    let mut changes = shared.upstream.targets.changes();
     let mut drain = shared.drain.subscribe();
+    let mut told = None;
     loop {
         let serving = !shared.drains() && !shared.served().is_empty();
-        let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
-        for name in ["", SERVICE_NAME] {
-            reporter.set_service_status(name, status).await;
+        if told.replace(serving) != Some(serving) {
+            let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+            for name in ["", SERVICE_NAME] {
+                reporter.set_service_status(name, status).await;
+            }
         }
         if shared.drains() {
             return;
         }
         tokio::select! {
-            () = targets.changed() => {}
+            () = changes.next() => {}
             changed = drain.changed() => if changed.is_err() { return },
         }
     }

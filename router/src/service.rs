@@ -68,7 +68,7 @@ impl Service {
         input: impl FnOnce(Trace) -> Result<Input, RouterError>,
     ) -> Result<Response<AnswerStream>, Status> {
         let start = async {
-            let time = TimeLimit::from_grpc(&headers)?;
+            let time = TimeLimit::from_grpc(&headers, &self.shared.upstream.deadlines)?;
             let permit = self.shared.permit(1)?;
             let input = input(trace)?;
             Answering::begin(self.shared.clone(), input, permit, time).await

@@ -1,7 +1,8 @@
-//! The total time that a client gives its request: `grpc-timeout`, or `x-request-timeout` over
-//! HTTP. Nothing else ends work that progresses.
+//! How long a request may take: as long as its client says, by `grpc-timeout` or over HTTP by
+//! `x-request-timeout`, and never longer than the router's own limits, which are long. Nothing else
+//! ends work that progresses.
 
-use crate::RouterError;
+use crate::{RouterError, config::Deadlines, record::Facts};
 use http::{HeaderMap, HeaderName};
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
@@ -14,26 +15,29 @@ const GRPC_DIGITS_MAX: usize = 8;
 /// Longer limits are as good as none.
 const LONGEST: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// How long a request may take in all.
+/// How long a request may take, counted from its arrival.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TimeLimit {
-    pub limit: Duration,
-    at: Instant,
+    began: Instant,
+    /// In all.
+    pub total: Duration,
+    /// Until its first token.
+    first_token: Duration,
 }
 
 impl TimeLimit {
-    fn new(limit: Duration) -> Self {
-        let limit = limit.min(LONGEST);
-        Self { limit, at: Instant::now() + limit }
+    fn new(own: Option<Duration>, deadlines: &Deadlines) -> Self {
+        let total = own.unwrap_or(LONGEST).min(deadlines.total).min(LONGEST);
+        Self { began: Instant::now(), total, first_token: deadlines.first_token.min(total) }
     }
 
-    /// What `x-request-timeout` says, counted from now. Errors: `Invalid`.
-    pub fn from_http(headers: &HeaderMap) -> Result<Option<Self>, RouterError> {
-        let Some(value) = headers.get(HTTP) else { return Ok(None) };
+    /// With what `x-request-timeout` says, counted from now. Errors: `Invalid`.
+    pub fn from_http(headers: &HeaderMap, deadlines: &Deadlines) -> Result<Self, RouterError> {
+        let Some(value) = headers.get(HTTP) else { return Ok(Self::new(None, deadlines)) };
         let seconds = value.to_str().ok().and_then(|text| text.trim().parse::<f64>().ok());
         let limit = seconds.filter(|&s| s > 0.0).map(|s| s.min(LONGEST.as_secs_f64()));
         match limit.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()) {
-            Some(limit) if !limit.is_zero() => Ok(Some(Self::new(limit))),
+            Some(limit) if !limit.is_zero() => Ok(Self::new(Some(limit), deadlines)),
             _ => {
                 let wrong = format!(
                     "x-request-timeout must be a number of seconds above 0, e.g. 2.5, not {:?}",
@@ -44,11 +48,11 @@ impl TimeLimit {
         }
     }
 
-    /// What `grpc-timeout` says, counted from now. Errors: `Invalid`.
-    pub fn from_grpc(headers: &HeaderMap) -> Result<Option<Self>, RouterError> {
-        let Some(value) = headers.get(GRPC) else { return Ok(None) };
+    /// With what `grpc-timeout` says, counted from now. Errors: `Invalid`.
+    pub fn from_grpc(headers: &HeaderMap, deadlines: &Deadlines) -> Result<Self, RouterError> {
+        let Some(value) = headers.get(GRPC) else { return Ok(Self::new(None, deadlines)) };
         match value.to_str().ok().and_then(grpc_limit) {
-            Some(limit) => Ok(Some(Self::new(limit))),
+            Some(limit) => Ok(Self::new(Some(limit), deadlines)),
             None => {
                 let wrong = format!(
                     "grpc-timeout must be at most eight digits and one of H, M, S, m, u and n, \
@@ -60,15 +64,15 @@ impl TimeLimit {
         }
     }
 
-    /// Waits until the time is over; without an end where there is no limit.
-    pub async fn over(limit: Option<Self>) -> RouterError {
-        match limit {
-            Some(Self { limit, at }) => {
-                sleep_until(at).await;
-                RouterError::Timeout { limit }
-            }
-            None => std::future::pending().await,
+    /// Waits until the time is over; says what the request waited for then.
+    pub async fn over(self, facts: &Facts) -> RouterError {
+        sleep_until(self.began + self.first_token).await;
+        let mut limit = self.first_token;
+        if facts.has_begun() {
+            sleep_until(self.began + self.total).await;
+            limit = self.total;
         }
+        RouterError::Timeout { limit, waited: facts.waits_for() }
     }
 }
 
@@ -98,15 +102,18 @@ mod tests {
 
     #[test]
     fn seconds_may_have_decimals() {
-        let limit = |text| TimeLimit::from_http(&headers(HTTP, text)).map(|l| l.unwrap().limit);
+        let deadlines = Deadlines::default();
+        let limit =
+            |text| TimeLimit::from_http(&headers(HTTP, text), &deadlines).map(|limit| limit.total);
         assert_eq!(limit("2.5").unwrap(), Duration::from_millis(2500));
         assert_eq!(limit("30").unwrap(), Duration::from_secs(30));
-        assert_eq!(limit("1e300").unwrap(), LONGEST);
+        assert_eq!(limit("1e300").unwrap(), deadlines.total, "no longer than the router's own");
         for wrong in ["", "0", "-1", "NaN", "-inf", "ten", "1s", "1e-30"] {
             let error = limit(wrong).unwrap_err();
             assert!(error.to_string().contains("x-request-timeout"), "{wrong}: {error}");
         }
-        assert!(TimeLimit::from_http(&HeaderMap::new()).unwrap().is_none());
+        let own = TimeLimit::from_http(&HeaderMap::new(), &deadlines).unwrap();
+        assert_eq!((own.total, own.first_token), (deadlines.total, deadlines.first_token));
     }
 
     #[test]
@@ -124,6 +131,6 @@ mod tests {
         for wrong in ["", "S", "1", "1s", "-1S", "+1S", "1.5S", "123456789S", "1é"] {
             assert_eq!(grpc_limit(wrong), None, "{wrong}");
         }
-        assert!(TimeLimit::from_grpc(&headers(GRPC, "soon")).is_err());
+        assert!(TimeLimit::from_grpc(&headers(GRPC, "soon"), &Deadlines::default()).is_err());
     }
 }

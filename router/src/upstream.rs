@@ -8,17 +8,21 @@
 use crate::{
     RouterError,
     config::{Deadlines, Limits},
+    link::{Link, Loss},
     metrics::Metrics,
     opening::Opening,
     placement::{Order, Placement, Refusal},
     policy::{RouteKey, RoutingPolicy},
-    targets::{Model, Targets},
+    targets::Targets,
     trace::Trace,
+    version::Model,
 };
 use proto::v1::{Finish, Progress, RunRequest, RunResponse, TokenInfo};
 use std::{sync::Arc, time::Duration};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
+/// Between two looks for another worker than one that is not there, unless something changes earlier.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
 /// Between two lines of the log on a stream that has no token yet.
 const PROGRESS_LOG_PERIOD: Duration = Duration::from_secs(10);
 
@@ -80,7 +84,8 @@ pub(crate) struct UpstreamStream {
 #[derive(Default)]
 struct Breaks {
     all: u32,
-    /// Since anything came that no worker before had brought.
+    /// Since anything came that no worker before had brought; without those that the sequence
+    /// cannot have caused.
     barren: u32,
     /// Tokens computed, at best.
     computed: u32,
@@ -146,20 +151,32 @@ impl UpstreamStream {
                 }
                 State::Streaming { placement, .. } => placement,
             };
-            let reason = match placement.message(self.upstream.deadlines.silence).await {
+            let limit = self.upstream.deadlines.silence;
+            let link = placement.link().clone();
+            let mut stopped = false;
+            let message = tokio::select! {
+                message = placement.message(limit) => message,
+                loss = deserted(&link, &self.upstream, &self.model) => {
+                    stopped = loss.stopped;
+                    Err(Refusal::Broken(loss.reason))
+                }
+            };
+            let reason = match message {
                 Ok(message) => return self.accept(message).await.map(Some),
                 Err(Refusal::Fatal(error)) => return Err(error),
                 Err(Refusal::Full) => "the worker is full".to_owned(),
                 Err(Refusal::Broken(reason)) => {
-                    placement.link().failed();
+                    link.failed();
                     reason
                 }
             };
-            let worker = placement.link().id().to_owned();
+            let blameless = stopped || placement.stands_in_line();
+            let worker = link.id().to_owned();
             self.state = State::Resuming;
             if let Some(received) = self.complete() {
                 return Ok(Some(received));
             }
+            self.breaks.barren += u32::from(!blameless);
             self.restart(&worker, &reason)?;
         }
     }
@@ -182,7 +199,6 @@ impl UpstreamStream {
     fn restart(&mut self, worker: &str, reason: &str) -> Result<(), RouterError> {
         let limits = &self.upstream.limits;
         self.breaks.all += 1;
-        self.breaks.barren += 1;
         let Breaks { all, barren, .. } = self.breaks;
         if barren > limits.barren_resumes_max {
             return Err(RouterError::Unavailable(format!(
@@ -260,6 +276,23 @@ impl UpstreamStream {
         match running {
             true => tracing::info!(worker, prefilled, prompt, "still being prefilled"),
             false => tracing::info!(worker, waiting_ahead, "still waiting for a place"),
+        }
+    }
+}
+
+/// Waits until a stream's worker is not there and another could take it over; says why. Where there is
+/// no other it is worth waiting for this one: what was only held up goes on.
+async fn deserted(link: &Link, upstream: &Upstream, model: &Model) -> Loss {
+    loop {
+        let loss = link.lost().await;
+        let mut changes = upstream.targets.changes();
+        let now = upstream.targets.now();
+        if now.version(model).is_some_and(|version| version.has_other(link)) {
+            return loss;
+        }
+        tokio::select! {
+            () = changes.next() => {}
+            () = sleep(LOOK_AGAIN) => {}
         }
     }
 }

@@ -7,6 +7,7 @@ mod connection;
 mod etcd;
 mod http;
 mod process;
+mod streams;
 
 use std::{
     thread,
@@ -18,6 +19,7 @@ pub use connection::Connection;
 pub use etcd::etcd;
 pub use http::{Reply, exchange, request};
 pub use process::{Process, full_pipe, lockstep};
+pub use streams::{Answer, Choice, Round, Streams, repeatable};
 
 /// Leaves a test out, loudly, for want of something; under `./dev test`, which brings everything,
 /// that is a failure.

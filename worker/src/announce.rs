@@ -1,65 +1,47 @@
-//! Keeps the roster's entry of this worker true: its state and how busy it is.
+//! Keeps the roster's entry of this worker true.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
-use cluster::{Instance, Load, Membership, Registration, State};
-use engine::Stats;
-use tokio::{sync::watch, task::JoinHandle, time};
+use cluster::{Instance, Membership, Registration, State};
+use tokio::{sync::watch, time};
 
 use crate::{ModelInfo, WorkerError};
 
-/// Load changes with every token; the roster hears of it at most this often.
-const LOAD_PERIOD: Duration = Duration::from_millis(100);
-
 /// This worker's place in the roster.
 pub(crate) struct Announcement {
-    instance: Arc<watch::Sender<Instance>>,
+    instance: watch::Sender<Instance>,
     registration: Box<dyn Registration>,
-    load: Option<JoinHandle<()>>,
 }
 
 impl Announcement {
-    /// Enters the roster as loading.
+    /// Enters the roster as loading; `listens` is where, for the name.
     pub async fn new(
         membership: &dyn Membership,
-        id: String,
+        listens: SocketAddr,
         (model, address): (String, String),
         info: &ModelInfo,
     ) -> Result<Self, WorkerError> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let instance = Instance {
-            id,
+            // Unique for the life of the process, and after it: ports and process ids come back.
+            id: format!("{listens}-{}-{:x}", std::process::id(), now.as_nanos()),
             model,
+            fingerprint: info.fingerprint.clone(),
             address,
+            protocol: proto::WORKER_PROTOCOL,
+            started: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
             state: State::Loading,
             context_max: info.context_max,
             vocab_size: info.vocab,
             ranks: info.ranks,
             blocks_total: info.blocks,
-            load: Load { running: 0, waiting: 0, blocks_free: info.blocks },
         };
         let (sender, receiver) = watch::channel(instance);
         let registration = membership.announce(receiver).await?;
-        Ok(Self { instance: Arc::new(sender), registration, load: None })
-    }
-
-    /// Requests may come; from now on the load follows the engine's figures.
-    pub fn ready(&mut self, mut stats: watch::Receiver<Stats>) {
-        self.set_state(State::Ready);
-        let instance = Arc::clone(&self.instance);
-        self.load = Some(tokio::spawn(async move {
-            while stats.changed().await.is_ok() {
-                let now = *stats.borrow_and_update();
-                let load = Load {
-                    running: now.running,
-                    waiting: now.waiting,
-                    blocks_free: now.blocks_free,
-                };
-                instance.send_if_modified(|instance| {
-                    std::mem::replace(&mut instance.load, load) != load
-                });
-                time::sleep(LOAD_PERIOD).await;
-            }
-        }));
+        Ok(Self { instance: sender, registration })
     }
 
     /// What the roster is told, now and later.
@@ -73,9 +55,6 @@ impl Announcement {
 
     /// Leaves the roster and waits, up to `limit`, until it says so.
     pub async fn leave(self, limit: Duration) {
-        if let Some(load) = &self.load {
-            load.abort();
-        }
         if time::timeout(limit, self.registration.leave()).await.is_err() {
             tracing::warn!("the registry did not confirm leaving; the lease will run out");
         }

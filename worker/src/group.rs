@@ -129,6 +129,8 @@ impl GroupConfig {
 pub struct ModelInfo {
     /// Folder or file name of the checkpoint.
     pub name: String,
+    /// Names weights, tokenizer and template.
+    pub fingerprint: String,
     /// Token ids at or above this do not exist.
     pub vocab: usize,
     /// Tokens of prompt and answer together.

@@ -132,6 +132,11 @@ impl Engine {
         Ok(output)
     }
 
+    /// Sequences that may run or wait at once.
+    pub fn places(&self) -> usize {
+        self.places.max()
+    }
+
     /// How long ago the loop last turned: an idle one turns twice a second, a busy one once a step.
     pub fn silent_for(&self) -> Duration {
         self.pulse.age()

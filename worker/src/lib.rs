@@ -12,6 +12,7 @@ pub mod plan;
 mod server;
 mod service;
 mod validate;
+mod watch;
 
 use std::any::Any;
 

@@ -28,6 +28,11 @@ impl Places {
         Self { counts: Mutex::new(counts), waiting_max, running_max }
     }
 
+    /// Sequences that may run or wait at once.
+    pub fn max(&self) -> usize {
+        self.waiting_max + self.running_max
+    }
+
     /// Accepts one more; says how many wait before it. Errors: `Overloaded`.
     pub fn take(&self) -> Result<usize, EngineError> {
         let mut counts = self.counts();

@@ -3,12 +3,12 @@
 mod task;
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize},
     },
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
 use axum::{
@@ -16,7 +16,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use cluster::Membership;
+use cluster::{Membership, State};
 use model::Loaded;
 use proto::v1::worker_server::WorkerServer;
 use task::WorkerTask;
@@ -51,6 +51,8 @@ pub struct WorkerConfig {
     pub listen: SocketAddr,
     /// What routers connect to, e.g. `http://10.0.0.7:7001`. Default: the bound address.
     pub advertise: Option<String>,
+    /// The host of that address, where it is not the one listened at.
+    pub host: Option<IpAddr>,
     /// The name that clients ask for. Default: the checkpoint's.
     pub model_name: Option<String>,
     /// Requests that wait for a place before others are refused.
@@ -69,6 +71,7 @@ impl WorkerConfig {
             group,
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             advertise: None,
+            host: None,
             model_name: None,
             waiting_max: 256,
             drain_limit: Duration::from_secs(30),
@@ -122,23 +125,24 @@ impl Worker {
     async fn serve(
         config: WorkerConfig,
         group: Group,
-        mut at: Listening,
+        at: Listening,
         shutdown: watch::Receiver<bool>,
     ) -> Result<WorkerHandle, WorkerError> {
         let name = config.model_name.as_deref().unwrap_or(&group.info.name);
         let metrics = Arc::new(Metrics::new(name));
         let bounds = group.info.scheduler_config(config.waiting_max);
         let engine = Engine::start(group.executor, bounds, Arc::clone(&metrics))?;
-        at.announcement.ready(engine.stats());
+        at.announcement.set_state(State::Ready);
+        let (closing, closed) = watch::channel(false);
         let shared = Arc::new(ServiceState {
             engine,
             model: group.info,
             metrics,
             instance: at.announcement.instance(),
             draining: AtomicBool::new(false),
+            closing: closed.clone(),
             streams: AtomicUsize::new(0),
         });
-        let (closing, closed) = watch::channel(false);
         let (health, server) = spawn_server(&shared, at.listener, closed).await;
         let (drain, drain_asked) = watch::channel(None);
         let task = WorkerTask {
@@ -183,11 +187,9 @@ async fn announce(
     membership: &dyn Membership,
 ) -> Result<Announcement, WorkerError> {
     let model = config.model_name.clone().unwrap_or_else(|| info.name.clone());
-    let address = config.advertise.clone().unwrap_or_else(|| format!("http://{addr}"));
-    // Unique for the life of the process, and after it: ports and process ids come back.
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-    let id = format!("{}-{}-{now:x}", addr, std::process::id());
-    Announcement::new(membership, id, (model, address), info).await
+    let own = SocketAddr::new(config.host.unwrap_or(addr.ip()), addr.port());
+    let address = config.advertise.clone().unwrap_or_else(|| format!("http://{own}"));
+    Announcement::new(membership, addr, (model, address), info).await
 }
 
 /// gRPC, health and, by HTTP/1 on the same port, `/metrics`.

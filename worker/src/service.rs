@@ -17,7 +17,7 @@ use proto::v1::{self, worker_server};
 use tokio::{sync::watch, time::timeout};
 use tonic::{Code, Request, Response, Status, metadata::MetadataValue};
 
-use crate::{Engine, Metrics, ModelInfo, Output, WorkerError, validate};
+use crate::{Engine, Metrics, ModelInfo, Output, WorkerError, validate, watch::Watch};
 
 /// Bytes of a file in one message.
 const FILE_PART_BYTES: usize = 1 << 20;
@@ -37,6 +37,8 @@ pub(crate) struct ServiceState {
     /// What the roster is told.
     pub instance: watch::Receiver<Instance>,
     pub draining: AtomicBool,
+    /// Turns true when connections are to end.
+    pub closing: watch::Receiver<bool>,
     /// Streams that have not ended.
     pub streams: AtomicUsize,
 }
@@ -84,6 +86,7 @@ type Messages<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 #[tonic::async_trait]
 impl worker_server::Worker for Service {
     type RunStream = Messages<v1::RunResponse>;
+    type WatchStream = Messages<v1::WorkerReport>;
     type DescribeModelStream = Messages<v1::ModelFile>;
 
     async fn run(
@@ -101,6 +104,16 @@ impl worker_server::Worker for Service {
         })?;
         let messages = stream::unfold(running, Running::next);
         Ok(Response::new(Box::pin(InSpan { messages: Box::pin(messages), span })))
+    }
+
+    async fn watch(
+        &self,
+        _request: Request<v1::WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let ServiceState { engine, instance, closing, .. } = &*self.0;
+        let (instance, closing) = (instance.clone(), closing.clone());
+        let watch = Watch { instance, stats: engine.stats(), places: engine.places(), closing };
+        Ok(Response::new(Box::pin(watch.reports()?)))
     }
 
     async fn describe_worker(

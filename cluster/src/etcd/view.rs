@@ -17,12 +17,12 @@ pub(super) struct View {
     prefix: String,
     grace: Duration,
     /// `None`: a value that could not be read, kept so that it is told once.
-    entries: BTreeMap<Vec<u8>, (i64, Option<Instance>)>,
+    entries: BTreeMap<Vec<u8>, (i64, Option<Arc<Instance>>)>,
     /// Revision that `entries` stands for; older events are history.
     revision: i64,
     /// Until then a mass disappearance is put down to etcd.
     doubt_until: Option<Instant>,
-    held: BTreeMap<Vec<u8>, Instance>,
+    held: BTreeMap<Vec<u8>, Arc<Instance>>,
 }
 
 impl View {
@@ -51,7 +51,7 @@ impl View {
                 Some(known) if known == (kv.mod_revision, None) => {
                     self.entries.insert(kv.key, known);
                 }
-                _ => self.insert(&kv),
+                known => self.insert(&kv, known.and_then(|(_, instance)| instance)),
             }
         }
         self.revision = revision;
@@ -65,7 +65,7 @@ impl View {
             return;
         }
         match event.r#type() {
-            EventType::Put => self.insert(kv),
+            EventType::Put => self.insert(kv, None),
             EventType::Delete => {
                 if let Some(entry) = self.entries.remove(&kv.key) {
                     self.vanished(BTreeMap::from([(kv.key.clone(), entry)]), now);
@@ -74,11 +74,12 @@ impl View {
         }
     }
 
-    fn insert(&mut self, kv: &KeyValue) {
+    /// What says the same as before stays the same value: readers compare addresses first.
+    fn insert(&mut self, kv: &KeyValue, known: Option<Arc<Instance>>) {
         let instance = match read(&self.prefix, kv) {
             Ok(instance) => {
                 self.held.remove(&kv.key);
-                Some(instance)
+                Some(known.filter(|known| **known == instance).unwrap_or_else(|| instance.into()))
             }
             Err(reason) => {
                 let key = String::from_utf8_lossy(&kv.key);
@@ -91,7 +92,7 @@ impl View {
 
     /// One instance may die at any time; that many die together soon after trouble with etcd is
     /// far more likely the trouble.
-    fn vanished(&mut self, gone: BTreeMap<Vec<u8>, (i64, Option<Instance>)>, now: Instant) {
+    fn vanished(&mut self, gone: BTreeMap<Vec<u8>, (i64, Option<Arc<Instance>>)>, now: Instant) {
         let doubted = self.doubt_until.is_some_and(|until| now < until);
         if !doubted {
             return;

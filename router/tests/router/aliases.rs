@@ -18,8 +18,7 @@ async fn cluster(aliases: &[(&str, &str)], both: bool) -> Cluster {
     config.aliases = aliases.iter().map(named).collect();
     let mut cluster = Cluster::start(config, 1).await;
     if both {
-        cluster.join(State::Ready).await;
-        cluster.members[1].instance.send_modify(|instance| instance.model = "org/other".into());
+        cluster.join_as(State::Ready, |instance| instance.model = "org/other".into()).await;
         for _ in 0..200 {
             let listed = cluster.http().get("/v1/models").await.json();
             if listed["data"].as_array().unwrap().iter().any(|model| model["id"] == "org/other") {

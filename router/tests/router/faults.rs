@@ -40,7 +40,7 @@ async fn a_broken_stream_goes_on_elsewhere_with_the_same_text() {
         }
         let other = &cluster.members[1];
         if barren {
-            other.instance.send_modify(|instance| instance.load.running = 50);
+            other.worker.running.store(50, Ordering::SeqCst);
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         let mut request = body();

@@ -8,6 +8,7 @@ mod grpc;
 mod interop;
 mod logs;
 mod openai;
+mod presence;
 mod raw;
 mod shapes;
 mod slow;
@@ -16,7 +17,7 @@ mod streams;
 mod worker;
 
 use client::Http;
-use cluster::{InMemory, Instance, Load, Membership, Registration, State};
+use cluster::{InMemory, Instance, Membership, Registration, State};
 use router::{Deadlines, Limits, Router, RouterConfig, RouterHandle};
 use std::{sync::Arc, time::Duration};
 use tokio::sync::watch;
@@ -49,11 +50,15 @@ pub fn config() -> RouterConfig {
         limits: Limits { body_bytes_max: 64 << 10, ..Limits::default() },
         deadlines: Deadlines {
             connect: Duration::from_secs(1),
+            hello: Duration::from_millis(500),
+            heartbeat: Duration::from_millis(500),
             silence: Duration::from_millis(500),
             open: Duration::from_millis(800),
             ready: Duration::from_millis(800),
             loading: Duration::from_secs(10),
             queue: Duration::from_millis(800),
+            first_token: Duration::from_secs(60),
+            total: Duration::from_secs(60),
             describe: Duration::from_secs(5),
             headers: Duration::from_secs(5),
             body: Duration::from_secs(2),
@@ -83,18 +88,27 @@ impl Cluster {
     }
 
     pub async fn join(&mut self, state: State) {
+        self.join_as(state, |_| {}).await;
+    }
+
+    /// One that says of itself what `change` makes it say.
+    pub async fn join_as(&mut self, state: State, change: impl FnOnce(&mut Instance)) {
         let (worker, address) = Worker::start().await;
-        let instance = Instance {
+        let mut instance = Instance {
             id: format!("worker-{}", self.members.len()),
             model: MODEL.to_owned(),
+            fingerprint: "f".to_owned(),
             address,
+            protocol: proto::WORKER_PROTOCOL,
+            started: 0,
             state,
             context_max: 4096,
             vocab_size: 512,
             ranks: 1,
             blocks_total: 256,
-            load: Load::default(),
         };
+        change(&mut instance);
+        *worker.instance.lock().unwrap() = Some(instance.clone());
         let (sender, receiver) = watch::channel(instance);
         let registration = self.membership.announce(receiver).await.expect("announce");
         self.members.push(Member { worker, instance: sender, _registration: registration });

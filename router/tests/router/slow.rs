@@ -184,6 +184,12 @@ async fn a_request_that_breaks_its_workers_breaks_two_at_most() {
         let calls: usize = cluster.members.iter().map(|member| member.worker.calls()).sum();
         assert_eq!(calls, 2, "{fault:?}");
     }
+    // One that stood in line cannot have broken them.
+    let cluster = Cluster::start(config(), 4).await;
+    for member in &cluster.members {
+        member.worker.fault(Fault::InLine(unavailable()));
+    }
+    assert_eq!(cluster.http().post(PATH, &body()).await.json()["choices"][0]["text"], TEXT);
     // One that comes further each time goes on.
     let cluster = Cluster::one().await;
     for tokens in [2, 4, 6] {
@@ -218,6 +224,8 @@ async fn only_the_clients_own_limit_ends_work_that_progresses() {
         assert_eq!(status.code(), Code::DeadlineExceeded, "{early}: {status}");
     }
     soon("all are cancelled", || cluster.worker().live() == 0).await;
+    let words = http.send(&head, body().to_string().as_bytes()).await.refusal(504, None);
+    assert!(words.contains("of 1000 prompt tokens computed"), "{words}");
     for wrong in ["soon", "0", "-1", "NaN"] {
         let head = format!("{POST}x-request-timeout: {wrong}\r\n");
         let reply = http.send(&head, body().to_string().as_bytes()).await;
@@ -238,7 +246,7 @@ async fn a_stranger_at_a_workers_address_is_passed_over() {
         Code::DataLoss,
     ] {
         let cluster = Cluster::start(config(), 2).await;
-        cluster.members[1].instance.send_modify(|instance| instance.load.running = 50);
+        cluster.members[1].worker.running.store(50, Ordering::SeqCst);
         tokio::time::sleep(Duration::from_millis(20)).await;
         let stranger = &cluster.members[0].worker;
         (0..3).for_each(|_| stranger.fault(Fault::Refuse(Status::new(code, "who are you"))));
@@ -331,4 +339,23 @@ async fn a_worker_that_does_not_answer_holds_up_nobody_else_in_line() {
     let quick = first.1.min(second.1).duration_since(freed);
     assert!(quick < Duration::from_secs(3), "it waited for the other one's call: {quick:?}");
     assert!(first.1.max(second.1).duration_since(freed) > Duration::from_secs(3));
+}
+
+#[tokio::test]
+async fn the_routers_own_limits_end_what_would_never_end() {
+    let mut config = config();
+    config.deadlines.first_token = Duration::from_millis(600);
+    config.deadlines.total = Duration::from_millis(1500);
+    let cluster = Cluster::start(config, 1).await;
+    let http = cluster.http();
+    cluster.worker().prefill.store(1000, Ordering::SeqCst);
+    *cluster.worker().prefill_pace.lock().unwrap() = Duration::from_millis(100);
+    let words = http.post(PATH, &body()).await.refusal(504, None);
+    assert!(words.contains("0.6 s") && words.contains("prompt tokens computed"), "{words}");
+    cluster.worker().prefill.store(0, Ordering::SeqCst);
+    cluster.worker().say(&"endless ".repeat(300));
+    *cluster.worker().pace.lock().unwrap() = Duration::from_millis(50);
+    let long = json!({"model": MODEL, "prompt": "x", "max_tokens": 1000});
+    let words = http.post(PATH, &long).await.refusal(504, None);
+    assert!(words.contains("1.5 s") && words.contains("for more after"), "{words}");
 }

@@ -1,7 +1,7 @@
 //! A router over a fixed list of workers, without a registry.
 
 use crate::{MODEL, client::Http, config, worker::Worker};
-use cluster::{Instance, Load, Membership, State, StaticList};
+use cluster::{Instance, Membership, State, StaticList};
 use router::Router;
 use serde_json::json;
 use std::{sync::Arc, time::Duration};
@@ -15,12 +15,14 @@ fn instance() -> Instance {
         model: MODEL.into(),
         // As the worker sees itself: nothing that can be reached from elsewhere.
         address: "http://192.0.2.1:1".into(),
+        fingerprint: "f".into(),
+        protocol: proto::WORKER_PROTOCOL,
+        started: 0,
         state: State::Ready,
         context_max: 4096,
         vocab_size: 512,
         ranks: 1,
         blocks_total: 256,
-        load: Load::default(),
     }
 }
 
@@ -40,7 +42,11 @@ async fn listed_workers_join_with_their_facts_and_change_and_leave() {
     worker.instance.lock().unwrap().replace(instance());
     let joined = timeout(DEADLINE, roster.wait_for(|roster| !roster.is_empty()));
     let all = joined.await.expect("in time").unwrap().clone();
-    assert_eq!(*all, [Instance { address, ..instance() }], "once, by the address of the list");
+    assert_eq!(
+        *all,
+        [Arc::new(Instance { address, ..instance() })],
+        "once, by the address of the list"
+    );
     let body = json!({"prompt": "Once", "max_tokens": 4});
     let answered = async {
         while http.post("/v1/completions", &body).await.status != 200 {

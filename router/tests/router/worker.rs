@@ -1,8 +1,8 @@
 //! A worker that answers by script.
 
 use proto::v1::{
-    DescribeModelRequest, DescribeWorkerRequest, DescribeWorkerResponse, Finish, ModelFile,
-    Progress, RunRequest, RunResponse, TokenInfo, TopLogprob,
+    DescribeModelRequest, DescribeWorkerRequest, DescribeWorkerResponse, Finish, Load, ModelFile,
+    Progress, RunRequest, RunResponse, TokenInfo, TopLogprob, WatchRequest, WorkerReport,
     worker_server::{self, WorkerServer},
 };
 use std::{
@@ -11,12 +11,15 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, OnceLock,
-        atomic::{AtomicU32, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 use text::{Files, Language};
-use tokio_stream::{Stream, StreamExt, wrappers::TcpListenerStream};
+use tokio_stream::{
+    Stream, StreamExt,
+    wrappers::{IntervalStream, TcpListenerStream},
+};
 use tonic::{Request, Response, Status, metadata::MetadataMap};
 
 pub const END: u32 = 482;
@@ -38,6 +41,8 @@ pub enum Fault {
     Mute,
     /// So many tokens of the prompt are computed, told one by one; then this status.
     Prefill(u32, Status),
+    /// It is told that others are ahead of it; then this status.
+    InLine(Status),
     /// Too many tokens.
     Flood,
 }
@@ -64,6 +69,14 @@ pub struct Worker {
     pub together: AtomicUsize,
     /// What it says of itself.
     pub instance: Mutex<Option<cluster::Instance>>,
+    /// How many sequences run there, as it says.
+    pub running: AtomicU32,
+    /// How many may run or wait there, as it says.
+    pub told_places: AtomicU32,
+    /// Routers that have begun to watch it.
+    pub watchers: AtomicUsize,
+    /// It says nothing to those who watch it.
+    pub stopped: AtomicBool,
 }
 
 pub fn files() -> Files {
@@ -104,6 +117,10 @@ impl Worker {
             places: AtomicUsize::new(usize::MAX),
             together: AtomicUsize::new(1),
             instance: Mutex::default(),
+            running: AtomicU32::new(0),
+            told_places: AtomicU32::new(1000),
+            watchers: AtomicUsize::new(0),
+            stopped: AtomicBool::new(false),
         });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
@@ -143,8 +160,8 @@ fn info(id: u32, position: usize, request: &RunRequest) -> TokenInfo {
 }
 
 /// Of a prompt of 1000 tokens.
-fn progress(prefilled: u32, running: bool) -> RunResponse {
-    let progress = Progress { waiting_ahead: 0, prefilled, prompt: 1000, running };
+fn progress(prefilled: u32, running: bool, waiting_ahead: u32) -> RunResponse {
+    let progress = Progress { waiting_ahead, prefilled, prompt: 1000, running };
     RunResponse { progress: Some(progress), ..RunResponse::default() }
 }
 
@@ -200,6 +217,26 @@ impl worker_server::Worker for Door {
     type RunStream = Pin<Box<dyn Stream<Item = Result<RunResponse, Status>> + Send>>;
     type DescribeModelStream = tokio_stream::Iter<std::vec::IntoIter<Result<ModelFile, Status>>>;
 
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<WorkerReport, Status>> + Send>>;
+
+    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let worker = self.0.clone();
+        let instance = worker.instance.lock().unwrap().clone();
+        let instance = instance.ok_or_else(|| Status::unavailable("not in a roster"))?;
+        worker.watchers.fetch_add(1, Ordering::SeqCst);
+        let report = move |instance| {
+            let running = worker.running.load(Ordering::SeqCst);
+            let places = worker.told_places.load(Ordering::SeqCst);
+            let load = Load { running, places, ..Load::default() };
+            let report = WorkerReport { instance, load: Some(load) };
+            (!worker.stopped.load(Ordering::SeqCst)).then_some(Ok(report))
+        };
+        let first = tokio_stream::iter(report(instance.encode().unwrap().into()));
+        let ticks = IntervalStream::new(tokio::time::interval(Duration::from_millis(20)));
+        let beats = ticks.filter_map(move |_| report(Default::default()));
+        Ok(Response::new(Box::pin(first.chain(beats))))
+    }
+
     async fn describe_worker(
         &self,
         _: Request<DescribeWorkerRequest>,
@@ -220,7 +257,7 @@ impl worker_server::Worker for Door {
         let fault = worker.faults.lock().unwrap().pop_front();
         let mut messages = script(&worker, &request)?;
         messages = together(messages, worker.together.load(Ordering::SeqCst));
-        let (mut last, mut silent) = (None, false);
+        let (mut last, mut silent, mut ahead) = (None, false, 0);
         let mut prefill = worker.prefill.load(Ordering::SeqCst);
         match fault {
             None => {}
@@ -229,6 +266,11 @@ impl worker_server::Worker for Door {
             Some(Fault::Prefill(count, status)) => {
                 messages.clear();
                 prefill = count;
+                last = Some(status);
+            }
+            Some(Fault::InLine(status)) => {
+                messages.clear();
+                ahead = 3;
                 last = Some(status);
             }
             Some(Fault::End(count)) => messages.truncate(count),
@@ -260,10 +302,10 @@ impl worker_server::Worker for Door {
             item
         });
         let prefill_pace = *worker.prefill_pace.lock().unwrap();
-        let first = tokio_stream::once(Ok(progress(0, false)));
+        let first = tokio_stream::once(Ok(progress(0, false, ahead)));
         let prefill = tokio_stream::iter(1..=prefill).then(move |count| async move {
             tokio::time::sleep(prefill_pace).await;
-            Ok(progress(count, true))
+            Ok(progress(count, true, 0))
         });
         let paced = first.chain(prefill).chain(paced);
         let stream: Self::RunStream = match silent {

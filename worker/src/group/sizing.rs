@@ -46,6 +46,7 @@ impl Sizing {
             .map_err(|error| ModelError::Checkpoint(error.to_string()))?;
         let info = ModelInfo {
             name: checkpoint.name().to_owned(),
+            fingerprint: checkpoint.fingerprint(&text_files)?,
             vocab: checkpoint.config().vocab,
             context_max: runner.context_max,
             ranks: config.ranks,

@@ -68,16 +68,38 @@ async fn draining_cuts_what_does_not_end() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_load_in_the_roster_follows_the_engine() {
-    let mut w = world(8).await;
-    w.levers.step_micros.store(1000, Ordering::SeqCst);
+async fn who_watches_hears_who_it_is_how_busy_and_that_it_lives() {
+    let w = world(8).await;
+    let mut client = w.client.clone();
+    let mut watch = client.watch(v1::WatchRequest {}).await.unwrap().into_inner();
+    let mut next = async || timeout(PATIENCE, watch.message()).await.expect("in time").unwrap();
+    let first = next().await.expect("a report");
+    let instance = cluster::Instance::decode(&first.instance).unwrap();
+    assert_eq!(instance, *w.roster.borrow()[0].clone());
+    let idle = first.load.expect("a load");
+    let blocks = BLOCKS as u32;
+    assert_eq!((idle.running, idle.blocks_free, idle.places), (0, blocks, 4 + 8));
+    let start = Instant::now();
+    assert_eq!(next().await, Some(v1::WorkerReport::default()), "a beat");
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+
+    // A step that lasts: nothing waits for it.
+    w.levers.step_micros.store(1_500_000, Ordering::SeqCst);
     let stream = w.run(request(100, 400)).await.unwrap();
-    let busy = w.roster.wait_for(|roster| roster[0].load.running == 1);
-    assert!(timeout(PATIENCE, busy).await.expect("in time").unwrap()[0].load.blocks_free < BLOCKS);
+    let mut load = async |wanted: &dyn Fn(v1::Load) -> bool| loop {
+        let load = next().await.expect("a report").load;
+        if let Some(load) = load.filter(|load| wanted(*load)) {
+            return load;
+        }
+    };
+    let busy = load(&|load| load.running == 1).await;
+    assert!(busy.blocks_free < blocks);
+    w.levers.step_micros.store(1000, Ordering::SeqCst);
     drop(stream);
-    let calm = w.roster.wait_for(|roster| roster[0].load.running == 0);
-    let calm = timeout(PATIENCE, calm).await.expect("in time").unwrap()[0].load;
-    assert_eq!(calm.blocks_free, BLOCKS);
+    let calm = load(&|load| load.running == 0).await;
+    assert_eq!((calm.blocks_free, calm.finished, calm.prefill_tokens), (blocks, 1, 0));
+    w.shutdown.send_replace(true);
+    while next().await.is_some() {}
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -102,6 +102,7 @@ async fn world(waiting_max: usize) -> World {
 fn info() -> ModelInfo {
     ModelInfo {
         name: "fake".into(),
+        fingerprint: "f".into(),
         vocab: VOCAB,
         context_max: 512,
         ranks: 1,

@@ -19,16 +19,16 @@ async fn keeps_its_promises(one: &dyn Membership, other: &dyn Membership) {
 
     b.send_modify(|instance| {
         instance.state = State::Ready;
-        instance.load.running = 3;
+        instance.context_max = 3;
     });
     wait(&mut roster, "changes are followed", |all| {
-        all[1].state == State::Ready && all[1].load.running == 3 && all[0].state == State::Loading
+        all[1].state == State::Ready && all[1].context_max == 3 && all[0].state == State::Loading
     })
     .await;
-    for running in 4..=200 {
-        b.send_modify(|instance| instance.load.running = running);
+    for context in 4..=200 {
+        b.send_modify(|instance| instance.context_max = context);
     }
-    wait(&mut roster, "the last change wins", |all| all[1].load.running == 200).await;
+    wait(&mut roster, "the last change wins", |all| all[1].context_max == 200).await;
 
     // The end of the changes is not the end of the instance.
     drop(b);
@@ -37,7 +37,7 @@ async fn keeps_its_promises(one: &dyn Membership, other: &dyn Membership) {
 
     a_registration.leave().await;
     wait(&mut roster, "leaving", |all| ids(all) == ["b"]).await;
-    a.send_modify(|instance| instance.load.running = 9);
+    a.send_modify(|instance| instance.context_max = 9);
     drop(b_registration);
     wait(&mut roster, "dropping is leaving", |all| all.is_empty()).await;
     wait(&mut late, "for every reader", |all| all.is_empty()).await;

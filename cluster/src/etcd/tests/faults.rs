@@ -1,6 +1,9 @@
 //! etcd at its worst: lost leases, compaction, rubbish, dead, stopped and amnesiac members.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::{sync::watch, time::sleep};
 
@@ -93,7 +96,7 @@ async fn one_of_three(fail: impl FnOnce(&mut Cluster)) {
         let (sender, seen) = watch::channel(instance(id));
         kept.push((sender, etcd.announce(seen).await.unwrap()));
     }
-    let all_there = |all: &[Instance]| ids(all) == ["a", "b", "c"];
+    let all_there = |all: &[Arc<Instance>]| ids(all) == ["a", "b", "c"];
     wait(&mut roster, "three instances", all_there).await;
     fail(&mut cluster);
     for (sender, _) in &kept {

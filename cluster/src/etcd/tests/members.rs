@@ -3,13 +3,14 @@
 use std::{
     net::TcpListener,
     process::{Child, Command, Stdio},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use tempfile::TempDir;
 use tokio::sync::watch;
 
-use crate::{Etcd, EtcdOptions, Instance, Load, Roster, State};
+use crate::{Etcd, EtcdOptions, Instance, Roster, State};
 
 /// One etcd process.
 pub struct Member {
@@ -139,13 +140,15 @@ pub fn instance(id: &str) -> Instance {
     Instance {
         id: id.to_owned(),
         model: "demo".to_owned(),
+        fingerprint: "f".to_owned(),
         address: "http://127.0.0.1:7001".to_owned(),
+        protocol: proto::WORKER_PROTOCOL,
+        started: 0,
         state: State::Loading,
         context_max: 2048,
         vocab_size: 1000,
         ranks: 2,
         blocks_total: 64,
-        load: Load::default(),
     }
 }
 
@@ -153,7 +156,7 @@ pub fn instance(id: &str) -> Instance {
 pub async fn wait(
     roster: &mut watch::Receiver<Roster>,
     what: &str,
-    wanted: impl Fn(&[Instance]) -> bool,
+    wanted: impl Fn(&[Arc<Instance>]) -> bool,
 ) {
     let waiting = roster.wait_for(|roster| wanted(roster));
     let done = tokio::time::timeout(Duration::from_secs(20), waiting).await;
@@ -162,6 +165,6 @@ pub async fn wait(
     }
 }
 
-pub fn ids(roster: &[Instance]) -> Vec<&str> {
+pub fn ids(roster: &[Arc<Instance>]) -> Vec<&str> {
     roster.iter().map(|instance| instance.id.as_str()).collect()
 }

@@ -1,0 +1,91 @@
+//! What a worker tells each router that watches it: who it is, how busy it is, and that it lives.
+//!
+//! Nothing of this waits for the engine loop, which may be in a long step.
+
+use std::{convert::Infallible, time::Duration};
+
+use cluster::Instance;
+use engine::Stats;
+use futures_util::{Stream, stream};
+use proto::v1::{Load, WorkerReport};
+use tokio::{
+    sync::watch,
+    time::{sleep, timeout},
+};
+use tonic::Status;
+
+/// Between two messages, at least: the load changes with every step.
+const LOAD_PERIOD: Duration = Duration::from_millis(100);
+/// And at most: routers take a longer silence for a process that does not run.
+const BEAT: Duration = Duration::from_millis(500);
+
+/// One router's view of this worker.
+pub(crate) struct Watch {
+    pub instance: watch::Receiver<Instance>,
+    pub stats: watch::Receiver<Stats>,
+    /// Sequences that may run or wait.
+    pub places: usize,
+    /// Turns true when the worker's connections are to end.
+    pub closing: watch::Receiver<bool>,
+}
+
+impl Watch {
+    /// The messages, without an end before the worker's.
+    ///
+    /// # Errors
+    /// `Internal` for an instance that cannot be told.
+    pub fn reports(
+        self,
+    ) -> Result<impl Stream<Item = Result<WorkerReport, Status>> + Send + 'static, Status> {
+        let instance = self.instance.borrow().encode();
+        let instance = instance.map_err(|error| Status::internal(error.to_string()))?;
+        let told = self.load();
+        let first = WorkerReport { instance: instance.into(), load: Some(told) };
+        let later = stream::unfold((self, told), async |(mut watch, told)| {
+            let mut closing = watch.closing.clone();
+            let report = tokio::select! {
+                report = watch.next(told) => report,
+                // A dropped sender closes as well.
+                _ = closing.wait_for(|&closing| closing) => return None,
+            };
+            let told = report.load.unwrap_or(told);
+            Some((report, (watch, told)))
+        });
+        let first = stream::once(async { first });
+        Ok(futures_util::StreamExt::map(futures_util::StreamExt::chain(first, later), Ok))
+    }
+
+    async fn next(&mut self, told: Load) -> WorkerReport {
+        sleep(LOAD_PERIOD).await;
+        let news = timeout(BEAT - LOAD_PERIOD, self.other_than(told)).await;
+        WorkerReport { load: news.ok(), ..WorkerReport::default() }
+    }
+
+    /// The load, once it is another.
+    async fn other_than(&mut self, told: Load) -> Load {
+        loop {
+            let load = self.load();
+            if load != told {
+                return load;
+            }
+            if self.stats.changed().await.is_err() {
+                // The engine has ended: nothing changes any more.
+                let never: Infallible = std::future::pending().await;
+                match never {}
+            }
+        }
+    }
+
+    fn load(&self) -> Load {
+        let stats = *self.stats.borrow();
+        let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        Load {
+            running: count(stats.running),
+            waiting: count(stats.waiting),
+            places: count(self.places),
+            blocks_free: count(stats.blocks_free),
+            prefill_tokens: stats.to_prefill as u64,
+            finished: stats.finished + stats.cancelled + stats.failed,
+        }
+    }
+}
