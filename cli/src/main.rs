@@ -12,9 +12,11 @@ mod client;
 mod config;
 mod deadlines;
 mod direct;
+mod drain;
 mod generated;
 mod load;
 mod logits;
+mod mock;
 mod perplexity;
 mod plan;
 mod progress;
@@ -80,6 +82,8 @@ enum Command {
     Pull(pull::PullArgs),
     /// What a router knows of its workers, and why one gets no requests
     Status(status::StatusArgs),
+    /// Ends a worker without losing an answer
+    Drain(drain::DrainArgs),
     /// Load against a running router
     Bench(bench::BenchArgs),
     /// What a model takes of cards, and how fast it will be there; needs neither weights nor cards
@@ -127,6 +131,7 @@ fn dispatch(cli: Cli) -> Result<()> {
         Command::Perplexity(args) => perplexity::main(args),
         Command::Chat(args) => chat::main(args),
         Command::Pull(args) => pull::main(args),
+        Command::Drain(args) => drain::main(args),
         Command::Status(args) => status::main(args),
         Command::Bench(args) => bench::main(args),
         Command::Plan(args) => plan::main(args),

@@ -1,5 +1,7 @@
 //! `lockstep router`: the front of a cluster.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result};
 use clap::Args;
 use cluster::{shutdown, telemetry};
@@ -15,7 +17,11 @@ pub struct RouterArgs {
     front: FrontArgs,
     #[command(flatten)]
     workers: WorkersArgs,
-    /// Seconds that running answers may take to finish after a signal
+    /// Seconds after a signal in which requests are still taken, while health says that the router
+    /// ends: longer than load balancers take to notice
+    #[arg(long, default_value_t = 5, env = "LOCKSTEP_GRACE_SECONDS")]
+    grace_seconds: u64,
+    /// Seconds that running answers may take to finish after that
     #[arg(long, default_value_t = 30, env = "LOCKSTEP_DRAIN_SECONDS")]
     drain_seconds: u64,
 }
@@ -27,7 +33,8 @@ pub fn main(args: RouterArgs) -> Result<()> {
 async fn run(args: RouterArgs) -> Result<()> {
     load::log_machine();
     let mut stop = shutdown::signals().context("cannot listen for signals")?;
-    let config = args.front.resolve(args.drain_seconds)?;
+    let mut config = args.front.resolve(args.drain_seconds)?;
+    config.deadlines.grace = Duration::from_secs(args.grace_seconds);
     let membership = args.workers.connect().await?;
     let router = Router::start(config, membership, stop.clone()).await?;
     if let (Some(http), Some(grpc)) = (router.http(), router.grpc()) {

@@ -10,6 +10,7 @@ use worker::{RankMode, Worker, WorkerHandle};
 
 use crate::args::GroupArgs;
 use crate::load;
+use crate::mock::EngineArgs;
 use crate::serve::{EtcdArgs, Listen, ServedArgs};
 
 /// Flags of `worker`.
@@ -25,6 +26,8 @@ pub struct WorkerArgs {
     listen: Option<SocketAddr>,
     #[command(flatten)]
     served: ServedArgs,
+    #[command(flatten)]
+    engine: EngineArgs,
     /// Seconds that running answers may take to finish after a signal
     #[arg(long, default_value_t = 30, env = "LOCKSTEP_DRAIN_SECONDS")]
     drain_seconds: u64,
@@ -62,7 +65,9 @@ impl WorkerArgs {
 async fn start(args: WorkerArgs, stop: watch::Receiver<bool>) -> Result<WorkerHandle> {
     // Without etcd it is for routers to know this address: see `router --workers`.
     let membership = args.etcd.connect_or_alone().await?;
-    let group = load::resolve(&args.group, RankMode::Processes).await?;
+    let mock = args.engine.mock()?;
+    let mut group = load::resolve(&args.group, RankMode::Processes).await?;
+    group.mock = mock;
     let config = args.served.resolve(group, args.at()?, args.drain_seconds);
     Ok(Worker::start(config, membership, Box::new(load::shown()), stop).await?)
 }

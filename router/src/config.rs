@@ -40,9 +40,9 @@ pub struct Limits {
     pub connections_max: usize,
     /// How often one choice may move to another worker, or back to the same one, after a break.
     pub resumes_max: u32,
-    /// How often in a row without anything new between: a request that breaks its workers must not
-    /// go through all of them.
-    pub barren_resumes_max: u32,
+    /// How many in a row it may break without anything new between: a request that breaks its
+    /// workers must not go through all of them. Twice as many where it is less likely the cause.
+    pub workers_broken_max: u32,
 }
 
 impl Default for Limits {
@@ -53,7 +53,7 @@ impl Default for Limits {
             queue_max: 1024,
             connections_max: 4096,
             resumes_max: 16,
-            barren_resumes_max: 1,
+            workers_broken_max: 2,
         }
     }
 }
@@ -90,7 +90,10 @@ pub struct Deadlines {
     pub headers: Duration,
     /// For a request's body.
     pub body: Duration,
-    /// For running streams once the router is told to stop.
+    /// Once the router is told to stop: how long it still takes requests while its health says that
+    /// it ends, so that balancers notice before they are refused.
+    pub grace: Duration,
+    /// For running streams after that.
     pub drain: Duration,
 }
 
@@ -111,6 +114,7 @@ impl Default for Deadlines {
             // Longer than clients keep idle connections, so that theirs is the side that closes.
             headers: Duration::from_secs(120),
             body: Duration::from_secs(60),
+            grace: Duration::ZERO,
             drain: Duration::from_secs(30),
         }
     }

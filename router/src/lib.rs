@@ -54,6 +54,8 @@ struct RouterState {
     tokenizers: Arc<Semaphore>,
     /// One permit for each choice.
     in_flight: Arc<Semaphore>,
+    /// True: health says that this router ends.
+    leaving: watch::Sender<bool>,
     /// True: take nothing new.
     drain: watch::Sender<bool>,
     /// True: end what still runs.
@@ -79,8 +81,9 @@ impl RouterState {
         self.in_flight.available_permits() >= self.upstream.limits.in_flight_max
     }
 
-    fn drains(&self) -> bool {
-        *self.drain.borrow()
+    /// Whether balancers should send nothing new here.
+    fn leaves(&self) -> bool {
+        *self.leaving.borrow()
     }
 
     fn count_refusal(&self, error: &RouterError) {

@@ -206,10 +206,10 @@ fn describe(model: &proto::v1::Model) -> Value {
         "root": root, "max_model_len": model.context_max})
 }
 
-/// 200 while requests can be answered: a worker is ready and the router does not drain.
+/// 200 while requests can be answered: a worker is ready and the router does not end.
 async fn health(State(shared): State<Arc<RouterState>>) -> Response {
     let models: Vec<String> = shared.served().into_iter().map(|model| model.id).collect();
-    let (status, word) = match (shared.drains(), models.is_empty()) {
+    let (status, word) = match (shared.leaves(), models.is_empty()) {
         (true, _) => (StatusCode::SERVICE_UNAVAILABLE, "draining"),
         (false, true) => (StatusCode::SERVICE_UNAVAILABLE, "no ready worker"),
         (false, false) => (StatusCode::OK, "ok"),

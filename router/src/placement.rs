@@ -10,7 +10,7 @@ use crate::{
     trace::Trace,
     version::Model,
 };
-use proto::v1::{RunRequest, RunResponse};
+use proto::v1::{Progress, RunRequest, RunResponse};
 use std::{error::Error, sync::Arc, time::Duration};
 use tokio::time::timeout;
 use tonic::{Code, Request, Status, Streaming};
@@ -22,11 +22,21 @@ const TRAILERS: Duration = Duration::from_millis(5);
 pub(crate) struct Placement {
     stream: Streaming<RunResponse>,
     place: InFlight,
-    stage: StageGauge,
-    /// As the worker last said, others are ahead of it in the worker's line.
-    stands_in_line: bool,
+    gauge: StageGauge,
+    /// As far as the worker has said.
+    stage: Stage,
     /// A message of a worker's came: it is no stranger at its address.
     spoke: bool,
+}
+
+/// Where a sequence is on its worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// It may begin to run at any moment.
+    Accepted,
+    /// Others are ahead of it.
+    InLine,
+    Runs,
 }
 
 /// What a worker is asked to do.
@@ -84,9 +94,9 @@ impl Placement {
             Ok(Ok(response)) => {
                 place.accepted();
                 order.trace.facts.worker(link.address());
-                let stage = StageGauge::new(order.metrics);
+                let gauge = StageGauge::new(order.metrics);
                 let stream = response.into_inner();
-                Ok(Self { stream, place, stage, stands_in_line: false, spoke: false })
+                Ok(Self { stream, place, gauge, stage: Stage::Accepted, spoke: false })
             }
             Ok(Err(status)) => Err(Refusal::of(&status, false)),
             Err(_) => Err(Refusal::Broken(format!("no answer within {limit:?}"))),
@@ -99,10 +109,12 @@ impl Placement {
             Ok(Ok(Some(message))) => {
                 self.spoke = true;
                 self.place.link().works();
-                self.stage.observe(message.progress.as_ref());
-                self.stands_in_line = message
-                    .progress
-                    .is_some_and(|progress| !progress.running && progress.waiting_ahead > 0);
+                self.gauge.observe(message.progress.as_ref());
+                self.stage = match message.progress {
+                    Some(Progress { running: false, waiting_ahead: 0, .. }) => Stage::Accepted,
+                    Some(Progress { running: false, .. }) => Stage::InLine,
+                    Some(_) | None => Stage::Runs,
+                };
                 Ok(message)
             }
             Ok(Ok(None)) => Err(Refusal::Broken("the stream ended before its finish".to_owned())),
@@ -115,9 +127,8 @@ impl Placement {
         self.place.link()
     }
 
-    /// Whether the sequence cannot have begun to run a moment ago.
-    pub fn stands_in_line(&self) -> bool {
-        self.stands_in_line
+    pub fn stage(&self) -> Stage {
+        self.stage
     }
 
     /// Lets the worker end the stream itself, so that it does not count as cancelled there.

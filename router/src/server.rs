@@ -3,6 +3,7 @@
 use crate::{
     RouterConfig, RouterError, RouterState,
     aliases::Aliases,
+    config::Deadlines,
     grpc,
     http::{self, Server},
     metrics::Metrics,
@@ -129,6 +130,7 @@ fn shared(config: &RouterConfig, membership: &dyn Membership) -> RouterState {
         metrics,
         tokenizers: Arc::new(Semaphore::new(threads)),
         in_flight: Arc::new(Semaphore::new(config.limits.in_flight_max)),
+        leaving: watch::Sender::new(false),
         drain: watch::Sender::new(false),
         stop: watch::Sender::new(false),
     }
@@ -171,38 +173,43 @@ fn grpc_app(
     Ok((reporter, recorded(routes, &shared.metrics, Door::Grpc)))
 }
 
-/// Says `SERVING` while some model is served and the router does not drain.
+/// Says `SERVING` while some model is served and the router does not end.
 async fn report_health(shared: Arc<RouterState>, reporter: HealthReporter) {
     let mut changes = shared.upstream.targets.changes();
-    let mut drain = shared.drain.subscribe();
+    let mut leaving = shared.leaving.subscribe();
     let mut told = None;
     loop {
-        let serving = !shared.drains() && !shared.served().is_empty();
+        let serving = !shared.leaves() && !shared.served().is_empty();
         if told.replace(serving) != Some(serving) {
             let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
             for name in ["", SERVICE_NAME] {
                 reporter.set_service_status(name, status).await;
             }
         }
-        if shared.drains() {
+        if shared.leaves() {
             return;
         }
         tokio::select! {
             () = changes.next() => {}
-            changed = drain.changed() => if changed.is_err() { return },
+            changed = leaving.changed() => if changed.is_err() { return },
         }
     }
 }
 
-/// Waits for the shutdown, drains, ends what is left.
+/// Waits for the shutdown, tells it, drains, ends what is left.
 async fn run(
     shared: Arc<RouterState>,
     mut servers: JoinSet<()>,
     mut shutdown: watch::Receiver<bool>,
 ) {
     raised(&mut shutdown).await;
+    shared.leaving.send_replace(true);
+    let Deadlines { grace, drain: limit, .. } = shared.upstream.deadlines;
+    if !grace.is_zero() {
+        tracing::info!(seconds = grace.as_secs(), "health says draining; still taking requests");
+        sleep(grace).await;
+    }
     shared.drain.send_replace(true);
-    let limit = shared.upstream.deadlines.drain;
     let until = Instant::now() + limit;
     tracing::info!(seconds = limit.as_secs(), "router drains");
     while !shared.idle() && Instant::now() < until {

@@ -57,7 +57,7 @@ impl RouterState {
         let max = self.upstream.limits.in_flight_max;
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            draining: self.drains(),
+            draining: self.leaves(),
             in_flight: max.saturating_sub(self.in_flight.available_permits()),
             queued: self.upstream.queued.load(Ordering::Relaxed),
             models: self.upstream.targets.now().status(),

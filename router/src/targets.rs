@@ -264,3 +264,101 @@ impl Changes {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    fn links() -> Links {
+        Links { deadlines: Deadlines::default(), news: watch::channel(()).0 }
+    }
+
+    /// Loading, so that nobody connects.
+    fn instance(at: usize, model: &str, fingerprint: &str) -> Arc<Instance> {
+        Arc::new(Instance {
+            id: format!("10.0.{}.{}:7001-{at:08x}", at / 256, at % 256),
+            model: model.into(),
+            fingerprint: fingerprint.into(),
+            address: format!("http://10.0.{}.{}:7001", at / 256, at % 256),
+            protocol: proto::WORKER_PROTOCOL,
+            started: at as u64,
+            state: State::Loading,
+            context_max: 4096,
+            vocab_size: 1000,
+            ranks: 1,
+            blocks_total: 100,
+        })
+    }
+
+    fn sorted(mut roster: Vec<Arc<Instance>>) -> Vec<Arc<Instance>> {
+        roster.sort_by(|a, b| a.id.cmp(&b.id));
+        roster
+    }
+
+    #[tokio::test]
+    async fn a_change_touches_what_changed_and_nothing_else() {
+        let links = links();
+        let roster = |models: [&str; 4]| {
+            let each = models.into_iter().enumerate();
+            sorted(each.map(|(at, model)| instance(at, model, "f")).collect())
+        };
+        let all = roster(["a", "a", "b", "c"]);
+        let first = Snapshot::default().next(&all, &links);
+        assert_eq!(first.present().collect::<Vec<_>>(), ["a", "b", "c"]);
+        let mut changed = all.clone();
+        let ready = Instance { context_max: 99, ..(*changed[0]).clone() };
+        changed[0] = Arc::new(ready);
+        changed.remove(3);
+        changed.push(instance(9, "a", "g"));
+        let second = first.next(&sorted(changed), &links);
+        let version = |snapshot: &Snapshot, name: &str| snapshot.names[name][0].clone();
+        assert!(Arc::ptr_eq(&version(&first, "b"), &version(&second, "b")), "untouched");
+        let [before, after] = [&first, &second].map(|snapshot| version(snapshot, "a"));
+        assert!(Arc::ptr_eq(&before.model, &after.model), "the same model");
+        assert!(Arc::ptr_eq(&before.entries[0].link, &after.entries[0].link), "the same link");
+        assert!(Arc::ptr_eq(&before.entries[1], &after.entries[1]), "untouched");
+        assert_eq!(after.entries[0].instance.context_max, 99);
+        assert_eq!(second.names["a"].len(), 2, "another fingerprint is another version");
+        assert_eq!(second.present().collect::<Vec<_>>(), ["a", "b"]);
+        assert!(second.names().any(|name| name == "c"), "what left is remembered");
+        // Whoever moves, even in place, is met anew.
+        let moved = Instance { address: "http://10.9.9.9:1".into(), ..(*all[2]).clone() };
+        let third = second.next(&[Arc::new(moved)], &links);
+        let [before, after] = [&second, &third].map(|snapshot| version(snapshot, "b"));
+        assert!(!Arc::ptr_eq(&before.entries[0].link, &after.entries[0].link));
+    }
+
+    #[tokio::test]
+    async fn the_memory_of_what_left_is_bounded() {
+        let links = links();
+        let mut snapshot = Snapshot::default();
+        for at in 0..3 * ABSENT_MAX {
+            snapshot = snapshot.next(&[instance(at, "m", &format!("f{at}"))], &links);
+        }
+        assert_eq!(snapshot.names["m"].len(), ABSENT_MAX + 1);
+        assert_eq!(snapshot.present().count(), 1);
+    }
+
+    /// `cargo test --release -p router -- --ignored --nocapture a_change_among`
+    #[tokio::test]
+    #[ignore = "a measurement"]
+    async fn a_change_among_many_workers_takes_so_long() {
+        let links = links();
+        for workers in [100, 1000, 3000] {
+            let mut roster =
+                sorted((0..workers).map(|at| instance(at, "m", "f")).collect::<Vec<_>>());
+            let mut snapshot = Snapshot::default().next(&roster, &links);
+            let rounds = 200;
+            let started = Instant::now();
+            for round in 0..rounds {
+                let at = round * 7 % workers;
+                let changed = Instance { context_max: round, ..(*roster[at]).clone() };
+                roster[at] = Arc::new(changed);
+                snapshot = snapshot.next(&roster, &links);
+            }
+            println!("{workers} workers: {:?} for a change", started.elapsed() / rounds as u32);
+            assert_eq!(snapshot.entries.len(), workers);
+        }
+    }
+}

@@ -11,7 +11,7 @@ use crate::{
     link::{Link, Loss},
     metrics::Metrics,
     opening::Opening,
-    placement::{Order, Placement, Refusal},
+    placement::{Order, Placement, Refusal, Stage},
     policy::{RouteKey, RoutingPolicy},
     targets::Targets,
     trace::Trace,
@@ -21,6 +21,8 @@ use proto::v1::{Finish, Progress, RunRequest, RunResponse, TokenInfo};
 use std::{sync::Arc, time::Duration};
 use tokio::time::{Instant, sleep};
 
+/// Suspicion against a sequence whose worker broke in its first run.
+const BROKE_WORKER: u32 = 2;
 /// Between two looks for another worker than one that is not there, unless something changes earlier.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 /// Between two lines of the log on a stream that has no token yet.
@@ -84,9 +86,10 @@ pub(crate) struct UpstreamStream {
 #[derive(Default)]
 struct Breaks {
     all: u32,
-    /// Since anything came that no worker before had brought; without those that the sequence
-    /// cannot have caused.
+    /// Since anything came that no worker before had brought.
     barren: u32,
+    /// How likely it is that the sequence has caused those.
+    suspicion: u32,
     /// Tokens computed, at best.
     computed: u32,
 }
@@ -95,7 +98,7 @@ impl Breaks {
     fn computed(&mut self, tokens: u32) {
         if tokens > self.computed {
             self.computed = tokens;
-            self.barren = 0;
+            (self.barren, self.suspicion) = (0, 0);
         }
     }
 }
@@ -170,14 +173,13 @@ impl UpstreamStream {
                     reason
                 }
             };
-            let blameless = stopped || placement.stands_in_line();
+            let stage = if stopped { Stage::InLine } else { placement.stage() };
             let worker = link.id().to_owned();
             self.state = State::Resuming;
             if let Some(received) = self.complete() {
                 return Ok(Some(received));
             }
-            self.breaks.barren += u32::from(!blameless);
-            self.restart(&worker, &reason)?;
+            self.restart(stage, &worker, &reason)?;
         }
     }
 
@@ -196,11 +198,19 @@ impl UpstreamStream {
     }
 
     /// Prepares the request for another worker.
-    fn restart(&mut self, worker: &str, reason: &str) -> Result<(), RouterError> {
+    fn restart(&mut self, stage: Stage, worker: &str, reason: &str) -> Result<(), RouterError> {
         let limits = &self.upstream.limits;
         self.breaks.all += 1;
-        let Breaks { all, barren, .. } = self.breaks;
-        if barren > limits.barren_resumes_max {
+        self.breaks.barren += 1;
+        // Workers that die together break many streams more than once. One that has brought
+        // tokens before is seldom what breaks them, and one that did not run cannot be.
+        self.breaks.suspicion += match stage {
+            Stage::InLine => 0,
+            Stage::Runs if !self.began() => BROKE_WORKER,
+            Stage::Accepted | Stage::Runs => BROKE_WORKER / 2,
+        };
+        let Breaks { all, barren, suspicion, .. } = self.breaks;
+        if suspicion >= BROKE_WORKER * limits.workers_broken_max {
             return Err(RouterError::Unavailable(format!(
                 "the stream broke {all} times, {barren} of them without progress between; this \
                  request may be what breaks its workers; last {worker}: {reason}"

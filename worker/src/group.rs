@@ -23,7 +23,10 @@ use serde::{Deserialize, Serialize};
 
 pub use process::{RANK_TOKEN_VARIABLE, RankConfig, run_rank};
 
-use crate::WorkerError;
+use crate::{
+    MockConfig, WorkerError,
+    mock::{self, Mock},
+};
 use devices::{Devices, Task, on_devices};
 use follower::RankOptions;
 use sizing::Sizing;
@@ -70,6 +73,8 @@ pub struct GroupConfig {
     pub model: PathBuf,
     /// Numbers from a seed instead of the checkpoint's: a folder with a `config.json` is enough.
     pub random: Option<Numbers>,
+    /// An engine that computes nothing, in place of ranks.
+    pub mock: Option<MockConfig>,
     /// Tensor-parallel ranks, at least 1.
     pub ranks: usize,
     pub device: Device,
@@ -107,6 +112,7 @@ impl GroupConfig {
         Self {
             model: model.into(),
             random: None,
+            mock: None,
             ranks: 1,
             device: Device::Cpu,
             threads_per_rank: None,
@@ -179,8 +185,11 @@ impl ModelInfo {
 pub type LoadProgress<'a> = &'a mut (dyn FnMut(Loaded) + Send);
 
 /// A group whose size is known, and whose weights are not loaded yet.
-pub struct GroupPlan {
-    sizing: Sizing,
+pub struct GroupPlan(Kind);
+
+enum Kind {
+    Ranks(Box<Sizing>),
+    Mock(Box<ModelInfo>, MockConfig),
 }
 
 impl GroupPlan {
@@ -189,19 +198,32 @@ impl GroupPlan {
     /// Errors: `Model` for a checkpoint that is broken, unsupported or cannot be split so far;
     /// `Memory` with the arithmetic; `Config` for settings that contradict each other.
     pub fn new(config: GroupConfig) -> Result<Self, WorkerError> {
-        Ok(Self { sizing: Sizing::new(config)? })
+        Ok(Self(match config.mock {
+            Some(mock) => Kind::Mock(Box::new(mock::info(&config)?), mock),
+            None => Kind::Ranks(Box::new(Sizing::new(config)?)),
+        }))
     }
 
     pub fn info(&self) -> &ModelInfo {
-        &self.sizing.info
+        match &self.0 {
+            Kind::Ranks(sizing) => &sizing.info,
+            Kind::Mock(info, _) => info,
+        }
     }
 
     /// Loads the weights on every rank. Blocks until all are ready.
     pub fn start(self, progress: LoadProgress<'_>) -> Result<Group, WorkerError> {
-        let RankOptions { device, cpu, .. } = &self.sizing.options;
-        let start = Start { sizing: &self.sizing, progress };
-        let executor = on_devices(device, self.sizing.config.ranks, *cpu, start)?;
-        Ok(Group { info: self.sizing.info, executor })
+        let sizing = match self.0 {
+            Kind::Ranks(sizing) => sizing,
+            Kind::Mock(info, config) => {
+                let executor = Box::new(Mock::new(config, info.vocab));
+                return Ok(Group { info: *info, executor });
+            }
+        };
+        let RankOptions { device, cpu, .. } = &sizing.options;
+        let start = Start { sizing: &sizing, progress };
+        let executor = on_devices(device, sizing.config.ranks, *cpu, start)?;
+        Ok(Group { info: sizing.info, executor })
     }
 }
 

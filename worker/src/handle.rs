@@ -301,7 +301,8 @@ impl Core {
             let plan = self.scheduler.schedule();
             self.settle();
             let Some(plan) = plan else { break };
-            self.tell_positions();
+            let admits = plan.chunks.iter().any(|chunk| chunk.admission.is_some());
+            self.tell_positions(admits);
             self.launched.push_back(Instant::now());
             self.executor.launch(plan).map_err(|error| error.0)?;
         }
@@ -326,9 +327,9 @@ impl Core {
         Ok(())
     }
 
-    /// Says how far each sequence has come, now and then.
-    fn tell_positions(&mut self) {
-        if self.positions_told.is_some_and(|told| told.elapsed() < POSITIONS_PERIOD) {
+    /// Says how far each sequence has come: now and then, and before a step that admits some.
+    fn tell_positions(&mut self, admits: bool) {
+        if !admits && self.positions_told.is_some_and(|told| told.elapsed() < POSITIONS_PERIOD) {
             return;
         }
         self.positions_told = Some(Instant::now());

@@ -7,6 +7,7 @@ mod group;
 mod handle;
 mod mailbox;
 mod metrics;
+mod mock;
 mod places;
 pub mod plan;
 mod server;
@@ -22,8 +23,9 @@ pub use group::{
     RankConfig, RankMode, run_rank,
 };
 pub use handle::Engine;
-pub use mailbox::Output;
+pub use mailbox::{News, Output};
 pub use metrics::Metrics;
+pub use mock::{MockConfig, MockFault, MockFaultKind, mock_answer};
 pub use server::{Worker, WorkerConfig, WorkerHandle};
 
 /// What a caught panic said.

@@ -22,6 +22,8 @@ struct Slot {
     /// The last update was put in.
     ended: bool,
     position: Position,
+    /// The sequence got its place in the batch, and the reader does not know yet.
+    admitted: bool,
 }
 
 /// What both ends share.
@@ -71,7 +73,14 @@ impl Delivery {
     }
 
     pub fn set_position(&self, position: Position) {
-        self.0.slot().position = position;
+        let mut slot = self.0.slot();
+        let admitted = position.running && !slot.position.running;
+        slot.admitted |= admitted;
+        slot.position = position;
+        drop(slot);
+        if admitted {
+            self.0.bell.notify_one();
+        }
     }
 
     /// Whether nobody will read any more.
@@ -86,21 +95,34 @@ impl Drop for Delivery {
     }
 }
 
+/// What a reader hears.
+#[derive(Debug)]
+pub enum News {
+    /// All that came since the last call, in order.
+    Update(Update),
+    /// The sequence got its place in the batch: told before the first step that it is in.
+    Admitted,
+}
+
 /// The reader's end of one sequence. Dropping it cancels the sequence.
 pub struct Output {
     mailbox: Arc<Mailbox>,
 }
 
 impl Output {
-    /// All that came since the last call, in order; waits while there is nothing. `None` after the
-    /// update that carries the end. Cancel safe.
-    pub async fn next(&mut self) -> Option<Result<Update, WorkerError>> {
+    /// What there is; waits while there is nothing. `None` after the update that carries the end.
+    /// Cancel safe.
+    pub async fn next(&mut self) -> Option<Result<News, WorkerError>> {
         loop {
             let rung = self.mailbox.bell.notified();
             {
                 let mut slot = self.mailbox.slot();
+                let admitted = std::mem::take(&mut slot.admitted);
                 if let Some(update) = slot.pending.take() {
-                    return Some(Ok(update));
+                    return Some(Ok(News::Update(update)));
+                }
+                if admitted {
+                    return Some(Ok(News::Admitted));
                 }
                 if let Some(reason) = slot.failure.take() {
                     slot.ended = true;

@@ -134,17 +134,19 @@ impl Worker {
         let engine = Engine::start(group.executor, bounds, Arc::clone(&metrics))?;
         at.announcement.set_state(State::Ready);
         let (closing, closed) = watch::channel(false);
+        let (drain, drain_asked) = watch::channel(None);
         let shared = Arc::new(ServiceState {
             engine,
             model: group.info,
             metrics,
             instance: at.announcement.instance(),
             draining: AtomicBool::new(false),
+            drain,
+            drain_limit: config.drain_limit,
             closing: closed.clone(),
             streams: AtomicUsize::new(0),
         });
         let (health, server) = spawn_server(&shared, at.listener, closed).await;
-        let (drain, drain_asked) = watch::channel(None);
         let task = WorkerTask {
             shared: Arc::clone(&shared),
             announcement: at.announcement,
@@ -155,7 +157,7 @@ impl Worker {
             step_limit: config.step_limit,
         };
         let task = tokio::spawn(task.run(shutdown, drain_asked));
-        Ok(WorkerHandle { addr: at.addr, shared, drain, task })
+        Ok(WorkerHandle { addr: at.addr, shared, task })
     }
 }
 
@@ -239,7 +241,6 @@ fn metrics_page(metrics: &Metrics, headers: &HeaderMap) -> Response {
 pub struct WorkerHandle {
     addr: SocketAddr,
     shared: Arc<ServiceState>,
-    drain: watch::Sender<Option<Duration>>,
     task: JoinHandle<Result<(), WorkerError>>,
 }
 
@@ -272,16 +273,14 @@ impl WorkerHandle {
     ///
     /// Errors: as `join`; `DrainLimit` when streams had to be cut.
     pub async fn drain(self, limit: Duration) -> Result<(), WorkerError> {
-        self.drain.send_replace(Some(limit));
+        self.shared.drain.send_replace(Some(limit));
         self.join().await
     }
 
     /// Waits for the end: in order after `shutdown`, or `Group` when the group is lost and the
     /// process should end.
     pub async fn join(self) -> Result<(), WorkerError> {
-        let Self { task, drain, .. } = self;
-        let outcome = task.await;
-        drop(drain);
+        let outcome = self.task.await;
         outcome.map_err(|error| WorkerError::Group(format!("the worker ended early: {error}")))?
     }
 }

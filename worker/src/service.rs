@@ -17,7 +17,7 @@ use proto::v1::{self, worker_server};
 use tokio::{sync::watch, time::timeout};
 use tonic::{Code, Request, Response, Status, metadata::MetadataValue};
 
-use crate::{Engine, Metrics, ModelInfo, Output, WorkerError, validate, watch::Watch};
+use crate::{Engine, Metrics, ModelInfo, News, Output, WorkerError, validate, watch::Watch};
 
 /// Bytes of a file in one message.
 const FILE_PART_BYTES: usize = 1 << 20;
@@ -37,6 +37,10 @@ pub(crate) struct ServiceState {
     /// What the roster is told.
     pub instance: watch::Receiver<Instance>,
     pub draining: AtomicBool,
+    /// Asks for the worker's end; how long what runs may take.
+    pub drain: watch::Sender<Option<Duration>>,
+    /// For that, where nobody says otherwise.
+    pub drain_limit: Duration,
     /// Turns true when connections are to end.
     pub closing: watch::Receiver<bool>,
     /// Streams that have not ended.
@@ -116,6 +120,19 @@ impl worker_server::Worker for Service {
         Ok(Response::new(Box::pin(watch.reports()?)))
     }
 
+    async fn drain(
+        &self,
+        request: Request<v1::DrainRequest>,
+    ) -> Result<Response<v1::DrainResponse>, Status> {
+        let seconds = request.into_inner().seconds.map(|seconds| u64::from(seconds));
+        let limit = seconds.map_or(self.0.drain_limit, Duration::from_secs);
+        tracing::info!(seconds = limit.as_secs(), "asked to drain");
+        self.0.drain.send_replace(Some(limit));
+        let streams = self.0.streams.load(Ordering::SeqCst);
+        let streams = u32::try_from(streams).unwrap_or(u32::MAX);
+        Ok(Response::new(v1::DrainResponse { streams }))
+    }
+
     async fn describe_worker(
         &self,
         _request: Request<v1::DescribeWorkerRequest>,
@@ -185,7 +202,10 @@ impl Running {
             }
             match timeout(PROGRESS_PERIOD, self.output.next()).await {
                 Ok(update) => match update? {
-                    Ok(update) => self.take(update),
+                    Ok(News::Update(update)) => self.take(update),
+                    Ok(News::Admitted) => {
+                        self.ready.push_back(Ok(progress(self.output.position())));
+                    }
                     Err(error) => {
                         self.ended = true;
                         self.ready.push_back(Err(error.into()));

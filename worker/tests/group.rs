@@ -6,7 +6,7 @@ use cpu::Precision;
 use engine::{Request, Scheduler, SchedulerConfig, Update, plan::SamplingParams};
 use model::Numbers;
 use tokio::time::timeout;
-use worker::{Engine, Group, GroupConfig, Metrics, WorkerError};
+use worker::{Engine, Group, GroupConfig, Metrics, News, WorkerError};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -200,8 +200,10 @@ async fn an_engine_over_two_ranks_answers_and_stops() {
     let engine = Engine::start(group.executor, bounds, Arc::new(Metrics::new("tiny"))).unwrap();
     let mut output = engine.run(request(1, 30, 10)).unwrap();
     let mut tokens = 0;
-    while let Some(update) = timeout(PATIENCE, output.next()).await.unwrap() {
-        tokens += update.unwrap().tokens.len();
+    while let Some(news) = timeout(PATIENCE, output.next()).await.unwrap() {
+        if let News::Update(update) = news.unwrap() {
+            tokens += update.tokens.len();
+        }
     }
     assert_eq!(tokens, 10);
     tokio::task::spawn_blocking(move || engine.stop()).await.unwrap();

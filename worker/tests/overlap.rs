@@ -13,7 +13,7 @@ use engine::{
     },
 };
 use tokio::time::timeout;
-use worker::{Engine, Metrics, Output};
+use worker::{Engine, Metrics, News, Output};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const EOS: u32 = 9;
@@ -69,8 +69,8 @@ fn request(prompt: usize, max_tokens: usize) -> Request {
 
 async fn read(mut output: Output) -> (Vec<u32>, Option<End>) {
     let (mut ids, mut end) = (Vec::new(), None);
-    while let Some(update) = timeout(PATIENCE, output.next()).await.expect("in time") {
-        let update = update.unwrap();
+    while let Some(news) = timeout(PATIENCE, output.next()).await.expect("in time") {
+        let News::Update(update) = news.unwrap() else { continue };
         ids.extend(update.tokens.iter().map(|token| token.token));
         end = update.end;
     }

@@ -62,6 +62,7 @@ pub fn config() -> RouterConfig {
             describe: Duration::from_secs(5),
             headers: Duration::from_secs(5),
             body: Duration::from_secs(2),
+            grace: Duration::ZERO,
             drain: Duration::from_secs(1),
         },
         aliases: Default::default(),

@@ -210,3 +210,19 @@ async fn a_burst_beyond_all_places_is_refused_at_once() {
         assert!(*took < first, "told after {took:?}, the first was served after {first:?}");
     }
 }
+
+#[tokio::test]
+async fn a_router_that_ends_is_there_until_balancers_have_noticed() {
+    let mut config = config();
+    config.deadlines.grace = Duration::from_millis(700);
+    let cluster = Cluster::start(config, 1).await;
+    let http = cluster.http();
+    assert_eq!(http.get("/health").await.status, 200);
+    cluster.shutdown.send_replace(true);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(http.get("/health").await.status, 503);
+    assert_eq!(http.get("/status").await.json()["draining"], true);
+    assert_eq!(http.post(PATH, &body()).await.status, 200, "still taken");
+    tokio::time::timeout(Duration::from_secs(3), cluster.router.join()).await.expect("the end");
+    assert!(tokio::net::TcpStream::connect(http.0).await.is_err(), "nothing listens");
+}

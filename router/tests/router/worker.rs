@@ -1,8 +1,9 @@
 //! A worker that answers by script.
 
 use proto::v1::{
-    DescribeModelRequest, DescribeWorkerRequest, DescribeWorkerResponse, Finish, Load, ModelFile,
-    Progress, RunRequest, RunResponse, TokenInfo, TopLogprob, WatchRequest, WorkerReport,
+    DescribeModelRequest, DescribeWorkerRequest, DescribeWorkerResponse, DrainRequest,
+    DrainResponse, Finish, Load, ModelFile, Progress, RunRequest, RunResponse, TokenInfo,
+    TopLogprob, WatchRequest, WorkerReport,
     worker_server::{self, WorkerServer},
 };
 use std::{
@@ -235,6 +236,10 @@ impl worker_server::Worker for Door {
         let ticks = IntervalStream::new(tokio::time::interval(Duration::from_millis(20)));
         let beats = ticks.filter_map(move |_| report(Default::default()));
         Ok(Response::new(Box::pin(first.chain(beats))))
+    }
+
+    async fn drain(&self, _: Request<DrainRequest>) -> Result<Response<DrainResponse>, Status> {
+        Err(Status::unimplemented("a script has no end"))
     }
 
     async fn describe_worker(

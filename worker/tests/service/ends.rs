@@ -68,6 +68,22 @@ async fn draining_cuts_what_does_not_end() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_operates_it_may_ask_for_its_end() {
+    let mut w = world(8).await;
+    w.levers.step_micros.store(1000, Ordering::SeqCst);
+    let mut stream = w.run(request(10, 400)).await.unwrap();
+    let drain = v1::DrainRequest { seconds: None };
+    let answer = w.client.clone().drain(drain).await.unwrap().into_inner();
+    assert_eq!(answer.streams, 1);
+    let drains = |roster: &Roster| roster[0].state == State::Draining;
+    timeout(PATIENCE, w.roster.wait_for(drains)).await.expect("in time").unwrap();
+    assert_eq!(w.run(request(10, 4)).await.err().expect("refused").code(), Code::Unavailable);
+    while stream.message().await.expect("it finishes").is_some() {}
+    timeout(PATIENCE, w.handle.join()).await.expect("in time").expect("in order");
+    assert!(w.roster.borrow().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_watches_hears_who_it_is_how_busy_and_that_it_lives() {
     let w = world(8).await;
     let mut client = w.client.clone();

@@ -18,7 +18,8 @@ use proto::v1::{self, worker_client::WorkerClient};
 use tokio::{sync::watch, time::timeout};
 use tonic::{Code, Status, Streaming, transport::Channel};
 use worker::{
-    Engine, Group, GroupConfig, Metrics, ModelInfo, Worker, WorkerConfig, WorkerError, WorkerHandle,
+    Engine, Group, GroupConfig, Metrics, ModelInfo, News, Worker, WorkerConfig, WorkerError,
+    WorkerHandle,
 };
 
 const VOCAB: usize = 1000;
@@ -321,13 +322,16 @@ async fn a_reader_that_sleeps_stalls_nobody_and_misses_nothing() {
     let mut slow = engine.run(request_of(300)).unwrap();
     let mut fast = engine.run(request_of(400)).unwrap();
     let mut read = 0;
-    while let Some(update) = timeout(PATIENCE, fast.next()).await.expect("in time") {
-        read += update.unwrap().tokens.len();
+    while let Some(news) = timeout(PATIENCE, fast.next()).await.expect("in time") {
+        match news.unwrap() {
+            News::Update(update) => read += update.tokens.len(),
+            News::Admitted => assert_eq!(read, 0, "told before the first token"),
+        }
     }
     assert_eq!(read, 400);
     let both = |stats: &engine::Stats| stats.finished == 2;
     timeout(PATIENCE, engine.stats().wait_for(both)).await.expect("both end").unwrap();
-    let update = slow.next().await.unwrap().unwrap();
+    let News::Update(update) = slow.next().await.unwrap().unwrap() else { panic!("no update") };
     let ids: Vec<u32> = update.tokens.iter().map(|token| token.token).collect();
     assert_eq!(ids, (20..320).collect::<Vec<_>>(), "all of it at once");
     assert_eq!(update.end, Some(engine::End::Length));
