@@ -19,7 +19,7 @@ pub struct StatusArgs {
     /// The router's HTTP address
     #[arg(long, value_parser = address::http, default_value = "http://127.0.0.1:8000",
         env = "LOCKSTEP_ROUTER_HTTP")]
-    router: String,
+    router_http: String,
     /// Prints one JSON object
     #[arg(long, env = "LOCKSTEP_JSON")]
     json: bool,
@@ -27,8 +27,10 @@ pub struct StatusArgs {
 
 pub fn main(args: StatusArgs) -> Result<()> {
     let agent: Agent = Agent::config_builder().timeout_global(Some(DEADLINE)).build().into();
-    let url = format!("{}/status", args.router);
-    let nobody = || format!("no router's HTTP interface at {}; name it with --router", args.router);
+    let url = format!("{}/status", args.router_http);
+    let nobody = || {
+        format!("no router's HTTP interface at {}; name it with --router-http", args.router_http)
+    };
     let mut answer = agent.get(&url).call().with_context(nobody)?;
     let text = answer.body_mut().read_to_string().with_context(nobody)?;
     if args.json {
@@ -36,7 +38,7 @@ pub fn main(args: StatusArgs) -> Result<()> {
     }
     let status = serde_json::from_str(&text)
         .with_context(|| format!("{url} is no router of this version"))?;
-    crate::print(shown(&args.router, &status).trim_end())
+    crate::print(shown(&args.router_http, &status).trim_end())
 }
 
 /// A line for the router, one for each model, one for each worker.

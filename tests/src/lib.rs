@@ -5,6 +5,7 @@
 mod client;
 mod connection;
 mod etcd;
+mod fault_table;
 mod http;
 mod process;
 mod streams;
@@ -17,6 +18,7 @@ use std::{
 pub use client::client;
 pub use connection::Connection;
 pub use etcd::etcd;
+pub use fault_table::FaultTable;
 pub use http::{Reply, exchange, request};
 pub use process::{Process, full_pipe, lockstep};
 pub use streams::{Answer, Choice, Round, Streams, repeatable};

@@ -180,7 +180,7 @@ async fn a_request_that_breaks_its_workers_breaks_two_at_most() {
         (Fault::Silence(0), 4),
     ] {
         let cluster = Cluster::start(config(), 6).await;
-        for member in &cluster.members {
+        for member in cluster.members.iter().chain(&cluster.members) {
             member.worker.fault(fault.clone());
         }
         let words = cluster.http().post(PATH, &body()).await.refusal(503, None);
