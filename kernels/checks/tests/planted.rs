@@ -306,7 +306,7 @@ fn sums_that_are_not_rounded_before_silu_are_found() {
 
 #[test]
 fn the_scale_of_another_row_is_found() {
-    let other = ("load8(args.scales + args.pairs + i)", "load8(args.scales + i)");
+    let other = ("load8(scales_at(args.pairs + i))", "load8(scales_at(i))");
     let error = gated_planted(SUMS, other);
     assert!(error.contains("apart"), "{error}");
 }
@@ -403,7 +403,8 @@ fn a_kernel_that_does_not_wait_for_the_one_before_it_is_found() {
 
 #[test]
 fn tokens_that_are_read_before_their_kernel_is_done_are_found() {
-    let wait = ("    wait_prerequisites();\n    Place last;", "    Place last;");
+    let wait =
+        ("        wait_prerequisites();\n    }\n    return came;", "    }\n    return came;");
     let error = overlap_planted(LINEAR, wait);
     assert!(error.contains("not as one by one"), "{error}");
 }
