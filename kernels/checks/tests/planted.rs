@@ -318,6 +318,54 @@ fn rows_that_are_unpacked_as_they_lie_are_found() {
     assert!(error.contains("193 ×") && error.contains("apart"), "{error}");
 }
 
+const EXPERTS: &str = "skinny_experts.cuh";
+
+/// What the check `name` of products by expert says.
+fn experts_planted(name: &str, file: &str, fault: (&str, &str)) -> String {
+    let files = [
+        "skinny_experts_bf16",
+        "skinny_experts_e4m3",
+        "skinny_pack",
+        "experts",
+        "elementwise",
+        "fp8",
+    ];
+    let (library, _dir) = planted_in(&files, file, fault, compile::PLAIN);
+    let mut checks = checks::experts::checks();
+    checks.retain(|check| check.name == name);
+    assert_eq!(checks.len(), 1, "{name}");
+    verdict(&library, &checks).expect_err("an error")
+}
+
+#[test]
+fn places_that_a_second_walk_leaves_out_are_found() {
+    let again = ("unit.place = start + first;", "unit.place = start;");
+    let error = experts_planted("experts: bf16", EXPERTS, again);
+    assert!(error.contains("70 tokens") && error.contains("is NaN"), "{error}");
+}
+
+#[test]
+fn rows_of_another_experts_places_are_found() {
+    let first = ("place = unit.place + token;", "place = token;");
+    let error = experts_planted("experts: bf16", EXPERTS, first);
+    assert!(error.contains("wanted"), "{error}");
+}
+
+#[test]
+fn the_scales_of_another_expert_are_found() {
+    let first = ("static_cast<uint64_t>(unit.weight) * args.rows + row", "row");
+    let error = experts_planted("experts: e4m3", SUMS, first);
+    assert!(error.contains("wanted"), "{error}");
+}
+
+#[test]
+fn experts_that_are_read_before_they_are_chosen_are_found() {
+    let wait =
+        ("wait_prerequisites();\n        if (threadIdx.x >= WARP)", "if (threadIdx.x >= WARP)");
+    let error = experts_planted("experts: overlapping kernels", EXPERTS, wait);
+    assert!(error.contains("a block that never waits for the launches before"), "{error}");
+}
+
 /// What the checks of exchanges say where `fault.0` of `file` is replaced by `fault.1`.
 fn peers_planted(file: &str, fault: (&str, &str)) -> String {
     let (library, _dir) = planted("peers", file, fault, compile::PLAIN);
