@@ -87,7 +87,7 @@ struct Experts {
     }
 
     struct Rows {
-        uint32_t rows[TOKENS / 8];
+        uint32_t rows[TOKENS / 8] = {};
 
         DEVICE void begin(const Experts& walk, const Unit& unit) {
 #pragma unroll

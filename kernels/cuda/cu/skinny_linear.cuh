@@ -87,8 +87,8 @@ DEVICE Unit unit_of(const SkinnyArgs& args, uint32_t index) {
             0};
 }
 
-// What a launch walks, of which this is one: a weight that all tokens are multiplied with. Units
-// are known before the launches before are done.
+// What a launch walks. Here: a weight that all tokens are multiplied with, whose units are known
+// before the launches before are done. Elsewhere: experts (`skinny_experts.cuh`).
 template <class Weights, int most>
 struct Alone {
     using Args = SkinnyArgs;
@@ -157,8 +157,8 @@ DEVICE void copy_records(const SkinnyArgs& args, unsigned char* to, const Unit& 
 // A record of a block's units, and the stage that it comes to.
 template <class Walk>
 struct Step {
-    uint32_t index, record;
-    Unit unit;
+    uint32_t index, record = 0;
+    Unit unit = {};
     Place place;
 
     DEVICE explicit Step(const Walk& walk) : index(blockIdx.x) { begin(walk); }

@@ -22,8 +22,8 @@ pub enum WeightFormat {
     Bf16,
     /// e4m3 with a scale for each row (output), found when the weight is uploaded. Few tokens are
     /// multiplied in bf16; many get a scale each and are rounded to e4m3, but for devices without
-    /// such products, where the weight becomes bf16. Matrices whose rows or columns are no multiple
-    /// of 16 stay bf16.
+    /// such products, where the weight becomes bf16. An expert's are multiplied in bf16 always.
+    /// Matrices whose rows or columns are no multiple of 16 stay bf16.
     Fp8,
 }
 
