@@ -222,6 +222,20 @@ pub trait Backend: Send + Sync + Sized + 'static {
         experts: &Self::Experts,
         routes: &Routes<Self>,
     ) -> Result<(), KernelError>;
+    /// out [T k, I] by place = silu(x · gateᵀ) · (x · upᵀ) of each pair's expert, x [T, K];
+    /// `experts` are of [`Self::expert_gate_ups`]. What is left in `room` [T k, 2 I] is the
+    /// device's own affair.
+    fn expert_gated(
+        &self,
+        out: &mut Tensor<Self>,
+        room: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        experts: &Self::Experts,
+        routes: &Routes<Self>,
+    ) -> Result<(), KernelError> {
+        self.expert_linear(room, x, ExpertRows::Tokens, experts, routes)?;
+        self.silu_mul(out, room)
+    }
     /// out [T, N] = the results of each token's experts, x [T k, N] by place, times their weights,
     /// and `shared` [T, N] times its own. Summed in the order of the pairs, `shared` last.
     fn combine(
@@ -342,8 +356,18 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn gate_up(&self, parts: &[WeightPart<'_>]) -> Result<Self::Weight, KernelError> {
         self.weight(parts)
     }
-    /// Room for a matrix [N, K] of each of E experts; `shape` is [E, N, K].
-    fn experts(&self, shape: [usize; 3]) -> Result<Self::Experts, KernelError>;
+    /// Room for a matrix [N, K] of each of `count` experts. `stack` is what each consists of:
+    /// integers in groups only where all experts have such.
+    fn experts(&self, count: usize, stack: &[PartShape]) -> Result<Self::Experts, KernelError>;
+    /// As [`Self::experts`], for [`Self::expert_gated`] alone: half of the rows are gate's, then
+    /// come as many of up.
+    fn expert_gate_ups(
+        &self,
+        count: usize,
+        stack: &[PartShape],
+    ) -> Result<Self::Experts, KernelError> {
+        self.experts(count, stack)
+    }
     /// Repacks the next expert's matrix, as [`Self::weight`] does.
     fn push_expert(
         &self,

@@ -7,8 +7,8 @@ pub mod dequant;
 mod experts;
 
 use crate::{
-    BLOCK_TOKENS, Backend, Batch, BatchRoom, ExpertRows, Heads, KernelError, Rotation, Routes,
-    Step, Tensor, WeightPart,
+    BLOCK_TOKENS, Backend, Batch, BatchRoom, ExpertRows, Heads, KernelError, PartShape, Rotation,
+    Routes, Step, Tensor, WeightPart,
     host::{self, BatchSequence},
     shape,
 };
@@ -180,8 +180,9 @@ impl Backend for Plain {
         Ok(PlainWeight { rows, cols, values })
     }
 
-    fn experts(&self, shape: [usize; 3]) -> Result<PlainExperts, KernelError> {
-        Ok(PlainExperts { shape, each: Vec::new() })
+    fn experts(&self, count: usize, stack: &[PartShape]) -> Result<PlainExperts, KernelError> {
+        let (rows, cols) = PartShape::stacked(stack);
+        Ok(PlainExperts { shape: [count, rows, cols], each: Vec::new() })
     }
 
     fn push_expert(

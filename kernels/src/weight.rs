@@ -126,6 +126,18 @@ pub struct PartShape {
     pub integers: Option<IntegerShape>,
 }
 
+impl PartShape {
+    /// A part that is no integers in groups.
+    pub fn numbers(rows: usize, cols: usize) -> Self {
+        Self { rows, cols, integers: None }
+    }
+
+    /// N and K of matrices stacked by rows.
+    pub fn stacked(stack: &[Self]) -> (usize, usize) {
+        (stack.iter().map(|part| part.rows).sum(), stack.first().map_or(0, |part| part.cols))
+    }
+}
+
 /// What [`Grouped`] integers are, without the integers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IntegerShape {
@@ -143,6 +155,11 @@ impl Groups {
             Self::Runs { size, first } => (first + k) / size,
             Self::Listed(groups) => groups[k] as usize,
         }
+    }
+
+    /// As many as `cols` columns name, where they are runs.
+    fn count(&self, cols: usize) -> usize {
+        cols.checked_sub(1).map_or(0, |last| self.of(last) + 1)
     }
 }
 
@@ -288,6 +305,20 @@ impl<'a> WeightPart<'a> {
             }
             Stored::Random(_) => Ok(()),
         }
+    }
+
+    /// The part without its numbers.
+    pub fn shape(&self) -> PartShape {
+        let integers = match &self.stored {
+            Stored::Grouped(grouped) => Some(IntegerShape {
+                bits: grouped.bits,
+                groups: grouped.groups.clone(),
+                count: grouped.count(self.rows),
+            }),
+            Stored::Random(random) => random.integers(self.cols),
+            Stored::Plain { .. } | Stored::Scaled(_) => None,
+        };
+        PartShape { rows: self.rows, cols: self.cols, integers }
     }
 
     /// Bytes of the numbers, without what scales them.

@@ -26,4 +26,4 @@ pub use families::{FAMILIES, Family};
 pub use runner::{Runner, RunnerOptions, prefix_reuse_max};
 pub use sampler::{Sampler, Seen, next_token};
 pub use shard::Shard;
-pub use weights::{Checkpoint, FfnBlock, Numbers, Stack};
+pub use weights::{Checkpoint, FfnBlock, Numbers, Role, Stack};

@@ -14,6 +14,7 @@ mod names;
 mod outline;
 mod quantised;
 mod slice;
+mod stacks;
 
 use std::path::{Path, PathBuf};
 
@@ -27,13 +28,13 @@ use crate::{
 pub(crate) use ahead::Weights;
 use ahead::{AHEAD, read_ahead};
 use expected::Expected;
-pub use module::Stack;
 use module::{Cut, Files, Module};
 pub use modules::FfnBlock;
 use modules::Modules;
 pub(crate) use names::{ExpertNames, FfnNames, GGUF, Qkv, TensorNames};
 pub use outline::Numbers;
 use outline::{Seeded, no_numbers};
+pub use stacks::{Role, Stack};
 
 /// Configurations beyond this are no configurations.
 const CONFIG_BYTES_MAX: u64 = 16 << 20;
@@ -179,24 +180,6 @@ impl Checkpoint {
 
     fn modules(&self) -> Modules<'_> {
         Modules { config: &self.config, names: &self.names }
-    }
-
-    /// What `shard` holds, weight by weight, tables first, without reading it.
-    ///
-    /// # Errors
-    /// The files cannot be read; a shard of another model.
-    pub fn stacks(&self, shard: &Shard) -> Result<Vec<Stack>, ModelError> {
-        let shape = |(module, cut): &(Module, Cut)| match &self.source {
-            Source::Files { .. } => self.files()?.shape(module, cut),
-            Source::Outline(numbers) | Source::Seeded(Seeded { numbers, .. }) => {
-                Ok(numbers.shape(module, cut, &self.names))
-            }
-        };
-        let stack = |(is_table, cuts): (bool, Vec<(Module, Cut)>)| {
-            let parts = cuts.iter().map(shape);
-            Ok(Stack { is_table, parts: parts.collect::<Result<_, ModelError>>()? })
-        };
-        self.modules().stacks(shard).map(stack).collect()
     }
 
     fn files(&self) -> Result<Files<'_>, ModelError> {

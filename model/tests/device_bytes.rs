@@ -7,8 +7,8 @@ use std::path::Path;
 
 use counting::Counting;
 use cuda::{Cuda, CudaConfig, WeightFormat};
-use kernels::{Backend, Join};
-use model::{Checkpoint, FfnBlock, ModelError, Shard};
+use kernels::{Backend, Join, WeightPart};
+use model::{Checkpoint, FfnBlock, ModelError, Role, Shard};
 
 /// Bytes of every weight of a rank, once all are on the device.
 fn held(checkpoint: &Checkpoint, shard: &Shard, weights: WeightFormat) -> Result<u64, ModelError> {
@@ -30,8 +30,8 @@ fn held(checkpoint: &Checkpoint, shard: &Shard, weights: WeightFormat) -> Result
                     checkpoint.gate_up(layer, expert, shard)?,
                     checkpoint.down(layer, expert, shard)?,
                 ] {
-                    let rows = parts.iter().map(|part| part.rows).sum();
-                    let mut one = device.experts([1, rows, parts[0].cols])?;
+                    let shapes: Vec<_> = parts.iter().map(WeightPart::shape).collect();
+                    let mut one = device.experts(1, &shapes)?;
                     device.push_expert(&mut one, &parts)?;
                     experts.push(one);
                 }
@@ -63,9 +63,10 @@ fn cards_hold_what_they_are_reckoned_to() {
             let shard = shard.joined_by(Join::Sum, checkpoint.config());
             for format in [WeightFormat::Bf16, WeightFormat::Fp8] {
                 let stacks = checkpoint.stacks(&shard).unwrap();
-                let bytes = stacks.iter().map(|stack| match stack.is_table {
-                    true => WeightFormat::table_bytes(&stack.parts),
-                    false => format.bytes(&stack.parts),
+                let bytes = stacks.iter().map(|stack| match stack.role {
+                    Role::Table => WeightFormat::table_bytes(&stack.parts),
+                    Role::Expert => format.expert_bytes(&stack.parts),
+                    Role::Weight => format.bytes(&stack.parts),
                 });
                 let held = held(&checkpoint, &shard, format).unwrap();
                 assert_eq!(bytes.sum::<u64>(), held, "{name}, {rank} of {world_size}, {format:?}");

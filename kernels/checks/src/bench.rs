@@ -7,6 +7,7 @@
 
 mod attention;
 mod elementwise;
+mod experts;
 mod fp8;
 mod int4;
 mod linear;
@@ -105,6 +106,7 @@ pub fn all<D: Driver>(scale: Scale) -> Vec<Bench<D>> {
         fp8::benches(scale),
         linear::benches(scale),
         int4::benches(scale),
+        experts::benches(scale),
         attention::benches(scale),
         sampling::benches(scale),
     ]

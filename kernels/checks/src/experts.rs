@@ -1,19 +1,24 @@
 //! route, expert_linear, combine: mixtures of experts.
 
+mod formats;
+
 use crate::flat::{refused, text, unwritten, written};
 use crate::{BF16, Check, Device, Tolerance, compare, noise, rounded};
 use cuda::{Cuda, Driver};
 use kernels::{
-    Backend, ExpertRows, Format, KernelError, Routes, Routing, Tensor, WeightPart, plain::Plain,
+    Backend, ExpertRows, Format, KernelError, PartShape, Routes, Routing, Tensor, WeightPart,
+    plain::Plain,
 };
 
 pub fn checks<D: Driver>() -> Vec<Check<D>> {
-    vec![
+    let mut checks = vec![
         Check { name: "experts: chosen and multiplied", run: shapes },
         Check { name: "experts: logits that are equal, infinite and no numbers", run: odd_logits },
         Check { name: "experts: a token alone and among others", run: batches },
         Check { name: "experts: what is refused", run: refusals },
-    ]
+    ];
+    checks.extend(formats::checks());
+    checks
 }
 
 /// A mixture of experts, each a product and another behind it.
@@ -51,7 +56,7 @@ impl Mixture {
         values: &[f32],
         [n, k]: [usize; 2],
     ) -> Result<B::Experts, KernelError> {
-        let mut experts = device.experts([self.routing.experts, n, k])?;
+        let mut experts = device.experts(self.routing.experts, &[PartShape::numbers(n, k)])?;
         for matrix in values.chunks_exact(n * k) {
             let data: Vec<u8> = matrix.iter().flat_map(|v| v.to_le_bytes()).collect();
             device.push_expert(&mut experts, &[WeightPart::plain(Format::F32, n, k, data)])?;

@@ -92,6 +92,7 @@ pub fn risks<D: Driver>() -> Vec<Check<D>> {
         skinny::checks(),
         gated::checks(),
         int4::checks(),
+        experts::checks(),
         decode::checks(),
         turned::checks(),
         chained::checks(),

@@ -23,13 +23,13 @@ const MEANT: &[(&str, &[&str], &[&str])] = &[
     ("peer_", &["sm_90a"], &["PREEXIT", "ACQBULK"]),
     ("quantize_rows", &["sm_90a"], &["PREEXIT", "ACQBULK"]),
     ("attention_prefill", &BOTH, &["HMMA", "LDSM", "LDGSTS"]),
-    ("expert_linear", &["sm_80"], &["HMMA", "LDSM", "LDGSTS"]),
-    ("expert_linear", &["sm_90a"], &["HMMA", "LDSM", "LDGSTS", "PREEXIT", "ACQBULK"]),
     ("experts_", &["sm_90a"], &["PREEXIT", "ACQBULK"]),
     // Weights by 16 bytes a lane, or in bulk beside x; barriers in shared memory, and arrivals
     // behind copies.
     ("skinny_linear", &["sm_80"], &["HMMA", "LDGSTS", "ARRIVES"]),
-    ("skinny_linear", &["sm_90a"], &["HMMA", "LDGSTS", "ARRIVES", "UBLKCP", "SYNCS", "PREEXIT"]),
+    ("skinny_linear", &["sm_90a"], &RECORDS),
+    ("expert_linear", &["sm_80"], &["HMMA", "LDGSTS", "ARRIVES"]),
+    ("expert_linear", &["sm_90a"], &RECORDS),
     ("attention_prefill_sm90", &["sm_90a"], &WGMMA),
     ("attention_prefill_sm90_d64_fp8", &["sm_90a"], &WGMMA_OF_WIDENED),
     ("attention_prefill_sm90_d128_fp8", &["sm_90a"], &WGMMA_OF_WIDENED),
@@ -41,6 +41,8 @@ const AHEAD: &[(&str, &str)] = &[("attention_decode", "LDGSTS"), ("skinny_linear
 
 const BOTH: [&str; 2] = ["sm_80", "sm_90a"];
 
+/// Products of records: the launch behind may begin, and the wait for those before.
+const RECORDS: [&str; 7] = ["HMMA", "LDGSTS", "ARRIVES", "UBLKCP", "SYNCS", "PREEXIT", "ACQBULK"];
 /// Products, copies, barriers in shared memory and arrivals behind copies, the fence before
 /// products of what was copied, and registers that change hands.
 const WGMMA: [&str; 6] = ["HGMMA", "LDGSTS", "SYNCS", "ARRIVES", "FENCE", "USETMAXREG"];
@@ -55,24 +57,26 @@ const REGISTERS_OF_384: u32 = 65536 / 384 / 8 * 8;
 /// What a thread of 288 may have: of their nine warps three share the 16384 of a scheduler.
 const REGISTERS_OF_288: u32 = 16384 / (3 * 32) / 8 * 8;
 
-/// Kernels whose loop over records is one piece of code, and bytes of a record: eight warps must
-/// have issued it for four records before memory brings the next four.
+/// Of products of records, with one weight and by expert.
+const OF_RECORDS: [&str; 2] = ["skinny_linear_", "expert_linear_"];
+/// Those whose loop over records is one piece of code, and bytes of a record: eight warps must have
+/// issued it for four records before memory brings the next four.
 const KEEPS_UP: &[(&str, u32)] = &[
-    ("skinny_linear_bf16_t8", 8192),
-    ("skinny_linear_bf16_t16", 8192),
-    ("skinny_linear_bf16_t32", 8192),
-    ("skinny_linear_bf16_t64", 8192),
-    ("skinny_linear_e4m3_t8", 8192),
-    ("skinny_linear_e4m3_t16", 8192),
-    ("skinny_linear_e4m3_t32", 8192),
-    ("skinny_linear_e4m3_t64", 8192),
-    ("skinny_linear_int4_g128_t8", 4352),
-    ("skinny_linear_int4_g128_t16", 4352),
-    ("skinny_linear_int4_g128_t32", 4352),
-    ("skinny_linear_int4_g64_t8", 4608),
-    ("skinny_linear_int4_g64_t16", 4608),
-    ("skinny_linear_int4_g32_t8", 5120),
-    ("skinny_linear_int4_g32_t16", 5120),
+    ("bf16_t8", 8192),
+    ("bf16_t16", 8192),
+    ("bf16_t32", 8192),
+    ("bf16_t64", 8192),
+    ("e4m3_t8", 8192),
+    ("e4m3_t16", 8192),
+    ("e4m3_t32", 8192),
+    ("e4m3_t64", 8192),
+    ("int4_g128_t8", 4352),
+    ("int4_g128_t16", 4352),
+    ("int4_g128_t32", 4352),
+    ("int4_g64_t8", 4608),
+    ("int4_g64_t16", 4608),
+    ("int4_g32_t8", 5120),
+    ("int4_g32_t16", 5120),
 ];
 
 /// Instructions that a warp has for its loop, where a multiprocessor gets `record_bytes` at its
@@ -211,11 +215,12 @@ fn faults(name: &str, target: &str, compiled: &Compiled) -> Vec<String> {
         let counted = format!("{registers} registers at first, not {REGISTERS_OF_384}");
         faults.push(format!("{name} for {target}: {counted}"));
     }
-    if name.starts_with("skinny_linear") && *registers > REGISTERS_OF_288 {
+    let of_records = OF_RECORDS.iter().find_map(|start| name.strip_prefix(start));
+    if of_records.is_some() && *registers > REGISTERS_OF_288 {
         let counted = format!("{registers} registers, {REGISTERS_OF_288} at most");
         faults.push(format!("{name} for {target}: {counted}"));
     }
-    for (_, record_bytes) in KEEPS_UP.iter().filter(|(kernel, _)| *kernel == name) {
+    for (_, record_bytes) in KEEPS_UP.iter().filter(|(kernel, _)| of_records == Some(*kernel)) {
         let slots = slots_of_a_warp(*record_bytes);
         if target == "sm_90a" && product_loop.is_none_or(|len| len > slots) {
             faults

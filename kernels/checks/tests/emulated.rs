@@ -98,6 +98,7 @@ fn products_agree_on_an_older_and_smaller_device() {
         checks::skinny::checks(),
         checks::int4::checks(),
         checks::gated::checks(),
+        checks::experts::checks(),
     ];
     for check in checks.into_iter().flatten() {
         assert_eq!((check.run)(&device), Ok(()), "{}", check.name);

@@ -306,7 +306,7 @@ fn sums_that_are_not_rounded_before_silu_are_found() {
 
 #[test]
 fn the_scale_of_another_row_is_found() {
-    let other = ("load8(args.scales + args.pairs + i)", "load8(args.scales + i)");
+    let other = ("load8(scales_at(args.pairs + i))", "load8(scales_at(i))");
     let error = gated_planted(SUMS, other);
     assert!(error.contains("apart"), "{error}");
 }
@@ -316,6 +316,54 @@ fn rows_that_are_unpacked_as_they_lie_are_found() {
     let lie = ("row_of_matrix(spot.row + 2 * m + r, args.pairs)", "spot.row + 2 * m + r");
     let error = gated_planted("skinny_pack.cu", lie);
     assert!(error.contains("193 ×") && error.contains("apart"), "{error}");
+}
+
+const EXPERTS: &str = "skinny_experts.cuh";
+
+/// What the check `name` of products by expert says.
+fn experts_planted(name: &str, file: &str, fault: (&str, &str)) -> String {
+    let files = [
+        "skinny_experts_bf16",
+        "skinny_experts_e4m3",
+        "skinny_pack",
+        "experts",
+        "elementwise",
+        "fp8",
+    ];
+    let (library, _dir) = planted_in(&files, file, fault, compile::PLAIN);
+    let mut checks = checks::experts::checks();
+    checks.retain(|check| check.name == name);
+    assert_eq!(checks.len(), 1, "{name}");
+    verdict(&library, &checks).expect_err("an error")
+}
+
+#[test]
+fn places_that_a_second_walk_leaves_out_are_found() {
+    let again = ("unit.place = start + first;", "unit.place = start;");
+    let error = experts_planted("experts: bf16", EXPERTS, again);
+    assert!(error.contains("70 tokens") && error.contains("is NaN"), "{error}");
+}
+
+#[test]
+fn rows_of_another_experts_places_are_found() {
+    let first = ("place = unit.place + token;", "place = token;");
+    let error = experts_planted("experts: bf16", EXPERTS, first);
+    assert!(error.contains("wanted"), "{error}");
+}
+
+#[test]
+fn the_scales_of_another_expert_are_found() {
+    let first = ("static_cast<uint64_t>(unit.weight) * args.rows + row", "row");
+    let error = experts_planted("experts: e4m3", SUMS, first);
+    assert!(error.contains("wanted"), "{error}");
+}
+
+#[test]
+fn experts_that_are_read_before_they_are_chosen_are_found() {
+    let wait =
+        ("wait_prerequisites();\n        if (threadIdx.x >= WARP)", "if (threadIdx.x >= WARP)");
+    let error = experts_planted("experts: overlapping kernels", EXPERTS, wait);
+    assert!(error.contains("a block that never waits for the launches before"), "{error}");
 }
 
 /// What the checks of exchanges say where `fault.0` of `file` is replaced by `fault.1`.
@@ -403,7 +451,8 @@ fn a_kernel_that_does_not_wait_for_the_one_before_it_is_found() {
 
 #[test]
 fn tokens_that_are_read_before_their_kernel_is_done_are_found() {
-    let wait = ("    wait_prerequisites();\n    Place last;", "    Place last;");
+    let wait =
+        ("        wait_prerequisites();\n    }\n    return came;", "    }\n    return came;");
     let error = overlap_planted(LINEAR, wait);
     assert!(error.contains("not as one by one"), "{error}");
 }

@@ -24,8 +24,8 @@ pub use pool::Pool;
 
 use attention::{Attention, Scratch};
 use kernels::{
-    Backend, Batch, BatchRoom, ExpertRows, Heads, KernelError, Rotation, Routes, Step, Tensor,
-    WeightPart, host, shape,
+    Backend, Batch, BatchRoom, ExpertRows, Heads, KernelError, PartShape, Rotation, Routes, Step,
+    Tensor, WeightPart, host, shape,
 };
 use kv::{Blocks, Element, Stored};
 use linear::{LinearScratch, Product};
@@ -153,8 +153,9 @@ impl Backend for Cpu {
         CpuWeight::pack(parts, self.precision)
     }
 
-    fn experts(&self, shape: [usize; 3]) -> Result<CpuExperts, KernelError> {
-        Ok(CpuExperts::new(shape))
+    fn experts(&self, count: usize, stack: &[PartShape]) -> Result<CpuExperts, KernelError> {
+        let (rows, cols) = PartShape::stacked(stack);
+        Ok(CpuExperts::new([count, rows, cols]))
     }
 
     fn push_expert(

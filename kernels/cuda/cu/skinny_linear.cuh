@@ -70,32 +70,65 @@ DEVICE uint32_t tiles_of(const SkinnyArgs& args) {
     return (args.rows + STRIPS * STRIP - 1) / (STRIPS * STRIP);
 }
 
+// A part of a tile of one weight, for all tokens.
 template <class Format>
 DEVICE Unit unit_of(const SkinnyArgs& args, uint32_t index) {
     constexpr uint32_t A_STEP = RECORDS_A_STEP<Format>;
     const uint32_t steps = (args.records + A_STEP - 1) / A_STEP;
     const uint32_t tile = index / args.parts, part = index % args.parts;
     const uint32_t strips = (args.rows + STRIP - 1) / STRIP;
-    return {tile, part, steps * part / args.parts * A_STEP,
+    return {tile,
+            part,
+            steps * part / args.parts * A_STEP,
             min(steps * (part + 1) / args.parts * A_STEP, args.records),
-            min(strips - tile * STRIPS, static_cast<uint32_t>(STRIPS))};
+            min(strips - tile * STRIPS, static_cast<uint32_t>(STRIPS)),
+            args.tokens,
+            0,
+            0};
 }
+
+// What a launch walks. Here: a weight that all tokens are multiplied with, whose units are known
+// before the launches before are done. Elsewhere: experts (`skinny_experts.cuh`).
+template <class Weights, int most>
+struct Alone {
+    using Args = SkinnyArgs;
+    using Format = Weights;
+    static constexpr int TOKENS = most;
+    static constexpr bool KNOWN_AHEAD = true;
+    const SkinnyArgs& args;
+
+    DEVICE explicit Alone(const SkinnyArgs& args) : args(args) {}
+
+    DEVICE void begin() const {}
+    DEVICE uint32_t units() const { return tiles_of(args) * args.parts; }
+    DEVICE Unit unit(uint32_t index) const { return unit_of<Format>(args, index); }
+
+    // The rows of x of a lane's tokens: token lane / 4 of every eight.
+    struct Rows {
+        DEVICE void begin(const Alone&, const Unit&) {}
+        DEVICE uint32_t of(int eight) const { return threadIdx.x % WARP / 4 + 8 * eight; }
+    };
+};
+
+template <class Walk>
+constexpr uint32_t STAGE_BYTES_OF = STAGE_BYTES<typename Walk::Format, Walk::TOKENS>;
 
 // ---- the feeding warp -------------------------------------------------------------------------
 
 // Columns of the tokens that belong to record `record`.
-template <class Format, int tokens>
-DEVICE void copy_x(const SkinnyArgs& args, unsigned char* to, uint32_t record) {
-    constexpr uint32_t PIECES = tokens * Format::COLS / 8;
+template <class Walk>
+DEVICE void copy_x(const SkinnyArgs& args, unsigned char* to, const Unit& unit, uint32_t record,
+                   const typename Walk::Rows& rows) {
+    constexpr uint32_t COLS = Walk::Format::COLS, tokens = Walk::TOKENS;
     const uint32_t lane = threadIdx.x % WARP;
     // Columns before the first wrap around to large ones.
-    const uint32_t first = record * Format::COLS - args.lead + lane % 4 * 8;
+    const uint32_t first = record * COLS - args.lead + lane % 4 * 8;
 #pragma unroll
-    for (uint32_t at = 0; at < PIECES; at += WARP) {
-        const uint32_t row = (at + lane) / 4, token = row % tokens;
-        const uint32_t col = first + row / tokens * SLOT_COLS;
-        const bool valid = col < args.cols && token < args.tokens;
-        const bf16* from = args.x + static_cast<uint64_t>(token) * args.cols + col;
+    for (uint32_t at = 0; at < tokens * COLS / 8; at += WARP) {
+        const uint32_t eight = at / 4 % tokens / 8, token = eight * 8 + lane / 4;
+        const uint32_t col = first + at / 4 / tokens * SLOT_COLS;
+        const bool valid = col < args.cols && token < unit.tokens;
+        const bf16* from = args.x + static_cast<uint64_t>(rows.of(eight)) * args.cols + col;
         cp_async_16(to + (at + lane) * 16, valid ? from : args.x, valid);
     }
 }
@@ -105,7 +138,8 @@ DEVICE void copy_records(const SkinnyArgs& args, unsigned char* to, const Unit& 
                          uint32_t record, Barrier* full) {
     const uint32_t lane = threadIdx.x % WARP;
     const uint64_t stride = static_cast<uint64_t>(args.records) * Format::BYTES;
-    const unsigned char* from = args.weight + unit.tile * STRIPS * stride +
+    const uint64_t strips = (args.rows + STRIP - 1) / STRIP;
+    const unsigned char* from = args.weight + (unit.weight * strips + unit.tile * STRIPS) * stride +
                                 static_cast<uint64_t>(record) * Format::BYTES;
     if (moves_in_bulk(args.in_bulk)) {
         if (lane != 0) return;
@@ -121,65 +155,78 @@ DEVICE void copy_records(const SkinnyArgs& args, unsigned char* to, const Unit& 
 }
 
 // A record of a block's units, and the stage that it comes to.
-template <class Format, int tokens>
+template <class Walk>
 struct Step {
-    uint32_t index, record;
-    Unit unit;
+    uint32_t index, record = 0;
+    Unit unit = {};
     Place place;
 
-    DEVICE explicit Step(const SkinnyArgs& args) : index(blockIdx.x) { begin(args); }
+    DEVICE explicit Step(const Walk& walk) : index(blockIdx.x) { begin(walk); }
 
-    DEVICE bool exists(const SkinnyArgs& args) const { return index < units(args); }
+    DEVICE bool exists(const Walk& walk) const { return index < walk.units(); }
 
-    DEVICE void next(const SkinnyArgs& args) {
-        place.next(args.stages);
+    DEVICE bool is_first() const { return record == unit.first; }
+
+    DEVICE void next(const Walk& walk) {
+        place.next(walk.args.stages);
         if (++record < unit.end) return;
         index += gridDim.x;
-        begin(args);
+        begin(walk);
     }
 
-    DEVICE void copy(const SkinnyArgs& args, const Ring& ring) const {
-        copy_records<Format>(args, stage(ring), unit, record, &ring.full[place.stage]);
+    DEVICE void copy(const Walk& walk, const Ring& ring) const {
+        using Format = typename Walk::Format;
+        copy_records<Format>(walk.args, stage(ring), unit, record, &ring.full[place.stage]);
     }
 
     DEVICE unsigned char* stage(const Ring& ring) const {
-        return ring.stages + place.stage * STAGE_BYTES<Format, tokens>;
+        return ring.stages + place.stage * STAGE_BYTES_OF<Walk>;
     }
 
 private:
-    DEVICE static uint32_t units(const SkinnyArgs& args) { return tiles_of(args) * args.parts; }
-
-    DEVICE void begin(const SkinnyArgs& args) {
-        if (!exists(args)) return;
-        unit = unit_of<Format>(args, index);
+    DEVICE void begin(const Walk& walk) {
+        if (!exists(walk)) return;
+        unit = walk.unit(index);
         record = unit.first;
     }
 };
 
-// The stages' first records come before the launches before are done: they leave weights alone. Not
-// where copies arrive in their order: x would arrive behind all of them.
-template <class Format, int tokens>
-DEVICE void feed(const SkinnyArgs& args, const Ring& ring) {
-    Step<Format, tokens> step(args), ahead = step;
+// The stages' first records come before the launches before are done, where units are known: those
+// leave weights alone. Not where copies arrive in their order: x would arrive behind all of them.
+template <class Walk>
+DEVICE uint32_t feed_ahead(const Walk& walk, const Ring& ring) {
     uint32_t came = 0;
-    if (moves_in_bulk(args.in_bulk)) {
-        for (; came < args.stages && ahead.exists(args); ++came, ahead.next(args))
-            ahead.copy(args, ring);
+    if constexpr (Walk::KNOWN_AHEAD) {
+        if (moves_in_bulk(walk.args.in_bulk)) {
+            Step<Walk> step(walk);
+            for (; came < walk.args.stages && step.exists(walk); ++came, step.next(walk))
+                step.copy(walk, ring);
+        }
+        wait_prerequisites();
     }
-    wait_prerequisites();
+    return came;
+}
+
+template <class Walk>
+DEVICE void feed(const Walk& walk, const Ring& ring) {
+    const uint32_t came = feed_ahead(walk, ring);
+    typename Walk::Rows rows;
     Place last;
-    for (uint32_t n = 0; step.exists(args); ++n, step.next(args)) {
+    uint32_t n = 0;
+    for (Step<Walk> step(walk); step.exists(walk); ++n, step.next(walk)) {
         Barrier* full = &ring.full[step.place.stage];
         if (n >= came) {
             barrier_wait(&ring.empty[step.place.stage], step.place.parity ^ 1);
-            step.copy(args, ring);
+            step.copy(walk, ring);
         }
-        copy_x<Format, tokens>(args, step.stage(ring) + STRIPS * Format::BYTES, step.record);
+        if (step.is_first()) rows.begin(walk, step.unit);
+        unsigned char* to = step.stage(ring) + STRIPS * Walk::Format::BYTES;
+        copy_x<Walk>(walk.args, to, step.unit, step.record, rows);
         barrier_arrive_copies(full);
         last = step.place;
     }
     // A thread stays until its copies of x have landed.
-    barrier_wait(&ring.full[last.stage], last.parity);
+    if (n > 0) barrier_wait(&ring.full[last.stage], last.parity);
 }
 
 // ---- the multiplying warps --------------------------------------------------------------------
@@ -244,50 +291,53 @@ DEVICE void multiply(Sums<tokens>& sums, const unsigned char* record, const unsi
         multiply<Format, tokens, first + COUNT>(sums, record, x, half);
 }
 
-template <class Format, int tokens>
-DEVICE void multiply_all(const SkinnyArgs& args, const Ring& ring) {
-    constexpr uint32_t BYTES = STAGE_BYTES<Format, tokens>;
+template <class Walk>
+DEVICE void multiply_all(const Walk& walk, const Ring& ring) {
+    using Format = typename Walk::Format;
+    constexpr int tokens = Walk::TOKENS;
     const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const uint32_t units = tiles_of(args) * args.parts;
     // What it writes, others may still read.
-    wait_prerequisites();
+    if constexpr (Walk::KNOWN_AHEAD) wait_prerequisites();
+    const uint32_t units = walk.units();
     Place place;
     for (uint32_t index = blockIdx.x; index < units; index += gridDim.x) {
-        const Unit unit = unit_of<Format>(args, index);
+        const Unit unit = walk.unit(index);
         const bool has_rows = warp / 2 < unit.strips;
         Sums<tokens> sums = {};
         for (uint32_t record = unit.first; record < unit.end; ++record) {
-            const unsigned char* stage = ring.stages + place.stage * BYTES;
+            const unsigned char* stage = ring.stages + place.stage * STAGE_BYTES_OF<Walk>;
             barrier_wait(&ring.full[place.stage], place.parity);
             if (has_rows)
                 multiply<Format, tokens>(sums, stage + warp / 2 * Format::BYTES,
                                          stage + STRIPS * Format::BYTES, warp % 2);
             __syncwarp();
             if (lane == 0) barrier_arrive(&ring.empty[place.stage]);
-            place.next(args.stages);
+            place.next(walk.args.stages);
         }
-        if (has_rows) finish<tokens>(args, unit, sums);
+        if (has_rows) finish<tokens>(walk.args, unit, sums);
     }
 }
 
-template <class Format, int tokens>
-DEVICE void skinny_product(const SkinnyArgs& args) {
+template <class Walk>
+DEVICE void skinny_product(const typename Walk::Args& args) {
     launch_dependents();
     static_assert(2 * STAGES_MAX * sizeof(Barrier) <= HEAD_BYTES, "room for the barriers");
     const Ring ring;
+    Walk walk(args);
     if (threadIdx.x == 0) {
-        for (uint32_t i = 0; i < args.stages; ++i) {
+        for (uint32_t i = 0; i < walk.args.stages; ++i) {
             // Its records, and each lane's share of x.
             barrier_init(&ring.full[i], 1 + WARP);
             barrier_init(&ring.empty[i], WARPS);
         }
         barriers_made();
     }
+    walk.begin();
     __syncthreads();
     if (threadIdx.x / WARP == WARPS) {
-        feed<Format, tokens>(args, ring);
+        feed(walk, ring);
     } else {
-        multiply_all<Format, tokens>(args, ring);
+        multiply_all(walk, ring);
     }
 }
 
@@ -296,7 +346,7 @@ DEVICE void skinny_product(const SkinnyArgs& args) {
 // The kernels of a format. Each file of them is compiled on its own.
 #define SKINNY_KERNEL(name, Format, tokens)                                \
     KERNEL(skinny_linear_##name##_t##tokens, SkinnyArgs, THREADS, 1) {     \
-        skinny_product<Format, tokens>(args);                              \
+        skinny_product<Alone<Format, tokens>>(args);                       \
     }
 #define SKINNY_KERNELS(name, Format)  \
     SKINNY_KERNEL(name, Format, 8)    \

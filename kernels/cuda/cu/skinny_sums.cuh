@@ -34,9 +34,10 @@ struct SkinnyArgs {
     uint32_t pairs;    // a multiple of 8; 0 where rows are not gates and ups in turn
 };
 
-// What a block makes at a time: a tile's records `first` to `end`.
+// What a block makes at a time: a tile's records `first` to `end`, for some tokens. Their results
+// begin at row `place`; of several weights, one behind another, it is number `weight`.
 struct Unit {
-    uint32_t tile, part, first, end, strips;
+    uint32_t tile, part, first, end, strips, tokens, place, weight;
 };
 
 // A warp's: two matrices of 16 rows by eights of tokens.
@@ -57,12 +58,13 @@ DEVICE void vector_of(float (&x)[LANE_ROWS], const Sums<tokens>& sums, int vecto
 // Writes four rows of a token: what may follow a product is done here.
 struct Epilogue {
     const SkinnyArgs& args;
+    const Unit& unit;
 
     DEVICE void operator()(uint32_t token, uint32_t row, float (&x)[LANE_ROWS]) const {
-        if (token >= args.tokens || row >= args.rows) return;
+        if (token >= unit.tokens || row >= args.rows) return;
         if (args.pairs != 0) return gated(token, row / 2, x);
         if (args.scales != nullptr) {
-            const Bytes16 scales = load16(args.scales + row);
+            const Bytes16 scales = load16(scales_at(row));
 #pragma unroll
             for (int i = 0; i < LANE_ROWS; ++i) x[i] *= __uint_as_float(scales.words[i]);
         }
@@ -74,7 +76,7 @@ struct Epilogue {
                 x[2 * i + 1] += high_bf16(bias.words[i]);
             }
         }
-        const uint64_t at = static_cast<uint64_t>(token) * args.rows + row;
+        const uint64_t at = static_cast<uint64_t>(unit.place + token) * args.rows + row;
         if (args.out_f32 != 0) {
             Bytes16 v;
 #pragma unroll
@@ -90,16 +92,20 @@ struct Epilogue {
     DEVICE void gated(uint32_t token, uint32_t i, float (&x)[LANE_ROWS]) const {
         if (args.scales != nullptr) {
             // In the matrix's order.
-            const Bytes8 gate = load8(args.scales + i), up = load8(args.scales + args.pairs + i);
+            const Bytes8 gate = load8(scales_at(i)), up = load8(scales_at(args.pairs + i));
 #pragma unroll
             for (int n = 0; n < LANE_ROWS / 2; ++n) {
                 x[2 * n] *= __uint_as_float(gate.words[n]);
                 x[2 * n + 1] *= __uint_as_float(up.words[n]);
             }
         }
-        const uint64_t at = static_cast<uint64_t>(token) * args.pairs + i;
+        const uint64_t at = static_cast<uint64_t>(unit.place + token) * args.pairs + i;
         store_word(static_cast<bf16*>(args.out) + at,
                    silu_mul(pack_bf16(x[0], x[2]), pack_bf16(x[1], x[3])));
+    }
+
+    DEVICE const float* scales_at(uint32_t row) const {
+        return args.scales + static_cast<uint64_t>(unit.weight) * args.rows + row;
     }
 };
 
@@ -161,7 +167,7 @@ DEVICE void finish(const SkinnyArgs& args, const Unit& unit, Sums<tokens>& sums)
         if (!leave_sums<tokens>(all + unit.part * PART, arrived, args.parts, sums)) return;
         add_parts<tokens>(sums, all + lane, args.parts);
     }
-    const Epilogue write{args};
+    const Epilogue write{args, unit};
     const uint32_t row = (unit.tile * STRIPS + warp / 2) * STRIP + warp % 2 * HALF +
                          lane / 4 * LANE_ROWS;
 #pragma unroll

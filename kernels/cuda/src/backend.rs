@@ -8,8 +8,8 @@ use super::{
     step::Cuts,
 };
 use kernels::{
-    Backend, Batch, BatchRoom, ExpertRows, Heads, Join, KernelError, Rotation, Routes, Step,
-    Tensor, WeightPart,
+    Backend, Batch, BatchRoom, ExpertRows, Heads, Join, KernelError, PartShape, Rotation, Routes,
+    Step, Tensor, WeightPart,
     sampling::{Refused, SampleRequest, Sampled},
     shape,
 };
@@ -23,11 +23,8 @@ pub struct Cuda<D: Driver> {
     workspace: Mutex<Option<Array<D>>>,
     pub(super) graphs: Graphs<D>,
     /// Read behind a step's work, to know that it is done.
-    end: Mutex<Option<Array<D>>>,
+    pub(super) end: Mutex<Option<Array<D>>>,
 }
-
-/// Bytes read behind a step's work, to know that it is done.
-pub(super) const END_BYTES: usize = 4;
 
 /// Rows of logits at once: a step of as many sequences waits for its tokens once.
 pub const LOGIT_ROWS_MAX: usize = 256;
@@ -134,8 +131,16 @@ impl<D: Driver> Backend for Cuda<D> {
         linear::Weight::upload_gate_up(self, parts, self.config.weights)
     }
 
-    fn experts(&self, shape: [usize; 3]) -> Result<CudaExperts<D>, KernelError> {
-        CudaExperts::room(&self.driver, shape)
+    fn experts(&self, count: usize, stack: &[PartShape]) -> Result<CudaExperts<D>, KernelError> {
+        CudaExperts::room(self, count, stack, false)
+    }
+
+    fn expert_gate_ups(
+        &self,
+        count: usize,
+        stack: &[PartShape],
+    ) -> Result<CudaExperts<D>, KernelError> {
+        CudaExperts::room(self, count, stack, true)
     }
 
     fn push_expert(
@@ -273,6 +278,18 @@ impl<D: Driver> Backend for Cuda<D> {
         self.expert_product(out, x, rows, experts, routes)
     }
 
+    fn expert_gated(
+        &self,
+        out: &mut Tensor<Self>,
+        room: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        experts: &CudaExperts<D>,
+        routes: &Routes<Self>,
+    ) -> Result<(), KernelError> {
+        shape::silu_mul(out, room)?;
+        self.gated_expert_product(out, room, x, experts, routes)
+    }
+
     fn combine(
         &self,
         out: &mut Tensor<Self>,
@@ -369,14 +386,7 @@ impl<D: Driver> Backend for Cuda<D> {
     }
 
     fn mark(&self) -> Result<D::Reading, KernelError> {
-        let mut end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
-        let place = match end.take() {
-            Some(place) => place,
-            None => Array::zeroed(&self.driver, "the end of a step", END_BYTES)?,
-        };
-        let reading = self.driver.begin_read(&place.memory, 0, END_BYTES)?;
-        *end = Some(place);
-        Ok(reading)
+        self.end_of_work()
     }
 
     fn wait(&self, mark: D::Reading) -> Result<(), KernelError> {

@@ -1,8 +1,6 @@
 //! What a device holds beside a model's matrices, tensors and KV cache, reckoned before it does.
 
-use super::{
-    CudaConfig, END_BYTES, attention, driver::GEMM_WORKSPACE_BYTES, linear, sampling, step,
-};
+use super::{CudaConfig, attention, driver::GEMM_WORKSPACE_BYTES, linear, sampling, step};
 use kernels::{BatchRoom, PartShape};
 
 /// The largest steps that a rank runs.
@@ -34,7 +32,7 @@ impl CudaConfig {
         let cuts = step::cuts_bytes(&step.batch);
         let choosing = |(rows, vocab)| sampling::bytes(rows, vocab, vocab.min(step.batch.context));
         let choosing = step.sampled.map_or(0, choosing);
-        let parts = [GEMM_WORKSPACE_BYTES, workspace, cuts, choosing, END_BYTES];
+        let parts = [GEMM_WORKSPACE_BYTES, workspace, cuts, choosing, step::END_BYTES];
         parts.into_iter().fold(0, usize::saturating_add) as u64
     }
 }

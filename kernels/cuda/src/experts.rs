@@ -1,30 +1,19 @@
-//! Mixtures of experts. Kernels: `experts.cu`.
-//!
-//! Experts' matrices are bf16, whatever the checkpoint and the other weights are stored as:
-//! products by expert have no other kernel.
+//! Mixtures of experts: choosing, products by expert, and sums. Kernels: `experts.cu`,
+//! `skinny_experts.cuh`.
+
+mod weights;
 
 use super::{
-    Array, Cuda, Driver, Element, Launch,
+    Cuda, Driver, Element, Launch,
     elementwise::{THREADS, VECTOR, bf16_vectors},
-    linear::upload,
+    skinny::Pairs,
 };
 use kernels::{
-    ExpertRows, KernelError, Routes, Tensor, WeightPart,
+    ExpertRows, KernelError, Routes, Tensor,
     shape::{self, ensure},
 };
+pub use weights::CudaExperts;
 
-/// Rows of W in a tile.
-const ROWS: usize = 128;
-/// Columns of a stage, and stages.
-const STAGE_COLS: usize = 64;
-const STAGES: usize = 3;
-/// Places in a tile, and the kernel.
-const FEW: (usize, &str) = (16, "expert_linear_t16");
-const MANY: (usize, &str) = (64, "expert_linear_t64");
-/// From this many places an expert on, tiles of many are taken.
-const MANY_FROM: usize = 32;
-/// Of a grid, in its second dimension.
-const TILES_MAX: usize = 65535;
 /// Warps in a block, each of which chooses for one token.
 const WARPS: usize = THREADS as usize / 32;
 
@@ -55,20 +44,6 @@ struct SortArgs {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct LinearArgs {
-    weight: u64,
-    x: u64,
-    out: u64,
-    pairs: u64,
-    starts: u64,
-    experts: u32,
-    rows: u32,
-    cols: u32,
-    pairs_of: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
 struct CombineArgs {
     out: u64,
     x: u64,
@@ -79,32 +54,6 @@ struct CombineArgs {
     row_vectors: u32,
     per_token: u32,
     unused: u32,
-}
-
-/// A matrix [N, K] of each expert, in bf16, one behind another.
-pub struct CudaExperts<D: Driver> {
-    shape: [usize; 3],
-    pushed: usize,
-    values: Array<D>,
-}
-
-impl<D: Driver> CudaExperts<D> {
-    pub(super) fn room(driver: &D, shape: [usize; 3]) -> Result<Self, KernelError> {
-        let bytes = shape.iter().fold(Element::Bf16.bytes(), |bytes, n| bytes.saturating_mul(*n));
-        Ok(Self { shape, pushed: 0, values: Array::zeroed(driver, "experts", bytes)? })
-    }
-
-    pub(super) fn push(
-        &mut self,
-        device: &Cuda<D>,
-        parts: &[WeightPart<'_>],
-    ) -> Result<(), KernelError> {
-        let (rows, cols) = WeightPart::check(parts)?;
-        shape::push_expert(self.shape, self.pushed, (rows, cols))?;
-        upload::bf16_at(device, parts, cols, (&self.values, self.pushed * rows))?;
-        self.pushed += 1;
-        Ok(())
-    }
 }
 
 impl<D: Driver> Cuda<D> {
@@ -157,36 +106,53 @@ impl<D: Driver> Cuda<D> {
         routes: &Routes<Self>,
     ) -> Result<(), KernelError> {
         const OP: &str = "expert_linear";
-        let [count, n, k] = experts.shape;
-        shape::expert_linear(out, x, rows, [experts.pushed, n, k], routes)?;
-        bf16_vectors(OP, &[out, x])?;
+        let shape = experts.pushed_shape();
+        shape::expert_linear(out, x, rows, shape, routes)?;
+        ensure(OP, !experts.are_paired(), || {
+            "experts' gates and ups are multiplied by `expert_gated` alone".into()
+        })?;
+        self.multiply_pairs(OP, (out, x), rows, experts, routes)
+    }
+
+    /// out [T k, I] by place = silu(gate) · up of x · Wᵀ, with the bits of the two ops.
+    pub(super) fn gated_expert_product(
+        &self,
+        out: &mut Tensor<Self>,
+        room: &Tensor<Self>,
+        x: &Tensor<Self>,
+        experts: &CudaExperts<D>,
+        routes: &Routes<Self>,
+    ) -> Result<(), KernelError> {
+        const OP: &str = "expert_gated";
+        let rows = ExpertRows::Tokens;
+        shape::expert_linear(room, x, rows, experts.pushed_shape(), routes)?;
+        ensure(OP, experts.are_paired(), || {
+            format!("{} columns are no gates and ups of whole vectors", room.cols)
+        })?;
+        self.multiply_pairs(OP, (out, x), rows, experts, routes)
+    }
+
+    fn multiply_pairs(
+        &self,
+        op: &'static str,
+        (out, x): (&mut Tensor<Self>, &Tensor<Self>),
+        rows: ExpertRows,
+        experts: &CudaExperts<D>,
+        routes: &Routes<Self>,
+    ) -> Result<(), KernelError> {
+        bf16_vectors(op, &[out, x])?;
         if out.rows == 0 {
             return Ok(());
         }
-        let args = LinearArgs {
-            weight: experts.values.address(&self.driver),
-            x: self.at(x),
-            out: self.at(out),
+        let pairs = Pairs {
             pairs: routes.pairs.address(&self.driver),
             starts: routes.starts.address(&self.driver),
-            experts: count as u32,
-            rows: n as u32,
-            cols: k as u32,
-            pairs_of: match rows {
-                ExpertRows::Tokens => routes.routing.per_token as u32,
-                ExpertRows::Pairs => 0,
-            },
+            experts: routes.routing.experts,
+            count: routes.pairs(),
+            per_token: routes.routing.per_token,
+            by_token: rows == ExpertRows::Tokens,
         };
-        let (places, kernel) = if out.rows < count * MANY_FROM { FEW } else { MANY };
-        // Each expert may leave one tile unfilled.
-        let tiles = out.rows.min(out.rows / places + count);
-        ensure(OP, tiles <= TILES_MAX, || {
-            format!("{} pairs of tokens and experts in one step: make steps shorter", out.rows)
-        })?;
-        let grid = [n.div_ceil(ROWS) as u32, tiles as u32, 1];
-        let stage_bytes = (ROWS + places) * STAGE_COLS * Element::Bf16.bytes();
-        let shared = (STAGES * stage_bytes) as u32;
-        self.launch_dependent(Launch::new(kernel, grid, THREADS, &args).shared(shared))
+        self.multiply_by_expert((self.at(out), self.at(x)), &experts.first(&self.driver), pairs)
     }
 
     pub(super) fn sum_experts(

@@ -8,11 +8,11 @@ mod plan;
 use super::{
     Array, Cuda, Driver, Element, Launch,
     linear::upload,
-    random::{PARTS as RANDOM_PARTS, RandomRecords, random},
-    skinny::{self, Extent, Numbers, Records},
+    skinny::{self, Extent, Numbers, Place, Records},
 };
 use kernels::{KernelError, PartShape, WeightPart};
-use part::{Columns, Int4Part};
+use pack::Piece;
+use part::{Columns, Source};
 use plan::Plan;
 
 const THREADS: u32 = 256;
@@ -33,73 +33,64 @@ impl<D: Driver> Int4<D> {
         parts: &[WeightPart<'_>],
         pairs: usize,
     ) -> Result<Option<Self>, KernelError> {
-        if parts.iter().all(|part| random(part).is_some()) {
-            return Self::random(device, parts, pairs);
-        }
-        let driver = &device.driver;
-        let Some(parts) = Int4Part::all(parts) else { return Ok(None) };
-        let (rows, cols) = (parts.iter().map(|part| part.rows).sum::<usize>(), parts[0].cols);
-        let plan = Plan::of(&parts[0].columns());
-        let weight = Self::room(driver, &plan, (rows, cols), pairs)?;
-        pack::records(device, &parts, &plan, &weight)?;
-        Ok(Some(weight))
-    }
-
-    /// As [`Self::new`], of parts whose integers the device makes.
-    fn random(
-        device: &Cuda<D>,
-        parts: &[WeightPart<'_>],
-        pairs: usize,
-    ) -> Result<Option<Self>, KernelError> {
-        let shapes: Option<Vec<PartShape>> = parts.iter().map(part::random_shape).collect();
-        let Some(shapes) = shapes.filter(|shapes| shapes.len() <= RANDOM_PARTS) else {
+        let shapes: Vec<PartShape> = parts.iter().map(WeightPart::shape).collect();
+        let (Some(columns), Some(source)) = (Columns::of(&shapes), Source::of(parts)) else {
             return Ok(None);
         };
-        let Some(columns) = Columns::of(&shapes) else { return Ok(None) };
-        let plan = Plan::of(&columns);
-        let rows = shapes.iter().map(|part| part.rows).sum();
-        let weight = Self::room(&device.driver, &plan, (rows, columns.cols), pairs)?;
-        let (values, extent) = (&weight.records.values, weight.records.extent());
-        let records = RandomRecords {
-            address: values.address(&device.driver),
-            bytes: values.bytes(),
-            cols: extent.cols,
-            lead: extent.lead,
-            records: extent.records(weight.records.numbers()),
-            group: plan.unit,
-            pairs: extent.pairs,
-        };
-        let seeds: Vec<_> =
-            parts.iter().filter_map(|part| Some((random(part)?, part.rows))).collect();
-        device.random_records(&records, &seeds)?;
-        Ok(Some(weight))
-    }
-
-    /// Records of zeros, and the order of columns.
-    fn room(
-        driver: &D,
-        plan: &Plan,
-        shape: (usize, usize),
-        pairs: usize,
-    ) -> Result<Self, KernelError> {
-        let (numbers, extent) = plan.records(shape);
+        let (driver, plan) = (&device.driver, Plan::of(&columns));
+        let (rows, _) = PartShape::stacked(&shapes);
+        let (numbers, extent) = plan.records((rows, columns.cols));
         let extent = Extent { pairs, ..extent };
         let records = upload::room(driver, numbers, extent)?;
-        let order = match plan.lead {
-            Some(_) => None,
-            None => Some(indices(driver, "an order of columns", &plan.columns)?),
+        let piece = Piece::room(driver, &plan, &columns, extent)?;
+        piece.fill(device, &source, &records.place(driver))?;
+        Ok(Some(Self { records, order: plan.lead.is_none().then_some(piece.columns) }))
+    }
+}
+
+/// As [`Int4`], of a layer's experts, one after another, in records that lie elsewhere.
+pub(super) struct ExpertPacker<D: Driver> {
+    plan: Plan,
+    piece: Piece<D>,
+}
+
+impl<D: Driver> ExpertPacker<D> {
+    /// For experts of that shape; `None` where the kernels cannot take them as they are.
+    pub(super) fn room(
+        driver: &D,
+        stack: &[PartShape],
+        extent: Extent,
+    ) -> Result<Option<Self>, KernelError> {
+        let Some(columns) = Columns::of(stack) else { return Ok(None) };
+        let plan = Plan::of(&columns);
+        if plan.lead.is_none() {
+            return Ok(None);
+        }
+        let piece = Piece::room(driver, &plan, &columns, extent)?;
+        Ok(Some(Self { plan, piece }))
+    }
+
+    pub(super) fn fill(
+        &self,
+        device: &Cuda<D>,
+        parts: &[WeightPart<'_>],
+        to: &Place,
+    ) -> Result<(), KernelError> {
+        let shapes: Vec<PartShape> = parts.iter().map(WeightPart::shape).collect();
+        let is_alike = Columns::of(&shapes).is_some_and(|of| Plan::of(&of) == self.plan);
+        let Some(source) = Source::of(parts).filter(|_| is_alike) else {
+            let why = "an expert is not stored as integers in the groups that were announced";
+            return Err(KernelError::Weight(why.into()));
         };
-        Ok(Self { records, order })
+        self.piece.fill(device, &source, to)
     }
 }
 
 /// What the records of a stack hold, and whether its columns are permuted; `None` where the kernels
 /// cannot take it.
 pub(super) fn records(stack: &[PartShape]) -> Option<(Numbers, Extent, bool)> {
-    let columns = Columns::of(stack)?;
-    let plan = Plan::of(&columns);
-    let rows = stack.iter().map(|part| part.rows).sum();
-    let (numbers, extent) = plan.records((rows, columns.cols));
+    let plan = Plan::of(&Columns::of(stack)?);
+    let (numbers, extent) = plan.records(PartShape::stacked(stack));
     Some((numbers, extent, plan.lead.is_none()))
 }
 

@@ -34,7 +34,6 @@ mod step;
 
 pub use array::{Array, Element, Floats, Ints};
 pub use attention::PrefillKernel;
-use backend::END_BYTES;
 pub use backend::{Cuda, LOGIT_ROWS_MAX};
 pub use bytes::StepShape;
 pub use config::CudaConfig;

@@ -22,8 +22,8 @@ pub enum WeightFormat {
     Bf16,
     /// e4m3 with a scale for each row (output), found when the weight is uploaded. Few tokens are
     /// multiplied in bf16; many get a scale each and are rounded to e4m3, but for devices without
-    /// such products, where the weight becomes bf16. Matrices whose rows or columns are no multiple
-    /// of 16 stay bf16.
+    /// such products, where the weight becomes bf16. An expert's are multiplied in bf16 always.
+    /// Matrices whose rows or columns are no multiple of 16 stay bf16.
     Fp8,
 }
 
@@ -34,6 +34,27 @@ impl WeightFormat {
         self == Self::Fp8 && even && cols <= SCALED_COLS_MAX
     }
 
+    /// Bytes that the device holds of one of the experts of a layer, which are stored alike.
+    pub fn expert_bytes(self, stack: &[PartShape]) -> u64 {
+        let (numbers, extent) = self.expert_records(stack);
+        skinny::Bytes::of(numbers, extent).all() as u64
+    }
+
+    /// What the records of an expert's matrix hold. Those of permuted columns, of which each expert
+    /// has an order of its own, are rounded.
+    pub(super) fn expert_records(self, stack: &[PartShape]) -> (Numbers, Extent) {
+        let (rows, cols) = PartShape::stacked(stack);
+        match int4::records(stack) {
+            Some((numbers, extent, false)) => (numbers, extent),
+            _ => (self.rounded((rows, cols)), Extent::plain((rows, cols))),
+        }
+    }
+
+    /// What a matrix [N, K] in records is rounded to.
+    fn rounded(self, (rows, cols): (usize, usize)) -> Numbers {
+        if self.is_fp8(rows, cols) { Numbers::E4m3 } else { Numbers::Bf16 }
+    }
+
     /// Bytes that the device holds of matrices, stacked by rows, that are uploaded as one weight.
     pub fn bytes(self, stack: &[PartShape]) -> u64 {
         int4::bytes(stack).map_or_else(|| self.rounded_bytes(stack), |bytes| bytes as u64)
@@ -41,12 +62,12 @@ impl WeightFormat {
 
     /// As [`Self::bytes`], of a table (`Backend::table`).
     pub fn table_bytes(stack: &[PartShape]) -> u64 {
-        let (rows, cols) = stacked(stack);
+        let (rows, cols) = PartShape::stacked(stack);
         (rows * cols * Element::Bf16.bytes()) as u64
     }
 
     fn rounded_bytes(self, stack: &[PartShape]) -> u64 {
-        let (rows, cols) = stacked(stack);
+        let (rows, cols) = PartShape::stacked(stack);
         match self.records((rows, cols)) {
             Some(numbers) => skinny::bytes(numbers, Extent::plain((rows, cols))) as u64,
             None => Self::table_bytes(stack),
@@ -55,14 +76,8 @@ impl WeightFormat {
 
     /// What the records of a matrix [N, K] consist of; `None` where it is kept as rows of bf16.
     fn records(self, (rows, cols): (usize, usize)) -> Option<Numbers> {
-        let numbers = if self.is_fp8(rows, cols) { Numbers::E4m3 } else { Numbers::Bf16 };
-        in_records((rows, cols)).then_some(numbers)
+        in_records((rows, cols)).then(|| self.rounded((rows, cols)))
     }
-}
-
-/// Rows and columns of matrices stacked by rows.
-fn stacked(stack: &[PartShape]) -> (usize, usize) {
-    (stack.iter().map(|part| part.rows).sum(), stack.first().map_or(0, |part| part.cols))
 }
 
 /// Bytes of the workspace that products of up to `tokens` rows with a stack want.
@@ -73,7 +88,7 @@ pub(super) fn workspace_bytes(
     fp8_products: bool,
 ) -> usize {
     let rounded = || {
-        let (rows, cols) = stacked(stack);
+        let (rows, cols) = PartShape::stacked(stack);
         Some((format.records((rows, cols))?, Extent::plain((rows, cols)), false))
     };
     let Some((numbers, extent, is_permuted)) = int4::records(stack).or_else(rounded) else {

@@ -5,9 +5,11 @@
 //! is multiplied by the device's own products is unpacked for them. Where rows of gate and up lie
 //! in turn, what is written is silu(gate) · up, with the bits of the two ops.
 
+mod experts;
 mod pack;
 
-use super::{Array, Cuda, Driver, Element, Floats, Launch};
+use super::{Array, Cuda, Driver, Element, Facts, Floats, Launch};
+pub(super) use experts::Pairs;
 use kernels::{KernelError, shape::ensure};
 
 /// Rows of a record.
@@ -43,9 +45,10 @@ pub(super) enum Numbers {
     },
 }
 
-/// Kernels by format: products by rows of x, and unpacking to bf16.
+/// Kernels by format: products by rows of x, with one weight and by expert, and unpacking to bf16.
 struct Kernels {
     products: [&'static str; 4],
+    experts: [&'static str; 4],
     unpack: &'static str,
 }
 
@@ -57,6 +60,12 @@ macro_rules! kernels {
                 concat!("skinny_linear_", $format, "_t16"),
                 concat!("skinny_linear_", $format, "_t32"),
                 concat!("skinny_linear_", $format, "_t64"),
+            ],
+            experts: [
+                concat!("expert_linear_", $format, "_t8"),
+                concat!("expert_linear_", $format, "_t16"),
+                concat!("expert_linear_", $format, "_t32"),
+                concat!("expert_linear_", $format, "_t64"),
             ],
             unpack: concat!("skinny_unpack_", $format),
         }
@@ -103,6 +112,11 @@ impl Numbers {
     }
 }
 
+/// Which of a format's kernels takes so many rows of x.
+fn kernel_of(token_tile: usize) -> usize {
+    token_tile.ilog2() as usize - TOKEN_TILES[0].ilog2() as usize
+}
+
 /// Which columns of which rows records hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Extent {
@@ -133,6 +147,11 @@ impl Extent {
         (self.lead + self.cols).div_ceil(numbers.cols())
     }
 
+    /// Columns of a product's result.
+    fn out_cols(self) -> usize {
+        if self.pairs > 0 { self.pairs } else { self.rows }
+    }
+
     fn strips(self) -> usize {
         self.rows.div_ceil(STRIP)
     }
@@ -153,28 +172,51 @@ impl Extent {
     }
 }
 
-/// Bytes of a weight's arrays on the device.
-struct Bytes {
-    values: usize,
-    scales: usize,
-    arrived: usize,
+/// Bytes of a matrix's records and scales.
+#[derive(Clone, Copy)]
+pub(super) struct Bytes {
+    pub values: usize,
+    pub scales: usize,
 }
 
 impl Bytes {
-    fn of(numbers: Numbers, extent: Extent) -> Self {
+    pub(super) fn of(numbers: Numbers, extent: Extent) -> Self {
         let records = extent.strips().saturating_mul(extent.records(numbers));
         Self {
             values: records.saturating_mul(numbers.record_bytes()),
             scales: if numbers == Numbers::E4m3 { extent.rows * size_of::<f32>() } else { 0 },
-            arrived: extent.tiles() * WARPS * size_of::<u32>(),
         }
     }
+
+    pub(super) fn all(self) -> usize {
+        self.values.saturating_add(self.scales)
+    }
+}
+
+fn arrived_bytes(extent: Extent) -> usize {
+    extent.tiles() * WARPS * size_of::<u32>()
 }
 
 /// Bytes that the device holds of a weight.
 pub(super) fn bytes(numbers: Numbers, extent: Extent) -> usize {
-    let Bytes { values, scales, arrived } = Bytes::of(numbers, extent);
-    values + scales + arrived
+    Bytes::of(numbers, extent).all() + arrived_bytes(extent)
+}
+
+/// Kernels count rows and columns in 31 bits.
+pub(super) fn countable(op: &'static str, extent: Extent) -> Result<(), KernelError> {
+    let most = i32::MAX as usize;
+    let fits = extent.rows <= most - TILE && extent.lead + extent.cols <= most - STEP_COLS;
+    Ok(ensure(op, fits, || format!("a weight [{}, {}]", extent.rows, extent.cols))?)
+}
+
+/// Where a matrix's records lie, by address.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    pub numbers: Numbers,
+    pub extent: Extent,
+    pub values: u64,
+    /// [N] f32, of e4m3.
+    pub scales: Option<u64>,
 }
 
 /// What a product of m rows needs of the workspace, on a device with shared memory for all kernels;
@@ -193,7 +235,7 @@ pub(super) struct Records<D: Driver> {
     numbers: Numbers,
     extent: Extent,
     /// [strips][records]
-    pub(super) values: Array<D>,
+    values: Array<D>,
     /// [N] f32, of e4m3.
     scales: Option<Array<D>>,
     /// A counter for each tile and warp, zero between launches.
@@ -201,7 +243,7 @@ pub(super) struct Records<D: Driver> {
 }
 
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct LinearArgs {
     weight: u64,
     x: u64,
@@ -222,6 +264,24 @@ struct LinearArgs {
     pairs: u32,
 }
 
+impl Place {
+    /// What a weight alone says of a product.
+    fn args(&self, facts: &Facts) -> LinearArgs {
+        let Extent { rows, cols, lead, pairs } = self.extent;
+        LinearArgs {
+            weight: self.values,
+            scales: self.scales.unwrap_or(0),
+            rows: rows as u32,
+            cols: cols as u32,
+            lead: lead as u32,
+            records: self.extent.records(self.numbers) as u32,
+            in_bulk: u32::from(facts.compute_capability.0 >= 9),
+            pairs: pairs as u32,
+            ..LinearArgs::default()
+        }
+    }
+}
+
 /// What a product with a weight in records takes beside it, by address.
 #[derive(Clone, Copy)]
 pub(super) struct Inputs {
@@ -235,15 +295,13 @@ pub(super) struct Inputs {
 }
 
 impl<D: Driver> Records<D> {
-    /// Zeros. Kernels count rows and columns in 31 bits.
+    /// Zeros.
     pub(super) fn zeroed(
         driver: &D,
         numbers: Numbers,
         extent: Extent,
     ) -> Result<Self, KernelError> {
-        let most = i32::MAX as usize;
-        let fits = extent.rows <= most - TILE && extent.lead + extent.cols <= most - STEP_COLS;
-        ensure("linear", fits, || format!("a weight [{}, {}]", extent.rows, extent.cols))?;
+        countable("linear", extent)?;
         let bytes = Bytes::of(numbers, extent);
         let scales = match numbers {
             Numbers::E4m3 => Some(Array::zeroed(driver, "a weight's scales", bytes.scales)?),
@@ -254,7 +312,7 @@ impl<D: Driver> Records<D> {
             extent,
             values: Array::zeroed(driver, "a weight", bytes.values)?,
             scales,
-            arrived: Array::zeroed(driver, "counters", bytes.arrived)?,
+            arrived: Array::zeroed(driver, "counters", arrived_bytes(extent))?,
         })
     }
 
@@ -264,6 +322,15 @@ impl<D: Driver> Records<D> {
 
     pub(super) fn extent(&self) -> Extent {
         self.extent
+    }
+
+    pub(super) fn place(&self, driver: &D) -> Place {
+        Place {
+            numbers: self.numbers,
+            extent: self.extent,
+            values: self.values.address(driver),
+            scales: self.scales().map(|scales| scales.address(driver)),
+        }
     }
 
     /// [N] f32 on the device, of e4m3.
@@ -287,37 +354,29 @@ impl<D: Driver> Cuda<D> {
     ) -> Result<(), KernelError> {
         let (numbers, extent) = (weight.numbers, weight.extent);
         let (room, parts) = (self.shared_room(), extent.parts());
-        let out_cols = if extent.pairs > 0 { extent.pairs } else { extent.rows };
+        let out_cols = extent.out_cols();
         let tokens_most = numbers.token_tile(inputs.m, room);
         let facts = self.driver.facts();
         let units = (extent.tiles() * parts) as u32;
         let grid = [units.min(facts.multiprocessors).max(1), 1, 1];
-        let address = |array: &Array<D>| array.address(&self.driver);
         for first in (0..inputs.m).step_by(tokens_most) {
             let tokens = (inputs.m - first).min(tokens_most);
             let tile = numbers.token_tile(tokens, room);
             let stages = numbers.stages(tile, room);
             let out_at = first * out_cols * out.element().bytes();
             let args = LinearArgs {
-                weight: address(&weight.values),
                 x: inputs.x + (first * extent.cols * Element::Bf16.bytes()) as u64,
-                scales: weight.scales().map_or(0, address),
                 bias: inputs.bias.unwrap_or(0),
                 out: out.address(&self.driver) + out_at as u64,
                 sums: inputs.sums,
-                arrived: address(&weight.arrived),
+                arrived: weight.arrived.address(&self.driver),
                 tokens: tokens as u32,
-                rows: extent.rows as u32,
-                cols: extent.cols as u32,
-                lead: extent.lead as u32,
-                records: extent.records(numbers) as u32,
                 parts: parts as u32,
                 stages: stages as u32,
                 out_f32: u32::from(out.element() == Element::F32),
-                in_bulk: u32::from(facts.compute_capability.0 >= 9),
-                pairs: extent.pairs as u32,
+                ..weight.place(&self.driver).args(facts)
             };
-            let kernel = numbers.kernels().products[tile.ilog2() as usize - 3];
+            let kernel = numbers.kernels().products[kernel_of(tile)];
             let shared = (HEAD_BYTES + stages * numbers.stage_bytes(tile)) as u32;
             self.launch_dependent(Launch::new(kernel, grid, THREADS, &args).shared(shared))?;
         }

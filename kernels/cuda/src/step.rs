@@ -10,7 +10,10 @@ use kernels::{
     BLOCK_TOKENS, Batch, BatchRoom, KernelError, ShapeError, Step, StepSequence, TableBlock,
     shape::ensure,
 };
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::PoisonError};
+
+/// Bytes read behind a step's work, to know that it is done.
+pub(super) const END_BYTES: usize = 4;
 
 const OP: &str = "lay_out";
 const THREADS: u32 = 256;
@@ -219,6 +222,18 @@ struct StepArgs {
 }
 
 impl<D: Driver> Cuda<D> {
+    /// A point behind all work so far: where [`END_BYTES`] are read.
+    pub(super) fn end_of_work(&self) -> Result<D::Reading, KernelError> {
+        let mut end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = match end.take() {
+            Some(place) => place,
+            None => Array::zeroed(&self.driver, "the end of a step", END_BYTES)?,
+        };
+        let reading = self.driver.begin_read(&place.memory, 0, END_BYTES)?;
+        *end = Some(place);
+        Ok(reading)
+    }
+
     /// Makes the batch what `step` says.
     pub(super) fn begin_step(
         &self,

@@ -92,6 +92,35 @@ fn a_weight_takes_the_bytes_it_is_said_to() {
 }
 
 #[test]
+fn experts_take_the_bytes_they_are_said_to() {
+    for shapes in stacks().into_iter().filter(|shapes| shapes[0].rows % 8 == 0) {
+        let parts = parts(&shapes);
+        for weights in [WeightFormat::Bf16, WeightFormat::Fp8] {
+            let device =
+                Cuda::new(Counting::new(), CudaConfig { weights, ..CudaConfig::default() });
+            let mut both = [
+                device.experts(3, &shapes).expect("room"),
+                device.expert_gate_ups(3, &shapes).expect("room"),
+            ];
+            for experts in &mut both {
+                (0..3).for_each(|_| device.push_expert(experts, &parts).expect("an upload"));
+            }
+            let wanted = 6 * weights.expert_bytes(&shapes);
+            assert_eq!(device.driver().held() as u64, wanted, "{weights:?} {shapes:?}");
+        }
+    }
+    // Of other experts' integers nothing is known: they are rounded.
+    let groups = Groups::Runs { size: 128, first: 0 };
+    let (integers, other) = ([integers(64, 256, 4, groups)], [numbers(64, 256)]);
+    let bytes = |stack| WeightFormat::Bf16.expert_bytes(stack);
+    assert_eq!((bytes(&integers), bytes(&other)), (64 * (128 + 8), 64 * 512));
+    let device = Cuda::new(Counting::new(), CudaConfig::default());
+    let mut experts = device.experts(1, &other).expect("room");
+    device.push_expert(&mut experts, &parts(&integers)).expect("an upload");
+    assert_eq!(device.driver().held() as u64, bytes(&other));
+}
+
+#[test]
 fn integers_take_about_a_quarter_of_bf16() {
     let stack = [integers(4096, 4096, 4, Groups::Runs { size: 128, first: 0 })];
     let (packed, widened) = (WeightFormat::Bf16.bytes(&stack), WeightFormat::table_bytes(&stack));

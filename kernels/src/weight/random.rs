@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use half::{bf16, f16};
 
-use super::{Format, Grouped, Groups, Stored, WeightPart};
+use super::{Format, Grouped, Groups, IntegerShape, Stored, WeightPart};
 
 /// A matrix whose numbers follow from a seed and their place alone: about normal, with a deviation
 /// of 0.02. Any device makes the same.
@@ -81,7 +81,7 @@ impl Random {
             RandomFormat::Int4 { group } => {
                 let groups = self.groups(group);
                 let integers: Vec<u8> = places().map(|(n, k)| self.integer(n, k)).collect();
-                let count = cols.checked_sub(1).map_or(0, |last| groups.of(last) + 1);
+                let count = groups.count(cols);
                 Stored::Grouped(Grouped {
                     bits: 4,
                     values: Cow::Owned(Grouped::packed(4, cols, &integers)),
@@ -91,6 +91,14 @@ impl Random {
                 })
             }
         }
+    }
+
+    /// How its integers lie, where it is stored as such.
+    pub(super) fn integers(&self, cols: usize) -> Option<IntegerShape> {
+        let RandomFormat::Int4 { group } = self.format else { return None };
+        let groups = self.groups(group);
+        let count = groups.count(cols);
+        Some(IntegerShape { bits: 4, groups, count })
     }
 
     fn groups(&self, group: usize) -> Groups {

@@ -76,8 +76,8 @@ impl<B: Backend> Experts<B> {
         d.linear(&mut room.logits, &s.normed, &self.router, None)?;
         d.route(&mut room.routes, &room.logits)?;
         let (routes, ffn) = (&room.routes, &mut room.ffn);
-        d.expert_linear(&mut ffn.gate_up, &s.normed, ExpertRows::Tokens, &self.gate_up, routes)?;
-        d.silu_mul(&mut ffn.activation.local, &ffn.gate_up)?;
+        let (out, gate_up) = (&mut ffn.activation.local, &mut ffn.gate_up);
+        d.expert_gated(out, gate_up, &s.normed, &self.gate_up, routes)?;
         let activation = ffn.activation.gather(d, cx.group, &shares.expert)?;
         d.expert_linear(&mut room.out, activation, ExpertRows::Pairs, &self.down, routes)?;
         let shared = match (&self.shared, &mut room.shared) {

@@ -161,15 +161,14 @@ impl<B: Backend> FeedForward<B> {
         layer: usize,
     ) -> Result<Self, ModelError> {
         let config = checkpoint.config();
-        let Some(experts) = config.experts_of(layer) else {
+        let stacks = checkpoint.expert_stacks(layer, shard)?;
+        let (Some(experts), Some([gate_ups, downs])) = (config.experts_of(layer), stacks) else {
             return Ffn::load(upload).map(Self::Dense);
         };
-        let (hidden, width) = (config.hidden, experts.intermediate);
         let (count, device) = (experts.count, upload.device);
         let router = upload.next(B::table)?;
-        let mut gate_up = device.experts([count, 2 * shard.expert.len(), hidden])?;
-        let inputs = shard.gathered(shard.expert.len(), width).whole;
-        let mut down = device.experts([count, shard.hidden.len(), inputs])?;
+        let mut gate_up = device.expert_gate_ups(count, &gate_ups)?;
+        let mut down = device.experts(count, &downs)?;
         for _ in 0..count {
             upload.next(|device, parts| device.push_expert(&mut gate_up, parts))?;
             upload.next(|device, parts| device.push_expert(&mut down, parts))?;

@@ -56,15 +56,6 @@ impl Cut {
     }
 }
 
-/// Matrices that are one weight on a device, stacked by rows, without their numbers.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Stack {
-    /// Whether devices that round weights further leave it as it is: what is looked up or makes
-    /// logits, and experts.
-    pub is_table: bool,
-    pub parts: Vec<PartShape>,
-}
-
 /// How a module is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Storage {

@@ -7,6 +7,7 @@ use kernels::Join;
 use super::{
     Qkv, TensorNames,
     module::{Cut, Module, Place},
+    stacks::Role,
 };
 use crate::{DecoderConfig, Shard};
 
@@ -34,26 +35,27 @@ impl Modules<'_> {
         self.stacks(shard).flat_map(|(_, cuts)| cuts).collect()
     }
 
-    /// Matrices that become one weight together, and whether that is a table ([`Stack::is_table`]).
-    ///
-    /// [`Stack::is_table`]: super::Stack::is_table
-    pub fn stacks(self, shard: &Shard) -> impl Iterator<Item = (bool, Vec<(Module, Cut)>)> {
-        let tables = self.tables(shard).into_iter().map(|cut| (true, vec![cut]));
+    /// Matrices that become one weight together.
+    pub fn stacks(self, shard: &Shard) -> impl Iterator<Item = (Role, Vec<(Module, Cut)>)> {
+        let tables = self.tables(shard).into_iter().map(|cut| (Role::Table, vec![cut]));
         tables.chain((0..self.config.layers).flat_map(move |layer| self.layer(layer, shard)))
     }
 
-    /// Those of a layer.
-    pub fn layer(self, layer: usize, shard: &Shard) -> Vec<(bool, Vec<(Module, Cut)>)> {
+    /// Those of a layer. Experts' are gate and up of one, then its down.
+    pub fn layer(self, layer: usize, shard: &Shard) -> Vec<(Role, Vec<(Module, Cut)>)> {
         let mut stacks = vec![
-            (false, self.qkv(layer, shard).into()),
-            (false, vec![self.attn_out(layer, shard)]),
+            (Role::Weight, self.qkv(layer, shard).into()),
+            (Role::Weight, vec![self.attn_out(layer, shard)]),
         ];
         let router = self.router(layer);
-        stacks.extend((!router.is_empty()).then_some((true, router)));
+        stacks.extend((!router.is_empty()).then_some((Role::Table, router)));
         for block in self.ffn_blocks(layer) {
-            let is_expert = matches!(block, FfnBlock::Expert(_));
-            stacks.push((is_expert, self.gate_up(layer, block, shard).into()));
-            stacks.push((is_expert, vec![self.down(layer, block, shard)]));
+            let role = match block {
+                FfnBlock::Expert(_) => Role::Expert,
+                FfnBlock::Dense | FfnBlock::SharedExpert => Role::Weight,
+            };
+            stacks.push((role, self.gate_up(layer, block, shard).into()));
+            stacks.push((role, vec![self.down(layer, block, shard)]));
         }
         stacks
     }

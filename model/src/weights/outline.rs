@@ -221,7 +221,7 @@ mod tests {
                     .into_iter()
                     .map(|stack| {
                         let cols = stack.parts.iter().map(|part| (part.rows, part.cols));
-                        (stack.is_table, cols.collect::<Vec<_>>())
+                        (stack.role, cols.collect::<Vec<_>>())
                     })
                     .collect::<Vec<_>>()
             };

@@ -108,7 +108,9 @@ fn of_modules<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
 
 fn weights_in_fp8<D: Driver>(device: Device<'_, D>) -> Result<(), String> {
     let config = CudaConfig { weights: WeightFormat::Fp8, ..BF16 };
-    check(&FAMILIES, &of_ranks(device, config), peer_memory, WEIGHTS_IN_FP8)
+    let devices = of_ranks(device, config);
+    check(&FAMILIES, &devices, peer_memory, WEIGHTS_IN_FP8)?;
+    check(&["qwen2_moe"], &devices, peer_memory, WEIGHTS_IN_FP8)
 }
 
 fn cache_in_fp8<D: Driver>(device: Device<'_, D>) -> Result<(), String> {

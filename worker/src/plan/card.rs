@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use cuda::{CudaConfig, Element, LOGIT_ROWS_MAX, PeerConfig, StepShape, WeightFormat};
-use model::{Checkpoint, DecoderConfig, ModelError, RunnerOptions, Shard, Stack};
+use kernels::PartShape;
+use model::{Checkpoint, DecoderConfig, ModelError, Role, RunnerOptions, Shard, Stack};
 
 use super::layout::{KvShare, RankCost};
 
@@ -41,16 +42,23 @@ pub(crate) fn cost(
     let layers = checkpoint.config().layers as u64;
     let block = layers * cuda.kv_format.block_bytes(shard.heads()) as u64;
     let mut cost = RankCost { weights: 0, block, products: 0 };
-    for Stack { is_table, parts } in checkpoint.stacks(shard)? {
-        if is_table {
-            cost.weights += WeightFormat::table_bytes(&parts);
-        } else {
-            cost.weights += cuda.weights.bytes(&parts);
+    for Stack { role, parts } in checkpoint.stacks(shard)? {
+        cost.weights += bytes(cuda.weights, role, &parts);
+        if role == Role::Weight {
             let products = cuda.product_bytes(&parts, step_tokens_max, fp8_products);
             cost.products = cost.products.max(products);
         }
     }
     Ok(cost)
+}
+
+/// Bytes that a card holds of a stack.
+pub(super) fn bytes(weights: WeightFormat, role: Role, parts: &[PartShape]) -> u64 {
+    match role {
+        Role::Table => WeightFormat::table_bytes(parts),
+        Role::Expert => weights.expert_bytes(parts),
+        Role::Weight => weights.bytes(parts),
+    }
 }
 
 /// Bytes beside weights and KV cache.

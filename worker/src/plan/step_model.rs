@@ -30,8 +30,10 @@ pub struct Streams {
     pub dense: u64,
     /// Elements of those.
     pub dense_elements: u64,
-    /// Bytes of all experts, in bf16.
+    /// Bytes of all experts.
     pub experts: u64,
+    /// Elements of those.
+    pub expert_elements: u64,
     /// Experts that a token goes to, of all.
     pub expert_share: f64,
     /// Bytes of the output matrix.
@@ -266,7 +268,7 @@ impl Streams {
 
     /// Elements of layers' matrices that a token is multiplied with.
     fn elements_of_token(&self) -> f64 {
-        self.dense_elements as f64 + self.experts as f64 / 2.0 * self.expert_share
+        self.dense_elements as f64 + self.expert_elements as f64 * self.expert_share
     }
 
     /// A step of `rows` sequences with `context` tokens each.

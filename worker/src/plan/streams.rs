@@ -2,9 +2,12 @@
 
 use cuda::{CudaConfig, WeightFormat};
 use kernels::{BLOCK_TOKENS, PartShape};
-use model::{Checkpoint, ModelError, Shard, Stack};
+use model::{Checkpoint, ModelError, Role, Shard, Stack};
 
-use super::step_model::{Products, Streams};
+use super::{
+    card,
+    step_model::{Products, Streams},
+};
 
 /// # Errors
 /// As [`Checkpoint::stacks`].
@@ -15,27 +18,29 @@ pub(crate) fn streams(
     shard: &Shard,
 ) -> Result<Streams, ModelError> {
     let config = checkpoint.config();
-    let (mut dense, mut dense_elements, mut tables) = (0, 0, Vec::new());
-    for Stack { is_table, parts } in checkpoint.stacks(shard)? {
-        if is_table {
-            tables.push(parts);
-        } else {
-            dense += cuda.weights.bytes(&parts);
-            dense_elements += elements(&parts);
-        }
-    }
-    // The embedding, and the output matrix where it is another; then routers and experts.
+    let stacks = checkpoint.stacks(shard)?;
+    // Tables come first: the embedding, and the output matrix where it is another.
     let of_vocabulary = if config.tied { 1 } else { 2 };
-    let (vocabulary, experts) = tables.split_at(of_vocabulary.min(tables.len()));
-    let head = vocabulary.last().map_or(0, |parts| WeightFormat::table_bytes(parts));
+    let (vocabulary, layers) = stacks.split_at(of_vocabulary.min(stacks.len()));
+    let sums = |are_experts: bool| {
+        let some = layers.iter().filter(|stack| (stack.role == Role::Expert) == are_experts);
+        some.fold((0, 0), |(bytes, elements), Stack { role, parts }| {
+            let (rows, cols) = PartShape::stacked(parts);
+            (bytes + card::bytes(cuda.weights, *role, parts), elements + (rows * cols) as u64)
+        })
+    };
+    let ((dense, dense_elements), (experts, expert_elements)) = (sums(false), sums(true));
+    let head = vocabulary.last().map_or(0, |stack| WeightFormat::table_bytes(&stack.parts));
     let block = config.layers * cuda.kv_format.block_bytes(shard.heads());
+    let (bytes, elements) = (dense + experts, dense_elements + expert_elements);
     Ok(Streams {
         layers: config.layers,
         hidden: config.hidden,
-        products: products(cuda, fp8_products, dense, dense_elements),
+        products: products(cuda, fp8_products, bytes, elements),
         dense,
         dense_elements,
-        experts: experts.iter().map(|parts| WeightFormat::table_bytes(parts)).sum(),
+        experts,
+        expert_elements,
         expert_share: config
             .experts
             .as_ref()
@@ -45,10 +50,6 @@ pub(crate) fn streams(
         attention: shard.heads().q * shard.heads().dim,
         ranks: shard.world_size,
     })
-}
-
-fn elements(parts: &[PartShape]) -> u64 {
-    parts.iter().map(|part| (part.rows * part.cols) as u64).sum()
 }
 
 /// By what most of the matrices take.

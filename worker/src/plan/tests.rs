@@ -168,7 +168,7 @@ fn quantised_configurations_are_planned_as_they_are_stored() {
 
 #[test]
 fn a_mixture_reads_fewer_experts_for_fewer_tokens() {
-    let config = json!({
+    let mut config = json!({
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
         "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144,
         "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
@@ -186,6 +186,17 @@ fn a_mixture_reads_fewer_experts_for_fewer_tokens() {
     // 3.3 of 30.5 thousand million parameters for one token, less the embedding.
     assert!((bytes(1) - 6.1).abs() < 0.4, "{}", bytes(1));
     assert!(bytes(8) > 3.0 * bytes(1) && bytes(8) < 50.0);
+    let weights = |config: &Value, weights| {
+        planned(config, "h100", weights).ranks[0].weights_bytes as f64 / 1e9
+    };
+    // Of 29.9 thousand million in layers, a byte each and 4 for each row; tables are bf16.
+    let fp8 = weights(&config, WeightFormat::Fp8);
+    assert!((fp8 - 31.2).abs() < 0.1, "{fp8}");
+    config["quantization_config"] =
+        json!({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": false});
+    // 4 bits, and 4 bytes for each 128.
+    let int4 = weights(&config, WeightFormat::Bf16);
+    assert!((int4 - 17.2).abs() < 0.1, "{int4}");
 }
 
 #[test]

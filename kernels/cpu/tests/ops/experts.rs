@@ -2,7 +2,8 @@
 //! among others.
 
 use kernels::{
-    Backend, ExpertRows, Format, KernelError, Routes, Routing, Tensor, WeightPart, plain::Plain,
+    Backend, ExpertRows, Format, KernelError, PartShape, Routes, Routing, Tensor, WeightPart,
+    plain::Plain,
 };
 
 use crate::common::{Random, assert_close, assert_same_bits, devices, host};
@@ -21,7 +22,7 @@ fn stack<B: Backend>(
     (seed, experts): (u64, usize),
     [n, k]: [usize; 2],
 ) -> Result<B::Experts, KernelError> {
-    let mut stack = device.experts([experts, n, k])?;
+    let mut stack = device.experts(experts, &[PartShape::numbers(n, k)])?;
     for matrix in Random(seed).floats(experts * n * k).chunks_exact(n * k) {
         let data: Vec<u8> = matrix.iter().flat_map(|v| (v / 8.0).to_le_bytes()).collect();
         device.push_expert(&mut stack, &[WeightPart::plain(Format::F32, n, k, data)])?;

@@ -1,11 +1,16 @@
 //! Brings 4-bit weights to the device, which puts them into records. Kernel: `skinny_pack.cu`.
 
-use super::{Int4, indices, part::Int4Part, plan::Plan};
+use super::{
+    indices,
+    part::{Columns, Int4Part, Source},
+    plan::Plan,
+};
 use crate::{
     Array, Cuda, Driver, Launch,
     linear::upload::PIECE_BYTES,
+    random::RandomRecords,
     shares::by_shares,
-    skinny::{Extent, STRIP},
+    skinny::{Bytes, Extent, Place, STRIP},
 };
 use kernels::KernelError;
 use std::ops::Range;
@@ -33,55 +38,98 @@ struct PackInt4Args {
     unused: u32,
 }
 
-/// Fills the records of `parts`, stacked by rows, some strips at a time. What the device holds
-/// meanwhile is given back.
-pub(super) fn records<D: Driver>(
-    device: &Cuda<D>,
-    parts: &[Int4Part<'_>],
-    plan: &Plan,
-    weight: &Int4<D>,
-) -> Result<(), KernelError> {
-    let driver = &device.driver;
-    let (extent, numbers) = (weight.records.extent(), weight.records.numbers());
-    let columns = match weight.order {
-        Some(_) => None,
-        None => Some(indices(driver, "places of columns", &plan.columns)?),
-    };
-    let columns = columns.as_ref().or(weight.order.as_ref());
-    let runs = indices(driver, "groups of columns", &plan.groups)?;
-    let rows = Rows::of(parts, extent);
-    let strips_each = (PIECE_BYTES / (STRIP * rows.bytes(1))).max(1);
-    let rows_each = strips_each * STRIP;
-    let piece_bytes = rows.bytes(rows_each.min(extent.rows));
-    let piece = Array::zeroed(driver, "a piece of a weight", piece_bytes)?;
-    let (from, strip_records) = (piece.address(driver), extent.records(numbers));
-    let strip_bytes = strip_records * numbers.record_bytes();
-    for first in (0..extent.rows).step_by(rows_each) {
-        let here = first..(first + rows_each).min(extent.rows);
-        let (bytes, strips) = (rows.bytes(here.len()), here.len().div_ceil(STRIP));
-        let mut fill = |to: &mut [u8]| rows.put(here.clone(), to);
-        driver.write_with(&piece.memory, 0, bytes, &mut fill)?;
-        let words = strips * strip_bytes / 4;
-        let values = weight.records.values.address(driver);
-        let args = PackInt4Args {
-            records: values + (first / STRIP * strip_bytes) as u64,
-            from,
-            factors: from + (here.len() * rows.row_bytes) as u64,
-            columns: columns.map_or(0, |columns| columns.address(driver)),
-            runs: runs.address(driver),
-            words: words as u64,
-            rows: here.len() as u32,
-            cols: rows.cols as u32,
-            groups: rows.groups as u32,
-            strip_records: strip_records as u32,
-            unit: plan.unit as u32,
-            unused: 0,
-        };
-        let blocks = words.div_ceil(THREADS) as u32;
-        let launch = Launch::new("skinny_pack_int4", [blocks, 1, 1], THREADS as u32, &args);
-        driver.launch(launch)?;
+/// What the device holds while weights of one extent and plan come: which column takes which place,
+/// and some strips' rows.
+pub(super) struct Piece<D: Driver> {
+    /// [places] the column at each, -1 for none.
+    pub columns: Array<D>,
+    /// [places / unit] the group of a run of places, -1 for none.
+    runs: Array<D>,
+    /// Consecutive places of one group.
+    unit: usize,
+    rows: Array<D>,
+}
+
+impl<D: Driver> Piece<D> {
+    pub(super) fn room(
+        driver: &D,
+        plan: &Plan,
+        columns: &Columns<'_>,
+        extent: Extent,
+    ) -> Result<Self, KernelError> {
+        let row_bytes = columns.cols / 2 + columns.count * size_of::<u32>();
+        let rows = rows_each(row_bytes).min(extent.rows);
+        Ok(Self {
+            columns: indices(driver, "places of columns", &plan.columns)?,
+            runs: indices(driver, "groups of columns", &plan.groups)?,
+            unit: plan.unit,
+            rows: Array::zeroed(driver, "a piece of a weight", rows * row_bytes)?,
+        })
     }
-    Ok(())
+
+    /// Fills the records of a weight.
+    pub(super) fn fill(
+        &self,
+        device: &Cuda<D>,
+        from: &Source<'_>,
+        to: &Place,
+    ) -> Result<(), KernelError> {
+        let (extent, strip_records) = (to.extent, to.extent.records(to.numbers));
+        match from {
+            Source::Random(parts) => {
+                let records = RandomRecords {
+                    address: to.values,
+                    bytes: Bytes::of(to.numbers, extent).values,
+                    cols: extent.cols,
+                    lead: extent.lead,
+                    records: strip_records,
+                    group: self.unit,
+                    pairs: extent.pairs,
+                };
+                device.random_records(&records, parts)
+            }
+            Source::Integers(parts) => self.bring(&device.driver, parts, to),
+        }
+    }
+
+    /// Some strips at a time.
+    fn bring(&self, driver: &D, parts: &[Int4Part<'_>], to: &Place) -> Result<(), KernelError> {
+        let (extent, strip_records) = (to.extent, to.extent.records(to.numbers));
+        let rows = Rows::of(parts, extent);
+        let from = self.rows.address(driver);
+        let strip_bytes = strip_records * to.numbers.record_bytes();
+        let rows_each = rows_each(rows.bytes(1));
+        for first in (0..extent.rows).step_by(rows_each) {
+            let here = first..(first + rows_each).min(extent.rows);
+            let (bytes, strips) = (rows.bytes(here.len()), here.len().div_ceil(STRIP));
+            let mut fill = |to: &mut [u8]| rows.put(here.clone(), to);
+            driver.write_with(&self.rows.memory, 0, bytes, &mut fill)?;
+            let words = strips * strip_bytes / 4;
+            let args = PackInt4Args {
+                records: to.values + (first / STRIP * strip_bytes) as u64,
+                from,
+                factors: from + (here.len() * rows.row_bytes) as u64,
+                columns: self.columns.address(driver),
+                runs: self.runs.address(driver),
+                words: words as u64,
+                rows: here.len() as u32,
+                cols: rows.cols as u32,
+                groups: rows.groups as u32,
+                strip_records: strip_records as u32,
+                unit: self.unit as u32,
+                unused: 0,
+            };
+            let blocks = words.div_ceil(THREADS) as u32;
+            let launch = Launch::new("skinny_pack_int4", [blocks, 1, 1], THREADS as u32, &args);
+            driver.launch(launch)?;
+        }
+        Ok(())
+    }
+}
+
+/// Rows that come at once: whole strips.
+fn rows_each(row_bytes: usize) -> usize {
+    (PIECE_BYTES / (STRIP * row_bytes)).max(1) * STRIP
 }
 
 /// Rows of a stack, as records have them one after another.

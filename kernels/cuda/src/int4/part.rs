@@ -1,7 +1,8 @@
 //! Integers of 4 bits in groups as the kernels can take them.
 
+use crate::random::{PARTS as RANDOM_PARTS, random};
 use half::f16;
-use kernels::{Grouped, Groups, IntegerShape, PartShape, RandomFormat, Stored, WeightPart};
+use kernels::{Grouped, Groups, IntegerShape, PartShape, Random, Stored, WeightPart};
 
 /// Rows and columns come in eights: half a word of the device's.
 const EIGHT: usize = 8;
@@ -29,7 +30,8 @@ pub(super) struct Columns<'a> {
 }
 
 impl<'a> Columns<'a> {
-    /// Those of a stack of which there are only shapes; `None` as for [`Int4Part::all`].
+    /// Those of a stack, whose columns and groups are the same in each part; `None` where the
+    /// kernels cannot take them as they are.
     pub(super) fn of(stack: &'a [PartShape]) -> Option<Self> {
         let of = |part: &'a PartShape| {
             let PartShape { rows, cols, integers } = part;
@@ -62,15 +64,26 @@ impl<'a> Columns<'a> {
     }
 }
 
-/// The shape of random integers; `None` where a part is stored otherwise.
-pub(super) fn random_shape(part: &WeightPart<'_>) -> Option<PartShape> {
-    let WeightPart { rows, cols, ref stored } = *part;
-    let Stored::Random(random) = stored else { return None };
-    let RandomFormat::Int4 { group } = random.format else { return None };
-    let first = random.first_col % group;
-    let groups = Groups::Runs { size: group, first };
-    let integers = IntegerShape { bits: 4, groups, count: (first + cols).div_ceil(group) };
-    Some(PartShape { rows, cols, integers: Some(integers) })
+/// Where the integers of a stack come from.
+pub(super) enum Source<'a> {
+    /// A seed for each part, and its rows: the device makes them.
+    Random(Vec<(Random, usize)>),
+    Integers(Vec<Int4Part<'a>>),
+}
+
+impl<'a> Source<'a> {
+    /// Of parts with [`Columns`]; `None` where some are stored and others not, or more are made
+    /// than the device makes at once.
+    pub(super) fn of(parts: &'a [WeightPart<'a>]) -> Option<Self> {
+        let stored: Vec<Int4Part<'a>> = parts.iter().filter_map(Int4Part::of).collect();
+        if stored.len() == parts.len() {
+            return Some(Self::Integers(stored));
+        }
+        let seeds: Vec<_> =
+            parts.iter().filter_map(|part| Some((random(part)?, part.rows))).collect();
+        let all = seeds.len() == parts.len() && seeds.len() <= RANDOM_PARTS;
+        all.then_some(Self::Random(seeds))
+    }
 }
 
 /// A stored matrix [N, K] of 4-bit integers, or a rank's rows and columns of one.
@@ -84,21 +97,10 @@ pub(super) struct Int4Part<'a> {
 }
 
 impl<'a> Int4Part<'a> {
-    /// The parts of a stack, whose columns and groups are the same in each; `None` where the
-    /// kernels cannot take them as they are.
-    pub(super) fn all(parts: &'a [WeightPart<'a>]) -> Option<Vec<Self>> {
-        let parts: Vec<Self> = parts.iter().map(Self::of).collect::<Option<_>>()?;
-        let first = parts.first()?;
-        let same =
-            |part: &Self| part.cols == first.cols && part.grouped.groups == first.grouped.groups;
-        parts.iter().all(same).then_some(parts)
-    }
-
     fn of(part: &'a WeightPart<'a>) -> Option<Self> {
         let WeightPart { rows, cols, ref stored } = *part;
         let Stored::Grouped(grouped) = stored else { return None };
-        let taken = takes((rows, cols), grouped.bits, &grouped.groups);
-        taken.then_some(Self { rows, cols, grouped })
+        Some(Self { rows, cols, grouped })
     }
 
     /// G.
@@ -140,7 +142,10 @@ mod tests {
             WeightPart { rows, cols, stored: Stored::Grouped(grouped) }
         };
         let runs = |size, first| Groups::Runs { size, first };
-        let taken = |parts: &[WeightPart<'_>]| Int4Part::all(parts).is_some();
+        let taken = |parts: &[WeightPart<'_>]| {
+            let shapes: Vec<PartShape> = parts.iter().map(WeightPart::shape).collect();
+            Columns::of(&shapes).is_some()
+        };
         assert!(taken(&[part(8, 64, 4, runs(32, 8)), part(16, 64, 4, runs(32, 8))]));
         assert!(taken(&[part(8, 40, 4, runs(40, 0))]));
         assert!(taken(&[part(8, 8, 4, Groups::Listed(vec![1, 0, 1, 0, 0, 0, 0, 0]))]));

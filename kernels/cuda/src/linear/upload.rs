@@ -7,7 +7,7 @@ use crate::{
     fp8::ScaledRows,
     random::random,
     shares::by_shares,
-    skinny::{Extent, Numbers, Records},
+    skinny::{Extent, Numbers, Place, Records},
 };
 use kernels::{
     Format, KernelError, Random, RandomFormat, Scaled, Stored, WeightPart, plain::dequant,
@@ -25,22 +25,11 @@ pub(super) fn bf16<D: Driver>(
 ) -> Result<Array<D>, KernelError> {
     let row_bytes = cols * Element::Bf16.bytes();
     let values = Array::zeroed(device.driver(), "a weight", rows.saturating_mul(row_bytes))?;
-    bf16_at(device, parts, cols, (&values, 0))?;
-    Ok(values)
-}
-
-/// Writes `parts` from row `first_row` of an array of bf16 on.
-pub(crate) fn bf16_at<D: Driver>(
-    device: &Cuda<D>,
-    parts: &[WeightPart<'_>],
-    cols: usize,
-    (to, first_row): (&Array<D>, usize),
-) -> Result<(), KernelError> {
     let staged = Staged::new(device, parts, cols)?;
-    let row_bytes = cols * Element::Bf16.bytes();
     pieces(parts, cols, |first, part, rows| {
-        staged.bring((part, rows), (to, (first_row + first) * row_bytes))
-    })
+        staged.bring((part, rows), (&values, first * row_bytes))
+    })?;
+    Ok(values)
 }
 
 /// Records of zeros, once the device has chosen how it multiplies what is unpacked of them.
@@ -62,35 +51,56 @@ pub(super) fn records<D: Driver>(
     numbers: Numbers,
 ) -> Result<Records<D>, KernelError> {
     let driver = device.driver();
-    let Extent { rows, cols, .. } = extent;
     let values = room(driver, numbers, extent)?;
-    let row_bytes = cols * Element::Bf16.bytes();
-    let rows_most = rows_each(row_bytes).min(rows);
-    let staged = Staged::new(device, parts, cols)?;
-    let piece = Array::zeroed(driver, "a piece of a weight", rows_most * row_bytes)?;
-    let x = piece.address(driver);
-    let Some(scales) = values.scales() else {
+    Piece::room(driver, numbers, extent)?.fill(device, parts, &values.place(driver))?;
+    Ok(values)
+}
+
+/// Rows on their way into records of bf16 or, rounded on the device, of e4m3.
+pub(crate) struct Piece<D: Driver> {
+    /// In bf16.
+    rows: Array<D>,
+    /// In e4m3.
+    codes: Option<Array<D>>,
+}
+
+impl<D: Driver> Piece<D> {
+    /// For weights of that extent.
+    pub(crate) fn room(driver: &D, numbers: Numbers, extent: Extent) -> Result<Self, KernelError> {
+        let row_bytes = extent.cols * Element::Bf16.bytes();
+        let rows_most = rows_each(row_bytes).min(extent.rows);
+        let array = |bytes| Array::zeroed(driver, "a piece of a weight", bytes);
+        let is_e4m3 = numbers == Numbers::E4m3;
+        let codes = is_e4m3.then(|| array(rows_most * extent.cols)).transpose()?;
+        Ok(Self { rows: array(rows_most * row_bytes)?, codes })
+    }
+
+    pub(crate) fn fill(
+        &self,
+        device: &Cuda<D>,
+        parts: &[WeightPart<'_>],
+        to: &Place,
+    ) -> Result<(), KernelError> {
+        let (driver, cols) = (device.driver(), to.extent.cols);
+        let staged = Staged::new(device, parts, cols)?;
+        let x = self.rows.address(driver);
         pieces(parts, cols, |first, part, rows| {
             let count = rows.len();
-            staged.bring((part, rows), (&piece, 0))?;
-            device.pack_rows(&values, (first, count), x)
-        })?;
-        return Ok(values);
-    };
-    let codes = Array::zeroed(driver, "a piece of a weight", rows_most * cols)?;
-    pieces(parts, cols, |first, part, rows| {
-        let count = rows.len();
-        staged.bring((part, rows), (&piece, 0))?;
-        device.quantize_rows(&ScaledRows {
-            codes: codes.address(driver),
-            scales: scales.address(driver) + (first * size_of::<f32>()) as u64,
-            x,
-            rows: count as u64,
-            cols: cols as u64,
-        })?;
-        device.pack_rows(&values, (first, count), codes.address(driver))
-    })?;
-    Ok(values)
+            staged.bring((part, rows), (&self.rows, 0))?;
+            let (Some(codes), Some(scales)) = (&self.codes, to.scales) else {
+                return device.pack_rows(to, (first, count), x);
+            };
+            let codes = codes.address(driver);
+            device.quantize_rows(&ScaledRows {
+                codes,
+                scales: scales + (first * size_of::<f32>()) as u64,
+                x,
+                rows: count as u64,
+                cols: cols as u64,
+            })?;
+            device.pack_rows(to, (first, count), codes)
+        })
+    }
 }
 
 fn rows_each(row_bytes: usize) -> usize {

@@ -1,6 +1,6 @@
 //! Rows into records and out of them. Kernels: `skinny_pack.cu`.
 
-use super::{Extent, Numbers, Records};
+use super::{Extent, Numbers, Place, Records};
 use crate::{Cuda, Driver, Launch};
 use kernels::KernelError;
 
@@ -37,12 +37,12 @@ impl<D: Driver> Cuda<D> {
     /// Writes rows `first` and on from [rows, K] at `from`: bf16, or e4m3.
     pub(crate) fn pack_rows(
         &self,
-        to: &Records<D>,
+        to: &Place,
         (first, rows): (usize, usize),
         from: u64,
     ) -> Result<(), KernelError> {
         let args = PackArgs {
-            weight: to.values.address(&self.driver),
+            weight: to.values,
             from,
             first: first as u32,
             rows: rows as u32,

@@ -13,7 +13,7 @@ use engine::{
     plan::{BLOCK_TOKENS, SamplingParams, StepPlan, Want},
 };
 use kernels::Join;
-use model::{Checkpoint, Runner, RunnerOptions};
+use model::{Checkpoint, Numbers, Runner, RunnerOptions};
 
 use super::{cost, scratch};
 
@@ -80,6 +80,7 @@ fn check(checkpoint: &Checkpoint, cuda: CudaConfig, data: Threads) {
 fn a_whole_runner_holds_the_bytes_that_were_reckoned() {
     let bf16 = CudaConfig::default();
     let fp8 = CudaConfig { weights: WeightFormat::Fp8, kv_format: KvFormat::Fp8, ..bf16 };
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/public");
     for (name, cuda, ranks) in [
         ("llama_smollm2", bf16, 1),
         ("qwen2_gqa2_hd128", fp8, 1),
@@ -91,12 +92,18 @@ fn a_whole_runner_holds_the_bytes_that_were_reckoned() {
         ("qwen3_moe", fp8, 1),
         ("qwen3_gqa4_hd128_tied", bf16, 1),
     ] {
-        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/public");
-        let checkpoint = Checkpoint::open(&golden.join(name)).expect(name);
-        thread::scope(|scope| {
-            for data in Threads::group(ranks) {
-                scope.spawn(|| check(&checkpoint, cuda, data));
-            }
-        });
+        on_ranks(&Checkpoint::open(&golden.join(name)).expect(name), cuda, ranks);
     }
+    for (name, ranks) in [("qwen2_moe", 2), ("qwen3_moe", 1)] {
+        let int4 = Checkpoint::random(&golden.join(name), Numbers::INT4, 1).expect(name);
+        on_ranks(&int4, fp8, ranks);
+    }
+}
+
+fn on_ranks(checkpoint: &Checkpoint, cuda: CudaConfig, ranks: usize) {
+    thread::scope(|scope| {
+        for data in Threads::group(ranks) {
+            scope.spawn(|| check(checkpoint, cuda, data));
+        }
+    });
 }

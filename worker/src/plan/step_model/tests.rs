@@ -25,6 +25,7 @@ fn streams(kv_heads: u64, products: Products, ranks: u64) -> Streams {
         dense,
         dense_elements: elements,
         experts: 0,
+        expert_elements: 0,
         expert_share: 0.0,
         head: 2 * vocab * hidden / ranks,
         kv_token: 4 * layers * kv_heads * 128 / ranks,
