@@ -175,8 +175,10 @@ impl Watcher {
 fn reason(status: &Status) -> String {
     match status.code() {
         Code::Unimplemented | Code::NotFound | Code::PermissionDenied | Code::Unauthenticated => {
-            let message = status.message();
-            format!("something other than a worker of this version answers: {message}")
+            let (code, message) = (status.code(), status.message());
+            format!("something other than a worker of this version answers ({code:?}) {message}")
+                .trim_end()
+                .to_owned()
         }
         _ => {
             let mut source = status.source();
