@@ -247,7 +247,7 @@ fn nccl(text: &str) -> Result<NcclUse, String> {
 }
 
 /// A number of seconds above 0.
-fn seconds(text: &str) -> Result<Duration, String> {
+pub fn seconds(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text:?} is no time above 0; write seconds, e.g. 0.25");
     let seconds: f64 = text.parse().map_err(|_| wrong())?;
     let time = Duration::try_from_secs_f64(seconds).map_err(|_| wrong())?;

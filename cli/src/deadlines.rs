@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use clap::{Args, builder::RangedU64ValueParser};
+use proto::WORKER_BEAT_MS;
 use router::RouterConfig;
+
+use crate::args;
 
 /// A year: few enough to be added to any moment.
 const SECONDS_MAX: u64 = 365 * 24 * 3600;
@@ -20,9 +23,9 @@ pub struct DeadlineArgs {
     #[arg(long, default_value_t = 10, value_parser = seconds(), env = "LOCKSTEP_SILENCE_SECONDS")]
     silence_seconds: u64,
     /// Seconds without a sign of life of a worker's process after which it gets nothing new, and what
-    /// it has goes to another; a sound one gives two a second, whatever it computes
-    #[arg(long, default_value_t = 2, value_parser = seconds(), env = "LOCKSTEP_HEARTBEAT_SECONDS")]
-    heartbeat_seconds: u64,
+    /// it has goes to another; a sound one gives one every 1.2 s, whatever it computes
+    #[arg(long, default_value = "2.5", value_parser = heartbeat, env = "LOCKSTEP_HEARTBEAT_SECONDS")]
+    heartbeat_seconds: Duration,
     /// Seconds that a request waits for a worker to take it, while those that are ready fail
     #[arg(long, default_value_t = 30, value_parser = seconds(), env = "LOCKSTEP_OPEN_SECONDS")]
     open_seconds: u64,
@@ -63,13 +66,24 @@ pub fn seconds() -> RangedU64ValueParser {
     RangedU64ValueParser::new().range(1..=SECONDS_MAX)
 }
 
+/// Seconds in which a sound worker is heard of.
+fn heartbeat(text: &str) -> Result<Duration, String> {
+    let beat = Duration::from_millis(WORKER_BEAT_MS);
+    match args::seconds(text)? {
+        short if short <= beat => {
+            let beat = beat.as_secs_f64();
+            Err(format!("{text:?} is too short: a sound worker is heard of every {beat} s"))
+        }
+        seconds => Ok(seconds),
+    }
+}
+
 impl DeadlineArgs {
     /// Writes them into a router's settings.
     pub fn apply(&self, config: &mut RouterConfig) {
         let deadlines = &mut config.deadlines;
         for (deadline, seconds) in [
             (&mut deadlines.connect, self.connect_seconds),
-            (&mut deadlines.heartbeat, self.heartbeat_seconds),
             (&mut deadlines.silence, self.silence_seconds),
             (&mut deadlines.open, self.open_seconds),
             (&mut deadlines.ready, self.ready_seconds),
@@ -82,6 +96,7 @@ impl DeadlineArgs {
         ] {
             *deadline = Duration::from_secs(seconds);
         }
+        deadlines.heartbeat = self.heartbeat_seconds;
         config.limits.queue_max = self.line;
     }
 }

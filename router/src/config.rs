@@ -102,7 +102,7 @@ impl Default for Deadlines {
         Self {
             connect: Duration::from_secs(10),
             hello: Duration::from_secs(2),
-            heartbeat: Duration::from_secs(2),
+            heartbeat: Duration::from_millis(2500),
             silence: Duration::from_secs(10),
             open: Duration::from_secs(30),
             ready: Duration::from_secs(60),

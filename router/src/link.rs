@@ -151,8 +151,15 @@ impl Link {
 
     /// Returns what there was before, where it was something else.
     pub fn set_presence(&self, presence: Presence) -> Option<Presence> {
-        let before = self.presence.send_replace(presence.clone());
-        (before != presence).then_some(before)
+        let mut before = None;
+        self.presence.send_if_modified(|known| {
+            let changes = *known != presence;
+            if changes {
+                before = Some(std::mem::replace(known, presence));
+            }
+            changes
+        });
+        before
     }
 
     /// Waits until the worker is not there.

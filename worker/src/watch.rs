@@ -17,7 +17,7 @@ use tonic::Status;
 /// Between two messages, at least: the load changes with every step.
 const LOAD_PERIOD: Duration = Duration::from_millis(100);
 /// And at most: routers take a longer silence for a process that does not run.
-const BEAT: Duration = Duration::from_millis(500);
+const BEAT: Duration = Duration::from_millis(proto::WORKER_BEAT_MS);
 
 /// One router's view of this worker.
 pub(crate) struct Watch {
