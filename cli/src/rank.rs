@@ -15,11 +15,14 @@ pub struct RankArgs {
     world_size: usize,
     #[arg(long)]
     leader: SocketAddr,
+    /// Of the group
+    #[arg(long)]
+    epoch: u64,
 }
 
 pub fn main(args: RankArgs) -> Result<()> {
     let token = std::env::var(RANK_TOKEN_VARIABLE)
         .with_context(|| format!("{RANK_TOKEN_VARIABLE} is not set; `lockstep worker` sets it"))?;
-    let RankArgs { rank, world_size, leader } = args;
-    Ok(run_rank(RankConfig { rank, world_size, leader, token })?)
+    let RankArgs { rank, world_size, leader, epoch } = args;
+    Ok(run_rank(RankConfig { rank, world_size, leader, epoch, token })?)
 }

@@ -99,14 +99,19 @@ impl ServedArgs {
         }
     }
 
-    pub fn resolve(&self, group: GroupConfig, listen: Listen, drain_seconds: u64) -> WorkerConfig {
+    pub fn resolve(
+        &self,
+        mut group: GroupConfig,
+        listen: Listen,
+        drain_seconds: u64,
+    ) -> WorkerConfig {
+        group.step_limit = Duration::from_secs(self.step_limit_seconds);
         let mut config = WorkerConfig::new(group);
         config.listen = listen.address;
         config.advertise = self.advertise.clone();
         config.model_name = self.name.clone();
         config.waiting_max = self.queue;
         config.drain_limit = Duration::from_secs(drain_seconds);
-        config.step_limit = Duration::from_secs(self.step_limit_seconds);
         config
     }
 }

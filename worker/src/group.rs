@@ -10,6 +10,7 @@ mod follower;
 mod leader;
 mod memory;
 mod process;
+mod rank_process;
 mod sizing;
 mod threads;
 
@@ -93,16 +94,19 @@ pub struct GroupConfig {
     /// After which a device that has not finished a step is taken for hung. Default: on CUDA
     /// devices several times what the step model predicts, at least 1 s; nothing else on the CPU.
     pub step_deadline: Option<Duration>,
+    /// After which a group whose step has not ended is taken for hung, whatever computes: no rank
+    /// on the CPU waits longer for another that lives.
+    pub step_limit: Duration,
     /// Sequences that run at once.
     pub sequences_max: usize,
     pub rank_mode: RankMode,
     /// What to start for a rank that is a process: it must hand the arguments `rank --rank R
-    /// --world-size N --leader ADDR` to `run_rank`. Default: this program.
+    /// --world-size N --leader ADDR --epoch E` to `run_rank`. Default: this program.
     pub rank_program: Option<PathBuf>,
 }
 
 impl GroupConfig {
-    /// The defaults for a model: one rank on the CPU, 64 sequences.
+    /// The defaults for a model: one rank on the CPU, 64 sequences, 10 minutes for a step.
     pub fn new(model: impl Into<PathBuf>) -> Self {
         Self {
             model: model.into(),
@@ -117,6 +121,7 @@ impl GroupConfig {
             step_tokens_max: None,
             step_target: None,
             step_deadline: None,
+            step_limit: Duration::from_secs(600),
             sequences_max: 64,
             rank_mode: RankMode::Threads,
             rank_program: None,

@@ -1,12 +1,14 @@
 //! Why ranks ended: reported by what watches them, read by what depends on them.
 
 use std::{
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use crate::WorkerError;
+use collective::Cut;
 use model::ModelError;
+
+use crate::WorkerError;
 
 /// How long to wait for the reason of a rank's end once its end is known.
 pub(super) const REASON_PATIENCE: Duration = Duration::from_secs(1);
@@ -16,8 +18,15 @@ pub(super) const REASON_PATIENCE: Duration = Duration::from_secs(1);
 const REPORTS_MAX: usize = 4;
 
 #[derive(Default)]
+struct State {
+    /// By rank, which ends once.
+    list: Vec<(usize, String)>,
+    links: Option<Cut>,
+}
+
+#[derive(Default)]
 struct Reports {
-    list: Mutex<Vec<(usize, String)>>,
+    state: Mutex<State>,
     added: Condvar,
 }
 
@@ -28,26 +37,39 @@ pub(super) struct RankFailures {
 }
 
 impl RankFailures {
-    /// A rank has ended, and should not have.
+    /// A rank has ended, or must. What else is told of it later does not count.
     pub fn report(&self, rank: usize, reason: impl Into<String>) {
-        let mut reports = self.reports.list.lock().unwrap_or_else(PoisonError::into_inner);
-        if reports.len() < REPORTS_MAX {
-            reports.push((rank, reason.into()));
+        let mut state = self.state();
+        if state.list.len() < REPORTS_MAX && state.list.iter().all(|(known, _)| *known != rank) {
+            state.list.push((rank, reason.into()));
         }
-        drop(reports);
+        state.links.iter().for_each(Cut::cut);
+        drop(state);
         self.reports.added.notify_all();
+    }
+
+    /// From the first report on, nobody waits on these links.
+    pub fn end_links(&self, links: Cut) {
+        let mut state = self.state();
+        if !state.list.is_empty() {
+            links.cut();
+        }
+        state.links = Some(links);
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.reports.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All reports as one text; waits up to `patience` for the first.
     pub fn describe(&self, patience: Duration) -> Option<String> {
-        let reports = self.reports.list.lock().unwrap_or_else(PoisonError::into_inner);
-        let (reports, _) = self
+        let (state, _) = self
             .reports
             .added
-            .wait_timeout_while(reports, patience, |reports| reports.is_empty())
+            .wait_timeout_while(self.state(), patience, |state| state.list.is_empty())
             .unwrap_or_else(PoisonError::into_inner);
         let lines: Vec<String> =
-            reports.iter().map(|(rank, reason)| format!("rank {rank}: {reason}")).collect();
+            state.list.iter().map(|(rank, reason)| format!("rank {rank}: {reason}")).collect();
         (!lines.is_empty()).then(|| lines.join("; "))
     }
 

@@ -12,11 +12,7 @@ use kernels::Backend;
 use model::{Checkpoint, ModelError, Numbers, Runner, RunnerOptions};
 use serde::{Deserialize, Serialize};
 
-use super::{
-    Device, LoadProgress,
-    devices::Devices,
-    leader::{CONTROL_DEADLINE, Received},
-};
+use super::{Device, LoadProgress, devices::Devices, leader::Received};
 use crate::WorkerError;
 
 /// A slow disk may keep the ranks of a large model apart for this long.
@@ -32,6 +28,17 @@ pub(super) struct RankOptions {
     pub runner: RunnerOptions,
     /// A step that takes longer has hung; `None` where nothing predicts it.
     pub step_deadline: Option<Duration>,
+    /// As `GroupConfig::step_limit`.
+    pub step_limit: Duration,
+}
+
+impl RankOptions {
+    /// How long ranks wait for each other's data on the way of the host. A rank on a busy processor
+    /// may be late by much and is not dead: signs of life tell that. Cards compute at a pace that is
+    /// known, and use this way to meet alone.
+    pub fn data_deadline(&self) -> Option<Duration> {
+        (self.device == Device::Cpu).then_some(self.step_limit)
+    }
 }
 
 /// The checkpoint at `path`, or its model with random numbers: the same on every rank.
@@ -63,22 +70,16 @@ pub(super) fn meet(control: &mut dyn HostCollective) -> Result<(), WorkerError> 
     Ok(control.all_reduce_sum(&mut [1.0]).map_err(ModelError::from)?)
 }
 
-/// Runs what the leader says until it says stop. A step may be in flight while the next is waited
-/// for, where `step_deadline` says how long that may take.
+/// Runs what the leader says until it says stop. It says something twice a second while nothing
+/// runs, and nothing while it waits for a step, which lasts for up to `step_limit`.
 pub(super) fn follow<B: Backend, C: Collective<B>>(
     runner: &mut Runner<B, C>,
     control: &mut dyn HostCollective,
-    step_deadline: Option<Duration>,
+    step_limit: Duration,
 ) -> Result<(), WorkerError> {
     let mut message = Vec::new();
     loop {
-        // The leader says nothing while it waits for a step.
-        let more = match runner.in_flight() {
-            0 => Duration::ZERO,
-            _ => step_deadline.unwrap_or(LOAD_DEADLINE),
-        };
-        let deadline = CONTROL_DEADLINE.saturating_add(more);
-        control.broadcast(&mut message, deadline).map_err(ModelError::from)?;
+        control.broadcast(&mut message, step_limit).map_err(ModelError::from)?;
         let received = postcard::from_bytes(&message);
         let received = received
             .map_err(|error| WorkerError::Group(format!("a plan cannot be decoded: {error}")))?;
@@ -143,6 +144,7 @@ mod tests {
                         cpu,
                         runner,
                         step_deadline: Some(Duration::from_millis(1250)),
+                        step_limit: Duration::from_secs(7),
                     };
                     let bytes = postcard::to_stdvec(&sent).unwrap();
                     let got: RankOptions = postcard::from_bytes(&bytes).unwrap();

@@ -64,8 +64,8 @@ impl Sizing {
             text_files,
         };
         let (model, device) = (config.model.clone(), config.device.clone());
-        let random = config.random;
-        let options = RankOptions { model, random, device, cpu, runner, step_deadline };
+        let (random, step_limit) = (config.random, config.step_limit);
+        let options = RankOptions { model, random, device, cpu, runner, step_deadline, step_limit };
         Ok(Self { config, checkpoint: Arc::new(checkpoint), info, options })
     }
 }
@@ -82,6 +82,9 @@ fn check(config: &GroupConfig) -> Result<(), WorkerError> {
         if value == 0 {
             return Err(WorkerError::Config(format!("0 {what}: at least 1 is needed")));
         }
+    }
+    if config.step_limit.is_zero() {
+        return Err(WorkerError::Config("a limit of 0 s for a step: they take longer".into()));
     }
     if config.step_deadline.is_some_and(|deadline| deadline.is_zero()) {
         return Err(WorkerError::Config("a deadline of 0 s for a step: they take longer".into()));
