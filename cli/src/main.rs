@@ -15,6 +15,7 @@ mod direct;
 mod generated;
 mod load;
 mod logits;
+mod nodes;
 mod perplexity;
 mod plan;
 mod progress;

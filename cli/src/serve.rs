@@ -131,8 +131,8 @@ pub struct EtcdArgs {
 }
 
 impl EtcdArgs {
-    /// Connects, where members are named.
-    pub async fn connect(&self) -> Result<Option<Arc<dyn Membership>>> {
+    /// `None` where no members are named.
+    pub fn options(&self) -> Result<Option<EtcdOptions>> {
         if self.etcd.is_empty() {
             return Ok(None);
         }
@@ -145,7 +145,15 @@ impl EtcdArgs {
             };
             options.user = Some((user.to_owned(), password.to_owned()));
         }
-        Ok(Some(Arc::new(Etcd::connect(options).await?)))
+        Ok(Some(options))
+    }
+
+    /// Connects, where members are named.
+    pub async fn connect(&self) -> Result<Option<Arc<dyn Membership>>> {
+        Ok(match self.options()? {
+            Some(options) => Some(Arc::new(Etcd::connect(options).await?)),
+            None => None,
+        })
     }
 
     /// Connects, or makes a roster of this process alone where no members are named.

@@ -7,6 +7,7 @@
 
 mod ahead;
 mod expected;
+mod facts;
 mod module;
 mod modules;
 mod names;

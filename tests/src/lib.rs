@@ -17,7 +17,7 @@ pub use client::client;
 pub use connection::Connection;
 pub use etcd::etcd;
 pub use http::{Reply, exchange, request};
-pub use process::{Process, full_pipe, lockstep};
+pub use process::{Log, Process, full_pipe, is_there, lockstep, signal};
 
 /// Leaves a test out, loudly, for want of something; under `./dev test`, which brings everything,
 /// that is a failure.

@@ -9,6 +9,8 @@ mod failures;
 mod follower;
 mod leader;
 mod memory;
+mod node;
+mod nodes;
 mod process;
 mod rank_process;
 mod sizing;
@@ -22,6 +24,8 @@ use engine::{SchedulerConfig, plan::Executor};
 use model::{Loaded, Numbers};
 use serde::{Deserialize, Serialize};
 
+pub use node::{NodeConfig, run_node};
+pub use nodes::Nodes;
 pub use process::{RANK_TOKEN_VARIABLE, RankConfig, run_rank};
 
 use crate::WorkerError;
@@ -100,6 +104,9 @@ pub struct GroupConfig {
     /// Sequences that run at once.
     pub sequences_max: usize,
     pub rank_mode: RankMode,
+    /// Where ranks run on several machines, of which this one leads. They are processes, and the
+    /// group starts within a tokio runtime.
+    pub nodes: Option<Nodes>,
     /// What to start for a rank that is a process: it must hand the arguments `rank --rank R
     /// --world-size N --leader ADDR --epoch E` to `run_rank`. Default: this program.
     pub rank_program: Option<PathBuf>,
@@ -124,8 +131,19 @@ impl GroupConfig {
             step_limit: Duration::from_secs(600),
             sequences_max: 64,
             rank_mode: RankMode::Threads,
+            nodes: None,
             rank_program: None,
         }
+    }
+
+    /// Of each machine, this one's first.
+    fn ranks_of_nodes(&self) -> Vec<usize> {
+        self.nodes.as_ref().map_or_else(|| vec![self.ranks], |nodes| nodes.ranks.clone())
+    }
+
+    /// Those of this machine.
+    fn ranks_here(&self) -> usize {
+        self.nodes.as_ref().map_or(self.ranks, |nodes| nodes.ranks[0])
     }
 }
 
@@ -203,7 +221,7 @@ impl GroupPlan {
     pub fn start(self, progress: LoadProgress<'_>) -> Result<Group, WorkerError> {
         let RankOptions { device, cpu, .. } = &self.sizing.options;
         let start = Start { sizing: &self.sizing, progress };
-        let executor = on_devices(device, self.sizing.config.ranks, *cpu, start)?;
+        let executor = on_devices(device, self.sizing.config.ranks_here(), *cpu, start)?;
         Ok(Group { info: self.sizing.info, executor })
     }
 }

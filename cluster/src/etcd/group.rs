@@ -119,8 +119,8 @@ impl GroupKey {
                     let Epoch { epoch, leader, .. } = other;
                     if began.elapsed() > patience {
                         return Err(MembershipError::Invalid(format!(
-                            "the group {} is led already, in epoch {epoch}, from {leader}: end that \
-                             leader, or give this group another --group",
+                            "the group {} is led already, in epoch {epoch}, from {leader}: end \
+                             that leader, or give this group another --group",
                             self.id
                         )));
                     }

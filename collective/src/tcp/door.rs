@@ -50,6 +50,11 @@ impl TcpDoor {
         self.listener.local_addr()
     }
 
+    /// For a door that nobody has been told of.
+    pub fn set_epoch(&mut self, epoch: u64) {
+        self.group.epoch = epoch;
+    }
+
     /// The ranks that have not come with all of their links.
     pub fn missing(&self) -> Vec<usize> {
         let missing = |(at, links): (usize, &Vec<Option<Link>>)| {

@@ -7,23 +7,25 @@
 //! of life, independent of what ranks do: one that is stopped or cut off is noticed by its silence.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io::{self, Read},
     net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
     thread,
     time::{Duration, Instant},
 };
 
-use cluster::telemetry;
-use collective::{Beats, CollectiveError, Cut, GroupId, HostCollective, Loss, Tcp, TcpDoor};
+use cluster::{Reign, telemetry};
+use collective::{Beats, Cut, GroupId, HostCollective, Loss, Tcp, TcpDoor};
 use engine::plan::Executor;
 use model::{Checkpoint, ModelError};
 
 use super::{
-    LoadProgress,
+    GroupConfig, LoadProgress, Nodes,
     devices::{Devices, Task, on_devices},
     failures::{REASON_PATIENCE, RankFailures},
-    follower::{LOAD_DEADLINE, RankOptions, follow, load, meet, open},
+    follower::{LOAD_DEADLINE, RankOptions, agree, follow, load, open_same},
     leader::{Ranks, lead},
     rank_process::RankProcesses,
     sizing::Sizing,
@@ -35,6 +37,10 @@ pub const RANK_TOKEN_VARIABLE: &str = "LOCKSTEP_RANK_TOKEN";
 
 /// How long ranks and leader look for each other.
 const JOIN_DEADLINE: Duration = Duration::from_secs(30);
+/// The same for ranks of other machines, which may start much later.
+const NODES_DEADLINE: Duration = Duration::from_secs(600);
+/// Between two lines about who is still missing.
+pub(super) const TELL_AGAIN: Duration = Duration::from_secs(10);
 /// Between two looks at whether a rank ended instead of coming.
 const POLL: Duration = Duration::from_millis(20);
 /// A rank that its leader does not hear of for so long is lost. Several times what a thread that
@@ -60,6 +66,8 @@ pub struct RankConfig {
     pub epoch: u64,
     /// The group's secret.
     pub token: String,
+    /// The checkpoint on this machine; `None`: where the leader has it.
+    pub model: Option<PathBuf>,
 }
 
 impl RankConfig {
@@ -83,17 +91,19 @@ pub fn run_rank(config: RankConfig) -> Result<(), WorkerError> {
         Ok(Tcp::connect(&leader, (config.rank, link), &id, JOIN_DEADLINE)?)
     };
     let (mut control, mut data, beats) = (connect(0)?, connect(1)?, connect(2)?);
-    let _beats = Beats::start(beats, LEADER_SILENCE, |_, loss| end_with_leader(loss))
-        .map_err(WorkerError::io("starting the thread that hears the leader"))?;
     control.set_data_deadline(LOAD_DEADLINE);
     let mut message = Vec::new();
-    control.broadcast(&mut message, JOIN_DEADLINE).map_err(ModelError::from)?;
-    let options: RankOptions = postcard::from_bytes(&message)
+    control.broadcast(&mut message, NODES_DEADLINE).map_err(ModelError::from)?;
+    // The leader listens since all ranks are there.
+    let _beats = Beats::start(beats, LEADER_SILENCE, |_, loss| end_with_leader(loss))
+        .map_err(WorkerError::io("starting the thread that hears the leader"))?;
+    let (options, facts): (RankOptions, BTreeMap<String, String>) = postcard::from_bytes(&message)
         .map_err(|error| WorkerError::Config(format!("the leader's options: {error}")))?;
     if let Some(deadline) = options.data_deadline() {
         data.set_data_deadline(deadline);
     }
-    let checkpoint = open(&options.model, options.random)?;
+    let path = config.model.as_ref().unwrap_or(&options.model);
+    let checkpoint = agree(&mut control, open_same(path, options.random, &facts))?;
     let (device, cpu) = (options.device.clone(), options.cpu);
     let follower = Follower { control, data, checkpoint, options };
     on_devices(&device, config.world_size, cpu, follower)
@@ -112,8 +122,8 @@ impl Task for Follower {
 
     fn on<D: Devices>(mut self, devices: D) -> Result<(), WorkerError> {
         let progress: LoadProgress<'_> = &mut |_| {};
-        let mut runner = load(&devices, self.data, &self.checkpoint, &self.options, progress)?;
-        meet(&mut self.control)?;
+        let loaded = load(&devices, self.data, &self.checkpoint, &self.options, progress);
+        let mut runner = agree(&mut self.control, loaded)?;
         follow(&mut runner, &mut self.control, self.options.step_limit)
     }
 }
@@ -148,57 +158,86 @@ pub(super) fn start<D: Devices>(
     devices: D,
     progress: LoadProgress<'_>,
 ) -> Result<Box<dyn Executor>, WorkerError> {
-    let (ranks, options) = (sizing.config.ranks, &sizing.options);
-    let id = GroupId { world_size: ranks, epoch: 0, token: secret()? };
-    let (door, leader) = open_door(id.clone())?;
+    let (config, options) = (&sizing.config, &sizing.options);
+    let Opened { door, place, reign } = open_door(config)?;
     let failures = RankFailures::default();
     let mut followers = RankProcesses::default();
-    for rank in 1..ranks {
-        let GroupId { world_size, epoch, token } = id.clone();
-        let place = RankConfig { rank, world_size, leader, epoch, token };
-        followers.spawn(&place, sizing.config.rank_program.clone(), &failures)?;
+    for rank in 1..config.ranks_here() {
+        let place = RankConfig { rank, ..place.clone() };
+        followers.spawn(&place, config.rank_program.clone(), &failures)?;
     }
     let joined = || -> Result<_, WorkerError> {
-        let [mut control, mut data, beats] = admit(door, &failures)?;
+        let [mut control, mut data, beats] = admit(door, &failures, config.nodes.as_ref())?;
         let links = Cut::of(&[&control, &data]).map_err(WorkerError::io("links of the group"))?;
         failures.end_links(links);
-        followers.keep(listen(beats, &failures, followers.killer())?);
+        followers.keep(listen(beats, &failures, followers.killer())?, reign);
         control.set_data_deadline(LOAD_DEADLINE);
-        let mut message = postcard::to_stdvec(options)
+        let mut message = postcard::to_stdvec(&(options, sizing.checkpoint.facts()?))
             .map_err(|error| WorkerError::Config(format!("options for the ranks: {error}")))?;
         control.broadcast(&mut message, JOIN_DEADLINE).map_err(ModelError::from)?;
+        agree(&mut control, Ok(()))?;
         if let Some(deadline) = options.data_deadline() {
             data.set_data_deadline(deadline);
         }
-        let runner = load(&devices, data, &sizing.checkpoint, options, progress)?;
-        meet(&mut control)?;
-        Ok((control, runner))
+        let loaded = load(&devices, data, &sizing.checkpoint, options, progress);
+        Ok((agree(&mut control, loaded)?, control))
     };
-    let (control, runner) = joined().map_err(|error| failures.or_cause(error))?;
+    let (runner, control) = joined().map_err(|error| failures.or_cause(error))?;
     let ways = (devices.compute_beside_the_host(), options.step_limit);
     lead(runner, control, Ranks { failures, followers }, ways)
 }
 
-fn open_door(id: GroupId) -> Result<(TcpDoor, SocketAddr), WorkerError> {
-    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let failed = |source| WorkerError::Bind { addr: any, source };
-    let door = Tcp::listen(any, id, LINKS).map_err(failed)?;
-    let addr = door.local_addr().map_err(failed)?;
-    Ok((door, addr))
+/// Where ranks are waited for.
+struct Opened {
+    door: TcpDoor,
+    /// Of any rank of this machine.
+    place: RankConfig,
+    /// Where ranks of other machines learn of it.
+    reign: Option<Reign>,
+}
+
+/// On loopback, where all ranks are on this machine.
+fn open_door(config: &GroupConfig) -> Result<Opened, WorkerError> {
+    let (world_size, token) = (config.ranks, secret()?);
+    let addr = match &config.nodes {
+        None => SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+        Some(nodes) => nodes.door()?,
+    };
+    let failed = |source| WorkerError::Bind { addr, source };
+    let id = GroupId { world_size, epoch: 0, token: token.clone() };
+    let mut door = Tcp::listen(addr, id, LINKS).map_err(failed)?;
+    let leader = door.local_addr().map_err(failed)?;
+    let reign = match &config.nodes {
+        None => None,
+        Some(nodes) => Some(nodes.lead((leader, token.clone()), |epoch| door.set_epoch(epoch))?),
+    };
+    let epoch = reign.as_ref().map_or(0, |reign| reign.epoch);
+    let place = RankConfig { rank: 0, world_size, leader, epoch, token, model: None };
+    Ok(Opened { door, place, reign })
 }
 
 /// Waits for all ranks, or for the first that ends instead of coming.
-fn admit(mut door: TcpDoor, failures: &RankFailures) -> Result<[Tcp; LINKS], WorkerError> {
-    let start = Instant::now();
+fn admit(
+    mut door: TcpDoor,
+    failures: &RankFailures,
+    nodes: Option<&Nodes>,
+) -> Result<[Tcp; LINKS], WorkerError> {
+    let (start, mut told) = (Instant::now(), Instant::now());
+    let limit = if nodes.is_some() { NODES_DEADLINE } else { JOIN_DEADLINE };
     while !door.admit(POLL).map_err(ModelError::from)? {
         if let Some(reason) = failures.describe(Duration::ZERO) {
             return Err(WorkerError::Group(reason));
         }
-        if start.elapsed() >= JOIN_DEADLINE {
-            let rank = door.missing().first().copied().unwrap_or_default();
-            let seconds = JOIN_DEADLINE.as_secs();
-            let late = CollectiveError::Deadline { op: "accept", rank, seconds };
-            return Err(ModelError::from(late).into());
+        let (missing, waited) = (door.missing(), start.elapsed());
+        let who = || nodes.map_or_else(|| format!("ranks {missing:?}"), |of| of.named(&missing));
+        if waited >= limit {
+            let (who, seconds) = (who(), limit.as_secs());
+            let reason = format!("no sign of {who} within {seconds} s; start what is missing");
+            return Err(WorkerError::Group(reason));
+        }
+        if told.elapsed() >= TELL_AGAIN {
+            told = Instant::now();
+            tracing::info!(seconds = waited.as_secs(), "waiting for {}", who());
         }
     }
     let links = door.close().map_err(ModelError::from)?;

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cluster::telemetry;
+use cluster::{Reign, telemetry};
 use collective::Beats;
 
 use super::{
@@ -46,6 +46,7 @@ pub(super) struct RankProcesses {
     /// From now on a rank that ends has not failed.
     stopping: Arc<AtomicBool>,
     beats: Option<Beats>,
+    reign: Option<Reign>,
 }
 
 impl RankProcesses {
@@ -61,7 +62,8 @@ impl RankProcesses {
             Some(program) => program,
             None => std::env::current_exe().map_err(WorkerError::io("finding this executable"))?,
         };
-        let mut child = Command::new(&program)
+        let mut command = Command::new(&program);
+        command
             .args(["rank", "--rank", &rank.to_string()])
             .args(["--world-size", &place.world_size.to_string()])
             .args(["--leader", &place.leader.to_string()])
@@ -69,9 +71,12 @@ impl RankProcesses {
             .env(RANK_TOKEN_VARIABLE, &place.token)
             .env(telemetry::FORMAT_VARIABLE, telemetry::format().name())
             .stdin(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(WorkerError::io(format!("starting {}", program.display())))?;
+            .stderr(Stdio::piped());
+        if let Some(model) = &place.model {
+            command.arg("--model").arg(model);
+        }
+        let mut child =
+            command.spawn().map_err(WorkerError::io(format!("starting {}", program.display())))?;
         let stderr = child.stderr.take();
         let child = Arc::new(Mutex::new(child));
         let watch = {
@@ -107,8 +112,13 @@ impl RankProcesses {
     }
 
     /// Until these ranks are expected to end.
-    pub fn keep(&mut self, beats: Beats) {
-        self.beats = Some(beats);
+    pub fn keep(&mut self, beats: Beats, reign: Option<Reign>) {
+        (self.beats, self.reign) = (Some(beats), reign);
+    }
+
+    /// Whether all have ended.
+    pub fn are_over(&self) -> bool {
+        self.processes.iter().all(|process| process.watcher.is_finished())
     }
 }
 
@@ -116,6 +126,7 @@ impl Followers for RankProcesses {
     fn expect_end(&mut self) {
         self.stopping.store(true, Ordering::SeqCst);
         self.beats = None;
+        self.reign = None;
     }
 
     fn shutdown(&mut self) {

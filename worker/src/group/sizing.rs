@@ -39,7 +39,7 @@ impl Sizing {
         let cpu = CpuConfig { threads, precision, isa };
         let survey = Survey { checkpoint: &checkpoint, config: &config };
         let DeviceSurvey { device, layout, step_deadline } =
-            on_devices(&config.device, config.ranks, cpu, survey)?;
+            on_devices(&config.device, config.ranks_here(), cpu, survey)?;
         let step_deadline = config.step_deadline.or(step_deadline);
         let runner = layout.options;
         let text_files = formats::text_files(&config.model)
@@ -92,6 +92,9 @@ fn check(config: &GroupConfig) -> Result<(), WorkerError> {
     if config.step_target.is_some_and(|target| target.is_zero()) {
         return Err(WorkerError::Config("steps of 0 s: they take longer than that".into()));
     }
+    if let Some(nodes) = &config.nodes {
+        nodes.check(config)?;
+    }
     if config.device != Device::Cpu && config.precision == Precision::Exact {
         let text = "--precision exact is the CPU's: CUDA devices compute in bf16; leave it out";
         return Err(WorkerError::Config(text.into()));
@@ -101,7 +104,7 @@ fn check(config: &GroupConfig) -> Result<(), WorkerError> {
 
 fn threads(config: &GroupConfig) -> usize {
     let machine = || thread::available_parallelism().map_or(1, |threads| threads.get());
-    config.threads_per_rank.unwrap_or_else(|| (machine() / config.ranks).max(1))
+    config.threads_per_rank.unwrap_or_else(|| (machine() / config.ranks_here()).max(1))
 }
 
 /// What the devices hold and need.
@@ -127,7 +130,7 @@ impl Task for Survey<'_> {
         let joined = |shard: Shard| shard.joined_by(devices.join(), model);
         let shards = (0..ranks).map(|rank| Ok(joined(checkpoint.shard(rank, ranks)?)));
         let shards = shards.collect::<Result<Vec<Shard>, ModelError>>()?;
-        let places = devices.places(ranks)?;
+        let places = places(&devices, config)?;
         let wanted = |step_tokens_max| Wanted {
             context_max: config.context_max,
             kv_memory: config.kv_memory,
@@ -161,6 +164,20 @@ impl Task for Survey<'_> {
         let names: Vec<&str> = places.iter().map(|place| &*place.name).collect();
         Ok(DeviceSurvey { device: names.join(", "), layout, step_deadline })
     }
+}
+
+/// The memory of all machines. What the others have is not known here: they are taken to be alike.
+fn places<D: Devices>(devices: &D, config: &GroupConfig) -> Result<Vec<Place>, WorkerError> {
+    let (mut all, mut first) = (Vec::new(), 0);
+    for count in config.ranks_of_nodes() {
+        let of_node = devices.places(count)?.into_iter().map(|place| Place {
+            ranks: place.ranks.start + first..place.ranks.end + first,
+            ..place
+        });
+        all.extend(of_node);
+        first += count;
+    }
+    Ok(all)
 }
 
 /// Refuses a KV pool of a given size that is of no use.

@@ -13,7 +13,7 @@ use super::{
     LoadProgress,
     devices::Devices,
     failures::RankFailures,
-    follower::{LOAD_DEADLINE, RankOptions, follow, load, meet},
+    follower::{LOAD_DEADLINE, RankOptions, agree, follow, load},
     leader::{Followers, Ranks, lead},
     sizing::Sizing,
 };
@@ -70,11 +70,7 @@ pub(super) fn start<D: Devices>(
         followers.0.push(thread.map_err(WorkerError::io("starting a rank's thread"))?);
     }
     let loaded = load(&devices, data, &sizing.checkpoint, options, progress);
-    let met = loaded.and_then(|runner| {
-        meet(&mut control)?;
-        Ok(runner)
-    });
-    let runner = met.map_err(|error| failures.or_cause(error))?;
+    let runner = agree(&mut control, loaded).map_err(|error| failures.or_cause(error))?;
     let ways = (devices.compute_beside_the_host(), options.step_limit);
     lead(runner, control, Ranks { failures, followers }, ways)
 }
@@ -85,7 +81,7 @@ fn follow_as_thread<D: Devices>(
     checkpoint: &Checkpoint,
     options: &RankOptions,
 ) -> Result<(), WorkerError> {
-    let mut runner = load(devices, data, checkpoint, options, &mut |_| {})?;
-    meet(&mut control)?;
+    let loaded = load(devices, data, checkpoint, options, &mut |_| {});
+    let mut runner = agree(&mut control, loaded)?;
     follow(&mut runner, &mut control, options.step_limit)
 }

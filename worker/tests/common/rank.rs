@@ -20,6 +20,7 @@ fn serve_as_rank() {
         world_size: word().parse().unwrap(),
         leader: word().parse().unwrap(),
         epoch: word().parse().unwrap(),
+        model: None,
         token: std::env::var(RANK_TOKEN_VARIABLE).unwrap(),
     };
     run_rank(config).unwrap();
