@@ -81,11 +81,16 @@ impl Beats {
         }
         Ok(beats)
     }
+
+    /// From now on nobody is told of losses; the others still hear of this rank.
+    pub fn expect_end(&self) {
+        self.ending.store(true, Ordering::SeqCst);
+    }
 }
 
 impl Drop for Beats {
     fn drop(&mut self) {
-        self.ending.store(true, Ordering::SeqCst);
+        self.expect_end();
         self.links.cut();
     }
 }

@@ -19,6 +19,9 @@ use crate::WorkerError;
 /// A slow disk may keep the ranks of a large model apart for this long.
 pub(super) const LOAD_DEADLINE: Duration = Duration::from_secs(3600);
 
+/// How much longer than a step may last a rank waits for what its leader says.
+const CONTROL_SLACK: Duration = Duration::from_secs(10);
+
 /// What a rank needs to know besides its place; a rank that is a process gets it from its leader.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct RankOptions {
@@ -122,8 +125,10 @@ pub(super) fn follow<B: Backend, C: Collective<B>>(
     step_limit: Duration,
 ) -> Result<(), WorkerError> {
     let mut message = Vec::new();
+    // Whoever leads ends a step that is too long before its ranks do.
+    let deadline = step_limit.saturating_add(CONTROL_SLACK);
     loop {
-        control.broadcast(&mut message, step_limit).map_err(ModelError::from)?;
+        control.broadcast(&mut message, deadline).map_err(ModelError::from)?;
         let received = postcard::from_bytes(&message);
         let received = received
             .map_err(|error| WorkerError::Group(format!("a plan cannot be decoded: {error}")))?;

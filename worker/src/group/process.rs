@@ -95,7 +95,7 @@ pub fn run_rank(config: RankConfig) -> Result<(), WorkerError> {
     let mut message = Vec::new();
     control.broadcast(&mut message, NODES_DEADLINE).map_err(ModelError::from)?;
     // The leader listens since all ranks are there.
-    let _beats = Beats::start(beats, LEADER_SILENCE, |_, loss| end_with_leader(loss))
+    let beats = Beats::start(beats, LEADER_SILENCE, |_, loss| end_with_leader(loss))
         .map_err(WorkerError::io("starting the thread that hears the leader"))?;
     let (options, facts): (RankOptions, BTreeMap<String, String>) = postcard::from_bytes(&message)
         .map_err(|error| WorkerError::Config(format!("the leader's options: {error}")))?;
@@ -105,7 +105,7 @@ pub fn run_rank(config: RankConfig) -> Result<(), WorkerError> {
     let path = config.model.as_ref().unwrap_or(&options.model);
     let checkpoint = agree(&mut control, open_same(path, options.random, &facts))?;
     let (device, cpu) = (options.device.clone(), options.cpu);
-    let follower = Follower { control, data, checkpoint, options };
+    let follower = Follower { control, data, beats, checkpoint, options };
     on_devices(&device, config.world_size, cpu, follower)
 }
 
@@ -113,6 +113,7 @@ pub fn run_rank(config: RankConfig) -> Result<(), WorkerError> {
 struct Follower {
     control: Tcp,
     data: Tcp,
+    beats: Beats,
     checkpoint: Checkpoint,
     options: RankOptions,
 }
@@ -124,7 +125,10 @@ impl Task for Follower {
         let progress: LoadProgress<'_> = &mut |_| {};
         let loaded = load(&devices, self.data, &self.checkpoint, &self.options, progress);
         let mut runner = agree(&mut self.control, loaded)?;
-        follow(&mut runner, &mut self.control, self.options.step_limit)
+        let ended = follow(&mut runner, &mut self.control, self.options.step_limit);
+        // Giving back what the runner holds may take longer than the leader waits.
+        drop(self.beats);
+        ended
     }
 }
 
@@ -170,10 +174,11 @@ pub(super) fn start<D: Devices>(
         let [mut control, mut data, beats] = admit(door, &failures, config.nodes.as_ref())?;
         let links = Cut::of(&[&control, &data]).map_err(WorkerError::io("links of the group"))?;
         failures.end_links(links);
-        followers.keep(listen(beats, &failures, followers.killer())?, reign);
         control.set_data_deadline(LOAD_DEADLINE);
         let mut message = postcard::to_stdvec(&(options, sizing.checkpoint.facts()?))
             .map_err(|error| WorkerError::Config(format!("options for the ranks: {error}")))?;
+        // Ranks give signs of life from this message on.
+        followers.keep(listen(beats, &failures, followers.killer())?, reign);
         control.broadcast(&mut message, JOIN_DEADLINE).map_err(ModelError::from)?;
         agree(&mut control, Ok(()))?;
         if let Some(deadline) = options.data_deadline() {

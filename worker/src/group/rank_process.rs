@@ -111,7 +111,7 @@ impl RankProcesses {
         }
     }
 
-    /// Until these ranks are expected to end.
+    /// Until these ranks have ended, and until they are expected to.
     pub fn keep(&mut self, beats: Beats, reign: Option<Reign>) {
         (self.beats, self.reign) = (Some(beats), reign);
     }
@@ -125,7 +125,7 @@ impl RankProcesses {
 impl Followers for RankProcesses {
     fn expect_end(&mut self) {
         self.stopping.store(true, Ordering::SeqCst);
-        self.beats = None;
+        self.beats.iter().for_each(Beats::expect_end);
         self.reign = None;
     }
 
@@ -142,6 +142,7 @@ impl Followers for RankProcesses {
             // It does not panic, and its report is no longer needed.
             let _watched = watcher.join();
         }
+        self.beats = None;
     }
 }
 
