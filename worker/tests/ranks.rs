@@ -135,7 +135,7 @@ fn idle(Served(group, _): &mut Served) -> ExecutorError {
 fn processes_answer_as_threads_do_and_end_with_their_group() {
     let dir = TempDir::new().unwrap();
     let program = rank_script(&dir);
-    for ranks in [2, 3] {
+    for ranks in [1, 2, 3] {
         let mut processes = Served::start(config(RankMode::Processes, ranks, program.clone()));
         let mut threads = Served::start(config(RankMode::Threads, ranks, program.clone()));
         assert_eq!(answer(&mut processes), answer(&mut threads), "{ranks} ranks");

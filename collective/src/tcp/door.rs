@@ -30,6 +30,8 @@ pub struct GroupId {
 pub struct TcpDoor {
     listener: TcpListener,
     group: GroupId,
+    /// Of each rank.
+    links: usize,
     /// Of each rank from 1 on, its links so far, by number.
     ranks: Vec<Vec<Option<Link>>>,
 }
@@ -39,7 +41,7 @@ impl TcpDoor {
         let listener = TcpListener::bind(addr)?;
         listener.set_nonblocking(true)?;
         let ranks = (1..group.world_size).map(|_| (0..links).map(|_| None).collect()).collect();
-        Ok(Self { listener, group, ranks })
+        Ok(Self { listener, group, links, ranks })
     }
 
     /// Where other ranks connect to.
@@ -109,8 +111,7 @@ impl TcpDoor {
         if let Some(&rank) = missing.first() {
             return Err(CollectiveError::Gone { rank });
         }
-        let links = self.ranks.first().map_or(0, Vec::len);
-        let mut groups: Vec<Vec<Link>> = (0..links).map(|_| Vec::new()).collect();
+        let mut groups: Vec<Vec<Link>> = (0..self.links).map(|_| Vec::new()).collect();
         for rank in self.ranks {
             for (of_group, link) in groups.iter_mut().zip(rank.into_iter().flatten()) {
                 of_group.push(link);

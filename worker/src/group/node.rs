@@ -16,7 +16,6 @@ use tokio::{
 
 use super::{
     failures::RankFailures,
-    leader::Followers,
     nodes::ranks_of,
     process::{RankConfig, TELL_AGAIN},
     rank_process::RankProcesses,
@@ -195,8 +194,9 @@ impl Served {
                 break self.reason();
             }
         };
-        let mut ranks = self.ranks;
-        let ended = spawn_blocking(move || ranks.shutdown()).await;
+        // Whoever is left has had its time: it is ended at once.
+        let ranks = self.ranks;
+        let ended = spawn_blocking(move || drop(ranks)).await;
         ended.map_err(|error| WorkerError::Group(format!("ending ranks: {error}")))?;
         Ok(reason)
     }
