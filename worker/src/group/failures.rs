@@ -2,6 +2,7 @@
 
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
     time::Duration,
 };
 
@@ -12,6 +13,9 @@ use crate::WorkerError;
 
 /// How long to wait for the reason of a rank's end once its end is known.
 pub(super) const REASON_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Ranks that end because of another's end may be seen first: then the cause comes within this.
+const SETTLE: Duration = Duration::from_millis(100);
 
 /// The first rank to die is the cause; a few more are kept, since others die of it at the same
 /// time.
@@ -61,13 +65,18 @@ impl RankFailures {
         self.reports.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// All reports as one text; waits up to `patience` for the first.
+    /// All reports as one text; waits up to `patience` for the first, and then a little for more.
     pub fn describe(&self, patience: Duration) -> Option<String> {
-        let (state, _) = self
+        let (mut state, _) = self
             .reports
             .added
             .wait_timeout_while(self.state(), patience, |state| state.list.is_empty())
             .unwrap_or_else(PoisonError::into_inner);
+        if !patience.is_zero() && !state.list.is_empty() {
+            drop(state);
+            thread::sleep(SETTLE);
+            state = self.state();
+        }
         let lines: Vec<String> =
             state.list.iter().map(|(rank, reason)| format!("rank {rank}: {reason}")).collect();
         (!lines.is_empty()).then(|| lines.join("; "))
@@ -78,5 +87,26 @@ impl RankFailures {
         let exchange = matches!(error, WorkerError::Model(ModelError::Collective(_)));
         let patience = if exchange { REASON_PATIENCE } else { Duration::ZERO };
         self.describe(patience).map_or(error, WorkerError::Group)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cause_is_told_though_its_consequence_was_seen_first() {
+        let failures = RankFailures::default();
+        assert_eq!(failures.describe(Duration::ZERO), None);
+        let told = thread::scope(|scope| {
+            let told = scope.spawn(|| failures.describe(REASON_PATIENCE));
+            failures.report(2, "lost rank 0");
+            failures.report(1, "killed");
+            // A rank ends once.
+            failures.report(1, "killed again");
+            told.join().unwrap()
+        });
+        assert_eq!(told.as_deref(), Some("rank 2: lost rank 0; rank 1: killed"));
+        assert_eq!(failures.describe(Duration::ZERO), told);
     }
 }
