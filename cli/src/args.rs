@@ -148,6 +148,11 @@ pub struct GroupArgs {
 }
 
 impl GroupArgs {
+    /// Of the whole group.
+    pub fn ranks(&self) -> usize {
+        self.tp
+    }
+
     /// Finds the model, fetching it if need be, and checks the rest.
     pub fn resolve(&self, rank_mode: RankMode) -> Result<GroupConfig> {
         for (flag, value) in [

@@ -17,6 +17,7 @@ mod generated;
 mod load;
 mod logits;
 mod mock;
+mod nodes;
 mod perplexity;
 mod plan;
 mod progress;

@@ -1,6 +1,6 @@
 //! `lockstep rank`: one rank of a group, started and watched by `lockstep worker`.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, path::PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -15,11 +15,17 @@ pub struct RankArgs {
     world_size: usize,
     #[arg(long)]
     leader: SocketAddr,
+    /// Of the group
+    #[arg(long)]
+    epoch: u64,
+    /// Where the checkpoint is on this machine, if not where the leader has it
+    #[arg(long)]
+    model: Option<PathBuf>,
 }
 
 pub fn main(args: RankArgs) -> Result<()> {
     let token = std::env::var(RANK_TOKEN_VARIABLE)
         .with_context(|| format!("{RANK_TOKEN_VARIABLE} is not set; `lockstep worker` sets it"))?;
-    let RankArgs { rank, world_size, leader } = args;
-    Ok(run_rank(RankConfig { rank, world_size, leader, token })?)
+    let RankArgs { rank, world_size, leader, epoch, model } = args;
+    Ok(run_rank(RankConfig { rank, world_size, leader, epoch, token, model })?)
 }

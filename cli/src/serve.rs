@@ -122,7 +122,13 @@ impl ServedArgs {
         }
     }
 
-    pub fn resolve(&self, group: GroupConfig, listen: Listen, drain_seconds: u64) -> WorkerConfig {
+    pub fn resolve(
+        &self,
+        mut group: GroupConfig,
+        listen: Listen,
+        drain_seconds: u64,
+    ) -> WorkerConfig {
+        group.step_limit = Duration::from_secs(self.step_limit_seconds);
         let mut config = WorkerConfig::new(group);
         config.listen = listen.address;
         config.advertise = self.advertise.clone();
@@ -130,7 +136,6 @@ impl ServedArgs {
         config.model_name = self.name.clone();
         config.waiting_max = self.queue;
         config.drain_limit = Duration::from_secs(drain_seconds);
-        config.step_limit = Duration::from_secs(self.step_limit_seconds);
         config
     }
 }
@@ -150,8 +155,8 @@ pub struct EtcdArgs {
 }
 
 impl EtcdArgs {
-    /// Connects, where members are named.
-    pub async fn connect(&self) -> Result<Option<Arc<dyn Membership>>> {
+    /// `None` where no members are named.
+    pub fn options(&self) -> Result<Option<EtcdOptions>> {
         if self.etcd.is_empty() {
             return Ok(None);
         }
@@ -164,7 +169,15 @@ impl EtcdArgs {
             };
             options.user = Some((user.to_owned(), password.to_owned()));
         }
-        Ok(Some(Arc::new(Etcd::connect(options).await?)))
+        Ok(Some(options))
+    }
+
+    /// Connects, where members are named.
+    pub async fn connect(&self) -> Result<Option<Arc<dyn Membership>>> {
+        Ok(match self.options()? {
+            Some(options) => Some(Arc::new(Etcd::connect(options).await?)),
+            None => None,
+        })
     }
 
     /// Connects, or makes a roster of this process alone where no members are named.

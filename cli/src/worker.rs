@@ -1,16 +1,18 @@
-//! `lockstep worker`: one group of ranks, each a process of its own.
+//! `lockstep worker`: one group of ranks, each a process of its own, or one machine's part of a
+//! group over several.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context, Result};
 use clap::Args;
 use cluster::{shutdown, telemetry};
 use tokio::sync::watch;
-use worker::{RankMode, Worker, WorkerHandle};
+use worker::{GroupConfig, NodeConfig, RankMode, Worker, WorkerHandle, run_node};
 
 use crate::args::GroupArgs;
 use crate::load;
 use crate::mock::EngineArgs;
+use crate::nodes::{Group, NodesArgs};
 use crate::serve::{EtcdArgs, Listen, ServedArgs};
 
 /// Flags of `worker`.
@@ -20,6 +22,8 @@ pub struct WorkerArgs {
     group: GroupArgs,
     #[command(flatten)]
     etcd: EtcdArgs,
+    #[command(flatten)]
+    nodes: NodesArgs,
     /// Address that routers connect to; port 0 takes any [default: 127.0.0.1:0, with etcd on another
     /// machine this one's address towards it]
     #[arg(long, env = "LOCKSTEP_LISTEN")]
@@ -39,11 +43,15 @@ pub fn main(args: WorkerArgs) -> Result<()> {
 
 async fn run(args: WorkerArgs) -> Result<()> {
     load::log_machine();
-    args.served.check(args.at()?, &args.etcd)?;
+    let nodes = args.nodes.resolve(&args.etcd, args.group.ranks())?;
     let stop = shutdown::signals().context("cannot listen for signals")?;
     let mut early = stop.clone();
+    if let Some(group) = nodes.as_ref().filter(|group| group.node > 0) {
+        return follow(&args, group, stop).await;
+    }
+    args.served.check(args.at()?, &args.etcd)?;
     let worker = tokio::select! {
-        worker = start(args, stop) => worker?,
+        worker = start(args, nodes, stop) => worker?,
         () = shutdown::requested(&mut early) => {
             tracing::info!("stopped while starting");
             telemetry::exit(130);
@@ -62,12 +70,38 @@ impl WorkerArgs {
     }
 }
 
-async fn start(args: WorkerArgs, stop: watch::Receiver<bool>) -> Result<WorkerHandle> {
+/// A machine whose ranks another one leads.
+async fn follow(args: &WorkerArgs, group: &Group, stop: watch::Receiver<bool>) -> Result<()> {
+    let GroupConfig { model, rank_program, .. } =
+        load::resolve(&args.group, RankMode::Processes).await?;
+    let Group { node, nodes } = group;
+    let count = nodes.ranks.len();
+    telemetry::ready(&[("group", nodes.key.id().to_owned()), ("node", format!("{node}/{count}"))]);
+    let config = NodeConfig {
+        key: nodes.key.clone(),
+        node: *node,
+        nodes: count,
+        model,
+        version: nodes.version.clone(),
+        drain_limit: Duration::from_secs(args.drain_seconds),
+        rank_program,
+    };
+    run_node(config, stop).await?;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+async fn start(
+    args: WorkerArgs,
+    nodes: Option<Group>,
+    stop: watch::Receiver<bool>,
+) -> Result<WorkerHandle> {
     // Without etcd it is for routers to know this address: see `router --workers`.
     let membership = args.etcd.connect_or_alone().await?;
     let mock = args.engine.mock()?;
     let mut group = load::resolve(&args.group, RankMode::Processes).await?;
     group.mock = mock;
+    group.nodes = nodes.map(|group| group.nodes);
     let config = args.served.resolve(group, args.at()?, args.drain_seconds);
     Ok(Worker::start(config, membership, Box::new(load::shown()), stop).await?)
 }

@@ -65,9 +65,9 @@ async fn supervised(
             fault: Some(MockFault { kind, after }),
         });
         group.sequences_max = 4;
+        group.step_limit = Duration::from_millis(50);
         let mut config = WorkerConfig::new(group);
         config.waiting_max = 4;
-        config.step_limit = Duration::from_millis(50);
         let started =
             Worker::start(config, Arc::new(membership.clone()), Box::new(|_| {}), stop.clone());
         let ended = started.await.expect("a worker").join().await;

@@ -5,6 +5,7 @@
 //! one member at a time and moves on at the first doubt, because a member that is stopped or cut
 //! off keeps its connections open. Every call has a deadline. TLS to etcd is refused, not ignored.
 
+mod group;
 mod keeper;
 mod session;
 mod view;
@@ -15,6 +16,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{Instance, Membership, MembershipError, Registration, Roster};
+pub use group::{Epoch, GroupKey, Reign};
 use session::{Fault, Session};
 use view::View;
 

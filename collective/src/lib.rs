@@ -13,7 +13,7 @@ mod threads;
 
 pub use cards::{Cards, CardsConfig};
 pub use staged::Staged;
-pub use tcp::{Tcp, TcpDoor};
+pub use tcp::{Beats, Cut, GroupId, Loss, Tcp, TcpDoor};
 pub use threads::Threads;
 
 /// Why an exchange failed. The group is unusable afterwards.

@@ -6,73 +6,19 @@
 //! others learn of it at once. Links carry no encryption: a shared secret keeps strangers out, not
 //! eavesdroppers.
 
+mod beats;
+mod door;
 mod hello;
 mod link;
 
 use super::{CollectiveError, HostCollective, take_cols, take_share};
-use hello::Hello;
+pub use beats::{Beats, Cut, Loss};
+pub use door::{GroupId, TcpDoor};
 use link::{Kind, Link};
-use std::{
-    io,
-    net::{SocketAddr, TcpListener, ToSocketAddrs},
-    thread,
-    time::{Duration, Instant},
-};
+use std::{io, net::ToSocketAddrs, time::Duration};
 
 /// Patience of `all_gather_cols` and `all_reduce_sum`.
 const DATA_DEADLINE: Duration = Duration::from_secs(30);
-/// Between two attempts to reach a rank 0 that may not be up yet, or looks at an idle listener.
-const RETRY: Duration = Duration::from_millis(20);
-
-/// Rank 0 before the others came.
-pub struct TcpDoor {
-    listener: TcpListener,
-}
-
-impl TcpDoor {
-    /// Where other ranks connect to.
-    ///
-    /// # Errors
-    /// The system's, if the listener is broken.
-    pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
-    }
-
-    /// Waits for ranks `1..world_size` that know `token`. Whoever does not is turned away.
-    ///
-    /// # Errors
-    /// `Deadline` names the first rank that did not come; `Device` for a failing listener.
-    pub fn accept(
-        self,
-        world_size: usize,
-        token: &str,
-        deadline: Duration,
-    ) -> Result<Tcp, CollectiveError> {
-        let start = Instant::now();
-        let mut links: Vec<Option<Link>> = (1..world_size).map(|_| None).collect();
-        while let Some(missing) = links.iter().position(Option::is_none) {
-            let left = deadline.saturating_sub(start.elapsed());
-            if left.is_zero() {
-                let (rank, seconds) = (missing + 1, deadline.as_secs());
-                return Err(CollectiveError::Deadline { op: "accept", rank, seconds });
-            }
-            match self.listener.accept() {
-                Ok((stream, _)) => {
-                    let taken: Vec<bool> = links.iter().map(Option::is_some).collect();
-                    // A stranger, or a rank that gave up: the place stays free.
-                    if let Some((rank, link)) =
-                        hello::answer(stream, token, world_size, &taken, left)
-                    {
-                        links[rank - 1] = Some(link);
-                    }
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => thread::sleep(RETRY.min(left)),
-                Err(e) => return Err(CollectiveError::Device(format!("accept: {e}"))),
-            }
-        }
-        Ok(Tcp::new(0, world_size, links.into_iter().flatten().collect()))
-    }
-}
 
 /// One rank of a group of processes.
 pub struct Tcp {
@@ -88,45 +34,27 @@ pub struct Tcp {
 }
 
 impl Tcp {
-    /// Opens rank 0's address; port 0 takes a free one.
+    /// Opens rank 0's address for a group whose ranks are joined by so many links each; port 0
+    /// takes a free one.
     ///
     /// # Errors
     /// The address cannot be bound.
-    pub fn listen(addr: impl ToSocketAddrs) -> io::Result<TcpDoor> {
-        let listener = TcpListener::bind(addr)?;
-        listener.set_nonblocking(true)?;
-        Ok(TcpDoor { listener })
+    pub fn listen(addr: impl ToSocketAddrs, group: GroupId, links: usize) -> io::Result<TcpDoor> {
+        TcpDoor::open(addr, group, links)
     }
 
-    /// Joins rank 0 at `addr`, trying again until `deadline` while nobody listens there.
+    /// Joins rank 0 at `addr` as `rank`, by the link of that number, trying again until `deadline`
+    /// while nobody listens there.
     ///
     /// # Errors `Mismatch` where rank 0 answers that this rank does not belong; `Deadline` where it
     /// does not.
     pub fn connect(
         addr: &str,
-        (rank, world_size): (usize, usize),
-        token: &str,
+        (rank, link): (usize, usize),
+        group: &GroupId,
         deadline: Duration,
     ) -> Result<Self, CollectiveError> {
-        if rank == 0 || rank >= world_size {
-            let detail = format!("rank {rank} cannot join a group of {world_size}");
-            return Err(CollectiveError::Mismatch(detail));
-        }
-        let start = Instant::now();
-        loop {
-            let left = deadline.saturating_sub(start.elapsed());
-            if left.is_zero() {
-                let seconds = deadline.as_secs();
-                return Err(CollectiveError::Deadline { op: "connect", rank: 0, seconds });
-            }
-            if let Some(stream) = link::reach(addr, left) {
-                let hello = Hello { rank, world_size, token };
-                let left = deadline.saturating_sub(start.elapsed());
-                let link = hello::introduce(stream, &hello, left)?;
-                return Ok(Self::new(rank, world_size, vec![link]));
-            }
-            thread::sleep(RETRY.min(left));
-        }
+        door::connect(addr, (rank, link), group, deadline)
     }
 
     fn new(rank: usize, world_size: usize, links: Vec<Link>) -> Self {

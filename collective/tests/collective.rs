@@ -1,11 +1,14 @@
 //! What both exchanges promise, and how they fail.
 
-use collective::{Collective, CollectiveError, HostCollective, Staged, Tcp, Threads};
+use collective::{
+    Beats, Collective, CollectiveError, Cut, GroupId, HostCollective, Loss, Staged, Tcp, Threads,
+};
 use cpu::{Cpu, CpuConfig, Isa, Precision};
 use kernels::{Backend, Tensor, plain::Plain};
 use std::{
     io::{Read, Write},
     net::TcpStream,
+    sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel},
     thread,
     time::{Duration, Instant},
 };
@@ -13,20 +16,34 @@ use std::{
 const LONG: Duration = Duration::from_secs(20);
 const SHORT: Duration = Duration::from_millis(100);
 
-fn tcp_group(world_size: usize, data_deadline: Duration) -> Vec<Tcp> {
-    let door = Tcp::listen("127.0.0.1:0").unwrap();
-    let addr = door.local_addr().unwrap().to_string();
-    let mut group = thread::scope(|scope| {
-        let join = |rank| {
-            let addr = &addr;
-            scope.spawn(move || Tcp::connect(addr, (rank, world_size), "secret", LONG).unwrap())
-        };
-        // Last rank first: the order of arrival must not matter.
-        let others: Vec<_> = (1..world_size).rev().map(join).collect();
-        let first = door.accept(world_size, "secret", LONG).unwrap();
+fn id(world_size: usize) -> GroupId {
+    GroupId { world_size, epoch: 7, token: "secret".into() }
+}
+
+/// The links of every rank, by number.
+fn tcp_links(world_size: usize, links: usize) -> Vec<Vec<Tcp>> {
+    let group = &id(world_size);
+    let door = Tcp::listen("127.0.0.1:0", group.clone(), links).unwrap();
+    let addr = &door.local_addr().unwrap().to_string();
+    let join = move |rank| -> Vec<Tcp> {
+        // The last first: the order of arrival must not matter.
+        let link = |link| Tcp::connect(addr, (rank, link), group, LONG).unwrap();
+        let mut joined: Vec<Tcp> = (0..links).rev().map(link).collect();
+        joined.reverse();
+        joined
+    };
+    thread::scope(|scope| {
+        let others: Vec<_> =
+            (1..world_size).rev().map(|rank| scope.spawn(move || join(rank))).collect();
+        let first = door.accept(LONG).unwrap();
         let others = others.into_iter().rev().map(|other| other.join().unwrap());
-        std::iter::once(first).chain(others).collect::<Vec<_>>()
-    });
+        std::iter::once(first).chain(others).collect()
+    })
+}
+
+fn tcp_group(world_size: usize, data_deadline: Duration) -> Vec<Tcp> {
+    let mut group: Vec<Tcp> = tcp_links(world_size, 1).into_iter().flatten().collect();
+    assert_eq!(group.len(), world_size);
     group.iter_mut().for_each(|rank| rank.set_data_deadline(data_deadline));
     group
 }
@@ -253,40 +270,115 @@ fn ranks_that_disagree_are_told() {
 
 #[test]
 fn strangers_are_turned_away_and_the_group_still_forms() {
-    let door = Tcp::listen("127.0.0.1:0").unwrap();
+    let door = Tcp::listen("127.0.0.1:0", id(3), 1).unwrap();
     let addr = &door.local_addr().unwrap().to_string();
     thread::scope(|scope| {
-        let first = scope.spawn(move || door.accept(3, "secret", LONG).map(|t| t.world_size()));
+        let first = scope.spawn(move || door.accept(LONG).map(|links| links[0].world_size()));
         let mut noise = TcpStream::connect(addr).unwrap();
-        noise.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+        noise.write_all(b"GET / HTTP/1.1\r\nhost: x.example\r\n\r\n").unwrap();
         // The door may answer with a reset rather than an end.
         let _ = noise.read(&mut [0]);
         drop(TcpStream::connect(addr).unwrap());
-        let refusals = [(1, 3, "guess"), (1, 2, "secret"), (3, 4, "secret")];
-        for (rank, world_size, token) in refusals {
-            let refused = Tcp::connect(addr, (rank, world_size), token, LONG).err();
-            assert!(matches!(refused, Some(CollectiveError::Mismatch(_))), "{refused:?}");
-        }
-        let _one = Tcp::connect(addr, (1, 3), "secret", LONG).unwrap();
-        let twice = Tcp::connect(addr, (1, 3), "secret", LONG).err();
-        assert!(matches!(twice, Some(CollectiveError::Mismatch(_))), "{twice:?}");
-        let _two = Tcp::connect(addr, (2, 3), "secret", LONG).unwrap();
+        let refused = |(rank, link), group: GroupId, why: &str| {
+            let refused = Tcp::connect(addr, (rank, link), &group, LONG).err();
+            let Some(CollectiveError::Mismatch(told)) = refused else { panic!("{refused:?}") };
+            assert!(told.contains(why), "{told}");
+        };
+        refused((1, 0), GroupId { token: "guess".into(), ..id(3) }, "token");
+        refused((1, 0), GroupId { epoch: 6, ..id(3) }, "epoch");
+        refused((1, 0), GroupId { epoch: 7 << 32, ..id(3) }, "epoch");
+        refused((1, 0), id(2), "world size");
+        refused((1, 1), id(3), "does not exist");
+        refused((3, 0), id(4), "world size");
+        let _one = Tcp::connect(addr, (1, 0), &id(3), LONG).unwrap();
+        refused((1, 0), id(3), "taken");
+        let _two = Tcp::connect(addr, (2, 0), &id(3), LONG).unwrap();
         assert_eq!(first.join().unwrap(), Ok(3));
     });
 }
 
 #[test]
+fn a_rank_that_came_and_ended_may_come_again() {
+    let mut door = Tcp::listen("127.0.0.1:0", id(3), 2).unwrap();
+    let addr = &door.local_addr().unwrap().to_string();
+    let connect = |rank, link| {
+        let addr = addr.clone();
+        thread::spawn(move || Tcp::connect(&addr, (rank, link), &id(3), LONG).unwrap())
+    };
+    let mut admitted = |rank, link, missing: &[usize]| {
+        let joining = connect(rank, link);
+        while !joining.is_finished() {
+            door.admit(SHORT).unwrap();
+        }
+        assert_eq!(door.missing(), missing);
+        joining.join().unwrap()
+    };
+    let first = [admitted(1, 0, &[1, 2]), admitted(1, 1, &[2])];
+    drop(first);
+    let _again = [admitted(1, 0, &[1, 2]), admitted(1, 1, &[2])];
+    let _other = [admitted(2, 1, &[2]), admitted(2, 0, &[])];
+    assert_eq!(door.close().unwrap().len(), 2);
+}
+
+#[test]
 fn a_group_that_does_not_form_ends_at_its_deadline() {
-    let door = Tcp::listen("127.0.0.1:0").unwrap();
+    let listen = || Tcp::listen("127.0.0.1:0", id(2), 1).unwrap();
     let late = CollectiveError::Deadline { op: "accept", rank: 1, seconds: 0 };
-    assert_eq!(door.accept(2, "secret", SHORT).err(), Some(late));
-    let nobody = Tcp::listen("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    assert_eq!(listen().accept(SHORT).err(), Some(late));
+    assert_eq!(listen().close().err(), Some(CollectiveError::Gone { rank: 1 }));
+    let nobody = listen().local_addr().unwrap().to_string();
     let late = CollectiveError::Deadline { op: "connect", rank: 0, seconds: 0 };
-    assert_eq!(Tcp::connect(&nobody, (1, 2), "secret", SHORT).err(), Some(late));
+    assert_eq!(Tcp::connect(&nobody, (1, 0), &id(2), SHORT).err(), Some(late));
     for rank in [0, 2] {
-        let wrong = Tcp::connect(&nobody, (rank, 2), "secret", SHORT).err();
+        let wrong = Tcp::connect(&nobody, (rank, 0), &id(2), SHORT).err();
         assert!(matches!(wrong, Some(CollectiveError::Mismatch(_))));
     }
+}
+
+/// Ranks 0, 1 and 2 by one link each, for signs of life.
+fn beating() -> [Tcp; 3] {
+    tcp_group(3, LONG).try_into().unwrap_or_else(|_| panic!("three ranks"))
+}
+
+fn told(of: Tcp, silence: Duration) -> (Beats, Receiver<(usize, Loss)>) {
+    let (sender, receiver) = channel();
+    let lost = move |rank, loss| sender.send((rank, loss)).unwrap();
+    (Beats::start(of, silence, lost).unwrap(), receiver)
+}
+
+#[test]
+fn a_rank_that_falls_silent_or_leaves_is_named() {
+    let silence = Duration::from_secs(1);
+    let [leader, one, two] = beating();
+    let (_leading, lost) = told(leader, silence);
+    let (ones, one_lost) = told(one, silence);
+    // Longer than the silence: whoever beats is not lost, and nobody else is told of rank 2.
+    assert_eq!(lost.recv_timeout(3 * silence), Ok((2, Loss::Silent(silence))));
+    assert_eq!(lost.recv_timeout(2 * silence), Err(RecvTimeoutError::Timeout));
+    assert_eq!(one_lost.try_recv(), Err(TryRecvError::Empty));
+    drop(ones);
+    assert_eq!(lost.recv_timeout(LONG), Ok((1, Loss::Closed)));
+    // Who ends its own signs of life is told nothing.
+    assert_eq!(one_lost.recv_timeout(LONG), Err(RecvTimeoutError::Disconnected));
+    drop(two);
+}
+
+#[test]
+fn whoever_waits_on_a_link_that_is_cut_returns_at_once() {
+    let mut links = tcp_links(2, 2);
+    let (mut waiting, cut) = (links[0].remove(1), Cut::of(&[&links[0][0]]).unwrap());
+    let cut_both = Cut::of(&[&waiting, &links[0][0]]).unwrap();
+    cut.cut();
+    let gone = Err(CollectiveError::Gone { rank: 1 });
+    assert_eq!(links[0][0].all_reduce_sum(&mut [1.0]), gone.clone());
+    let began = Instant::now();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(move || waiting.all_reduce_sum(&mut [1.0]));
+        thread::sleep(SHORT);
+        cut_both.cut();
+        assert_eq!(waiting.join().unwrap(), gone);
+    });
+    assert!(began.elapsed() < LONG);
 }
 
 fn tensors_are_exchanged<B: Backend, H: HostCollective>(

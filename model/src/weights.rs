@@ -7,6 +7,7 @@
 
 mod ahead;
 mod expected;
+mod facts;
 mod fingerprint;
 mod module;
 mod modules;

@@ -20,7 +20,7 @@ pub use connection::Connection;
 pub use etcd::etcd;
 pub use fault_table::FaultTable;
 pub use http::{Reply, exchange, request};
-pub use process::{Process, full_pipe, lockstep};
+pub use process::{Log, Process, full_pipe, is_there, lockstep, signal};
 pub use streams::{Answer, Choice, Round, Streams, repeatable};
 
 /// Leaves a test out, loudly, for want of something; under `./dev test`, which brings everything,

@@ -2,9 +2,9 @@
 
 use std::{
     io::{BufRead, BufReader, PipeReader, Read, Write, pipe},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio},
-    sync::mpsc,
+    sync::{Arc, Mutex, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -31,6 +31,31 @@ pub fn full_pipe() -> (PipeReader, [Stdio; 2]) {
     (reader, ends)
 }
 
+/// Sends a signal by its short name, e.g. `INT`.
+pub fn signal(process: u32, name: &str) {
+    // The shell's own: the program `kill` is not on every machine.
+    let kill = format!("kill -{name} {process}");
+    let status = Command::new("sh").args(["-c", &kill]).status();
+    assert!(status.expect("sh runs").success(), "no signal {name} to {process}");
+}
+
+/// Whether there is a process of that number, ended and not waited for included.
+pub fn is_there(process: u32) -> bool {
+    Path::new("/proc").join(process.to_string()).exists()
+}
+
+/// What a process has logged so far.
+#[derive(Clone, Debug, Default)]
+pub struct Log {
+    text: Arc<Mutex<String>>,
+}
+
+impl Log {
+    pub fn text(&self) -> String {
+        self.text.lock().expect("no panic in there").clone()
+    }
+}
+
 /// A running child, killed with the value.
 pub struct Process {
     child: Child,
@@ -53,6 +78,49 @@ impl Process {
         process.ready = first_line(process.output());
         assert!(process.ready.starts_with("ready "), "{arguments:?}: {:?}", process.ready);
         process
+    }
+
+    /// As [`Self::lockstep`], and keeps what it logs.
+    pub fn logged(arguments: &[&str]) -> (Self, Log) {
+        let mut command = Command::new(lockstep());
+        command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let (mut process, log) = Self::spawn_logged(&mut command);
+        process.ready = first_line(process.output());
+        assert!(process.ready.starts_with("ready "), "{arguments:?}: {}", log.text());
+        (process, log)
+    }
+
+    /// Runs any program whose standard error is a pipe, and keeps what it says there.
+    pub fn spawn_logged(command: &mut Command) -> (Self, Log) {
+        let mut process = Self::spawn(command.stderr(Stdio::piped()));
+        let stderr = BufReader::new(process.child.stderr.take().expect("a pipe"));
+        let log = Log::default();
+        let lines = log.clone();
+        thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                lines.text.lock().expect("no panic in here").push_str(&format!("{line}\n"));
+            }
+        });
+        (process, log)
+    }
+
+    /// The processes that it has started and that have not ended, by age.
+    pub fn children(&self) -> Vec<u32> {
+        let processes = std::fs::read_dir("/proc").expect("the processes");
+        let numbers = processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+        let parent = self.pid().to_string();
+        let mut children: Vec<u32> = numbers
+            .filter(|process: &u32| {
+                // The name stands in parentheses; the state and the parent follow.
+                let stat = std::fs::read_to_string(format!("/proc/{process}/stat"));
+                let stat = stat.unwrap_or_default();
+                let mut fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+                let state = fields.next();
+                state.is_some_and(|state| state != "Z") && fields.next() == Some(&parent)
+            })
+            .collect();
+        children.sort_unstable();
+        children
     }
 
     /// Runs `lockstep up` with the demo model on ports of its own.
@@ -100,10 +168,7 @@ impl Process {
 
     /// Sends a signal by its short name, e.g. `INT`.
     pub fn signal(&self, name: &str) {
-        // The shell's own: the program `kill` is not on every machine.
-        let kill = format!("kill -{name} {}", self.pid());
-        let status = Command::new("sh").args(["-c", &kill]).status();
-        assert!(status.expect("sh runs").success(), "no signal {name} to {}", self.pid());
+        signal(self.pid(), name);
     }
 
     /// How it ended.

@@ -9,7 +9,10 @@ mod failures;
 mod follower;
 mod leader;
 mod memory;
+mod node;
+mod nodes;
 mod process;
+mod rank_process;
 mod sizing;
 mod threads;
 
@@ -21,6 +24,8 @@ use engine::{SchedulerConfig, plan::Executor};
 use model::{Loaded, Numbers};
 use serde::{Deserialize, Serialize};
 
+pub use node::{NodeConfig, run_node};
+pub use nodes::Nodes;
 pub use process::{RANK_TOKEN_VARIABLE, RankConfig, run_rank};
 
 use crate::{
@@ -98,16 +103,22 @@ pub struct GroupConfig {
     /// After which a device that has not finished a step is taken for hung. Default: on CUDA
     /// devices several times what the step model predicts, at least 1 s; nothing else on the CPU.
     pub step_deadline: Option<Duration>,
+    /// After which a group whose step has not ended is taken for hung, whatever computes: no rank
+    /// on the CPU waits longer for another that lives.
+    pub step_limit: Duration,
     /// Sequences that run at once.
     pub sequences_max: usize,
     pub rank_mode: RankMode,
+    /// Where ranks run on several machines, of which this one leads. They are processes, and the
+    /// group starts within a tokio runtime.
+    pub nodes: Option<Nodes>,
     /// What to start for a rank that is a process: it must hand the arguments `rank --rank R
-    /// --world-size N --leader ADDR` to `run_rank`. Default: this program.
+    /// --world-size N --leader ADDR --epoch E` to `run_rank`. Default: this program.
     pub rank_program: Option<PathBuf>,
 }
 
 impl GroupConfig {
-    /// The defaults for a model: one rank on the CPU, 64 sequences.
+    /// The defaults for a model: one rank on the CPU, 64 sequences, 10 minutes for a step.
     pub fn new(model: impl Into<PathBuf>) -> Self {
         Self {
             model: model.into(),
@@ -123,10 +134,22 @@ impl GroupConfig {
             step_tokens_max: None,
             step_target: None,
             step_deadline: None,
+            step_limit: Duration::from_secs(600),
             sequences_max: 64,
             rank_mode: RankMode::Threads,
+            nodes: None,
             rank_program: None,
         }
+    }
+
+    /// Of each machine, this one's first.
+    fn ranks_of_nodes(&self) -> Vec<usize> {
+        self.nodes.as_ref().map_or_else(|| vec![self.ranks], |nodes| nodes.ranks.clone())
+    }
+
+    /// Those of this machine.
+    fn ranks_here(&self) -> usize {
+        self.nodes.as_ref().map_or(self.ranks, |nodes| nodes.ranks[0])
     }
 }
 
@@ -222,7 +245,7 @@ impl GroupPlan {
         };
         let RankOptions { device, cpu, .. } = &sizing.options;
         let start = Start { sizing: &sizing, progress };
-        let executor = on_devices(device, sizing.config.ranks, *cpu, start)?;
+        let executor = on_devices(device, sizing.config.ranks_here(), *cpu, start)?;
         Ok(Group { info: sizing.info, executor })
     }
 }

@@ -19,8 +19,8 @@ use std::any::Any;
 
 pub use error::WorkerError;
 pub use group::{
-    Device, Group, GroupConfig, GroupPlan, LoadProgress, ModelInfo, NcclUse, RANK_TOKEN_VARIABLE,
-    RankConfig, RankMode, run_rank,
+    Device, Group, GroupConfig, GroupPlan, LoadProgress, ModelInfo, NcclUse, NodeConfig, Nodes,
+    RANK_TOKEN_VARIABLE, RankConfig, RankMode, run_node, run_rank,
 };
 pub use handle::Engine;
 pub use mailbox::{News, Output};

@@ -59,13 +59,10 @@ pub struct WorkerConfig {
     pub waiting_max: usize,
     /// How long running streams may take to finish once shutdown is asked for.
     pub drain_limit: Duration,
-    /// A step that lasts longer means a group that hangs: the worker fails.
-    pub step_limit: Duration,
 }
 
 impl WorkerConfig {
-    /// The defaults for a group: any loopback port, 256 waiting requests, 30 s of draining, 10
-    /// minutes for a step.
+    /// The defaults for a group: any loopback port, 256 waiting requests, 30 s of draining.
     pub fn new(group: GroupConfig) -> Self {
         Self {
             group,
@@ -75,7 +72,6 @@ impl WorkerConfig {
             model_name: None,
             waiting_max: 256,
             drain_limit: Duration::from_secs(30),
-            step_limit: Duration::from_secs(600),
         }
     }
 }
@@ -154,7 +150,7 @@ impl Worker {
             server,
             closing,
             drain_limit: config.drain_limit,
-            step_limit: config.step_limit,
+            step_limit: config.group.step_limit,
         };
         let task = tokio::spawn(task.run(shutdown, drain_asked));
         Ok(WorkerHandle { addr: at.addr, shared, task })

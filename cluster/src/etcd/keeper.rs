@@ -20,7 +20,7 @@ use crate::{Instance, MembershipError, Registration};
 
 /// Changes closer together than this are written as one.
 const WRITE_GAP: Duration = Duration::from_millis(50);
-const PAUSE: Duration = Duration::from_millis(200);
+pub(super) const PAUSE: Duration = Duration::from_millis(200);
 /// Between two lines about the same trouble.
 const TELL_AGAIN: Duration = Duration::from_secs(60);
 /// How long leaving may take before the lease is left to expire.
@@ -169,7 +169,7 @@ impl Keeper {
 /// Tells of trouble with etcd once at its beginning, then rarely, and once at its end: attempts
 /// come several a second.
 #[derive(Default)]
-struct Trouble {
+pub(super) struct Trouble {
     since: Option<Instant>,
     attempts: u64,
     told: Option<Instant>,
@@ -179,14 +179,14 @@ struct Trouble {
 
 /// How long etcd has been away, and how often it was tried.
 #[derive(Debug, PartialEq)]
-struct State {
-    seconds: u64,
-    attempts: u64,
+pub(super) struct State {
+    pub seconds: u64,
+    pub attempts: u64,
 }
 
 impl Trouble {
     /// One more attempt failed: what to tell, where it is time to.
-    fn failed(&mut self, now: Instant) -> Option<State> {
+    pub fn failed(&mut self, now: Instant) -> Option<State> {
         self.since.get_or_insert(now);
         self.attempts += 1;
         if self.told.is_some_and(|told| now.duration_since(told) < TELL_AGAIN) {
@@ -198,7 +198,7 @@ impl Trouble {
     }
 
     /// An attempt was well: what to tell, where the trouble was told.
-    fn over(&mut self, now: Instant) -> Option<State> {
+    pub fn over(&mut self, now: Instant) -> Option<State> {
         let state = self.known.then(|| self.state(now));
         (self.since, self.attempts, self.known) = (None, 0, false);
         state

@@ -3,10 +3,11 @@
 use std::{future::Future, sync::Arc, time::Duration};
 
 use proto::etcd::{
-    AuthenticateRequest, LeaseGrantRequest, LeaseKeepAliveRequest, LeaseKeepAliveResponse,
-    LeaseRevokeRequest, PutRequest, RangeRequest, RangeResponse, WatchCreateRequest, WatchRequest,
-    WatchResponse, auth_client::AuthClient, kv_client::KvClient, lease_client::LeaseClient,
-    watch_client::WatchClient, watch_request::RequestUnion,
+    AuthenticateRequest, Compare, LeaseGrantRequest, LeaseKeepAliveRequest, LeaseKeepAliveResponse,
+    LeaseRevokeRequest, PutRequest, RangeRequest, RangeResponse, RequestOp, TxnRequest,
+    WatchCreateRequest, WatchRequest, WatchResponse, auth_client::AuthClient, kv_client::KvClient,
+    lease_client::LeaseClient, request_op::Request as RequestUnionOp, watch_client::WatchClient,
+    watch_request::RequestUnion,
 };
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
@@ -147,8 +148,21 @@ impl Session {
 
     /// Every instance of the cluster, as a majority of the members knows it.
     pub(super) async fn list(&mut self) -> Result<RangeResponse, Fault> {
-        let (key, range_end) = self.options.keys();
-        let request = RangeRequest { key, range_end, limit: INSTANCES_MAX as i64 };
+        let keys = self.options.keys();
+        self.range(keys, INSTANCES_MAX as i64).await
+    }
+
+    /// One key, where it is there.
+    pub(super) async fn get(&mut self, key: &str) -> Result<RangeResponse, Fault> {
+        self.range((key.into(), Vec::new()), 1).await
+    }
+
+    async fn range(
+        &mut self,
+        (key, range_end): (Vec<u8>, Vec<u8>),
+        limit: i64,
+    ) -> Result<RangeResponse, Fault> {
+        let request = RangeRequest { key, range_end, limit };
         self.call("list", request, async |connection, request| {
             let mut client = KvClient::new(connection).max_decoding_message_size(MESSAGE_BYTES_MAX);
             client.range(request).await.map(Response::into_inner)
@@ -156,9 +170,26 @@ impl Session {
         .await
     }
 
-    /// Changes from `revision` on.
+    /// Changes of instances from `revision` on.
     pub(super) async fn watch(&mut self, revision: i64) -> Result<Streaming<WatchResponse>, Fault> {
-        let (key, range_end) = self.options.keys();
+        let keys = self.options.keys();
+        self.watch_keys(keys, revision).await
+    }
+
+    /// Changes of one key from `revision` on.
+    pub(super) async fn watch_key(
+        &mut self,
+        key: &str,
+        revision: i64,
+    ) -> Result<Streaming<WatchResponse>, Fault> {
+        self.watch_keys((key.into(), Vec::new()), revision).await
+    }
+
+    async fn watch_keys(
+        &mut self,
+        (key, range_end): (Vec<u8>, Vec<u8>),
+        revision: i64,
+    ) -> Result<Streaming<WatchResponse>, Fault> {
         let create = WatchCreateRequest { key, range_end, start_revision: revision };
         let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
         self.call("watch", request, async |connection, request| {
@@ -184,6 +215,22 @@ impl Session {
         let request = PutRequest { key: key.into(), value, lease };
         self.call("put", request, async |connection, request| {
             KvClient::new(connection).put(request).await.map(|_| ())
+        })
+        .await
+    }
+
+    /// Puts every key with its value under its lease (0: none), where each comparison holds; or
+    /// nothing, and false.
+    pub(super) async fn put_if(
+        &mut self,
+        compare: Vec<Compare>,
+        puts: Vec<PutRequest>,
+    ) -> Result<bool, Fault> {
+        let put = |put| RequestOp { request: Some(RequestUnionOp::RequestPut(put)) };
+        let success = puts.into_iter().map(put).collect();
+        let request = TxnRequest { compare, success, failure: Vec::new() };
+        self.call("a transaction", request, async |connection, request| {
+            Ok(KvClient::new(connection).txn(request).await?.into_inner().succeeded)
         })
         .await
     }

@@ -1,9 +1,9 @@
 //! How a rank joins: it sends its place and the secret, rank 0 accepts or refuses.
 //!
-//! The hello is `LKSP`, then as little-endian u32: version, rank, world size, length of the token;
-//! then the token. The verdict is one byte.
+//! The hello is `LKSP`, then as little-endian u32: version, rank, world size, number of the link,
+//! the epoch's lower and upper half, length of the token; then the token. The verdict is one byte.
 
-use super::link::Link;
+use super::{door::GroupId, link::Link};
 use crate::CollectiveError;
 use std::{
     net::TcpStream,
@@ -12,8 +12,8 @@ use std::{
 
 const MAGIC: [u8; 4] = *b"LKSP";
 /// Changes whenever frames do.
-const VERSION: u32 = 1;
-const HEADER_BYTES: usize = 20;
+const VERSION: u32 = 2;
+const HEADER_BYTES: usize = 32;
 const TOKEN_BYTES_MAX: usize = 1024;
 /// How long rank 0 listens to one caller: a silent one must not keep the others out.
 const CALLER_PATIENCE: Duration = Duration::from_secs(2);
@@ -22,8 +22,8 @@ const OP: &str = "hello";
 /// The place that a rank claims.
 pub(super) struct Hello<'a> {
     pub rank: usize,
-    pub world_size: usize,
-    pub token: &'a str,
+    pub link: usize,
+    pub group: &'a GroupId,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -33,6 +33,7 @@ enum Verdict {
     Token = 2,
     WorldSize = 3,
     Rank = 4,
+    Epoch = 5,
 }
 
 /// Says hello and waits for the verdict.
@@ -41,7 +42,8 @@ pub(super) fn introduce(
     hello: &Hello<'_>,
     deadline: Duration,
 ) -> Result<Link, CollectiveError> {
-    let Hello { rank, world_size, token } = *hello;
+    let Hello { rank, link: number, group } = *hello;
+    let GroupId { world_size, epoch, token } = group;
     if token.len() > TOKEN_BYTES_MAX {
         let detail = format!("a token of {} bytes, at most {TOKEN_BYTES_MAX} go", token.len());
         return Err(CollectiveError::Mismatch(detail));
@@ -49,9 +51,11 @@ pub(super) fn introduce(
     let mut link = Link::new(stream, 0).map_err(|e| CollectiveError::Device(e.to_string()))?;
     let wait = (OP, Instant::now(), deadline);
     let mut bytes = MAGIC.to_vec();
-    for word in [VERSION, rank as u32, world_size as u32, token.len() as u32] {
+    for word in [VERSION, rank as u32, *world_size as u32, number as u32] {
         bytes.extend_from_slice(&word.to_le_bytes());
     }
+    bytes.extend_from_slice(&epoch.to_le_bytes());
+    bytes.extend_from_slice(&(token.len() as u32).to_le_bytes());
     bytes.extend_from_slice(token.as_bytes());
     link.write(&bytes, wait)?;
     let mut verdict = [0];
@@ -61,45 +65,52 @@ pub(super) fn introduce(
         v if v == Verdict::Version as u8 => "another version: run the same binary on every rank",
         v if v == Verdict::Token as u8 => "another group's token",
         v if v == Verdict::WorldSize as u8 => "another world size",
-        v if v == Verdict::Rank as u8 => "a rank that is taken or does not exist",
+        v if v == Verdict::Rank as u8 => "a rank or link that is taken or does not exist",
+        v if v == Verdict::Epoch as u8 => "another epoch of the group",
         _ => "something else than a rank listens there",
     };
     Err(CollectiveError::Mismatch(format!("rank 0 turned rank {rank} away: {reason}")))
 }
 
-/// Hears a caller out; the link where it is a rank that this group still waits for.
+/// Hears a caller out; its rank, number and link where this group still waits for it.
 pub(super) fn answer(
     stream: TcpStream,
-    token: &str,
-    world_size: usize,
-    taken: &[bool],
-    deadline: Duration,
-) -> Option<(usize, Link)> {
+    group: &GroupId,
+    ranks: &[Vec<Option<Link>>],
+) -> Option<(usize, usize, Link)> {
     let mut link = Link::new(stream, 0).ok()?;
-    let wait = (OP, Instant::now(), deadline.min(CALLER_PATIENCE));
+    let wait = (OP, Instant::now(), CALLER_PATIENCE);
     let mut header = [0; HEADER_BYTES];
     link.read(&mut header, wait).ok()?;
     let words: Vec<u32> = header.as_chunks().0.iter().map(|w| u32::from_le_bytes(*w)).collect();
-    let [magic, version, rank, size, token_len] = words[..] else { return None };
-    let (rank, token_len) = (rank as usize, token_len as usize);
-    if magic.to_le_bytes() != MAGIC || token_len > TOKEN_BYTES_MAX {
+    let [magic, version, rank, size, number, low, high, token_len] = words[..] else { return None };
+    let (rank, number, token_len) = (rank as usize, number as usize, token_len as usize);
+    if magic.to_le_bytes() != MAGIC {
+        return None;
+    }
+    if version != VERSION {
+        // What follows is laid out as theirs.
+        return link.write(&[Verdict::Version as u8], wait).ok().and(None);
+    }
+    if token_len > TOKEN_BYTES_MAX {
         return None;
     }
     let mut theirs = vec![0; token_len];
     link.read(&mut theirs, wait).ok()?;
-    let verdict = if version != VERSION {
-        Verdict::Version
-    } else if !same(token.as_bytes(), &theirs) {
+    let place = rank.checked_sub(1).and_then(|at| ranks.get(at)?.get(number));
+    let verdict = if (u64::from(high) << 32 | u64::from(low)) != group.epoch {
+        Verdict::Epoch
+    } else if !same(group.token.as_bytes(), &theirs) {
         Verdict::Token
-    } else if size as usize != world_size {
+    } else if size as usize != group.world_size {
         Verdict::WorldSize
-    } else if rank.checked_sub(1).and_then(|at| taken.get(at)) != Some(&false) {
+    } else if !place.is_some_and(Option::is_none) {
         Verdict::Rank
     } else {
         Verdict::Welcome
     };
     link.write(&[verdict as u8], wait).ok()?;
-    (verdict == Verdict::Welcome).then(|| (rank, link.named(rank)))
+    (verdict == Verdict::Welcome).then(|| (rank, number, link.named(rank)))
 }
 
 /// Equality in a time that does not depend on where the two differ.

@@ -1,5 +1,6 @@
 //! One connection to another rank: frames in order, every wait bounded.
 
+use super::beats::{BEAT, Loss, exchange};
 use crate::CollectiveError;
 use std::{
     io::{self, BufReader, Read, Write},
@@ -69,6 +70,45 @@ impl Link {
     pub fn close(&self) {
         // It may be gone already, which is as good.
         let _ = self.stream.get_ref().shutdown(Shutdown::Both);
+    }
+
+    /// For [`super::Cut`].
+    pub fn handle(&self) -> io::Result<TcpStream> {
+        self.stream.get_ref().try_clone()
+    }
+
+    /// Whether the other side has closed its end; only for links on which nothing was read since
+    /// they were made.
+    pub fn is_gone(&self) -> bool {
+        let stream = self.stream.get_ref();
+        let look = || {
+            stream.set_nonblocking(true)?;
+            let seen = stream.peek(&mut [0]);
+            stream.set_nonblocking(false)?;
+            seen
+        };
+        match look() {
+            Ok(bytes) => bytes == 0,
+            Err(error) => error.kind() != io::ErrorKind::WouldBlock,
+        }
+    }
+
+    /// Signs of life alone, until the other side gives none for `silence`, or leaves.
+    pub fn beat(&mut self, silence: Duration) -> Loss {
+        let stream = self.stream.get_ref();
+        if stream.set_write_timeout(Some(BEAT)).is_err() {
+            return Loss::Closed;
+        }
+        let (mut to, mut from) = (stream, stream);
+        let mut heard = [0; 64];
+        exchange(
+            silence,
+            || to.write(&[0]).map(|_| ()),
+            |wait| {
+                stream.set_read_timeout(Some(wait))?;
+                from.read(&mut heard)
+            },
+        )
     }
 
     /// Reads `to.len()` bytes.

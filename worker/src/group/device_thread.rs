@@ -10,7 +10,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     thread::{self, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use collective::Collective;
@@ -23,6 +23,8 @@ use crate::{WorkerError, panic_text};
 /// Far more than two steps take: a device has deadlines of its own, and a worker gives up a group
 /// whose loop stands still for `--step-limit-seconds`.
 const STEP_DEADLINE: Duration = Duration::from_secs(3600);
+/// Between two looks at whether the group is lost while a step runs.
+const LOOK: Duration = Duration::from_millis(100);
 
 type Output = Result<StepOutput, ExecutorError>;
 
@@ -57,6 +59,30 @@ impl DeviceThread {
 
     fn ended() -> ExecutorError {
         ExecutorError("the device's thread has ended".into())
+    }
+
+    /// As `finish`; fails as soon as `lost` says that a rank is: its device would wait in vain.
+    pub fn finish_unless(&mut self, lost: impl Fn() -> bool) -> Result<StepOutput, ExecutorError> {
+        if self.in_flight == 0 {
+            return Err(ExecutorError("no plan was launched".into()));
+        }
+        let (_, outputs) = self.channels.as_ref().ok_or_else(Self::ended)?;
+        self.in_flight -= 1;
+        let deadline = Instant::now() + STEP_DEADLINE;
+        loop {
+            match outputs.recv_timeout(LOOK) {
+                Ok(output) => return output,
+                Err(RecvTimeoutError::Disconnected) => return Err(Self::ended()),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if lost() {
+                return Err(ExecutorError("a step was given up".into()));
+            }
+            if Instant::now() >= deadline {
+                let limit = STEP_DEADLINE.as_secs();
+                return Err(ExecutorError(format!("a step has not ended after {limit} s")));
+            }
+        }
     }
 }
 
@@ -123,18 +149,7 @@ impl Executor for DeviceThread {
     }
 
     fn finish(&mut self) -> Result<StepOutput, ExecutorError> {
-        if self.in_flight == 0 {
-            return Err(ExecutorError("no plan was launched".into()));
-        }
-        let (_, outputs) = self.channels.as_ref().ok_or_else(Self::ended)?;
-        self.in_flight -= 1;
-        outputs.recv_timeout(STEP_DEADLINE).unwrap_or_else(|error| match error {
-            RecvTimeoutError::Disconnected => Err(Self::ended()),
-            RecvTimeoutError::Timeout => {
-                let limit = STEP_DEADLINE.as_secs();
-                Err(ExecutorError(format!("a step has not ended after {limit} s")))
-            }
-        })
+        self.finish_unless(|| false)
     }
 
     /// Others are told by whoever has them.
@@ -168,7 +183,7 @@ mod tests {
     use super::*;
     use crate::group::{
         failures::RankFailures,
-        leader::{Followers, lead},
+        leader::{Followers, Ranks, lead},
     };
 
     const OPTIONS: RunnerOptions =
@@ -177,6 +192,7 @@ mod tests {
     struct Nobody;
 
     impl Followers for Nobody {
+        fn expect_end(&mut self) {}
         fn shutdown(&mut self) {}
     }
 
@@ -190,7 +206,8 @@ mod tests {
         let runner = Runner::load(device, rank, &checkpoint, OPTIONS, &mut |_| {}).unwrap();
         let control = Threads::group(1).remove(0);
         assert_eq!(control.world_size(), 1);
-        lead(runner, control, RankFailures::default(), Nobody, beside).unwrap()
+        let ranks = Ranks { failures: RankFailures::default(), followers: Nobody };
+        lead(runner, control, ranks, (beside, Duration::from_secs(60))).unwrap()
     }
 
     /// Runs some requests; what each was answered, and how many tokens were planned unknown.

@@ -1,23 +1,36 @@
 //! Why ranks ended: reported by what watches them, read by what depends on them.
 
 use std::{
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
     time::Duration,
 };
 
-use crate::WorkerError;
+use collective::Cut;
 use model::ModelError;
+
+use crate::WorkerError;
 
 /// How long to wait for the reason of a rank's end once its end is known.
 pub(super) const REASON_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Ranks that end because of another's end may be seen first: then the cause comes within this.
+const SETTLE: Duration = Duration::from_millis(100);
 
 /// The first rank to die is the cause; a few more are kept, since others die of it at the same
 /// time.
 const REPORTS_MAX: usize = 4;
 
 #[derive(Default)]
+struct State {
+    /// By rank, which ends once.
+    list: Vec<(usize, String)>,
+    links: Option<Cut>,
+}
+
+#[derive(Default)]
 struct Reports {
-    list: Mutex<Vec<(usize, String)>>,
+    state: Mutex<State>,
     added: Condvar,
 }
 
@@ -28,26 +41,44 @@ pub(super) struct RankFailures {
 }
 
 impl RankFailures {
-    /// A rank has ended, and should not have.
+    /// A rank has ended, or must. What else is told of it later does not count.
     pub fn report(&self, rank: usize, reason: impl Into<String>) {
-        let mut reports = self.reports.list.lock().unwrap_or_else(PoisonError::into_inner);
-        if reports.len() < REPORTS_MAX {
-            reports.push((rank, reason.into()));
+        let mut state = self.state();
+        if state.list.len() < REPORTS_MAX && state.list.iter().all(|(known, _)| *known != rank) {
+            state.list.push((rank, reason.into()));
         }
-        drop(reports);
+        state.links.iter().for_each(Cut::cut);
+        drop(state);
         self.reports.added.notify_all();
     }
 
-    /// All reports as one text; waits up to `patience` for the first.
+    /// From the first report on, nobody waits on these links.
+    pub fn end_links(&self, links: Cut) {
+        let mut state = self.state();
+        if !state.list.is_empty() {
+            links.cut();
+        }
+        state.links = Some(links);
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.reports.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All reports as one text; waits up to `patience` for the first, and then a little for more.
     pub fn describe(&self, patience: Duration) -> Option<String> {
-        let reports = self.reports.list.lock().unwrap_or_else(PoisonError::into_inner);
-        let (reports, _) = self
+        let (mut state, _) = self
             .reports
             .added
-            .wait_timeout_while(reports, patience, |reports| reports.is_empty())
+            .wait_timeout_while(self.state(), patience, |state| state.list.is_empty())
             .unwrap_or_else(PoisonError::into_inner);
+        if !patience.is_zero() && !state.list.is_empty() {
+            drop(state);
+            thread::sleep(SETTLE);
+            state = self.state();
+        }
         let lines: Vec<String> =
-            reports.iter().map(|(rank, reason)| format!("rank {rank}: {reason}")).collect();
+            state.list.iter().map(|(rank, reason)| format!("rank {rank}: {reason}")).collect();
         (!lines.is_empty()).then(|| lines.join("; "))
     }
 
@@ -56,5 +87,26 @@ impl RankFailures {
         let exchange = matches!(error, WorkerError::Model(ModelError::Collective(_)));
         let patience = if exchange { REASON_PATIENCE } else { Duration::ZERO };
         self.describe(patience).map_or(error, WorkerError::Group)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cause_is_told_though_its_consequence_was_seen_first() {
+        let failures = RankFailures::default();
+        assert_eq!(failures.describe(Duration::ZERO), None);
+        let told = thread::scope(|scope| {
+            let told = scope.spawn(|| failures.describe(REASON_PATIENCE));
+            failures.report(2, "lost rank 0");
+            failures.report(1, "killed");
+            // A rank ends once.
+            failures.report(1, "killed again");
+            told.join().unwrap()
+        });
+        assert_eq!(told.as_deref(), Some("rank 2: lost rank 0; rank 1: killed"));
+        assert_eq!(failures.describe(Duration::ZERO), told);
     }
 }

@@ -1,26 +1,26 @@
 //! What every rank does to take its place, and what the ranks other than 0 do from then on.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use collective::{Collective, HostCollective};
+use collective::{Collective, CollectiveError, HostCollective};
 use cpu::CpuConfig;
 use engine::plan::StepPlan;
 use kernels::Backend;
 use model::{Checkpoint, ModelError, Numbers, Runner, RunnerOptions};
 use serde::{Deserialize, Serialize};
 
-use super::{
-    Device, LoadProgress,
-    devices::Devices,
-    leader::{CONTROL_DEADLINE, Received},
-};
+use super::{Device, LoadProgress, devices::Devices, leader::Received};
 use crate::WorkerError;
 
 /// A slow disk may keep the ranks of a large model apart for this long.
 pub(super) const LOAD_DEADLINE: Duration = Duration::from_secs(3600);
+
+/// How much longer than a step may last a rank waits for what its leader says.
+const CONTROL_SLACK: Duration = Duration::from_secs(10);
 
 /// What a rank needs to know besides its place; a rank that is a process gets it from its leader.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -32,6 +32,17 @@ pub(super) struct RankOptions {
     pub runner: RunnerOptions,
     /// A step that takes longer has hung; `None` where nothing predicts it.
     pub step_deadline: Option<Duration>,
+    /// As `GroupConfig::step_limit`.
+    pub step_limit: Duration,
+}
+
+impl RankOptions {
+    /// How long ranks wait for each other's data on the way of the host; `None`: as long as links
+    /// do by themselves. A rank on a busy processor may be late by much and is not dead: signs of
+    /// life tell that. Cards compute at a pace that is known, and use this way to meet alone.
+    pub fn data_deadline(&self) -> Option<Duration> {
+        (self.device == Device::Cpu).then_some(self.step_limit)
+    }
 }
 
 /// The checkpoint at `path`, or its model with random numbers: the same on every rank.
@@ -57,27 +68,66 @@ pub(super) fn load<D: Devices, H: HostCollective>(
     Ok(Runner::load(device, link, checkpoint, options.runner, progress)?)
 }
 
-/// Waits until every rank has loaded.
-pub(super) fn meet(control: &mut dyn HostCollective) -> Result<(), WorkerError> {
-    // A sum ends once every rank has brought its share.
-    Ok(control.all_reduce_sum(&mut [1.0]).map_err(ModelError::from)?)
+/// What this rank has got, once every rank has; else why the first of the others has not.
+pub(super) fn agree<T>(
+    control: &mut dyn HostCollective,
+    mine: Result<T, WorkerError>,
+) -> Result<T, WorkerError> {
+    let gone = |error: &WorkerError| {
+        let WorkerError::Model(ModelError::Collective(error)) = error else { return false };
+        matches!(error, CollectiveError::Gone { .. })
+    };
+    // Whoever lost the others does not know why.
+    let reason = mine.as_ref().err().filter(|error| !gone(error)).map(ToString::to_string);
+    let reasons = match control.all_gather_bytes(reason.unwrap_or_default().as_bytes()) {
+        Ok(reasons) => reasons,
+        Err(error) => return mine.and(Err(ModelError::from(error).into())),
+    };
+    match reasons.iter().position(|reason| !reason.is_empty()) {
+        Some(rank) if reasons[control.rank()].is_empty() => {
+            let reason = String::from_utf8_lossy(&reasons[rank]);
+            Err(WorkerError::Group(format!("rank {rank}: {reason}")))
+        }
+        _ => mine,
+    }
 }
 
-/// Runs what the leader says until it says stop. A step may be in flight while the next is waited
-/// for, where `step_deadline` says how long that may take.
+/// The checkpoint at `path`, which must be that of rank 0, whose facts are `wanted`.
+pub(super) fn open_same(
+    path: &Path,
+    random: Option<Numbers>,
+    wanted: &BTreeMap<String, String>,
+) -> Result<Checkpoint, WorkerError> {
+    let checkpoint = open(path, random)?;
+    let found = checkpoint.facts()?;
+    let names = wanted.keys().chain(found.keys());
+    let Some(name) = names.into_iter().find(|name| wanted.get(*name) != found.get(*name)) else {
+        return Ok(checkpoint);
+    };
+    let told = |facts: &BTreeMap<String, String>| match facts.get(name) {
+        Some(fact) => fact.clone(),
+        None => "missing".to_owned(),
+    };
+    Err(WorkerError::Config(format!(
+        "{} is another model than rank 0's: {name} is {} here and {} there; give every node the \
+         same",
+        path.display(),
+        told(&found),
+        told(wanted)
+    )))
+}
+
+/// Runs what the leader says until it says stop. It says something twice a second while nothing
+/// runs, and nothing while it waits for a step, which lasts for up to `step_limit`.
 pub(super) fn follow<B: Backend, C: Collective<B>>(
     runner: &mut Runner<B, C>,
     control: &mut dyn HostCollective,
-    step_deadline: Option<Duration>,
+    step_limit: Duration,
 ) -> Result<(), WorkerError> {
     let mut message = Vec::new();
+    // Whoever leads ends a step that is too long before its ranks do.
+    let deadline = step_limit.saturating_add(CONTROL_SLACK);
     loop {
-        // The leader says nothing while it waits for a step.
-        let more = match runner.in_flight() {
-            0 => Duration::ZERO,
-            _ => step_deadline.unwrap_or(LOAD_DEADLINE),
-        };
-        let deadline = CONTROL_DEADLINE.saturating_add(more);
         control.broadcast(&mut message, deadline).map_err(ModelError::from)?;
         let received = postcard::from_bytes(&message);
         let received = received
@@ -143,6 +193,7 @@ mod tests {
                         cpu,
                         runner,
                         step_deadline: Some(Duration::from_millis(1250)),
+                        step_limit: Duration::from_secs(7),
                     };
                     let bytes = postcard::to_stdvec(&sent).unwrap();
                     let got: RankOptions = postcard::from_bytes(&bytes).unwrap();

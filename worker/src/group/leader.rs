@@ -19,8 +19,7 @@ use super::{
 };
 use crate::WorkerError;
 
-/// How long a follower waits for a message of its leader, and the leader for followers that lag.
-pub(super) const CONTROL_DEADLINE: Duration = Duration::from_secs(10);
+const NOW: Duration = Duration::ZERO;
 
 /// A message of the leader. Plans lose on the way what rank 0 alone needs.
 #[derive(Serialize)]
@@ -38,8 +37,11 @@ pub(super) enum Received {
     Stop,
 }
 
-/// The other ranks as the leader started them; shut down after they were sent `Stop`.
+/// The other ranks as the leader started them.
 pub(super) trait Followers: Send {
+    /// `Stop` comes next: a rank that ends from now on has not failed.
+    fn expect_end(&mut self);
+    /// They were sent `Stop`, where that was possible; returns once they have ended.
     fn shutdown(&mut self);
 }
 
@@ -57,7 +59,15 @@ struct Leader<B: Backend, C: Collective<B>> {
     control: Option<Box<dyn HostCollective>>,
     failures: RankFailures,
     followers: Box<dyn Followers>,
+    /// As `GroupConfig::step_limit`: so far followers may lag.
+    step_limit: Duration,
     message: Vec<u8>,
+}
+
+/// What a group has beside the runner and the link of its rank 0.
+pub(super) struct Ranks<F> {
+    pub failures: RankFailures,
+    pub followers: F,
 }
 
 /// What runs the plans of a group whose other ranks were started. `beside`: devices compute while
@@ -65,9 +75,8 @@ struct Leader<B: Backend, C: Collective<B>> {
 pub(super) fn lead<B: Backend, C: Collective<B>>(
     runner: Runner<B, C>,
     control: impl HostCollective,
-    failures: RankFailures,
-    followers: impl Followers + 'static,
-    beside: bool,
+    ranks: Ranks<impl Followers + 'static>,
+    (beside, step_limit): (bool, Duration),
 ) -> Result<Box<dyn Executor>, WorkerError> {
     let others = control.world_size() > 1;
     let share = match beside {
@@ -77,8 +86,9 @@ pub(super) fn lead<B: Backend, C: Collective<B>>(
     Ok(Box::new(Leader {
         share: Some(share),
         control: others.then(|| Box::new(control) as Box<dyn HostCollective>),
-        failures,
-        followers: Box::new(followers),
+        failures: ranks.failures,
+        followers: Box::new(ranks.followers),
+        step_limit,
         message: Vec::new(),
     }))
 }
@@ -86,14 +96,14 @@ pub(super) fn lead<B: Backend, C: Collective<B>>(
 impl<B: Backend, C: Collective<B>> Leader<B, C> {
     fn send(&mut self, order: &Order<'_>) -> Result<(), ExecutorError> {
         let Some(control) = &mut self.control else { return Ok(()) };
-        if let Some(reason) = self.failures.describe(Duration::ZERO) {
+        if let Some(reason) = self.failures.describe(NOW) {
             return Err(ExecutorError(reason));
         }
         self.message.clear();
         let message = postcard::to_extend(order, std::mem::take(&mut self.message));
         self.message =
             message.map_err(|error| ExecutorError(format!("a plan cannot be encoded: {error}")))?;
-        let sent = control.broadcast(&mut self.message, CONTROL_DEADLINE);
+        let sent = control.broadcast(&mut self.message, self.step_limit);
         sent.map_err(|error| self.explain(error.to_string()))
     }
 
@@ -137,8 +147,12 @@ impl<B: Backend, C: Collective<B>> Executor for Leader<B, C> {
     }
 
     fn finish(&mut self) -> Result<StepOutput, ExecutorError> {
+        let failures = &self.failures;
         let output = match self.share.as_mut().ok_or_else(ended)? {
-            Share::Beside(thread) => thread.finish().map_err(|error| error.0),
+            Share::Beside(thread) => {
+                let lost = || failures.describe(NOW).is_some();
+                thread.finish_unless(lost).map_err(|error| error.0)
+            }
             Share::Here(runner, launched) => match launched.take() {
                 Some(plan) => runner.step(&plan).map_err(|error| error.to_string()),
                 None => return Err(ExecutorError("no plan was launched".into())),
@@ -154,6 +168,7 @@ impl<B: Backend, C: Collective<B>> Executor for Leader<B, C> {
 
 impl<B: Backend, C: Collective<B>> Drop for Leader<B, C> {
     fn drop(&mut self) {
+        self.followers.expect_end();
         if let Err(error) = self.send(&Order::Stop) {
             tracing::debug!(%error, "ranks were not told to stop");
         }

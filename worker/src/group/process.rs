@@ -3,35 +3,31 @@
 //! Rank 0 is the worker's process. It starts the others from its own executable, hands them a
 //! secret through the environment and everything else over the control link, and watches them: what
 //! a rank said last is part of the reason when it ends. A rank's standard input is held open by its
-//! parent; when that closes, the parent is gone, and the rank ends too.
+//! parent; when that closes, the parent is gone, and the rank ends too. A third link carries signs
+//! of life, independent of what ranks do: one that is stopped or cut off is noticed by its silence.
 
 use std::{
-    collections::VecDeque,
+    collections::BTreeMap,
     fs::File,
-    io::{self, BufRead, BufReader, Read},
+    io::{self, Read},
     net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
-    process::{Child, ChildStderr, Command, ExitStatus, Stdio},
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-        mpsc::{RecvTimeoutError, sync_channel},
-    },
-    thread::{self, JoinHandle},
+    thread,
     time::{Duration, Instant},
 };
 
-use cluster::telemetry;
-use collective::{CollectiveError, HostCollective, Tcp, TcpDoor};
+use cluster::{Reign, telemetry};
+use collective::{Beats, Cut, GroupId, HostCollective, Loss, Tcp, TcpDoor};
 use engine::plan::Executor;
 use model::{Checkpoint, ModelError};
 
 use super::{
-    LoadProgress,
+    GroupConfig, LoadProgress, Nodes,
     devices::{Devices, Task, on_devices},
-    failures::RankFailures,
-    follower::{LOAD_DEADLINE, RankOptions, follow, load, meet, open},
-    leader::{Followers, lead},
+    failures::{REASON_PATIENCE, RankFailures},
+    follower::{LOAD_DEADLINE, RankOptions, agree, follow, load, open_same},
+    leader::{Ranks, lead},
+    rank_process::RankProcesses,
     sizing::Sizing,
 };
 use crate::WorkerError;
@@ -41,14 +37,22 @@ pub const RANK_TOKEN_VARIABLE: &str = "LOCKSTEP_RANK_TOKEN";
 
 /// How long ranks and leader look for each other.
 const JOIN_DEADLINE: Duration = Duration::from_secs(30);
-/// How long a rank may take to end after it was told to.
-const STOP_LIMIT: Duration = Duration::from_secs(5);
-/// Between two looks at what ends without telling.
+/// The same for ranks of other machines, which may start much later.
+const NODES_DEADLINE: Duration = Duration::from_secs(600);
+/// Between two lines about who is still missing.
+pub(super) const TELL_AGAIN: Duration = Duration::from_secs(10);
+/// Between two looks at whether a rank ended instead of coming.
 const POLL: Duration = Duration::from_millis(20);
-/// Of what a rank said, its last lines explain its end.
-const LAST_LINES: usize = 5;
-/// A longer line is cut into several.
-const LINE_BYTES: u64 = 4096;
+/// A rank that its leader does not hear of for so long is lost. Several times what a thread that
+/// sleeps most of the time waits for a processor.
+const RANK_SILENCE: Duration = Duration::from_secs(2);
+/// A leader may be stopped for longer: its ranks do nothing without it.
+const LEADER_SILENCE: Duration = Duration::from_secs(10);
+/// How long a rank may take to end by itself once its leader has closed the links.
+const END_LIMIT: Duration = Duration::from_secs(3);
+
+/// The links of each rank: what the leader says, what ranks compute, and signs of life.
+const LINKS: usize = 3;
 
 /// The place of one rank that is a process.
 #[derive(Clone, Debug)]
@@ -58,12 +62,23 @@ pub struct RankConfig {
     pub world_size: usize,
     /// Where rank 0 listens.
     pub leader: SocketAddr,
+    /// Of the group: another is refused.
+    pub epoch: u64,
     /// The group's secret.
     pub token: String,
+    /// The checkpoint on this machine; `None`: where the leader has it.
+    pub model: Option<PathBuf>,
+}
+
+impl RankConfig {
+    fn id(&self) -> GroupId {
+        GroupId { world_size: self.world_size, epoch: self.epoch, token: self.token.clone() }
+    }
 }
 
 /// Serves as one rank until the leader says stop; blocks the calling thread. What to load, the
-/// leader says. Ends the process when standard input closes: then the parent is gone.
+/// leader says. Ends the process when standard input closes: then the parent is gone; and when the
+/// leader is not heard of for 10 s, whatever the rank is doing.
 ///
 /// Errors: the leader cannot be reached or is lost, or the model cannot be loaded.
 pub fn run_rank(config: RankConfig) -> Result<(), WorkerError> {
@@ -71,19 +86,26 @@ pub fn run_rank(config: RankConfig) -> Result<(), WorkerError> {
         .name("parent".into())
         .spawn(end_with_parent)
         .map_err(WorkerError::io("starting the thread that watches the parent"))?;
-    let place = (config.rank, config.world_size);
-    let mut control = Tcp::connect(&config.leader.to_string(), place, &config.token, JOIN_DEADLINE)
-        .map_err(ModelError::from)?;
+    let (leader, id) = (config.leader.to_string(), config.id());
+    let connect = |link| -> Result<Tcp, ModelError> {
+        Ok(Tcp::connect(&leader, (config.rank, link), &id, JOIN_DEADLINE)?)
+    };
+    let (mut control, mut data, beats) = (connect(0)?, connect(1)?, connect(2)?);
     control.set_data_deadline(LOAD_DEADLINE);
     let mut message = Vec::new();
-    control.broadcast(&mut message, JOIN_DEADLINE).map_err(ModelError::from)?;
-    let (options, data): (RankOptions, SocketAddr) = postcard::from_bytes(&message)
+    control.broadcast(&mut message, NODES_DEADLINE).map_err(ModelError::from)?;
+    // The leader listens since all ranks are there.
+    let beats = Beats::start(beats, LEADER_SILENCE, |_, loss| end_with_leader(loss))
+        .map_err(WorkerError::io("starting the thread that hears the leader"))?;
+    let (options, facts): (RankOptions, BTreeMap<String, String>) = postcard::from_bytes(&message)
         .map_err(|error| WorkerError::Config(format!("the leader's options: {error}")))?;
-    let data = Tcp::connect(&data.to_string(), place, &config.token, JOIN_DEADLINE)
-        .map_err(ModelError::from)?;
-    let checkpoint = open(&options.model, options.random)?;
+    if let Some(deadline) = options.data_deadline() {
+        data.set_data_deadline(deadline);
+    }
+    let path = config.model.as_ref().unwrap_or(&options.model);
+    let checkpoint = agree(&mut control, open_same(path, options.random, &facts))?;
     let (device, cpu) = (options.device.clone(), options.cpu);
-    let follower = Follower { control, data, checkpoint, options };
+    let follower = Follower { control, data, beats, checkpoint, options };
     on_devices(&device, config.world_size, cpu, follower)
 }
 
@@ -91,6 +113,7 @@ pub fn run_rank(config: RankConfig) -> Result<(), WorkerError> {
 struct Follower {
     control: Tcp,
     data: Tcp,
+    beats: Beats,
     checkpoint: Checkpoint,
     options: RankOptions,
 }
@@ -100,9 +123,12 @@ impl Task for Follower {
 
     fn on<D: Devices>(mut self, devices: D) -> Result<(), WorkerError> {
         let progress: LoadProgress<'_> = &mut |_| {};
-        let mut runner = load(&devices, self.data, &self.checkpoint, &self.options, progress)?;
-        meet(&mut self.control)?;
-        follow(&mut runner, &mut self.control, self.options.step_deadline)
+        let loaded = load(&devices, self.data, &self.checkpoint, &self.options, progress);
+        let mut runner = agree(&mut self.control, loaded)?;
+        let ended = follow(&mut runner, &mut self.control, self.options.step_limit);
+        // Giving back what the runner holds may take longer than the leader waits.
+        drop(self.beats);
+        ended
     }
 }
 
@@ -113,75 +139,139 @@ fn end_with_parent() {
     telemetry::exit(1);
 }
 
+/// Exits the process, which may be in a step that nobody wants any more.
+fn end_with_leader(loss: Loss) {
+    match loss {
+        Loss::Silent(limit) => {
+            let seconds = limit.as_secs();
+            tracing::error!("the leader has not been heard of for {seconds} s: {STOPPED}");
+        }
+        Loss::Closed => {
+            thread::sleep(END_LIMIT);
+            tracing::error!("the leader has closed the links of the group");
+        }
+    }
+    telemetry::exit(1);
+}
+
+const STOPPED: &str = "its process is stopped or its machine is cut off";
+
 /// Starts and watches the other ranks; this process is rank 0.
 pub(super) fn start<D: Devices>(
     sizing: &Sizing,
     devices: D,
     progress: LoadProgress<'_>,
 ) -> Result<Box<dyn Executor>, WorkerError> {
-    let ranks = sizing.config.ranks;
-    let token = secret()?;
-    let (control_door, leader) = open_door()?;
-    let (data_door, data) = open_door()?;
+    let (config, options) = (&sizing.config, &sizing.options);
+    let Opened { door, place, reign } = open_door(config)?;
     let failures = RankFailures::default();
-    let mut followers = RankProcesses { processes: Vec::new(), stopping: Arc::default() };
-    for rank in 1..ranks {
-        let place = RankConfig { rank, world_size: ranks, leader, token: token.clone() };
-        followers.spawn(&place, sizing.config.rank_program.clone(), &failures)?;
+    let mut followers = RankProcesses::default();
+    for rank in 1..config.ranks_here() {
+        let place = RankConfig { rank, ..place.clone() };
+        followers.spawn(&place, config.rank_program.clone(), &failures)?;
     }
     let joined = || -> Result<_, WorkerError> {
-        let mut control = accept(control_door, ranks, &token, &failures)?;
+        let [mut control, mut data, beats] = admit(door, &failures, config.nodes.as_ref())?;
+        let links = Cut::of(&[&control, &data]).map_err(WorkerError::io("links of the group"))?;
+        failures.end_links(links);
         control.set_data_deadline(LOAD_DEADLINE);
-        let mut message = postcard::to_stdvec(&(&sizing.options, data))
+        let mut message = postcard::to_stdvec(&(options, sizing.checkpoint.facts()?))
             .map_err(|error| WorkerError::Config(format!("options for the ranks: {error}")))?;
+        // Ranks give signs of life from this message on.
+        followers.keep(listen(beats, &failures, followers.killer())?, reign);
         control.broadcast(&mut message, JOIN_DEADLINE).map_err(ModelError::from)?;
-        let data = accept(data_door, ranks, &token, &failures)?;
-        let options = &sizing.options;
-        let runner = load(&devices, data, &sizing.checkpoint, options, progress)?;
-        meet(&mut control)?;
-        Ok((control, runner))
+        agree(&mut control, Ok(()))?;
+        if let Some(deadline) = options.data_deadline() {
+            data.set_data_deadline(deadline);
+        }
+        let loaded = load(&devices, data, &sizing.checkpoint, options, progress);
+        Ok((agree(&mut control, loaded)?, control))
     };
-    let (control, runner) = joined().map_err(|error| failures.or_cause(error))?;
-    lead(runner, control, failures, followers, devices.compute_beside_the_host())
+    let (runner, control) = joined().map_err(|error| failures.or_cause(error))?;
+    let ways = (devices.compute_beside_the_host(), options.step_limit);
+    lead(runner, control, Ranks { failures, followers }, ways)
 }
 
-fn open_door() -> Result<(TcpDoor, SocketAddr), WorkerError> {
-    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let failed = |source| WorkerError::Bind { addr: any, source };
-    let door = Tcp::listen(any).map_err(failed)?;
-    let addr = door.local_addr().map_err(failed)?;
-    Ok((door, addr))
+/// Where ranks are waited for.
+struct Opened {
+    door: TcpDoor,
+    /// Of any rank of this machine.
+    place: RankConfig,
+    /// Where ranks of other machines learn of it.
+    reign: Option<Reign>,
+}
+
+/// On loopback, where all ranks are on this machine.
+fn open_door(config: &GroupConfig) -> Result<Opened, WorkerError> {
+    let (world_size, token) = (config.ranks, secret()?);
+    let addr = match &config.nodes {
+        None => SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+        Some(nodes) => nodes.door()?,
+    };
+    let failed = |source| WorkerError::Bind { addr, source };
+    let id = GroupId { world_size, epoch: 0, token: token.clone() };
+    let mut door = Tcp::listen(addr, id, LINKS).map_err(failed)?;
+    let leader = door.local_addr().map_err(failed)?;
+    let reign = match &config.nodes {
+        None => None,
+        Some(nodes) => Some(nodes.lead((leader, token.clone()), |epoch| door.set_epoch(epoch))?),
+    };
+    let epoch = reign.as_ref().map_or(0, |reign| reign.epoch);
+    let place = RankConfig { rank: 0, world_size, leader, epoch, token, model: None };
+    Ok(Opened { door, place, reign })
 }
 
 /// Waits for all ranks, or for the first that ends instead of coming.
-fn accept(
-    door: TcpDoor,
-    ranks: usize,
-    token: &str,
+fn admit(
+    mut door: TcpDoor,
     failures: &RankFailures,
-) -> Result<Tcp, WorkerError> {
-    let (sender, receiver) = sync_channel(1);
-    let token = token.to_owned();
-    // Ends by itself at the deadline, whether or not anybody still waits.
-    thread::spawn(move || {
-        let joined = door.accept(ranks, &token, JOIN_DEADLINE);
-        // Nobody waits any more where a rank ended meanwhile.
-        let _unwanted = sender.send(joined).is_err();
-    });
-    loop {
-        match receiver.recv_timeout(POLL) {
-            Ok(joined) => return Ok(joined.map_err(ModelError::from)?),
-            Err(RecvTimeoutError::Disconnected) => {
-                let reason = CollectiveError::Device("accepting ranks ended early".into());
-                return Err(ModelError::from(reason).into());
-            }
-            Err(RecvTimeoutError::Timeout) => {
-                if let Some(reason) = failures.describe(Duration::ZERO) {
-                    return Err(WorkerError::Group(reason));
-                }
-            }
+    nodes: Option<&Nodes>,
+) -> Result<[Tcp; LINKS], WorkerError> {
+    let (start, mut told) = (Instant::now(), Instant::now());
+    let limit = if nodes.is_some() { NODES_DEADLINE } else { JOIN_DEADLINE };
+    while !door.admit(POLL).map_err(ModelError::from)? {
+        if let Some(reason) = failures.describe(Duration::ZERO) {
+            return Err(WorkerError::Group(reason));
+        }
+        let (missing, waited) = (door.missing(), start.elapsed());
+        let who = || nodes.map_or_else(|| format!("ranks {missing:?}"), |of| of.named(&missing));
+        if waited >= limit {
+            let (who, seconds) = (who(), limit.as_secs());
+            let reason = format!("no sign of {who} within {seconds} s; start what is missing");
+            return Err(WorkerError::Group(reason));
+        }
+        if told.elapsed() >= TELL_AGAIN {
+            told = Instant::now();
+            tracing::info!(seconds = waited.as_secs(), "waiting for {}", who());
         }
     }
+    let links = door.close().map_err(ModelError::from)?;
+    let wrong = |links: Vec<Tcp>| WorkerError::Group(format!("{} links of a rank", links.len()));
+    links.try_into().map_err(wrong)
+}
+
+/// Hears the other ranks; one that falls silent is ended and reported.
+fn listen(
+    beats: Tcp,
+    failures: &RankFailures,
+    kill: impl Fn(usize) + Send + Sync + 'static,
+) -> Result<Beats, WorkerError> {
+    let failures = failures.clone();
+    let lost = move |rank: usize, loss: Loss| match loss {
+        Loss::Silent(limit) => {
+            let seconds = limit.as_secs();
+            failures.report(rank, format!("it has not been heard of for {seconds} s: {STOPPED}"));
+            kill(rank);
+        }
+        // Whoever sees how its process ends knows more.
+        Loss::Closed => {
+            if failures.describe(REASON_PATIENCE).is_none() {
+                failures.report(rank, "it has left the group");
+            }
+        }
+    };
+    Beats::start(beats, RANK_SILENCE, lost)
+        .map_err(WorkerError::io("starting the threads that hear the ranks"))
 }
 
 /// 128 random bits in hexadecimal.
@@ -191,141 +281,4 @@ fn secret() -> Result<String, WorkerError> {
         .and_then(|mut source| source.read_exact(&mut bytes))
         .map_err(WorkerError::io("drawing the ranks' secret from /dev/urandom"))?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
-struct RankProcess {
-    child: Arc<Mutex<Child>>,
-    watcher: JoinHandle<()>,
-}
-
-/// The rank processes of a group.
-struct RankProcesses {
-    processes: Vec<RankProcess>,
-    /// From now on a rank that ends has not failed.
-    stopping: Arc<AtomicBool>,
-}
-
-impl RankProcesses {
-    fn spawn(
-        &mut self,
-        place: &RankConfig,
-        program: Option<PathBuf>,
-        failures: &RankFailures,
-    ) -> Result<(), WorkerError> {
-        let rank = place.rank;
-        let program = match program {
-            Some(program) => program,
-            None => std::env::current_exe().map_err(WorkerError::io("finding this executable"))?,
-        };
-        let mut child = Command::new(&program)
-            .args(["rank", "--rank", &rank.to_string()])
-            .args(["--world-size", &place.world_size.to_string()])
-            .args(["--leader", &place.leader.to_string()])
-            .env(RANK_TOKEN_VARIABLE, &place.token)
-            .env(telemetry::FORMAT_VARIABLE, telemetry::format().name())
-            .stdin(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(WorkerError::io(format!("starting {}", program.display())))?;
-        let stderr = child.stderr.take();
-        let child = Arc::new(Mutex::new(child));
-        let watch = {
-            let (child, failures) = (Arc::clone(&child), failures.clone());
-            let stopping = Arc::clone(&self.stopping);
-            move || {
-                let said = stderr.map(|stderr| relay(rank, stderr)).unwrap_or_default();
-                let end = wait(&child);
-                if !stopping.load(Ordering::SeqCst) {
-                    failures.report(rank, describe_end(end, said));
-                }
-            }
-        };
-        let watcher = thread::Builder::new().name(format!("rank-{rank}")).spawn(watch);
-        let watcher = match watcher {
-            Ok(watcher) => watcher,
-            Err(error) => {
-                end(&child);
-                return Err(WorkerError::io("starting a thread that watches a rank")(error));
-            }
-        };
-        self.processes.push(RankProcess { child, watcher });
-        Ok(())
-    }
-}
-
-impl Followers for RankProcesses {
-    fn shutdown(&mut self) {
-        self.stopping.store(true, Ordering::SeqCst);
-        let deadline = Instant::now() + STOP_LIMIT;
-        for RankProcess { child, watcher } in self.processes.drain(..) {
-            while !watcher.is_finished() && Instant::now() < deadline {
-                thread::sleep(POLL);
-            }
-            if !watcher.is_finished() {
-                end(&child);
-            }
-            // It does not panic, and its report is no longer needed.
-            let _watched = watcher.join();
-        }
-    }
-}
-
-impl Drop for RankProcesses {
-    fn drop(&mut self) {
-        self.stopping.store(true, Ordering::SeqCst);
-        // Whoever is left was never part of a group that works.
-        for process in &self.processes {
-            end(&process.child);
-        }
-        self.shutdown();
-    }
-}
-
-/// Passes on what a rank says, until it says no more; keeps the last lines. Never waits for whoever
-/// reads this process's own lines: the rank would wait in turn.
-fn relay(rank: usize, stderr: ChildStderr) -> VecDeque<String> {
-    let mut last = VecDeque::with_capacity(LAST_LINES);
-    let mut lines = BufReader::new(stderr);
-    let mut line = Vec::new();
-    let mut read = |line: &mut Vec<u8>| lines.by_ref().take(LINE_BYTES).read_until(b'\n', line);
-    // An error is the end of what can be heard; the process is waited for next.
-    while read(&mut line).is_ok_and(|read| read > 0) {
-        let text = String::from_utf8_lossy(&line).trim_end().to_owned();
-        let text = telemetry::forward(rank, &text);
-        if last.len() == LAST_LINES {
-            last.pop_front();
-        }
-        last.push_back(text);
-        line.clear();
-    }
-    last
-}
-
-/// Waits without keeping others from ending the process.
-fn wait(child: &Mutex<Child>) -> io::Result<ExitStatus> {
-    loop {
-        let state = child.lock().unwrap_or_else(PoisonError::into_inner).try_wait()?;
-        match state {
-            Some(status) => return Ok(status),
-            None => thread::sleep(POLL),
-        }
-    }
-}
-
-fn end(child: &Mutex<Child>) {
-    let killed = child.lock().unwrap_or_else(PoisonError::into_inner).kill();
-    if let Err(error) = killed {
-        tracing::debug!(%error, "a rank's process could not be ended");
-    }
-}
-
-fn describe_end(end: io::Result<ExitStatus>, said: VecDeque<String>) -> String {
-    let end = match end {
-        Ok(status) => format!("its process ended ({status})"),
-        Err(error) => format!("its process cannot be waited for ({error})"),
-    };
-    if said.is_empty() {
-        return end;
-    }
-    format!("{end}; it said: {}", said.into_iter().collect::<Vec<_>>().join(" / "))
 }

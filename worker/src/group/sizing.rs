@@ -39,7 +39,7 @@ impl Sizing {
         let cpu = CpuConfig { threads, precision, isa };
         let survey = Survey { checkpoint: &checkpoint, config: &config };
         let DeviceSurvey { device, layout, step_deadline } =
-            on_devices(&config.device, config.ranks, cpu, survey)?;
+            on_devices(&config.device, config.ranks_here(), cpu, survey)?;
         let step_deadline = config.step_deadline.or(step_deadline);
         let runner = layout.options;
         let text_files = formats::text_files(&config.model)
@@ -65,8 +65,8 @@ impl Sizing {
             text_files,
         };
         let (model, device) = (config.model.clone(), config.device.clone());
-        let random = config.random;
-        let options = RankOptions { model, random, device, cpu, runner, step_deadline };
+        let (random, step_limit) = (config.random, config.step_limit);
+        let options = RankOptions { model, random, device, cpu, runner, step_deadline, step_limit };
         Ok(Self { config, checkpoint: Arc::new(checkpoint), info, options })
     }
 }
@@ -84,11 +84,17 @@ fn check(config: &GroupConfig) -> Result<(), WorkerError> {
             return Err(WorkerError::Config(format!("0 {what}: at least 1 is needed")));
         }
     }
+    if config.step_limit.is_zero() {
+        return Err(WorkerError::Config("a limit of 0 s for a step: they take longer".into()));
+    }
     if config.step_deadline.is_some_and(|deadline| deadline.is_zero()) {
         return Err(WorkerError::Config("a deadline of 0 s for a step: they take longer".into()));
     }
     if config.step_target.is_some_and(|target| target.is_zero()) {
         return Err(WorkerError::Config("steps of 0 s: they take longer than that".into()));
+    }
+    if let Some(nodes) = &config.nodes {
+        nodes.check(config)?;
     }
     if config.device != Device::Cpu && config.precision == Precision::Exact {
         let text = "--precision exact is the CPU's: CUDA devices compute in bf16; leave it out";
@@ -99,7 +105,7 @@ fn check(config: &GroupConfig) -> Result<(), WorkerError> {
 
 fn threads(config: &GroupConfig) -> usize {
     let machine = || thread::available_parallelism().map_or(1, |threads| threads.get());
-    config.threads_per_rank.unwrap_or_else(|| (machine() / config.ranks).max(1))
+    config.threads_per_rank.unwrap_or_else(|| (machine() / config.ranks_here()).max(1))
 }
 
 /// What the devices hold and need.
@@ -125,7 +131,7 @@ impl Task for Survey<'_> {
         let joined = |shard: Shard| shard.joined_by(devices.join(), model);
         let shards = (0..ranks).map(|rank| Ok(joined(checkpoint.shard(rank, ranks)?)));
         let shards = shards.collect::<Result<Vec<Shard>, ModelError>>()?;
-        let places = devices.places(ranks)?;
+        let places = places(&devices, config)?;
         let wanted = |step_tokens_max| Wanted {
             context_max: config.context_max,
             kv_memory: config.kv_memory,
@@ -159,6 +165,20 @@ impl Task for Survey<'_> {
         let names: Vec<&str> = places.iter().map(|place| &*place.name).collect();
         Ok(DeviceSurvey { device: names.join(", "), layout, step_deadline })
     }
+}
+
+/// The memory of all machines. What the others have is not known here: they are taken to be alike.
+fn places<D: Devices>(devices: &D, config: &GroupConfig) -> Result<Vec<Place>, WorkerError> {
+    let (mut all, mut first) = (Vec::new(), 0);
+    for count in config.ranks_of_nodes() {
+        let of_node = devices.places(count)?.into_iter().map(|place| Place {
+            ranks: place.ranks.start + first..place.ranks.end + first,
+            ..place
+        });
+        all.extend(of_node);
+        first += count;
+    }
+    Ok(all)
 }
 
 /// Refuses a KV pool of a given size that is of no use.

@@ -13,8 +13,8 @@ use super::{
     LoadProgress,
     devices::Devices,
     failures::RankFailures,
-    follower::{LOAD_DEADLINE, RankOptions, follow, load, meet},
-    leader::{Followers, lead},
+    follower::{LOAD_DEADLINE, RankOptions, agree, follow, load},
+    leader::{Followers, Ranks, lead},
     sizing::Sizing,
 };
 use crate::{WorkerError, panic_text};
@@ -24,6 +24,8 @@ use model::Checkpoint;
 struct RankThreads(Vec<JoinHandle<()>>);
 
 impl Followers for RankThreads {
+    fn expect_end(&mut self) {}
+
     fn shutdown(&mut self) {
         for thread in self.0.drain(..) {
             // A panic was caught and reported inside.
@@ -43,7 +45,11 @@ pub(super) fn start<D: Devices>(
     let options = &sizing.options;
     // Loading takes as long as it takes; later, broadcasts bring their own deadline.
     let mut controls = Threads::group_with_deadline(ranks, LOAD_DEADLINE).into_iter();
-    let mut datas = Threads::group(ranks).into_iter();
+    let datas = match options.data_deadline() {
+        Some(deadline) => Threads::group_with_deadline(ranks, deadline),
+        None => Threads::group(ranks),
+    };
+    let mut datas = datas.into_iter();
     let (Some(mut control), Some(data)) = (controls.next(), datas.next()) else {
         return Err(WorkerError::Config("a group needs at least one rank".into()));
     };
@@ -64,12 +70,9 @@ pub(super) fn start<D: Devices>(
         followers.0.push(thread.map_err(WorkerError::io("starting a rank's thread"))?);
     }
     let loaded = load(&devices, data, &sizing.checkpoint, options, progress);
-    let met = loaded.and_then(|runner| {
-        meet(&mut control)?;
-        Ok(runner)
-    });
-    let runner = met.map_err(|error| failures.or_cause(error))?;
-    lead(runner, control, failures, followers, devices.compute_beside_the_host())
+    let runner = agree(&mut control, loaded).map_err(|error| failures.or_cause(error))?;
+    let ways = (devices.compute_beside_the_host(), options.step_limit);
+    lead(runner, control, Ranks { failures, followers }, ways)
 }
 
 fn follow_as_thread<D: Devices>(
@@ -78,7 +81,7 @@ fn follow_as_thread<D: Devices>(
     checkpoint: &Checkpoint,
     options: &RankOptions,
 ) -> Result<(), WorkerError> {
-    let mut runner = load(devices, data, checkpoint, options, &mut |_| {})?;
-    meet(&mut control)?;
-    follow(&mut runner, &mut control, options.step_deadline)
+    let loaded = load(devices, data, checkpoint, options, &mut |_| {});
+    let mut runner = agree(&mut control, loaded)?;
+    follow(&mut runner, &mut control, options.step_limit)
 }

@@ -14,11 +14,13 @@ pub const PLACE_VARIABLE: &str = "LOCKSTEP_TEST_PLACE";
 fn serve_as_rank() {
     let Ok(place) = std::env::var(PLACE_VARIABLE) else { return };
     let mut words = place.split(' ');
-    let mut word = || words.next().expect("rank, world size, leader");
+    let mut word = || words.next().expect("rank, world size, leader, epoch");
     let config = RankConfig {
         rank: word().parse().unwrap(),
         world_size: word().parse().unwrap(),
         leader: word().parse().unwrap(),
+        epoch: word().parse().unwrap(),
+        model: None,
         token: std::env::var(RANK_TOKEN_VARIABLE).unwrap(),
     };
     run_rank(config).unwrap();
@@ -37,7 +39,7 @@ pub fn script(dir: &TempDir, text: &str) -> PathBuf {
 /// A rank that notes its process id beside the script.
 pub fn rank_script(dir: &TempDir) -> PathBuf {
     let text = format!(
-        "echo $$ > {}/pid.$3\n{PLACE_VARIABLE}=\"$3 $5 $7\" exec \"{{exe}}\" --ignored --exact \
+        "echo $$ > {}/pid.$3\n{PLACE_VARIABLE}=\"$3 $5 $7 $9\" exec \"{{exe}}\" --ignored --exact \
          rank::serve_as_rank --nocapture",
         dir.path().display()
     );

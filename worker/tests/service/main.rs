@@ -135,8 +135,7 @@ async fn world_with(waiting_max: usize, step_limit: Duration) -> World {
     let config = WorkerConfig {
         waiting_max,
         drain_limit: PATIENCE,
-        step_limit,
-        ..WorkerConfig::new(GroupConfig::new("fake"))
+        ..WorkerConfig::new(GroupConfig { step_limit, ..GroupConfig::new("fake") })
     };
     let group = Group { info: info(), executor };
     let handle = Worker::start_with(config, group, membership, asked).await.unwrap();
