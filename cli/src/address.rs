@@ -1,9 +1,6 @@
 //! Addresses as people type them, and whether another machine can use them.
 
-use std::{
-    io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket},
-};
+use std::net::IpAddr;
 
 use anyhow::{Context, Result, bail};
 use hyper::Uri;
@@ -56,23 +53,7 @@ fn is_loopback(address: &str) -> bool {
 pub fn route(etcd: &[String]) -> Result<Option<IpAddr>> {
     let Some(member) = etcd.iter().find(|member| !is_loopback(member)) else { return Ok(None) };
     let bare = member.split_once("://").map_or(&**member, |(_, bare)| bare);
-    let towards = || -> io::Result<IpAddr> {
-        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-        for member in bare.to_socket_addrs()? {
-            let any: IpAddr = match member {
-                SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-                SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-            };
-            // Nothing is sent: a socket that is connected knows by which address it would.
-            let socket = UdpSocket::bind((any, 0))?;
-            match socket.connect(member).and_then(|()| socket.local_addr()) {
-                Ok(local) => return Ok(local.ip()),
-                Err(error) => last = error,
-            }
-        }
-        Err(last)
-    };
-    let found = towards().with_context(|| format!("no way to etcd at {member}"))?;
+    let found = cluster::route_to(bare).with_context(|| format!("no way to etcd at {member}"))?;
     Ok(Some(found))
 }
 
@@ -92,6 +73,7 @@ pub fn check_reachable(flag: &str, address: &str, etcd: &[String]) -> Result<()>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::UdpSocket;
 
     #[test]
     fn the_scheme_may_be_left_out() {

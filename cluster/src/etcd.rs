@@ -16,7 +16,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{Instance, Membership, MembershipError, Registration, Roster};
-pub use group::{Epoch, GroupKey, Reign};
+pub use group::{Epoch, GroupKey, Reign, route_to};
 use session::{Fault, Session};
 use view::View;
 

@@ -11,7 +11,7 @@ pub mod shutdown;
 mod static_list;
 pub mod telemetry;
 
-pub use etcd::{Epoch, Etcd, EtcdOptions, GroupKey, Reign};
+pub use etcd::{Epoch, Etcd, EtcdOptions, GroupKey, Reign, route_to};
 pub use memory::InMemory;
 pub use static_list::StaticList;
 

@@ -281,8 +281,8 @@ fn a_fingerprint_follows_weights_and_text_and_nothing_else() {
         std::fs::copy(entry.path(), path.join(entry.file_name())).unwrap();
     }
     assert_eq!(fingerprint(path), first, "where it lies does not matter");
-    let config = std::fs::read(path.join("tokenizer_config.json")).unwrap();
-    std::fs::write(path.join("tokenizer_config.json"), [&config[..], b"\n"].concat()).unwrap();
+    let config = std::fs::read(path.join("config.json")).unwrap();
+    std::fs::write(path.join("config.json"), [&config[..], b"\n"].concat()).unwrap();
     let other_text = fingerprint(path);
     assert_ne!(other_text, first);
     // The last tensor's middle.

@@ -47,8 +47,12 @@ impl Snapshot {
 
     /// The version that new requests for a name go to.
     pub fn serving(&self, name: &str) -> Option<&Version> {
-        let versions = self.names.get(name)?;
-        versions.iter().max_by_key(|version| version.rank()).map(|version| &**version)
+        match &self.names.get(name)?[..] {
+            [only] => Some(only),
+            several => {
+                several.iter().max_by_key(|version| version.rank()).map(|version| &**version)
+            }
+        }
     }
 
     /// Everything that is known, of versions with workers.

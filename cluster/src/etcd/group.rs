@@ -303,7 +303,10 @@ fn decode(value: &[u8]) -> Option<Epoch> {
 }
 
 /// The local address from which packets to `host:port` go; none is sent.
-fn route_to(address: &str) -> std::io::Result<IpAddr> {
+///
+/// # Errors
+/// The name has no address, or there is no way to it.
+pub fn route_to(address: &str) -> std::io::Result<IpAddr> {
     let mut fault = std::io::Error::other("the name has no address");
     for to in address.to_socket_addrs()? {
         let any: IpAddr = match to {
