@@ -22,9 +22,14 @@ pub struct DeadlineArgs {
     /// second
     #[arg(long, default_value_t = 10, value_parser = seconds(), env = "LOCKSTEP_SILENCE_SECONDS")]
     silence_seconds: u64,
-    /// Seconds without a sign of life of a worker's process after which it gets nothing new, and what
-    /// it has goes to another; a sound one gives one every 1.2 s, whatever it computes
-    #[arg(long, default_value = "2.5", value_parser = heartbeat, env = "LOCKSTEP_HEARTBEAT_SECONDS")]
+    /// Seconds without a sign of life of a worker's process after which it gets nothing new, and
+    /// what it has goes to another; a sound one gives one every 1.2 s, whatever it computes
+    #[arg(
+        long,
+        default_value = "2.5",
+        value_parser = heartbeat,
+        env = "LOCKSTEP_HEARTBEAT_SECONDS"
+    )]
     heartbeat_seconds: Duration,
     /// Seconds that a request waits for a worker to take it, while those that are ready fail
     #[arg(long, default_value_t = 30, value_parser = seconds(), env = "LOCKSTEP_OPEN_SECONDS")]

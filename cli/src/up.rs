@@ -1,17 +1,20 @@
 //! `lockstep up`: router and one worker group in one process.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context, Result};
 use clap::Args;
 use cluster::{shutdown, telemetry};
 use engine::plan::BLOCK_TOKENS;
-use tokio::{net::TcpListener, sync::watch};
+use tokio::{net::TcpListener, sync::watch, time::timeout};
 use worker::{ModelInfo, RankMode, Worker, WorkerHandle};
 
 use crate::args::GroupArgs;
 use crate::load;
 use crate::serve::{EtcdArgs, FrontArgs, Listen, ServedArgs};
+
+/// For router and worker of one process to meet.
+const MEET_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Flags of `up`.
 #[derive(Args, Debug)]
@@ -74,6 +77,10 @@ async fn start(args: &UpArgs, stop: watch::Receiver<bool>) -> Result<Up> {
     let worker = Worker::start(config, membership.clone(), progress, ended.clone()).await?;
     load::log_model(worker.info());
     let router = router::Router::start(front, membership, ended).await?;
+    // Both are here: only a machine that is very busy takes longer.
+    if timeout(MEET_DEADLINE, router.served()).await.is_err() {
+        tracing::warn!("the router has not met its worker yet; `lockstep status` tells why");
+    }
     telemetry::ready(&facts(&router, &worker));
     Ok(Up { worker, router, stop: sender })
 }

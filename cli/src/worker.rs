@@ -24,8 +24,8 @@ pub struct WorkerArgs {
     etcd: EtcdArgs,
     #[command(flatten)]
     nodes: NodesArgs,
-    /// Address that routers connect to; port 0 takes any [default: 127.0.0.1:0, with etcd on another
-    /// machine this one's address towards it]
+    /// Address that routers connect to; port 0 takes any [default: 127.0.0.1:0, with etcd on
+    /// another machine this one's address towards it]
     #[arg(long, env = "LOCKSTEP_LISTEN")]
     listen: Option<SocketAddr>,
     #[command(flatten)]

@@ -10,8 +10,8 @@ pub mod v1 {
 /// Version of the service `Worker`: router and worker of different ones do not speak to each other.
 pub const WORKER_PROTOCOL: u32 = 1;
 
-/// A worker says something to each router that watches it at least this often, in milliseconds: often
-/// enough to be missed soon, seldom enough that a router over a hundred idle workers rests.
+/// A worker says something to each router that watches it at least this often, in milliseconds:
+/// often enough to be missed soon, seldom enough that a router over a hundred idle workers rests.
 pub const WORKER_BEAT_MS: u64 = 1200;
 
 /// What is used of etcd's v3 protocol, as a client.

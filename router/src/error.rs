@@ -53,7 +53,10 @@ pub enum RouterError {
     #[error("overloaded: {reason}; try again in {} s", retry_after.as_secs())]
     Overloaded { reason: String, retry_after: Duration },
     /// The request's time limit passed; it waited for this then.
-    #[error("timeout: the request's limit of {} s passed while it waited {waited}", limit.as_secs_f64())]
+    #[error(
+        "timeout: the request's limit of {} s passed while it waited {waited}",
+        limit.as_secs_f64()
+    )]
     Timeout { limit: Duration, waited: String },
     /// Nobody can serve this now.
     #[error("unavailable: {0}")]

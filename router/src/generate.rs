@@ -6,9 +6,9 @@
 use crate::{
     RouterError, RouterState,
     choice::{Choice, Chunk, Echo},
+    facts::Facts,
     metrics::Tokens,
     raised,
-    record::Facts,
     request::{self, Encoded, Input, Prepared},
     sampling::{choice_seed, wire},
     time_limit::TimeLimit,

@@ -9,6 +9,7 @@ mod aliases;
 mod choice;
 mod config;
 mod error;
+mod facts;
 mod generate;
 mod grpc;
 mod http;

@@ -3,7 +3,7 @@
 //!
 //! `docs/metrics.md` lists all of it for those who read the figures.
 
-use crate::record::Known;
+use crate::facts::Known;
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},

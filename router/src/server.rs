@@ -44,6 +44,7 @@ pub struct Router;
 pub struct RouterHandle {
     http: Option<SocketAddr>,
     grpc: Option<SocketAddr>,
+    shared: Arc<RouterState>,
     task: JoinHandle<()>,
 }
 
@@ -75,12 +76,13 @@ impl Router {
             servers.spawn(server.serve(listener, shared.drain.subscribe()));
             servers.spawn(report_health(shared.clone(), reporter));
         }
+        let running = shared.clone();
         let task = tokio::spawn(async move {
-            run(shared, servers, shutdown).await;
+            run(running, servers, shutdown).await;
             // The roster is followed only as long as the membership lives.
             drop(membership);
         });
-        Ok(RouterHandle { http: addresses.0, grpc: addresses.1, task })
+        Ok(RouterHandle { http: addresses.0, grpc: addresses.1, shared, task })
     }
 }
 
@@ -93,6 +95,14 @@ impl RouterHandle {
     /// Where gRPC is served, with the port that was found.
     pub fn grpc(&self) -> Option<SocketAddr> {
         self.grpc
+    }
+
+    /// Waits until there is a worker to give.
+    pub async fn served(&self) {
+        let mut changes = self.shared.upstream.targets.changes();
+        while self.shared.served().is_empty() {
+            changes.next().await;
+        }
     }
 
     /// Waits for the end: after `shutdown` nothing new is accepted, and running streams have the

@@ -2,7 +2,7 @@
 //! `x-request-timeout`, and never longer than the router's own limits, which are long. Nothing else
 //! ends work that progresses.
 
-use crate::{RouterError, config::Deadlines, record::Facts};
+use crate::{RouterError, config::Deadlines, facts::Facts};
 use http::{HeaderMap, HeaderName};
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};

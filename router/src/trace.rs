@@ -1,6 +1,6 @@
 //! What follows a request from end to end: its id, and the W3C trace context it came with.
 
-use crate::{RouterError, record::Facts};
+use crate::{RouterError, facts::Facts};
 use http::{Extensions, HeaderMap, HeaderName, HeaderValue};
 use std::sync::Arc;
 use tonic::metadata::{AsciiMetadataValue, MetadataMap};

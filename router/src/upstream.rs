@@ -23,7 +23,7 @@ use tokio::time::{Instant, sleep};
 
 /// Suspicion against a sequence whose worker broke in its first run.
 const BROKE_WORKER: u32 = 2;
-/// Between two looks for another worker than one that is not there, unless something changes earlier.
+/// Between two looks for another worker than one that is not there, unless something changes.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 /// Between two lines of the log on a stream that has no token yet.
 const PROGRESS_LOG_PERIOD: Duration = Duration::from_secs(10);
@@ -290,8 +290,8 @@ impl UpstreamStream {
     }
 }
 
-/// Waits until a stream's worker is not there and another could take it over; says why. Where there is
-/// no other it is worth waiting for this one: what was only held up goes on.
+/// Waits until a stream's worker is not there and another could take it over; says why. Where there
+/// is no other it is worth waiting for this one: what was only held up goes on.
 async fn deserted(link: &Link, upstream: &Upstream, model: &Model) -> Loss {
     loop {
         let loss = link.lost().await;

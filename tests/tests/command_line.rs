@@ -122,7 +122,7 @@ fn a_start_that_cannot_work_is_refused_with_the_remedy() {
     for (flags, wanted) in [
         ("router", "--workers"),
         ("router --workers 127.0.0.1", "no port"),
-        ("worker --etcd http://10.0.0.5:2379", "--listen HOST:PORT"),
+        ("worker --etcd http://10.0.0.5:2379 --listen 127.0.0.1:0", "--listen HOST:PORT"),
         ("worker --listen 0.0.0.0:7001", "--advertise http://HOST:PORT"),
         ("worker --advertise https://a:1", "https"),
         ("up --alias a=b,b=c", "another alias"),

@@ -192,8 +192,8 @@ impl Mock {
     }
 }
 
-/// What a mock engine answers to a prompt: `count` tokens of a vocabulary of `vocab`. The seed counts
-/// where tokens are drawn; it is 0 where they are not.
+/// What a mock engine answers to a prompt: `count` tokens of a vocabulary of `vocab`. The seed
+/// counts where tokens are drawn; it is 0 where they are not.
 pub fn mock_answer(prompt: &[u32], seed: u64, count: usize, vocab: usize) -> Vec<u32> {
     let key = key(prompt, seed);
     (prompt.len()..prompt.len() + count).map(|position| token(key, position, vocab)).collect()

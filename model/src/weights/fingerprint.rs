@@ -17,9 +17,9 @@ const NAME_BYTES: usize = 16;
 
 impl Checkpoint {
     /// Names the model by its files: those of its text, each tensor's name, type and shape, and a
-    /// piece of its numbers. Checkpoints of one architecture that were trained differently differ in
-    /// every matrix that was trained, so that a piece of each tells them apart; to read them whole
-    /// would take as long as to load them. 32 hexadecimal digits, the same on every machine.
+    /// piece of its numbers. Checkpoints of one architecture that were trained differently differ
+    /// in every matrix that was trained, so that a piece of each tells them apart; to read them
+    /// whole would take as long as to load them. 32 hexadecimal digits, the same on every machine.
     ///
     /// # Errors
     /// `Checkpoint` and `Io` where the tensors cannot be read.

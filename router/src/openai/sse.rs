@@ -10,8 +10,8 @@ use super::{
 use crate::{
     RouterError, RouterState,
     choice::Chunk,
+    facts::Facts,
     generate::{Answering, Generation},
-    record::Facts,
 };
 use axum::response::{
     IntoResponse, Response, Sse,
