@@ -124,7 +124,7 @@ impl worker_server::Worker for Service {
         &self,
         request: Request<v1::DrainRequest>,
     ) -> Result<Response<v1::DrainResponse>, Status> {
-        let seconds = request.into_inner().seconds.map(|seconds| u64::from(seconds));
+        let seconds = request.into_inner().seconds.map(u64::from);
         let limit = seconds.map_or(self.0.drain_limit, Duration::from_secs);
         tracing::info!(seconds = limit.as_secs(), "asked to drain");
         self.0.drain.send_replace(Some(limit));

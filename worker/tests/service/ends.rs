@@ -77,7 +77,7 @@ async fn whoever_operates_it_may_ask_for_its_end() {
     assert_eq!(answer.streams, 1);
     let drains = |roster: &Roster| roster[0].state == State::Draining;
     timeout(PATIENCE, w.roster.wait_for(drains)).await.expect("in time").unwrap();
-    assert_eq!(w.run(request(10, 4)).await.err().expect("refused").code(), Code::Unavailable);
+    assert_eq!(w.run(request(10, 4)).await.expect_err("refused").code(), Code::Unavailable);
     while stream.message().await.expect("it finishes").is_some() {}
     timeout(PATIENCE, w.handle.join()).await.expect("in time").expect("in order");
     assert!(w.roster.borrow().is_empty());
