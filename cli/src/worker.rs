@@ -49,9 +49,10 @@ async fn run(args: WorkerArgs) -> Result<()> {
     if let Some(group) = nodes.as_ref().filter(|group| group.node > 0) {
         return follow(&args, group, stop).await;
     }
-    args.served.check(args.at()?, &args.etcd)?;
+    let at = Listen::new("--listen", args.listen, &args.etcd)?;
+    args.served.check(at, &args.etcd)?;
     let worker = tokio::select! {
-        worker = start(args, nodes, stop) => worker?,
+        worker = start(args, at, nodes, stop) => worker?,
         () = shutdown::requested(&mut early) => {
             tracing::info!("stopped while starting");
             telemetry::exit(130);
@@ -62,12 +63,6 @@ async fn run(args: WorkerArgs) -> Result<()> {
     worker.join().await?;
     tracing::info!("stopped");
     Ok(())
-}
-
-impl WorkerArgs {
-    fn at(&self) -> Result<Listen> {
-        Listen::new("--listen", self.listen, &self.etcd)
-    }
 }
 
 /// A machine whose ranks another one leads.
@@ -93,15 +88,16 @@ async fn follow(args: &WorkerArgs, group: &Group, stop: watch::Receiver<bool>) -
 
 async fn start(
     args: WorkerArgs,
+    at: Listen,
     nodes: Option<Group>,
     stop: watch::Receiver<bool>,
 ) -> Result<WorkerHandle> {
+    let mock = args.engine.mock()?;
     // Without etcd it is for routers to know this address: see `router --workers`.
     let membership = args.etcd.connect_or_alone().await?;
-    let mock = args.engine.mock()?;
     let mut group = load::resolve(&args.group, RankMode::Processes).await?;
     group.mock = mock;
     group.nodes = nodes.map(|group| group.nodes);
-    let config = args.served.resolve(group, args.at()?, args.drain_seconds);
+    let config = args.served.resolve(group, at, args.drain_seconds);
     Ok(Worker::start(config, membership, Box::new(load::shown()), stop).await?)
 }

@@ -33,6 +33,8 @@ use tracing::{Instrument, Span};
 const HEAD_AFTER: Duration = Duration::from_secs(1);
 
 type Starting = Pin<Box<dyn Future<Output = Result<Generation, RouterError>> + Send>>;
+/// Comes when the request's time is over.
+type Over = Pin<Box<dyn Future<Output = RouterError> + Send>>;
 type Chunks = Pin<Box<dyn Stream<Item = Result<Chunk, RouterError>> + Send>>;
 
 /// A request being answered. Dropping it cancels what still runs.
@@ -47,7 +49,7 @@ pub(crate) struct Generation {
     usage: Usage,
     stop: watch::Receiver<bool>,
     open: usize,
-    time: TimeLimit,
+    over: Over,
     record: Record,
 }
 
@@ -100,7 +102,7 @@ pub(crate) async fn begin(
     };
     tokio::select! {
         started = start => started,
-        error = time.over(&facts) => Err(error),
+        error = time.over(facts) => Err(error),
         () = raised(&mut stop) => Err(stopping()),
     }
 }
@@ -173,7 +175,7 @@ async fn start(
         usage: Usage { prompt_tokens, completion_tokens: 0, cached_tokens: 0 },
         stop: shared.stop.subscribe(),
         open: count,
-        time,
+        over: Box::pin(time.over(facts)),
         record,
     })
 }
@@ -254,7 +256,7 @@ impl Generation {
         }
         let next = tokio::select! {
             next = self.chunks.next() => next?,
-            error = self.time.over(&self.record.facts) => Err(error),
+            error = &mut self.over => Err(error),
             () = raised(&mut self.stop) => Err(stopping()),
         };
         match &next {

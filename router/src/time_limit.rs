@@ -4,7 +4,7 @@
 
 use crate::{RouterError, config::Deadlines, facts::Facts};
 use http::{HeaderMap, HeaderName};
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 use tokio::time::{Instant, sleep_until};
 
 /// Seconds, decimals allowed.
@@ -64,8 +64,9 @@ impl TimeLimit {
         }
     }
 
-    /// Waits until the time is over; says what the request waited for then.
-    pub async fn over(self, facts: &Facts) -> RouterError {
+    /// Waits until the time is over; says what the request waited for then. Made once for a request:
+    /// its timer is not set anew with each token.
+    pub async fn over(self, facts: Arc<Facts>) -> RouterError {
         sleep_until(self.began + self.first_token).await;
         let mut limit = self.first_token;
         if facts.has_begun() {

@@ -175,20 +175,21 @@ impl GroupKey {
         let epoch = Epoch { epoch: number + 1, ..offer.clone() };
         told(epoch.epoch);
         let lease = session.grant().await?;
-        let puts = vec![
-            PutRequest { key: self.key().into(), value: encode(&epoch)?, lease },
-            PutRequest {
-                key: self.number().into(),
-                value: epoch.epoch.to_string().into(),
-                lease: 0,
-            },
-        ];
         let compare = vec![absent(self.key()), unchanged(self.number(), revision)];
-        if session.put_if(compare, puts).await? {
+        if session.put_if(compare, self.entry(&epoch, lease)?).await? {
             return Ok(Attempt::Leads(epoch, lease));
         }
         session.revoke(lease).await?;
         Ok(Attempt::Overtaken)
+    }
+
+    /// What etcd holds of an epoch: the key under its leader's lease, and the number.
+    fn entry(&self, epoch: &Epoch, lease: i64) -> Result<Vec<PutRequest>, Fault> {
+        let number = epoch.epoch.to_string();
+        Ok(vec![
+            PutRequest { key: self.key().into(), value: encode(epoch)?, lease },
+            PutRequest { key: self.number().into(), value: number.into(), lease: 0 },
+        ])
     }
 
     fn keep(&self, epoch: Epoch, lease: i64, at: usize) -> Reign {

@@ -1,7 +1,7 @@
 //! What a connection goes through: several requests, halves that close, clients that leave, HTTP/2.
 
 use crate::{
-    Cluster, MODEL,
+    Cluster, MODEL, TEXT,
     client::{Reply, parse, request},
     config, soon,
 };
@@ -17,7 +17,6 @@ use tokio::{
     time::timeout,
 };
 
-const TEXT: &str = "Hello, wörld! 漢字 done.";
 const POST: &str = "POST /v1/completions HTTP/1.1";
 
 fn body(extra: Value) -> String {

@@ -1,20 +1,13 @@
 //! Workers that break, stall, fill up or never come.
 
 use crate::{
-    Cluster, MODEL, config, soon,
+    Cluster, MODEL, PATH, TEXT, body, config, soon,
     worker::{Fault, language},
 };
 use cluster::State;
 use serde_json::{Value, json};
 use std::{sync::atomic::Ordering, time::Duration};
 use tonic::{Code, Status};
-
-const TEXT: &str = "Hello, wörld! 漢字 done.";
-const PATH: &str = "/v1/completions";
-
-fn body() -> Value {
-    json!({"model": MODEL, "prompt": "Once upon a time", "max_tokens": 100, "seed": 5})
-}
 
 fn unavailable() -> Status {
     Status::unavailable("the group failed: rank 1 is gone")

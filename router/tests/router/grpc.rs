@@ -1,6 +1,6 @@
 //! The gRPC service, health and reflection.
 
-use crate::{Cluster, MODEL, config, worker::language};
+use crate::{Cluster, MODEL, TEXT, config, worker::language};
 use proto::v1::{
     ChatRequest, GenerateRequest, GenerateResponse, Message, Sampling, TokenIds, TokenizeRequest,
     generate_request::Prompt,
@@ -46,7 +46,7 @@ async fn generate_streams_text_ids_and_usage() {
     let response = client.generate(request).await.unwrap();
     assert_eq!(response.metadata().get("x-request-id").unwrap(), "abc");
     let chunks = collect(response.into_inner()).await;
-    assert_eq!(text(&chunks), "Hello, wörld! 漢字 done.");
+    assert_eq!(text(&chunks), TEXT);
     let mut expected = cluster.worker().answer.lock().unwrap().clone();
     expected.push(crate::worker::END);
     let ids: Vec<u32> = chunks.iter().flat_map(|c| &c.tokens).map(|token| token.id).collect();
@@ -100,7 +100,7 @@ async fn chat_and_tokenize_speak_the_models_language() {
     let request =
         ChatRequest { model: MODEL.into(), messages: vec![message], ..ChatRequest::default() };
     let chunks = collect(client.chat(request).await.unwrap().into_inner()).await;
-    assert_eq!(text(&chunks), "Hello, wörld! 漢字 done.");
+    assert_eq!(text(&chunks), TEXT);
     assert_eq!(cluster.worker().describes.load(std::sync::atomic::Ordering::SeqCst), 1);
 
     let long = "wörld ".repeat(2000);

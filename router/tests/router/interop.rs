@@ -1,7 +1,7 @@
 //! How requests may come in: from web pages, compressed, too large.
 
 use crate::{
-    Cluster, MODEL,
+    Cluster, MODEL, PATH, TEXT,
     client::{Reply, request},
     config,
 };
@@ -15,9 +15,6 @@ use proto::v1::{
 use serde_json::{Value, json};
 use std::io::Read;
 use tonic::{Code, Request, codec::CompressionEncoding};
-
-const TEXT: &str = "Hello, wörld! 漢字 done.";
-const COMPLETIONS: &str = "/v1/completions";
 
 fn read(mut from: impl Read) -> Vec<u8> {
     let mut bytes = Vec::new();
@@ -69,7 +66,7 @@ async fn pages_of_this_machine_may_call_and_others_may_not() {
 
     // The call itself, answered or refused.
     for (body, status) in [(json!({"model": MODEL, "prompt": "x"}), 200), (json!({}), 400)] {
-        let head = format!("POST {COMPLETIONS} HTTP/1.1\r\norigin: http://localhost:5173\r\n");
+        let head = format!("POST {PATH} HTTP/1.1\r\norigin: http://localhost:5173\r\n");
         let reply = cluster.http().send(&head, body.to_string().as_bytes()).await;
         assert_eq!(reply.status, status, "{reply:?}");
         assert_eq!(reply.header("access-control-allow-origin"), Some("http://localhost:5173"));
@@ -109,7 +106,7 @@ async fn named_origins_may_call_and_a_star_is_all() {
 
 async fn post(cluster: &Cluster, encoding: &str, body: &[u8]) -> Reply {
     let mut connection = cluster.http().connect().await;
-    let head = format!("POST {COMPLETIONS} HTTP/1.1\r\ncontent-encoding: {encoding}");
+    let head = format!("POST {PATH} HTTP/1.1\r\ncontent-encoding: {encoding}");
     connection.send(&request(&head, body)).await;
     connection.reply().await
 }
@@ -142,7 +139,7 @@ async fn answers_go_compressed_where_it_helps() {
     let ask = async |accept: &str, more: Value| {
         let mut body = json!({"model": MODEL, "prompt": "x", "max_tokens": 4000});
         body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-        let head = format!("POST {COMPLETIONS} HTTP/1.1\r\naccept-encoding: {accept}");
+        let head = format!("POST {PATH} HTTP/1.1\r\naccept-encoding: {accept}");
         let mut connection = cluster.http().connect().await;
         let head = format!("{head}\r\nconnection: close");
         connection.send(&request(&head, body.to_string().as_bytes())).await;

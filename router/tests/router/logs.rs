@@ -1,6 +1,6 @@
 //! One line for each request, its id on every answer.
 
-use crate::{Cluster, MODEL, soon, worker::Fault};
+use crate::{Cluster, MODEL, PATH, soon, worker::Fault};
 use proto::v1::{
     ChatRequest, GenerateRequest, ListModelsRequest, TokenizeRequest, generate_request::Prompt,
 };
@@ -13,8 +13,6 @@ use std::{
 use tokio::io::AsyncReadExt;
 use tonic::{Code, Request, Status};
 use tracing::subscriber::DefaultGuard;
-
-const PATH: &str = "/v1/completions";
 
 /// The lines of one test: its runtime has a single thread, and so has its subscriber.
 #[derive(Clone, Default)]

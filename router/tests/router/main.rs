@@ -24,6 +24,14 @@ use tokio::sync::watch;
 use worker::Worker;
 
 pub const MODEL: &str = "org/tiny";
+pub const PATH: &str = "/v1/completions";
+/// What a scripted worker answers where no test says otherwise.
+pub const TEXT: &str = "Hello, wörld! 漢字 done.";
+
+/// A request for [`PATH`] whose answer is [`TEXT`].
+pub fn body() -> serde_json::Value {
+    serde_json::json!({"model": MODEL, "prompt": "Once upon a time", "max_tokens": 100, "seed": 5})
+}
 
 /// A router on free ports, and what stands behind it.
 pub struct Cluster {

@@ -1,9 +1,7 @@
 //! OpenAI's API: answers, streams, refusals.
 
-use crate::{Cluster, MODEL, worker::language};
+use crate::{Cluster, MODEL, TEXT, worker::language};
 use serde_json::{Value, json};
-
-const TEXT: &str = "Hello, wörld! 漢字 done.";
 
 fn chat(extra: Value) -> Value {
     let mut body = json!({"model": MODEL, "messages": [{"role": "user", "content": "Say hello"}]});

@@ -1,25 +1,17 @@
 //! Who is at a worker's address, whether it is still there, and what it serves.
 
 use crate::{
-    Cluster, MODEL, config, soon,
+    Cluster, PATH, TEXT, body, config, soon,
     worker::{Fault, Worker},
 };
 use cluster::State;
 use futures_util::future::join_all;
-use serde_json::{Value, json};
 use std::{
     sync::atomic::Ordering,
     time::{Duration, Instant},
 };
 use tokio::net::TcpListener;
 use tonic::Status;
-
-const TEXT: &str = "Hello, wörld! 漢字 done.";
-const PATH: &str = "/v1/completions";
-
-fn body() -> Value {
-    json!({"model": MODEL, "prompt": "Once upon a time", "max_tokens": 100, "seed": 5})
-}
 
 /// What may be found at an address instead of a worker.
 async fn strangers() -> Vec<(&'static str, String)> {

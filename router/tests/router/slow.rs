@@ -1,7 +1,7 @@
 //! Slow is not broken: work that progresses goes on, silence does not, and who waits is told so.
 
 use crate::{
-    Cluster, MODEL, config, soon,
+    Cluster, MODEL, PATH, TEXT, body, config, soon,
     worker::{Fault, Worker},
 };
 use cluster::State;
@@ -15,13 +15,7 @@ use std::{
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::{Code, Request, Status};
 
-const TEXT: &str = "Hello, wörld! 漢字 done.";
-const PATH: &str = "/v1/completions";
 const POST: &str = "POST /v1/completions HTTP/1.1\r\n";
-
-fn body() -> Value {
-    json!({"model": MODEL, "prompt": "Once upon a time", "max_tokens": 100, "seed": 5})
-}
 
 fn streamed(options: Value) -> Value {
     let mut body = body();

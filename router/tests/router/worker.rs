@@ -111,7 +111,7 @@ impl Worker {
             runs: Mutex::default(),
             live: Arc::default(),
             describes: AtomicUsize::new(0),
-            answer: Mutex::new(language().encode_ordinary("Hello, wörld! 漢字 done.").unwrap()),
+            answer: Mutex::new(language().encode_ordinary(crate::TEXT).unwrap()),
             pace: Mutex::default(),
             prefill: AtomicU32::new(0),
             prefill_pace: Mutex::default(),

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use proto::etcd::{Compare, PutRequest};
+use proto::etcd::Compare;
 use tokio::{
     sync::watch,
     time::{MissedTickBehavior, interval, sleep},
@@ -13,7 +13,7 @@ use super::{
         keeper::{PAUSE, State, Trouble},
         session::{Fault, Session},
     },
-    Epoch, GroupKey, absent, encode, read, unchanged,
+    Epoch, GroupKey, absent, read, unchanged,
 };
 
 pub(super) struct Keeper {
@@ -122,13 +122,7 @@ impl Keeper {
         lease: i64,
         compare: Vec<Compare>,
     ) -> Result<(), Fault> {
-        let (key, number) = (self.group.key(), self.group.number());
-        let value = self.epoch.epoch.to_string();
-        let puts = vec![
-            PutRequest { key: key.into(), value: encode(&self.epoch)?, lease },
-            PutRequest { key: number.into(), value: value.into(), lease: 0 },
-        ];
-        match session.put_if(compare, puts).await? {
+        match session.put_if(compare, self.group.entry(&self.epoch, lease)?).await? {
             true => Ok(()),
             false => Err(Fault::Broken("the group's key changed meanwhile".into())),
         }
