@@ -64,8 +64,8 @@ impl TimeLimit {
         }
     }
 
-    /// Waits until the time is over; says what the request waited for then. Made once for a request:
-    /// its timer is not set anew with each token.
+    /// Waits until the time is over; says what the request waited for then. Made once for a
+    /// request: its timer is not set anew with each token.
     pub async fn over(self, facts: Arc<Facts>) -> RouterError {
         sleep_until(self.began + self.first_token).await;
         let mut limit = self.first_token;
