@@ -8,6 +8,7 @@
 mod aliases;
 mod choice;
 mod config;
+mod dial;
 mod error;
 mod facts;
 mod generate;
@@ -15,6 +16,7 @@ mod grpc;
 mod http;
 mod languages;
 mod link;
+mod losses;
 mod metrics;
 mod openai;
 mod opening;
@@ -27,6 +29,8 @@ mod request;
 mod sampling;
 mod server;
 mod service;
+#[cfg(test)]
+mod simulation;
 mod status;
 mod targets;
 mod time_limit;

@@ -5,7 +5,11 @@
 //! since is counted in. One that broke a stream is left alone for a moment, longer each time, and
 //! forgiven at its next message.
 
-use crate::{config::Deadlines, presence, version::Model};
+use crate::{
+    config::Deadlines,
+    presence::{self, News},
+    version::Model,
+};
 use cluster::Instance;
 use proto::v1::{Load, worker_client::WorkerClient};
 use std::{
@@ -14,19 +18,13 @@ use std::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
-use tokio::{sync::watch, task::AbortHandle};
-use tonic::transport::{Channel, Endpoint, Error};
+use tokio::{sync::watch, task::AbortHandle, time::Instant};
+use tonic::transport::Channel;
 
 /// One message between router and worker: prompts of millions of tokens fit.
 const MESSAGE_BYTES_MAX: usize = 64 << 20;
-/// Unread bytes of one stream: a slow client's tokens wait at the worker.
-const STREAM_WINDOW: u32 = 64 << 10;
-/// Unread bytes of all streams of one worker: a thousand stuck ones do not block the others.
-const CONNECTION_WINDOW: u32 = 64 << 20;
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Rest after a first failure; doubles with each further one.
 const REST_FIRST: Duration = Duration::from_millis(250);
 const REST_MAX: Duration = Duration::from_secs(8);
@@ -81,19 +79,11 @@ struct Told {
 }
 
 impl Link {
-    pub fn new(instance: &Instance, connect: Duration) -> Result<Self, Error> {
-        let channel = Endpoint::from_shared(instance.address.clone())?
-            .connect_timeout(connect)
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-            .keep_alive_while_idle(true)
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .connect_lazy();
+    /// `channel` leads to the instance's address.
+    pub fn new(instance: &Instance, channel: Channel) -> Self {
         let mut hasher = DefaultHasher::new();
         instance.id.hash(&mut hasher);
-        Ok(Self {
+        Self {
             id: instance.id.clone(),
             key: hasher.finish(),
             address: instance.address.clone(),
@@ -103,16 +93,11 @@ impl Link {
             load: Mutex::default(),
             presence: watch::Sender::default(),
             watcher: OnceLock::new(),
-        })
+        }
     }
 
-    /// Begins to watch the worker, once; `news` is told whenever its presence changes.
-    pub fn watch(
-        self: &Arc<Self>,
-        instance: &Arc<Instance>,
-        news: &watch::Sender<()>,
-        deadlines: &Deadlines,
-    ) {
+    /// Begins to watch the worker, once.
+    pub fn watch(self: &Arc<Self>, instance: &Arc<Instance>, news: &News, deadlines: &Deadlines) {
         self.watcher.get_or_init(|| {
             let watch =
                 presence::follow(Arc::downgrade(self), instance.clone(), news.clone(), *deadlines);

@@ -109,6 +109,7 @@ impl<'a> Opening<'a> {
                 let (worker, address) = (link.id(), link.address());
                 tracing::warn!(worker, address, reason, "worker did not take the sequence");
                 link.failed();
+                self.upstream.targets.losses().note(link.key());
                 self.last_fault = Some(format!("{worker}: {reason}"));
                 let now = self.upstream.targets.now();
                 self.check_patience(now.version(self.order.model))?;

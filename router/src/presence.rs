@@ -7,6 +7,7 @@
 use crate::{
     config::Deadlines,
     link::{Link, Presence},
+    losses::Losses,
 };
 use cluster::Instance;
 use proto::v1::{WatchRequest, WorkerReport};
@@ -25,11 +26,19 @@ use tonic::{Code, Status, Streaming};
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
+/// Who hears of what happens to workers.
+#[derive(Clone, Default)]
+pub(crate) struct News {
+    /// Told whenever a worker's presence changes.
+    pub changed: watch::Sender<()>,
+    pub losses: Arc<Losses>,
+}
+
 /// Keeps the link's presence and load true for as long as the link lives.
 pub(crate) async fn follow(
     link: Weak<Link>,
     expected: Arc<Instance>,
-    news: watch::Sender<()>,
+    news: News,
     deadlines: Deadlines,
 ) {
     let watcher = Watcher { link, expected, news, deadlines };
@@ -59,7 +68,7 @@ struct End {
 struct Watcher {
     link: Weak<Link>,
     expected: Arc<Instance>,
-    news: watch::Sender<()>,
+    news: News,
     deadlines: Deadlines,
 }
 
@@ -79,6 +88,7 @@ impl Watcher {
             let report = match timeout(self.deadlines.heartbeat, reports.message()).await {
                 Ok(report) => report,
                 Err(_) => {
+                    self.lost();
                     if self.set(Presence::Silent).is_none() {
                         return Ok(Gone);
                     }
@@ -93,8 +103,18 @@ impl Watcher {
                     }
                 }
                 Ok(None) => return Err(ended("it ended the connection".to_owned())),
-                Err(status) => return Err(ended(reason(&status))),
+                Err(status) => {
+                    self.lost();
+                    return Err(ended(reason(&status)));
+                }
             }
+        }
+    }
+
+    /// It went without having ended by itself.
+    fn lost(&self) {
+        if let Some(link) = self.link.upgrade() {
+            self.news.losses.note(link.key());
         }
     }
 
@@ -166,7 +186,7 @@ impl Watcher {
             }
             Presence::Unmet => {}
         }
-        self.news.send_replace(());
+        self.news.changed.send_replace(());
         Some(())
     }
 }

@@ -4,7 +4,7 @@ use crate::{
     RouterConfig, RouterError, RouterState,
     aliases::Aliases,
     config::Deadlines,
-    grpc,
+    dial, grpc,
     http::{self, Server},
     metrics::Metrics,
     openai,
@@ -126,7 +126,11 @@ async fn bind(
 fn shared(config: &RouterConfig, membership: &dyn Membership) -> RouterState {
     let metrics = Arc::new(Metrics::new());
     let upstream = Upstream {
-        targets: Targets::follow(membership.roster(), &config.deadlines),
+        targets: Targets::follow(
+            membership.roster(),
+            &config.deadlines,
+            dial::tcp(config.deadlines.connect),
+        ),
         policy: Box::new(PrefixAffinity::default()),
         limits: config.limits,
         deadlines: config.deadlines,

@@ -9,7 +9,10 @@
 
 use crate::{
     config::Deadlines,
+    dial::Dial,
     link::Link,
+    losses::Losses,
+    presence::News,
     status::ModelStatus,
     version::{Entry, Model, Version},
 };
@@ -189,14 +192,15 @@ impl Snapshot {
 
 /// What new links are made with.
 struct Links {
+    dial: Dial,
     deadlines: Deadlines,
-    news: watch::Sender<()>,
+    news: News,
 }
 
 impl Links {
     fn link(&self, instance: &Instance) -> Option<Arc<Link>> {
-        match Link::new(instance, self.deadlines.connect) {
-            Ok(link) => Some(Arc::new(link)),
+        match (self.dial)(instance) {
+            Ok(channel) => Some(Arc::new(Link::new(instance, channel))),
             Err(error) => {
                 let (worker, address) = (&*instance.id, &*instance.address);
                 tracing::warn!(worker, address, %error, "worker left out: its address is no URI");
@@ -211,13 +215,15 @@ impl Links {
 pub(crate) struct Targets {
     snapshots: watch::Receiver<Arc<Snapshot>>,
     news: watch::Receiver<()>,
+    losses: Arc<Losses>,
 }
 
 impl Targets {
     /// Follows the roster in a task of its own, which ends with the last `Targets`.
-    pub fn follow(mut roster: watch::Receiver<Roster>, deadlines: &Deadlines) -> Self {
-        let (sender, news) = watch::channel(());
-        let links = Links { deadlines: *deadlines, news: sender };
+    pub fn follow(mut roster: watch::Receiver<Roster>, deadlines: &Deadlines, dial: Dial) -> Self {
+        let all = News::default();
+        let (news, losses) = (all.changed.subscribe(), all.losses.clone());
+        let links = Links { dial, deadlines: *deadlines, news: all };
         let first = Snapshot::default().next(&roster.borrow_and_update().clone(), &links);
         let (sender, snapshots) = watch::channel(Arc::new(first));
         tokio::spawn(async move {
@@ -236,11 +242,16 @@ impl Targets {
                 sender.send_replace(Arc::new(next));
             }
         });
-        Self { snapshots, news }
+        Self { snapshots, news, losses }
     }
 
     pub fn now(&self) -> Arc<Snapshot> {
         self.snapshots.borrow().clone()
+    }
+
+    /// Workers that broke lately.
+    pub fn losses(&self) -> &Losses {
+        &self.losses
     }
 
     /// Changes from now on: of the roster, and of which workers are there.
@@ -258,7 +269,7 @@ pub(crate) struct Changes(Targets);
 impl Changes {
     /// Waits for one since the last call.
     pub async fn next(&mut self) {
-        let Targets { snapshots, news } = &mut self.0;
+        let Targets { snapshots, news, .. } = &mut self.0;
         let changed = tokio::select! {
             changed = snapshots.changed() => changed,
             changed = news.changed() => changed,
@@ -272,10 +283,12 @@ impl Changes {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dial;
     use std::time::Instant;
 
     fn links() -> Links {
-        Links { deadlines: Deadlines::default(), news: watch::channel(()).0 }
+        let deadlines = Deadlines::default();
+        Links { dial: dial::tcp(deadlines.connect), deadlines, news: News::default() }
     }
 
     /// Loading, so that nobody connects.

@@ -21,7 +21,7 @@ use proto::v1::{Finish, Progress, RunRequest, RunResponse, TokenInfo};
 use std::{sync::Arc, time::Duration};
 use tokio::time::{Instant, sleep};
 
-/// Suspicion against a sequence whose worker broke in its first run.
+/// Suspicion against a sequence whose worker broke in its first run, while no others break.
 const BROKE_WORKER: u32 = 2;
 /// Between two looks for another worker than one that is not there, unless something changes.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
@@ -86,8 +86,8 @@ pub(crate) struct UpstreamStream {
 #[derive(Default)]
 struct Breaks {
     all: u32,
-    /// Since anything came that no worker before had brought.
-    barren: u32,
+    /// Workers that broke since anything came that no worker before had brought.
+    barren: Vec<u64>,
     /// How likely it is that the sequence has caused those.
     suspicion: u32,
     /// Tokens computed, at best.
@@ -98,7 +98,8 @@ impl Breaks {
     fn computed(&mut self, tokens: u32) {
         if tokens > self.computed {
             self.computed = tokens;
-            (self.barren, self.suspicion) = (0, 0);
+            self.barren.clear();
+            self.suspicion = 0;
         }
     }
 }
@@ -170,16 +171,16 @@ impl UpstreamStream {
                 Err(Refusal::Full) => "the worker is full".to_owned(),
                 Err(Refusal::Broken(reason)) => {
                     link.failed();
+                    self.upstream.targets.losses().note(link.key());
                     reason
                 }
             };
             let stage = if stopped { Stage::InLine } else { placement.stage() };
-            let worker = link.id().to_owned();
             self.state = State::Resuming;
             if let Some(received) = self.complete() {
                 return Ok(Some(received));
             }
-            self.restart(stage, &worker, &reason)?;
+            self.restart(stage, &link, &reason)?;
         }
     }
 
@@ -198,18 +199,21 @@ impl UpstreamStream {
     }
 
     /// Prepares the request for another worker.
-    fn restart(&mut self, stage: Stage, worker: &str, reason: &str) -> Result<(), RouterError> {
-        let limits = &self.upstream.limits;
+    fn restart(&mut self, stage: Stage, link: &Link, reason: &str) -> Result<(), RouterError> {
+        let Upstream { limits, targets, .. } = &*self.upstream;
+        let worker = link.id();
         self.breaks.all += 1;
-        self.breaks.barren += 1;
+        self.breaks.barren.push(link.key());
+        let others = targets.losses().beside(&self.breaks.barren);
         // Workers that die together break many streams more than once. One that has brought
         // tokens before is seldom what breaks them, and one that did not run cannot be.
         self.breaks.suspicion += match stage {
             Stage::InLine => 0,
-            Stage::Runs if !self.began() => BROKE_WORKER,
+            Stage::Runs if !self.began() && !others => BROKE_WORKER,
             Stage::Accepted | Stage::Runs => BROKE_WORKER / 2,
         };
-        let Breaks { all, barren, suspicion, .. } = self.breaks;
+        let (all, barren) = (self.breaks.all, self.breaks.barren.len());
+        let suspicion = self.breaks.suspicion;
         if suspicion >= BROKE_WORKER * limits.workers_broken_max {
             return Err(RouterError::Unavailable(format!(
                 "the stream broke {all} times, {barren} of them without progress between; this \
