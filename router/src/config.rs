@@ -41,8 +41,8 @@ pub struct Limits {
     /// How often one choice may move to another worker, or back to the same one, after a break.
     pub resumes_max: u32,
     /// How many in a row it may break without anything new between: a request that breaks its
-    /// workers must not go through all of them. Twice as many where it is less likely the cause:
-    /// it has brought tokens before, or other workers break too.
+    /// workers must not go through all of them. Twice as many for each reason to doubt that it is
+    /// the cause: it has brought tokens before, or other workers break too.
     pub workers_broken_max: u32,
 }
 

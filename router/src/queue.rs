@@ -1,12 +1,13 @@
 //! The line in front of full workers: in order of arrival, one for each model, bounded over all.
 //!
 //! When a place comes free somewhere the first in line tries to get it, two where two came free,
-//! and
-//! so on; nobody holds the others up while a worker is being asked. From how often places come free
-//! follows how long a newcomer would wait. What is longer than the limit is told at once.
+//! and so on; nobody holds the others up while a worker is being asked. From how often places come
+//! free follows how long a newcomer would wait. What is longer than the limit is told at once. An
+//! answer that has begun is not given up for want of a place.
 
 use crate::{
     RouterError,
+    config::Deadlines,
     upstream::Upstream,
     version::{Model, Version},
 };
@@ -30,7 +31,7 @@ const LINE_PER_PLACE: usize = 2;
 /// Freed places that the rate is measured by: at least, and at most.
 const MEASURED: (usize, usize) = (4, 64);
 
-/// In order: sequences that were under way before, then the others; each by arrival.
+/// In order: sequences that were under way before (false), then newcomers; each by arrival.
 type Key = (bool, u64);
 
 /// Those who wait for a place on the workers of one model.
@@ -173,10 +174,13 @@ impl Ticket {
     }
 
     /// Waits for the turn to try: a place came free, or this is the first and it is time to look.
-    /// Errors: `Overloaded` when no place at all came free for as long as the queue deadline.
+    /// Errors: `Overloaded` when no place at all came free for as long as the queue deadline, or as
+    /// the one for loading where the sequence was under way.
     pub async fn turn(&self) -> Result<(), RouterError> {
         let mut changes = self.upstream.targets.changes();
-        let patience = self.upstream.deadlines.queue;
+        let Deadlines { queue, loading, .. } = self.upstream.deadlines;
+        let (newcomer, _) = self.key;
+        let patience = if newcomer { queue } else { loading.max(queue) };
         loop {
             let woken = tokio::select! {
                 () = self.wake.notified() => true,

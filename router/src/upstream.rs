@@ -22,7 +22,9 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::{Instant, sleep};
 
 /// Suspicion against a sequence whose worker broke in its first run, while no others break.
-const BROKE_WORKER: u32 = 2;
+const BROKE_WORKER: u32 = 4;
+/// Each reason to doubt that halves it, up to so many.
+const DOUBTS_MAX: usize = 2;
 /// Between two looks for another worker than one that is not there, unless something changes.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 /// Between two lines of the log on a stream that has no token yet.
@@ -159,6 +161,8 @@ impl UpstreamStream {
             let link = placement.link().clone();
             let mut stopped = false;
             let message = tokio::select! {
+                // What has arrived counts, however late it is read: it says how far the worker came.
+                biased;
                 message = placement.message(limit) => message,
                 loss = deserted(&link, &self.upstream, &self.model) => {
                     stopped = loss.stopped;
@@ -204,14 +208,15 @@ impl UpstreamStream {
         let worker = link.id();
         self.breaks.all += 1;
         self.breaks.barren.push(link.key());
-        let others = targets.losses().beside(&self.breaks.barren);
         // Workers that die together break many streams more than once. One that has brought
-        // tokens before is seldom what breaks them, and one that did not run cannot be.
-        self.breaks.suspicion += match stage {
-            Stage::InLine => 0,
-            Stage::Runs if !self.began() && !others => BROKE_WORKER,
-            Stage::Accepted | Stage::Runs => BROKE_WORKER / 2,
-        };
+        // tokens before is seldom what breaks them, nor is one beside which others break too; one
+        // that did not run cannot be.
+        let doubts =
+            [stage == Stage::Accepted, self.began(), targets.losses().beside(&self.breaks.barren)];
+        let doubts = doubts.into_iter().filter(|&doubt| doubt).count().min(DOUBTS_MAX);
+        if stage != Stage::InLine {
+            self.breaks.suspicion += BROKE_WORKER >> doubts;
+        }
         let (all, barren) = (self.breaks.all, self.breaks.barren.len());
         let suspicion = self.breaks.suspicion;
         if suspicion >= BROKE_WORKER * limits.workers_broken_max {

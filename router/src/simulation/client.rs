@@ -86,7 +86,10 @@ impl Client {
                     world.violation(format!("{} ended without a finish", self.request.request_id));
                     return End::Failed("no finish".to_owned());
                 }
-                Err(error) => return world.failure(&self.request.request_id, &error),
+                Err(error) => {
+                    let begun = !check.tokens.is_empty();
+                    return world.failure(&self.request.request_id, begun, &error);
+                }
             };
             let ends = received.finish.is_some();
             if let Err(wrong) = check.take(received) {

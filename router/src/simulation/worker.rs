@@ -147,10 +147,15 @@ impl Worker {
             self.failed.send_replace(true);
         }
         let fingerprint = &self.make.instance.fingerprint;
-        let mut message = RunResponse { cached_tokens: 1, ..RunResponse::default() };
         if request.score_prompt {
-            message.prompt = request.prompt.iter().skip(1).map(|&id| info(id)).collect();
+            for part in request.prompt[1..].chunks(16) {
+                self.step(true, sender).await;
+                let prompt = part.iter().map(|&id| info(id)).collect();
+                let scores = RunResponse { prompt, cached_tokens: 1, ..RunResponse::default() };
+                let _gone = sender.send(Ok(scores)).await;
+            }
         }
+        let mut message = RunResponse { cached_tokens: 1, ..RunResponse::default() };
         for at in request.generated.len()..request.max_tokens as usize {
             self.step(true, sender).await;
             let id = token(fingerprint, &request.prompt, request.prompt.len() + at);

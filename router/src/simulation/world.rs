@@ -284,22 +284,29 @@ impl World {
         self.violations.lock().unwrap().push(what);
     }
 
-    /// Whether what happened until now is reason enough for this error. Who breaks two workers,
-    /// and no others break, cannot be told from who is only there when they do.
-    fn may_fail(&self, error: &str) -> bool {
-        let lost = self.lost.lock().unwrap();
-        let seen = lost.values().filter(|at| at.elapsed() > NOTICED).count();
-        let alone = self.poisoned.load(SeqCst) || seen <= 2;
-        let suspect = error.contains("may be what breaks");
-        error.contains("overloaded") || suspect && (alone || !error.contains("broke 2 times"))
-    }
-
-    pub fn failure(&self, request: &str, error: &RouterError) -> End {
+    /// A request ended so; a violation where what happened is no reason for it.
+    pub fn failure(&self, request: &str, begun: bool, error: &RouterError) -> End {
         let error = error.to_string();
-        if !self.may_fail(&error) {
-            self.violation(format!("{request} failed: {error}"));
+        let suspect = error.contains("may be what breaks");
+        let breaks = error.split_once("broke ").and_then(|(_, rest)| rest.split(' ').next());
+        let breaks: u32 = breaks.and_then(|count| count.parse().ok()).unwrap_or(0);
+        let permitted = match begun {
+            true => suspect && breaks >= 4,
+            // Who breaks two workers, and no others break, cannot be told from who is only there
+            // when they do.
+            false => error.contains("overloaded") || suspect && (self.is_in_doubt() || breaks >= 3),
+        };
+        if !permitted {
+            self.violation(format!("{request} failed, begun {begun}: {error}"));
         }
         End::Failed(error)
+    }
+
+    /// Whether a request breaks workers, or no more than two were lost that the router has noticed.
+    fn is_in_doubt(&self) -> bool {
+        let lost = self.lost.lock().unwrap();
+        let seen = lost.values().filter(|at| at.elapsed() > NOTICED).count();
+        self.poisoned.load(SeqCst) || seen <= 2
     }
 
     /// Sequences that were under way are never refused; others keep to the bound.
