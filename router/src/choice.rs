@@ -48,6 +48,8 @@ pub(crate) struct Choice {
     reader: Reader<TokenInfo>,
     echo: Option<Echo>,
     scores: Vec<TokenInfo>,
+    /// First tokens that the client has, not yet sampled again: their text is not told again.
+    known: u32,
     clock: Clock,
 }
 
@@ -71,8 +73,9 @@ impl Clock {
 }
 
 impl Choice {
+    /// The client has the text of the first `known` tokens.
     pub fn new(
-        index: u32,
+        (index, known): (u32, u32),
         stream: UpstreamStream,
         reader: Reader<TokenInfo>,
         echo: Option<Echo>,
@@ -84,6 +87,7 @@ impl Choice {
             reader,
             echo,
             scores: Vec::new(),
+            known,
             clock: Clock { waits, last: Instant::now(), began: false },
         }
     }
@@ -144,7 +148,7 @@ impl Choice {
     /// Takes new tokens, in order, up to the finish or a stop string.
     fn read(&mut self, tokens: Vec<TokenInfo>, finish: Option<Finish>, chunk: &mut Chunk) {
         let last = tokens.len().wrapping_sub(1);
-        let mut piece = Piece::default();
+        let (mut piece, mut told) = (Piece::default(), Piece::default());
         let (mut end, mut stopped) = (None, false);
         for (at, info) in tokens.into_iter().enumerate() {
             chunk.sampled += 1;
@@ -152,7 +156,9 @@ impl Choice {
                 end = Some((info.id, info));
                 break;
             }
-            stopped = self.reader.push(info.id, info, &mut piece);
+            let piece = if self.known > 0 { &mut told } else { &mut piece };
+            self.known = self.known.saturating_sub(1);
+            stopped = self.reader.push(info.id, info, piece);
             if stopped {
                 break;
             }

@@ -8,8 +8,10 @@ use crate::{
     choice::{Choice, Chunk, Echo},
     facts::Facts,
     metrics::Tokens,
+    queue::Standing,
     raised,
     request::{self, Encoded, Input, Prepared},
+    resume::{Cursor, Resume},
     sampling::{choice_seed, wire},
     time_limit::TimeLimit,
     upstream::UpstreamStream,
@@ -41,7 +43,10 @@ type Chunks = Pin<Box<dyn Stream<Item = Result<Chunk, RouterError>> + Send>>;
 pub(crate) struct Generation {
     pub language: Arc<Language>,
     pub model: String,
+    pub fingerprint: String,
     pub request_id: String,
+    /// Where the client may want to go on on another router, or does.
+    pub resume: Option<Resume>,
     pub choices: usize,
     /// Of one prompt.
     n: u32,
@@ -160,7 +165,8 @@ async fn start(
         choices: count as i64,
         _permit: permit,
     };
-    let mut choices = choices(shared, &prepared)?;
+    let standing = Standing { priority: prepared.priority, until: time.first_token_until() };
+    let mut choices = choices(shared, &prepared, standing)?;
     let started = Instant::now();
     try_join_all(choices.iter_mut().map(Choice::open)).instrument(span.clone()).await?;
     facts.queued(started.elapsed());
@@ -168,6 +174,8 @@ async fn start(
     Ok(Generation {
         language: prepared.language,
         model: prepared.name.clone(),
+        fingerprint: prepared.model.fingerprint.clone(),
+        resume: prepared.resume,
         request_id: prepared.trace.request_id,
         choices: count,
         n: prepared.sampling.n,
@@ -181,25 +189,37 @@ async fn start(
 }
 
 /// Choice `i` of prompt `p` has the index p · n + i, and draws of its own.
-fn choices(shared: &Arc<RouterState>, prepared: &Prepared) -> Result<Vec<Choice>, RouterError> {
-    let n = prepared.sampling.n;
+fn choices(
+    shared: &Arc<RouterState>,
+    prepared: &Prepared,
+    standing: Standing,
+) -> Result<Vec<Choice>, RouterError> {
+    let (n, resume) = (prepared.sampling.n, prepared.resume.as_ref());
+    let known = |index| {
+        let last = resume.and_then(|resume| resume.last.as_ref());
+        last.map_or(0, |last| last.place(index as usize).tokens)
+    };
     let mut choices = Vec::new();
     for (at, prompt) in prepared.prompts.iter().enumerate() {
         for turn in 0..n {
             let index = at as u32 * n + turn;
             let seed = match prepared.sampling.seed {
                 Some(seed) => choice_seed(seed, index),
-                None => crate::trace::random()?,
+                None => match resume {
+                    Some(resume) => choice_seed(resume.seed, index),
+                    None => crate::trace::random()?,
+                },
             };
             let echo = prepared.sampling.echo.then(|| echo(prepared, prompt));
             let stream = UpstreamStream::new(
                 shared.upstream.clone(),
                 prepared.model.clone(),
                 prepared.trace.clone(),
+                standing,
                 run_request(prepared, prompt, seed),
             );
             choices.push(Choice::new(
-                index,
+                (index, known(index)),
                 stream,
                 Reader::new(prepared.language.decoder(), prepared.sampling.stops.clone()),
                 echo,
@@ -249,6 +269,11 @@ fn chunks(choice: Choice, span: Span) -> Chunks {
 }
 
 impl Generation {
+    /// What the client has of the answer already.
+    pub fn last(&self) -> Option<&Cursor> {
+        self.resume.as_ref()?.last.as_ref()
+    }
+
     /// The next chunk of any choice; `None` after every choice's finish. Nothing follows an error.
     pub async fn next(&mut self) -> Option<Result<Chunk, RouterError>> {
         if self.open == 0 {

@@ -26,6 +26,7 @@ mod presence;
 mod queue;
 mod record;
 mod request;
+mod resume;
 mod sampling;
 mod server;
 mod service;

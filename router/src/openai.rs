@@ -15,6 +15,7 @@ use crate::{
     generate::{self, Answering},
     record::{Door, recorded},
     request::{Input, Prompt},
+    resume::Resume,
     time_limit::TimeLimit,
     trace::Trace,
 };
@@ -52,6 +53,7 @@ pub(crate) struct Body {
     model: String,
     prompts: Vec<Prompt>,
     sampling: Sampling,
+    priority: i32,
     delivery: Delivery,
     /// Parameters without effect.
     ignored: Vec<String>,
@@ -126,6 +128,7 @@ async fn run(
     trace: Trace,
 ) -> Result<Ready, RouterError> {
     let time = TimeLimit::from_http(request.headers(), &shared.upstream.deadlines)?;
+    let resume = Resume::from_http(request.headers())?;
     let permit = shared.permit(1)?;
     let body = read_body(shared, request).await?;
     let body = match route {
@@ -133,12 +136,12 @@ async fn run(
         Route::Completions => completions::parse(&body)?,
     };
     let logprobs = body.sampling.logprobs.is_some();
-    let Body { model, prompts, sampling, delivery, ignored } = body;
+    let Body { model, prompts, sampling, priority, delivery, ignored } = body;
     if !ignored.is_empty() {
         let (request_id, names) = (&trace.request_id, ignored.join(", "));
         tracing::debug!(request_id, names, "parameters without effect on the answer");
     }
-    let input = Input { model, prompts, sampling, trace };
+    let input = Input { model, prompts, sampling, priority, resume, trace };
     if delivery.stream {
         let answering = Answering::begin(shared.clone(), input, permit, time).await?;
         return Ok(Ready::Stream { answering, logprobs, delivery });

@@ -126,7 +126,7 @@ impl<'a> Opening<'a> {
                 ticket.stay();
                 ticket
             }
-            None => Ticket::take(self.upstream, self.order.model, self.under_way)?,
+            None => Ticket::take(self.upstream, &self.order, self.under_way)?,
         };
         self.ticket.insert(ticket).turn().await
     }

@@ -7,6 +7,7 @@ use crate::{
     RouterError,
     link::{InFlight, Link},
     metrics::{Metrics, StageGauge},
+    queue::Standing,
     trace::Trace,
     version::Model,
 };
@@ -45,6 +46,7 @@ pub(crate) struct Order<'a> {
     pub trace: &'a Trace,
     pub model: &'a Arc<Model>,
     pub metrics: &'a Arc<Metrics>,
+    pub standing: Standing,
 }
 
 /// Why a worker does not run a sequence.

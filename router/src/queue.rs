@@ -1,13 +1,16 @@
-//! The line in front of full workers: in order of arrival, one for each model, bounded over all.
+//! The line in front of full workers: by priority and then in order of arrival, one for each model,
+//! bounded over all.
 //!
 //! When a place comes free somewhere the first in line tries to get it, two where two came free,
 //! and so on; nobody holds the others up while a worker is being asked. From how often places come
-//! free follows how long a newcomer would wait. What is longer than the limit is told at once. An
-//! answer that has begun is not given up for want of a place.
+//! free follows how long a newcomer would wait. What is longer than the limit, or than the request's own, is told
+//! at once. Where the line is full, the last of a lower priority makes room. An answer that has
+//! begun is not given up for want of a place.
 
 use crate::{
     RouterError,
     config::Deadlines,
+    placement::Order,
     upstream::Upstream,
     version::{Model, Version},
 };
@@ -31,8 +34,18 @@ const LINE_PER_PLACE: usize = 2;
 /// Freed places that the rate is measured by: at least, and at most.
 const MEASURED: (usize, usize) = (4, 64);
 
-/// In order: sequences that were under way before (false), then newcomers; each by arrival.
-type Key = (bool, u64);
+/// In order: sequences that were under way before (false), then newcomers; those by priority, the
+/// lowest first; all by arrival.
+type Key = (bool, i32, u64);
+
+/// What a request may ask of the line.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Standing {
+    /// The lowest goes first.
+    pub priority: i32,
+    /// When its first token comes too late.
+    pub until: Instant,
+}
 
 /// Those who wait for a place on the workers of one model.
 #[derive(Default)]
@@ -89,12 +102,25 @@ impl State {
         }
     }
 
-    /// How long one more would wait, by this line or the one before; `None` before enough is known.
-    fn expected_wait(&self, now: Instant, patience: Duration) -> Option<Duration> {
+    /// How long one more would wait behind `ahead` others, by this line or the one before; `None`
+    /// before enough is known.
+    fn expected_wait(&self, now: Instant, patience: Duration, ahead: usize) -> Option<Duration> {
         let since = self.measured_since.map(|since| now.saturating_duration_since(since));
         let enough = self.freed.len() >= MEASURED.0 || since.is_some_and(|since| since >= patience);
         let each = if enough { self.measured(now) } else { self.each };
-        Duration::try_from_secs_f64(each? * (self.waiting.len() + 1) as f64).ok()
+        Duration::try_from_secs_f64(each? * (ahead + 1) as f64).ok()
+    }
+
+    /// Takes the last newcomer of a lower priority out of the line; whether there was one.
+    fn make_room(&mut self, priority: i32) -> bool {
+        match self.waiting.last_key_value() {
+            Some((&last @ (true, other, _), waiter)) if other > priority => {
+                waiter.wake.notify_one();
+                self.waiting.remove(&last);
+                true
+            }
+            _ => false,
+        }
     }
 }
 
@@ -125,38 +151,28 @@ pub(crate) struct Ticket {
 
 impl Ticket {
     /// Joins the line; a sequence that was `under_way` before goes to its front, and is never
-    /// refused. Errors: `Overloaded` when the line is full, or too long for the queue deadline.
+    /// refused. Errors: `Overloaded` when the line is full, or too long for the queue deadline or
+    /// for the request's own limit.
     pub fn take(
         upstream: &Arc<Upstream>,
-        model: &Arc<Model>,
+        order: &Order<'_>,
         under_way: bool,
     ) -> Result<Self, RouterError> {
-        let max = upstream.limits.queue_max;
+        let (model, Standing { priority, until }) = (order.model, order.standing);
         let now = Instant::now();
         let mut state = model.line.state();
+        let key = (!under_way, if under_way { 0 } else { priority }, state.arrivals + 1);
         if !under_way {
-            let (patience, ahead) = (upstream.deadlines.queue, state.waiting.len());
-            let wait = state.expected_wait(now, patience);
-            if let Some(wait) = wait.filter(|&wait| wait > patience) {
-                let seconds = wait.as_secs_f64().ceil();
-                let long = format!(
-                    "{ahead} choices wait for a place on a worker of '{}', about {seconds} s",
-                    model.name
-                );
-                return Err(overloaded(&long, Some(wait)));
-            }
-            let workers = upstream.targets.now();
-            let places = workers.version(model).map_or(0, Version::places);
-            if wait.is_none() && places > 0 && ahead >= LINE_PER_PLACE * places {
-                let long = format!(
-                    "{ahead} choices wait for one of the {places} places on workers of '{}'",
-                    model.name
-                );
-                return Err(overloaded(&long, None));
-            }
+            let ahead = state.waiting.range(..key).count();
+            let wait = state.expected_wait(now, upstream.deadlines.queue, ahead);
+            check_wait(upstream, model, ahead, wait, until.saturating_duration_since(now))?;
+            let max = upstream.limits.queue_max;
             if upstream.queued.load(Ordering::Relaxed) >= max {
-                let full = format!("{max} choices wait for a place already");
-                return Err(overloaded(&full, wait));
+                if !state.make_room(priority) {
+                    let full = format!("{max} choices wait for a place already");
+                    return Err(overloaded(&full, wait));
+                }
+                upstream.left_line();
             }
         }
         if state.waiting.is_empty() {
@@ -166,7 +182,6 @@ impl Ticket {
         upstream.queued.fetch_add(1, Ordering::Relaxed);
         upstream.metrics.queued.inc();
         state.arrivals += 1;
-        let key = (!under_way, state.arrivals);
         let wake = Arc::new(Notify::new());
         state.waiting.insert(key, Waiter { wake: wake.clone(), tries: false });
         drop(state);
@@ -179,7 +194,7 @@ impl Ticket {
     pub async fn turn(&self) -> Result<(), RouterError> {
         let mut changes = self.upstream.targets.changes();
         let Deadlines { queue, loading, .. } = self.upstream.deadlines;
-        let (newcomer, _) = self.key;
+        let (newcomer, ..) = self.key;
         let patience = if newcomer { queue } else { loading.max(queue) };
         loop {
             let woken = tokio::select! {
@@ -190,15 +205,17 @@ impl Ticket {
             let mut state = self.model.line.state();
             let moved = state.freed.back().map_or(self.entered, |&freed| freed.max(self.entered));
             if moved.elapsed() >= patience {
-                let wait = state.expected_wait(Instant::now(), patience);
+                let ahead = state.waiting.range(..self.key).count();
+                let wait = state.expected_wait(Instant::now(), patience, ahead);
                 let stuck =
                     format!("no place on a worker of '{}' for {patience:?}", self.model.name);
                 return Err(overloaded(&stuck, wait));
             }
             let first = state.waiting.keys().next() == Some(&self.key);
-            if (woken || first)
-                && let Some(waiter) = state.waiting.get_mut(&self.key)
-            {
+            let Some(waiter) = state.waiting.get_mut(&self.key) else {
+                return Err(overloaded("the line is full, and others go first", None));
+            };
+            if woken || first {
                 waiter.tries = true;
                 return Ok(());
             }
@@ -215,13 +232,45 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        self.upstream.queued.fetch_sub(1, Ordering::Relaxed);
-        self.upstream.metrics.queued.dec();
         let mut state = self.model.line.state();
-        state.waiting.remove(&self.key);
+        if state.waiting.remove(&self.key).is_some() {
+            self.upstream.left_line();
+        }
         // Where this one got a place there may be another; where it gave up, its turn is free.
         state.wake_next();
     }
+}
+
+/// Whether a newcomer behind `ahead` others, whose `wait` is known or not, may hope for a place
+/// within the queue deadline and what is `left` of its own time.
+fn check_wait(
+    upstream: &Upstream,
+    model: &Model,
+    ahead: usize,
+    wait: Option<Duration>,
+    left: Duration,
+) -> Result<(), RouterError> {
+    let patience = upstream.deadlines.queue;
+    if let Some(wait) = wait.filter(|&wait| wait > patience.min(left)) {
+        let (seconds, left) = (wait.as_secs_f64().ceil(), left.as_secs_f64());
+        let mut long = format!(
+            "{ahead} choices wait before this for a place on a worker of '{}', about {seconds} s",
+            model.name
+        );
+        if wait <= patience {
+            long += &format!(", and the request's own limit leaves {left:.1} s");
+        }
+        return Err(overloaded(&long, Some(wait)));
+    }
+    let places = upstream.targets.now().version(model).map_or(0, Version::places);
+    if wait.is_none() && places > 0 && ahead >= LINE_PER_PLACE * places {
+        let long = format!(
+            "{ahead} choices wait for one of the {places} places on workers of '{}'",
+            model.name
+        );
+        return Err(overloaded(&long, None));
+    }
+    Ok(())
 }
 
 /// Refused for now; `wait` is how long it would have taken.
@@ -239,7 +288,7 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(30);
 
     fn line(start: Instant, waiting: u64) -> State {
-        let waiter = |at| ((true, at), Waiter { wake: Arc::new(Notify::new()), tries: false });
+        let waiter = |at| ((true, 0, at), Waiter { wake: Arc::new(Notify::new()), tries: false });
         let waiting = (0..waiting).map(waiter).collect();
         State { waiting, measured_since: Some(start), ..State::default() }
     }
@@ -251,16 +300,16 @@ mod tests {
         let mut line = line(start, 9);
         for at in [2, 4, 6] {
             line.place_freed(after(at));
-            assert_eq!(line.expected_wait(after(at), PATIENCE), None, "too little is known");
+            assert_eq!(line.expected_wait(after(at), PATIENCE, 9), None, "too little is known");
         }
         line.place_freed(after(8));
-        let wait = |at| line.expected_wait(after(at), PATIENCE);
+        let wait = |at| line.expected_wait(after(at), PATIENCE, 9);
         assert_eq!(wait(8), Some(Duration::from_secs(20)), "ten places, one every 2 s");
         assert_eq!(wait(16), Some(Duration::from_secs(40)), "it has become slower");
         // The next line begins with what this one knew.
         line.freed.clear();
         line.measured_since = Some(after(100));
-        let wait = line.expected_wait(after(101), PATIENCE);
+        let wait = line.expected_wait(after(101), PATIENCE, 9);
         assert_eq!(wait, Some(Duration::from_secs(20)), "as last measured");
     }
 
@@ -273,7 +322,7 @@ mod tests {
         }
         line.place_freed(start + Duration::from_secs(100));
         assert_eq!(line.freed.len(), MEASURED.1);
-        let wait = line.expected_wait(start + Duration::from_secs(100), PATIENCE).unwrap();
+        let wait = line.expected_wait(start + Duration::from_secs(100), PATIENCE, 1).unwrap();
         assert!((1.9..2.1).contains(&wait.as_secs_f64()), "{wait:?}");
     }
 
@@ -281,10 +330,10 @@ mod tests {
     fn where_nothing_comes_free_the_wait_is_long() {
         let start = Instant::now();
         let line = line(start, 1);
-        assert_eq!(line.expected_wait(start, PATIENCE), None);
-        let expected = line.expected_wait(start + PATIENCE, PATIENCE).unwrap();
+        assert_eq!(line.expected_wait(start, PATIENCE, 1), None);
+        let expected = line.expected_wait(start + PATIENCE, PATIENCE, 1).unwrap();
         assert!(expected >= 2 * PATIENCE, "{expected:?}");
-        assert_eq!(State::default().expected_wait(start, PATIENCE), None, "no line");
+        assert_eq!(State::default().expected_wait(start, PATIENCE, 0), None, "no line");
     }
 
     #[test]
@@ -292,13 +341,26 @@ mod tests {
         let now = Instant::now();
         let mut line = line(now, 3);
         let first = Waiter { wake: Arc::new(Notify::new()), tries: false };
-        line.waiting.insert((false, 9), first);
+        line.waiting.insert((false, 0, 9), first);
         let trying = |line: &State| -> Vec<Key> {
             line.waiting.iter().filter(|(_, waiter)| waiter.tries).map(|(&key, _)| key).collect()
         };
         line.place_freed(now);
-        assert_eq!(trying(&line), [(false, 9)], "what was under way goes first");
+        assert_eq!(trying(&line), [(false, 0, 9)], "what was under way goes first");
         line.place_freed(now);
-        assert_eq!(trying(&line), [(false, 9), (true, 0)]);
+        assert_eq!(trying(&line), [(false, 0, 9), (true, 0, 0)]);
+    }
+
+    #[test]
+    fn the_last_of_a_lower_priority_makes_room() {
+        let mut line = line(Instant::now(), 2);
+        let waiter = || Waiter { wake: Arc::new(Notify::new()), tries: false };
+        line.waiting.insert((true, -5, 8), waiter());
+        line.waiting.insert((false, 0, 9), waiter());
+        assert!(!line.make_room(0), "none is lower");
+        assert!(line.make_room(-1) && line.make_room(-1));
+        let left: Vec<Key> = line.waiting.keys().copied().collect();
+        assert_eq!(left, [(false, 0, 9), (true, -5, 8)]);
+        assert!(line.make_room(i32::MIN) && !line.make_room(i32::MIN), "never what was under way");
     }
 }

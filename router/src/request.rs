@@ -3,6 +3,7 @@
 use crate::{
     RouterError, RouterState, languages,
     opening::Patience,
+    resume::Resume,
     sampling::{self, Sampling},
     trace::Trace,
     version::{Capacity, Model},
@@ -79,6 +80,9 @@ pub(crate) struct Input {
     pub model: String,
     pub prompts: Vec<Prompt>,
     pub sampling: v1::Sampling,
+    /// While every worker is full, the lowest goes first.
+    pub priority: i32,
+    pub resume: Option<Resume>,
     pub trace: Trace,
 }
 
@@ -100,6 +104,8 @@ pub(crate) struct Prepared {
     pub language: Arc<Language>,
     pub sampling: Sampling,
     pub prompts: Vec<Encoded>,
+    pub priority: i32,
+    pub resume: Option<Resume>,
     pub trace: Trace,
 }
 
@@ -123,7 +129,12 @@ pub(crate) async fn prepare(shared: &RouterState, input: Input) -> Result<Prepar
         prompts.push(Encoded { ids, text, max_tokens });
     }
     let name = if input.model.is_empty() { model.name.clone() } else { input.model };
-    Ok(Prepared { model, name, language, sampling, prompts, trace: input.trace })
+    let Input { priority, resume, trace, .. } = input;
+    if let Some(resume) = &resume {
+        let choices = prompts.len().saturating_mul(sampling.n as usize);
+        resume.check(&model.fingerprint, choices, sampling.echo)?;
+    }
+    Ok(Prepared { model, name, language, sampling, prompts, priority, resume, trace })
 }
 
 /// The model of a name, or the only one for an empty name, and what its ready workers can do; waits

@@ -176,7 +176,8 @@ fn chat(wire: ChatRequest, trace: Trace) -> Result<Input, RouterError> {
         continue_final_message: wire.continue_final_message,
     };
     let prompts = vec![Prompt::Chat(Box::new(chat))];
-    Ok(Input { model: wire.model, prompts, sampling, trace })
+    let (priority, resume) = (wire.priority, None);
+    Ok(Input { model: wire.model, prompts, sampling, priority, resume, trace })
 }
 
 #[tonic::async_trait]
@@ -203,7 +204,8 @@ impl Inference for Service {
                 }
             };
             let sampling = wire.sampling.unwrap_or_default();
-            Ok(Input { model: wire.model, prompts: vec![prompt], sampling, trace })
+            let (priority, resume, prompts) = (wire.priority, None, vec![prompt]);
+            Ok(Input { model: wire.model, prompts, sampling, priority, resume, trace })
         })
         .await
     }

@@ -64,10 +64,15 @@ impl TimeLimit {
         }
     }
 
+    /// When its first token comes too late.
+    pub fn first_token_until(&self) -> Instant {
+        self.began + self.first_token
+    }
+
     /// Waits until the time is over; says what the request waited for then. Made once for a
     /// request: its timer is not set anew with each token.
     pub async fn over(self, facts: Arc<Facts>) -> RouterError {
-        sleep_until(self.began + self.first_token).await;
+        sleep_until(self.first_token_until()).await;
         let mut limit = self.first_token;
         if facts.has_begun() {
             sleep_until(self.began + self.total).await;

@@ -13,12 +13,19 @@ use crate::{
     opening::Opening,
     placement::{Order, Placement, Refusal, Stage},
     policy::{RouteKey, RoutingPolicy},
+    queue::Standing,
     targets::Targets,
     trace::Trace,
     version::Model,
 };
 use proto::v1::{Finish, Progress, RunRequest, RunResponse, TokenInfo};
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 use tokio::time::{Instant, sleep};
 
 /// Suspicion against a sequence whose worker broke in its first run, while no others break.
@@ -38,7 +45,15 @@ pub(crate) struct Upstream {
     pub deadlines: Deadlines,
     pub metrics: Arc<Metrics>,
     /// Sequences in the lines of all models.
-    pub queued: std::sync::atomic::AtomicUsize,
+    pub queued: AtomicUsize,
+}
+
+impl Upstream {
+    /// A sequence is no longer in a line.
+    pub fn left_line(&self) {
+        self.queued.fetch_sub(1, Relaxed);
+        self.metrics.queued.dec();
+    }
 }
 
 /// News of a sequence.
@@ -74,6 +89,7 @@ pub(crate) struct UpstreamStream {
     upstream: Arc<Upstream>,
     model: Arc<Model>,
     trace: Trace,
+    standing: Standing,
     key: RouteKey,
     /// As first sent; `generated` grows with what was received.
     request: RunRequest,
@@ -111,6 +127,7 @@ impl UpstreamStream {
         upstream: Arc<Upstream>,
         model: Arc<Model>,
         trace: Trace,
+        standing: Standing,
         request: RunRequest,
     ) -> Self {
         let key = RouteKey::new(&model.name, &request.prompt);
@@ -118,6 +135,7 @@ impl UpstreamStream {
             upstream,
             model,
             trace,
+            standing,
             key,
             request,
             state: State::Waiting,
@@ -134,6 +152,7 @@ impl UpstreamStream {
             trace: &self.trace,
             model: &self.model,
             metrics: &self.upstream.metrics,
+            standing: self.standing,
         };
         let under_way = matches!(self.state, State::Resuming);
         let placement = Opening::new(&self.upstream, order, &self.key, under_way).run().await?;

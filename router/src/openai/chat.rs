@@ -24,13 +24,14 @@ pub(crate) fn parse(body: &[u8]) -> Result<Body, RouterError> {
     let logprobs = logprobs(&mut fields)?;
     let sampling = Sampling { max_tokens, logprobs, ..sampling(&mut fields)? };
     let delivery = delivery(&mut fields)?;
+    let priority = fields.int("priority")?.unwrap_or(0);
     for name in ["echo", "add_special_tokens", "parse_special"] {
         fields.only(name, &[json!(false)])?;
     }
     harmless(&mut fields)?;
     let ignored = fields.finish()?;
     let prompts = vec![Prompt::Chat(Box::new(chat))];
-    Ok(Body { model, prompts, sampling, delivery, ignored })
+    Ok(Body { model, prompts, sampling, priority, delivery, ignored })
 }
 
 /// Messages, tools and what else the template sees.

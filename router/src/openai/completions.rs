@@ -39,11 +39,12 @@ pub(crate) fn parse(body: &[u8]) -> Result<Body, RouterError> {
     let echo = fields.boolean("echo")?.unwrap_or(false);
     let sampling = Sampling { max_tokens, logprobs, echo, ..sampling(&mut fields)? };
     let delivery = delivery(&mut fields)?;
+    let priority = fields.int("priority")?.unwrap_or(0);
     fields.only("best_of", &[json!(sampling.n.unwrap_or(1))])?;
     fields.unsupported("suffix")?;
     harmless(&mut fields)?;
     let ignored = fields.finish()?;
-    Ok(Body { model, prompts, sampling, delivery, ignored })
+    Ok(Body { model, prompts, sampling, priority, delivery, ignored })
 }
 
 /// How text is to be read: as a template of the client's own, unless it says otherwise.

@@ -81,6 +81,15 @@ impl Fields {
         as_uint(&self.name(field), &value).map(Some)
     }
 
+    /// A whole number.
+    pub fn int(&mut self, field: &str) -> Result<Option<i32>, RouterError> {
+        let Some(value) = self.take(field) else { return Ok(None) };
+        match value.as_i64().and_then(|number| i32::try_from(number).ok()) {
+            Some(number) => Ok(Some(number)),
+            None => Err(wrong(&self.name(field), "a whole number of 32 bits", &value)),
+        }
+    }
+
     pub fn array(&mut self, field: &str) -> Result<Option<Vec<Value>>, RouterError> {
         match self.take(field) {
             None => Ok(None),

@@ -30,7 +30,6 @@ const IGNORED: &[&str] = &[
     "guided_whitespace_pattern",
     "length_penalty",
     "mm_processor_kwargs",
-    "priority",
     "request_id",
     "spaces_between_special_tokens",
     // SGLang.

@@ -12,6 +12,7 @@ use crate::{
     choice::Chunk,
     facts::Facts,
     generate::{Answering, Generation},
+    resume::Cursor,
 };
 use axum::response::{
     IntoResponse, Response, Sse,
@@ -37,6 +38,8 @@ pub(crate) struct Events {
     answering: Answering,
     /// Once the generation has started.
     answer: Option<AnswerHead>,
+    /// How far the client is once it has the next event, where it may want to go on with it.
+    cursor: Option<Cursor>,
     ready: VecDeque<Event>,
     ended: bool,
 }
@@ -64,8 +67,8 @@ impl Events {
         if let Answering::Starting(_) = answering {
             ready.push_back(Event::default().comment(WAITING));
         }
-        let (answer, ended) = (None, false);
-        Self { shared, facts, route, logprobs, delivery, answering, answer, ready, ended }
+        let (answer, cursor, ended) = (None, None, false);
+        Self { shared, facts, route, logprobs, delivery, answering, answer, cursor, ready, ended }
     }
 
     /// Streams the answer. Dropping the response cancels the generation.
@@ -104,7 +107,9 @@ impl Events {
             Some(answer) => answer,
             None => {
                 let answer = AnswerHead::new(self.route, generation, self.logprobs);
-                if self.route == Route::Chat {
+                let fresh = || Cursor::new(&generation.fingerprint, generation.choices);
+                self.cursor = generation.resume.as_ref().map(|_| fresh());
+                if self.route == Route::Chat && generation.last().is_none() {
                     let choices = 0..generation.choices;
                     let openings =
                         choices.map(|choice| answer.opening(choice, usage.now(generation)));
@@ -124,8 +129,19 @@ impl Events {
                 }
             }
             Some(chunk) => {
+                let (choice, ended) = (chunk.choice as usize, chunk.finish.is_some());
+                if let Some(cursor) = &mut self.cursor {
+                    cursor.advance(choice, chunk.sampled, ended);
+                }
+                if generation.last().is_some_and(|last| last.place(choice).ended) {
+                    return Ok(()); // The client has all of it.
+                }
                 let chunk = answer.chunk(chunk, usage.now(generation), &generation.language);
-                self.ready.extend(chunk.map(event));
+                let named = |event: Event| match &self.cursor {
+                    Some(cursor) => event.id(cursor.to_string()),
+                    None => event,
+                };
+                self.ready.extend(chunk.map(event).map(named));
             }
             None => {
                 self.ended = true;

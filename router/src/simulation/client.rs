@@ -6,12 +6,13 @@ use super::{
     world::World,
 };
 use crate::{
+    queue::Standing,
     trace::Trace,
     upstream::{Received, UpstreamStream},
 };
 use proto::v1::{Finish, RunRequest};
 use std::{sync::Arc, time::Duration};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 /// No request takes longer: workers fail for half a minute only.
 const LIMIT: Duration = Duration::from_secs(900);
@@ -25,6 +26,7 @@ pub enum End {
 
 pub struct Client {
     request: RunRequest,
+    priority: i32,
     /// After the beginning.
     at: Duration,
     /// It leaves once it has so many tokens.
@@ -51,7 +53,8 @@ impl Client {
         };
         let leaves = draw.one_in(8).then(|| draw.below(8) as usize);
         let pause = if draw.one_in(6) { draw.time(3000) } else { Duration::ZERO };
-        Self { request, at: draw.time(20_000), leaves, pause }
+        let priority = draw.below(3) as i32 - 1;
+        Self { request, priority, at: draw.time(20_000), leaves, pause }
     }
 
     pub async fn run(self, world: Arc<World>) -> End {
@@ -72,7 +75,8 @@ impl Client {
         }
         let (trace, request) = (Trace::default(), self.request.clone());
         let fingerprint = model.fingerprint.clone();
-        let mut stream = UpstreamStream::new(upstream.clone(), model, trace, request);
+        let standing = Standing { priority: self.priority, until: Instant::now() + LIMIT };
+        let mut stream = UpstreamStream::new(upstream.clone(), model, trace, standing, request);
         let mut check =
             Check { request: &self.request, fingerprint, scores: 0, tokens: Vec::new() };
         loop {

@@ -5,7 +5,6 @@ use crate::{
     worker::{Fault, Worker},
 };
 use cluster::State;
-use futures_util::future::join_all;
 use proto::v1::{GenerateRequest, generate_request::Prompt};
 use serde_json::{Value, json};
 use std::{
@@ -253,90 +252,6 @@ async fn a_stranger_at_a_workers_address_is_passed_over() {
         }
         assert!(stranger.calls() >= 1, "{code:?}: it was asked");
     }
-}
-
-/// The choices in the router's line.
-async fn queued(cluster: &Cluster) -> usize {
-    let metrics = cluster.http().get("/metrics").await.body;
-    let value = metrics.lines().find_map(|line| line.strip_prefix("lockstep_router_queued "));
-    value.expect("a gauge").parse().expect("a number")
-}
-
-#[tokio::test]
-async fn an_overload_is_told_at_once_and_a_line_that_moves_is_served() {
-    let mut config = config();
-    config.deadlines.queue = Duration::from_secs(2);
-    let cluster = Cluster::start(config, 1).await;
-    cluster.worker().places.store(1, Ordering::SeqCst);
-    *cluster.worker().pace.lock().unwrap() = Duration::from_millis(15);
-    let http = cluster.http();
-    let one = body();
-    // One after the other they take longer than the limit of the line.
-    let crowd = join_all((0..20).map(|_| http.post(PATH, &one)));
-    let newcomer = async {
-        while queued(&cluster).await < 17 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        // Enough places have come free to know how often they do.
-        while queued(&cluster).await > 14 {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        let reply = http.post(PATH, &one).await;
-        (reply, queued(&cluster).await)
-    };
-    let (crowd, (refused, waiting)) = tokio::join!(crowd, newcomer);
-    assert!(crowd.iter().all(|reply| reply.status == 200), "the line moved to its end");
-    let words = refused.refusal(429, None);
-    assert!(words.contains("choices wait"), "{words}");
-    assert!(waiting > 8, "told while {waiting} others waited on");
-    assert!(refused.header("retry-after").unwrap().parse::<u64>().unwrap() >= 2);
-}
-
-#[tokio::test]
-async fn a_worker_that_does_not_answer_holds_up_nobody_else_in_line() {
-    let mut config = config();
-    config.deadlines.connect = Duration::from_secs(4);
-    config.deadlines.queue = Duration::from_secs(8);
-    config.deadlines.open = Duration::from_secs(8);
-    let cluster = Cluster::start(config, 2).await;
-    let workers: Vec<_> = cluster.members.iter().map(|member| &member.worker).collect();
-    for worker in &workers {
-        worker.places.store(1, Ordering::SeqCst);
-        worker.say(&"endless ".repeat(300));
-        *worker.pace.lock().unwrap() = Duration::from_millis(20);
-    }
-    let http = cluster.http();
-    let long = json!({"model": MODEL, "prompt": "x", "max_tokens": 1000}).to_string();
-    let mut busy = Vec::new();
-    for worker in &workers {
-        busy.push(http.open(POST, long.as_bytes()).await);
-        soon("it runs", || worker.live() == 1).await;
-    }
-    for worker in &workers {
-        worker.say("short");
-        *worker.pace.lock().unwrap() = Duration::ZERO;
-    }
-    let one = body();
-    let asked = async || {
-        let reply = http.post(PATH, &one).await;
-        (reply.status, Instant::now())
-    };
-    let script = async {
-        while queued(&cluster).await < 2 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        // Whoever tries first asks a worker that does not answer.
-        workers[0].fault(Fault::Mute);
-        drop(busy.remove(0));
-        soon("it is asked", || workers[0].faults.lock().unwrap().is_empty()).await;
-        drop(busy.remove(0));
-        Instant::now()
-    };
-    let (first, second, freed) = tokio::join!(asked(), asked(), script);
-    assert_eq!((first.0, second.0), (200, 200));
-    let quick = first.1.min(second.1).duration_since(freed);
-    assert!(quick < Duration::from_secs(3), "it waited for the other one's call: {quick:?}");
-    assert!(first.1.max(second.1).duration_since(freed) > Duration::from_secs(3));
 }
 
 #[tokio::test]
