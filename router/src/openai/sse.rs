@@ -137,11 +137,11 @@ impl Events {
                     return Ok(()); // The client has all of it.
                 }
                 let chunk = answer.chunk(chunk, usage.now(generation), &generation.language);
-                let named = |event: Event| match &self.cursor {
-                    Some(cursor) => event.id(cursor.to_string()),
-                    None => event,
+                let named = |value: Value| match &self.cursor {
+                    Some(cursor) => Event::default().id(cursor.to_string()).data(value.to_string()),
+                    None => event(value),
                 };
-                self.ready.extend(chunk.map(event).map(named));
+                self.ready.extend(chunk.map(named));
             }
             None => {
                 self.ended = true;
