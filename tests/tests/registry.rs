@@ -1,0 +1,128 @@
+//! A registry of three members at its worst, under load: no request fails, nobody starts again, and
+//! soon after its return the roster is right.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use tests::{Answer, Cluster, FaultTable, Load, Process, Registry, Streams, repeatable, seconds};
+
+/// Of the roster, once etcd takes changes again.
+const RIGHT: Duration = Duration::from_secs(5);
+/// Longer than a lease.
+const OUTAGE: Duration = Duration::from_secs(15);
+const TOKENS: usize = 64;
+const MEMBERS: usize = 3;
+
+struct Scene {
+    registry: Registry,
+    cluster: Cluster,
+    workers: Vec<Process>,
+    wanted: Vec<Answer>,
+    table: FaultTable,
+}
+
+impl Scene {
+    fn start(section: &'static str) -> Option<Self> {
+        let registry = Registry::start(MEMBERS)?;
+        let cluster = Cluster::start(&registry.endpoints());
+        let workers = vec![cluster.worker(&[]), cluster.worker(&[])];
+        cluster.expect(&workers.iter().collect::<Vec<_>>());
+        let wanted = Streams::open(cluster.http(), &repeatable("", TOKENS)).join().answers;
+        assert!(wanted.iter().all(|answer| answer.error.is_none()), "{wanted:?}");
+        let columns = ["fault", "requests", "failed", "longest silence", "roster right after"];
+        let table = FaultTable::with(section, &columns);
+        Some(Self { registry, cluster, workers, wanted, table })
+    }
+
+    /// Under load: the fault, then a worker that comes and one that goes.
+    fn disturbed(&mut self, what: &str, fault: impl FnOnce(&mut Registry)) {
+        let requests = repeatable("", TOKENS);
+        let load = Load::start(self.cluster.http(), 2, &requests, &self.wanted, usize::MAX);
+        fault(&mut self.registry);
+        self.registry.await_majority();
+        let back = Instant::now();
+        let mut before = self.workers.remove(0);
+        let next = thread::scope(|scope| {
+            let next = scope.spawn(|| self.cluster.worker(&[]));
+            before.signal("TERM");
+            next.join().expect("a worker")
+        });
+        self.workers.push(next);
+        self.cluster.expect(&self.workers.iter().collect::<Vec<_>>());
+        let right = back.elapsed();
+        load.stop();
+        let outcome = load.finish();
+        outcome.check(what);
+        let asked = outcome.pauses.len().to_string();
+        let longest = seconds(outcome.percentile(100));
+        self.table.cells(&[what, &asked, "0", &longest, &seconds(right)]);
+        assert!(right < RIGHT, "{what}: {right:?}");
+        assert!(before.wait(RIGHT).success(), "{what}: a worker that was told to end");
+        // Nothing starts them again here: who ended is not there.
+        for process in self.workers.iter().chain([self.cluster.router()]) {
+            assert!(!process.has_ended(), "{what}");
+        }
+    }
+
+    fn all_down(&mut self, outage: Duration) {
+        let what = format!("all members killed, back after {} s", outage.as_secs());
+        self.disturbed(&what, |registry| {
+            (0..MEMBERS).for_each(|at| registry.kill(at));
+            thread::sleep(outage);
+            (0..MEMBERS).for_each(|at| registry.start_member(at));
+        });
+    }
+
+    fn all_forgotten(&mut self, outage: Duration) {
+        let what = format!("all members' data lost, back after {} s", outage.as_secs());
+        self.disturbed(&what, |registry| {
+            (0..MEMBERS).for_each(|at| registry.kill(at));
+            registry.forget();
+            thread::sleep(outage);
+            (0..MEMBERS).for_each(|at| registry.start_member(at));
+        });
+    }
+}
+
+#[test]
+fn one_of_three_members_is_lost_unnoticed() {
+    let Some(mut scene) = Scene::start("registry-member") else { return };
+    let mut leader = 0;
+    scene.disturbed("the leading member stopped", |registry| {
+        leader = registry.leader();
+        registry.signal(leader, "STOP");
+    });
+    scene.registry.signal(leader, "CONT");
+    scene.registry.await_majority();
+    scene.disturbed("the leading member killed", |registry| {
+        leader = registry.leader();
+        registry.kill(leader);
+    });
+    scene.registry.start_member(leader);
+    scene.registry.await_majority();
+    scene.disturbed("a following member killed", |registry| {
+        let leader = registry.leader();
+        registry.kill((leader + 1) % MEMBERS);
+    });
+    scene.table.finish();
+}
+
+#[test]
+fn a_registry_that_is_away_or_has_lost_everything_stops_nobody() {
+    let Some(mut scene) = Scene::start("registry") else { return };
+    scene.all_down(OUTAGE);
+    scene.all_forgotten(Duration::from_secs(1));
+    scene.table.finish();
+}
+
+#[test]
+#[ignore = "takes a quarter of an hour: ./dev soak registry"]
+fn soak_registry_is_away_for_long() {
+    let Some(mut scene) = Scene::start("registry-long") else { return };
+    scene.all_down(Duration::from_secs(120));
+    scene.all_forgotten(OUTAGE);
+    scene.all_down(Duration::from_secs(600));
+    scene.table.finish();
+}
