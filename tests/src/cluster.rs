@@ -20,9 +20,19 @@ pub struct Cluster {
 
 impl Cluster {
     pub fn start(endpoints: &str) -> Self {
-        let router = ["router", "--etcd", endpoints];
-        let (router, log) = Process::logged(&[&router, &PORTS[..]].concat());
+        let (router, log) = router(endpoints);
         Self { endpoints: endpoints.to_owned(), router, log }
+    }
+
+    /// Kills the router.
+    pub fn lose_router(&mut self) {
+        self.router.signal("KILL");
+        self.router.wait(DEADLINE);
+    }
+
+    /// Another router, at other addresses, in place of the one before.
+    pub fn start_router(&mut self) {
+        (self.router, self.log) = router(&self.endpoints);
     }
 
     pub fn router(&self) -> &Process {
@@ -73,6 +83,21 @@ impl Cluster {
         };
         wait_for("the usable workers", DEADLINE, look, same);
     }
+}
+
+fn router(endpoints: &str) -> (Process, Log) {
+    Process::logged(&[&["router", "--etcd", endpoints], &PORTS[..]].concat())
+}
+
+/// One figure of a process, of whatever labels.
+pub fn metric(address: &str, name: &str) -> f64 {
+    let text = exchange(address, "GET", "/metrics", b"").body;
+    // A sample's line is its name, labels where it has some, and the value.
+    let value = text.lines().find_map(|line| {
+        let rest = line.strip_prefix(name).filter(|rest| rest.starts_with(['{', ' ']))?;
+        rest.rsplit(' ').next()?.parse().ok()
+    });
+    value.unwrap_or_else(|| panic!("no {name} in {text}"))
 }
 
 /// `host:port` of a worker.

@@ -19,7 +19,7 @@ use std::{
 };
 
 pub use client::client;
-pub use cluster::{Cluster, MODEL, address};
+pub use cluster::{Cluster, MODEL, address, metric};
 pub use connection::Connection;
 pub use etcd::etcd;
 pub use fault_table::{FaultTable, seconds};

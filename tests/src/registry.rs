@@ -124,6 +124,13 @@ impl Registry {
         wait_for("a majority of etcd members", DEADLINE, look, |taken| *taken);
     }
 
+    /// Waits until each member takes changes.
+    pub fn await_all(&self) {
+        let put = |at| self.etcdctl(at, &["put", "/tests/alive", "yes"]).is_some();
+        let look = || (0..self.count()).filter(|&at| put(at)).count();
+        wait_for("all etcd members", DEADLINE, look, |taken| *taken == self.count());
+    }
+
     /// What one member says; `None` where it does not.
     fn etcdctl(&self, at: usize, words: &[&str]) -> Option<String> {
         let mut command = Command::new("etcdctl");

@@ -5,8 +5,9 @@ mod http;
 
 use std::{
     collections::BTreeMap,
+    net::{Shutdown, TcpStream},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::{self, JoinHandle},
@@ -14,6 +15,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
+use tokio::sync::Notify;
 
 use crate::Process;
 
@@ -53,6 +55,9 @@ struct Pulse {
     counts: bool,
     /// Of all readers of the round.
     events: Arc<AtomicUsize>,
+    /// How its client leaves: over HTTP by the connection, over gRPC when told.
+    connection: Mutex<Option<TcpStream>>,
+    leave: Notify,
 }
 
 /// One stream's reader.
@@ -198,6 +203,18 @@ impl Streams {
     /// Whether any has not ended.
     pub fn are_running(&self) -> bool {
         self.readers.iter().any(|(reader, _)| !reader.is_finished())
+    }
+
+    /// All clients go away before the end.
+    pub fn leave(self) {
+        for (_, pulse) in &self.readers {
+            pulse.leave.notify_one();
+            if let Some(connection) = &*pulse.connection.lock().expect("no panic in there") {
+                // Fails only where the answer has ended already.
+                let _ended = connection.shutdown(Shutdown::Both);
+            }
+        }
+        self.join();
     }
 
     /// Reads to every end.

@@ -11,7 +11,7 @@ use tests::{
 };
 
 const CLIENTS: usize = 8;
-const TOKENS: usize = 400;
+const TOKENS: usize = 1000;
 /// Between two losses.
 const PERIOD: Duration = Duration::from_secs(5);
 const GROUP: [&str; 2] = ["--tp", "2"];
@@ -95,8 +95,8 @@ const STOPPED: (&str, Duration) = ("STOP", Duration::from_secs(6));
 #[test]
 fn clients_of_two_groups_do_not_notice_losses() {
     let Some(mut groups) = Groups::start("groups") else { return };
-    groups.endure(KILLED.0, 150, KILLED.1);
-    groups.endure(STOPPED.0, 150, STOPPED.1);
+    groups.endure(KILLED.0, 160, KILLED.1);
+    groups.endure(STOPPED.0, 160, STOPPED.1);
     groups.table.finish();
 }
 

@@ -12,14 +12,18 @@ use super::{DEADLINE, Reader};
 
 pub fn read(reader: &mut Reader, router: &str, id: &str, body: &Value) {
     let runtime = runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    let reading = async {
-        let read = timeout(DEADLINE, ask(reader, router, id, body)).await;
-        match read.unwrap_or_else(|_| Err(format!("no end within {DEADLINE:?}"))) {
-            Ok(()) => {}
-            Err(error) => reader.failed(error),
+    let pulse = reader.pulse.clone();
+    let read = runtime.block_on(async {
+        tokio::select! {
+            read = timeout(DEADLINE, ask(reader, router, id, body)) => {
+                read.unwrap_or_else(|_| Err(format!("no end within {DEADLINE:?}")))
+            }
+            () = pulse.leave.notified() => Err("the client left".to_owned()),
         }
-    };
-    runtime.block_on(reading);
+    });
+    if let Err(error) = read {
+        reader.failed(error);
+    }
 }
 
 async fn ask(reader: &mut Reader, router: &str, id: &str, body: &Value) -> Result<(), String> {

@@ -18,6 +18,8 @@ pub fn read(reader: &mut Reader, router: &str, id: &str, body: &Value) {
         Err(error) => return reader.failed(format!("connecting: {error}")),
     };
     stream.set_read_timeout(Some(DEADLINE)).expect("a timeout");
+    let other = stream.try_clone().expect("another descriptor");
+    *reader.pulse.connection.lock().expect("no panic in there") = Some(other);
     if let Err(error) = stream.write_all(&request_named(id, PATH, body.to_string().as_bytes())) {
         return reader.failed(format!("asking: {error}"));
     }
