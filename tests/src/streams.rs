@@ -5,9 +5,8 @@ mod http;
 
 use std::{
     collections::BTreeMap,
-    net::{Shutdown, TcpStream},
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::{self, JoinHandle},
@@ -55,8 +54,8 @@ struct Pulse {
     counts: bool,
     /// Of all readers of the round.
     events: Arc<AtomicUsize>,
-    /// How its client leaves: over HTTP by the connection, over gRPC when told.
-    connection: Mutex<Option<TcpStream>>,
+    /// Its client is to go away.
+    left: AtomicBool,
     leave: Notify,
 }
 
@@ -208,11 +207,8 @@ impl Streams {
     /// All clients go away before the end.
     pub fn leave(self) {
         for (_, pulse) in &self.readers {
+            pulse.left.store(true, Ordering::SeqCst);
             pulse.leave.notify_one();
-            if let Some(connection) = &*pulse.connection.lock().expect("no panic in there") {
-                // Fails only where the answer has ended already.
-                let _ended = connection.shutdown(Shutdown::Both);
-            }
         }
         self.join();
     }

@@ -3,6 +3,7 @@
 //! in this process; the router is a process of its own.
 
 use std::{
+    ops::Range,
     path::Path,
     process::Command,
     sync::{
@@ -30,8 +31,6 @@ const CLIENTS: usize = 48;
 const VOCABULARY: usize = 512;
 /// Between two looks at the progress.
 const LOOK: Duration = Duration::from_millis(50);
-/// Tokens that a worker samples before it fails: a few dozen answers.
-const LIFE: std::ops::Range<u64> = 200..2000;
 /// Any answer that takes longer has hung.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -42,17 +41,19 @@ fn scattered(x: u64) -> u64 {
     x ^ (x >> 33)
 }
 
-/// Keeps one worker there: when it has failed, the next one comes.
+/// Keeps one worker there: when it has failed, the next one comes. A worker fails after it has
+/// sampled some number of tokens.
 async fn supervised(
     seed: u64,
+    life: Range<u64>,
     membership: Arc<dyn Membership>,
     deaths: Arc<AtomicUsize>,
     stop: watch::Receiver<bool>,
 ) {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens/public").join(MODEL);
-    for life in 0.. {
-        let drawn = scattered(seed << 32 | life);
-        let after = LIFE.start + drawn % (LIFE.end - LIFE.start);
+    for number in 0.. {
+        let drawn = scattered(seed << 32 | number);
+        let after = life.start + drawn % (life.end - life.start);
         let kind = match drawn >> 60 {
             0 => MockFaultKind::Slow,
             _ => MockFaultKind::Fail,
@@ -106,6 +107,17 @@ async fn ask(client: &mut InferenceClient<Channel>, at: u64, vocab: usize) -> Du
     gap
 }
 
+/// How much is asked of whom.
+///
+/// A request in whose first step two workers fail, one after the other, is taken for their cause
+/// and given up. Lives of workers are so long that this is no chance to be reckoned with.
+struct Scale {
+    requests: u64,
+    workers: u64,
+    /// Tokens that a worker samples before it fails; an answer has 24 on average.
+    life: Range<u64>,
+}
+
 /// What so many requests came to.
 struct Churned {
     gaps: Vec<Duration>,
@@ -136,7 +148,7 @@ async fn client(address: String, next: Arc<AtomicU64>, requests: u64) -> Vec<Dur
     }
 }
 
-async fn churn(endpoint: &str, requests: u64, workers: u64) -> Churned {
+async fn churn(endpoint: &str, Scale { requests, workers, life }: Scale) -> Churned {
     let router = router(endpoint);
     let options = EtcdOptions::new(vec![endpoint.to_owned()], "default");
     let membership: Arc<dyn Membership> = Arc::new(Etcd::connect(options).await.expect("etcd"));
@@ -144,7 +156,8 @@ async fn churn(endpoint: &str, requests: u64, workers: u64) -> Churned {
     let deaths = Arc::new(AtomicUsize::new(0));
     let mut pool = JoinSet::new();
     for seed in 0..workers {
-        pool.spawn(supervised(seed, membership.clone(), deaths.clone(), stopped.clone()));
+        let (membership, deaths) = (membership.clone(), deaths.clone());
+        pool.spawn(supervised(seed, life.clone(), membership, deaths, stopped.clone()));
     }
     let address = format!("http://{}", router.address("grpc"));
     let (began, next) = (Instant::now(), Arc::new(AtomicU64::new(0)));
@@ -175,9 +188,10 @@ async fn churn(endpoint: &str, requests: u64, workers: u64) -> Churned {
     Churned { gaps, deaths: deaths.load(Ordering::Relaxed), took, memory }
 }
 
-async fn churned(requests: u64, workers: u64) -> Option<Churned> {
+async fn churned(scale: Scale, deaths_min: usize) -> Option<Churned> {
     let (_etcd, endpoint, _data) = etcd()?;
-    let churned = churn(&endpoint, requests, workers).await;
+    let requests = scale.requests;
+    let churned = churn(&endpoint, scale).await;
     let Churned { gaps, deaths, took, memory } = &churned;
     let (p99, most) = (gaps[gaps.len() * 99 / 100], gaps[gaps.len() - 1]);
     println!(
@@ -186,18 +200,19 @@ async fn churned(requests: u64, workers: u64) -> Option<Churned> {
         gaps.len()
     );
     assert_eq!(gaps.len() as u64, requests);
-    assert!(*deaths as u64 >= requests / 100, "only {deaths} workers failed");
+    assert!(*deaths >= deaths_min, "only {deaths} workers failed");
     Some(churned)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_answer_is_lost_or_wrong_while_workers_fail() {
-    churned(2000, 12).await;
+    churned(Scale { requests: 2000, workers: 12, life: 400..4000 }, 10).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "takes an hour: ./dev soak churn"]
 async fn soak_churn_of_a_million_requests_does_not_grow_the_router() {
-    let Some(Churned { memory: [early, last], .. }) = churned(1_000_000, 100).await else { return };
+    let scale = Scale { requests: 1_000_000, workers: 100, life: 10_000..30_000 };
+    let Some(Churned { memory: [early, last], .. }) = churned(scale, 500).await else { return };
     assert!(last as f64 <= 1.2 * early as f64, "{early} bytes after a tenth, {last} at the end");
 }

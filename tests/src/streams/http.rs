@@ -1,8 +1,11 @@
 //! One streamed completion over HTTP.
 
 use std::{
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader, ErrorKind, Write},
+    iter,
     net::TcpStream,
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
 };
 
 use serde_json::Value;
@@ -12,30 +15,28 @@ use crate::http::request_named;
 
 const PATH: &str = "/v1/completions";
 
+/// Between two looks at whether the client is to go away.
+const LOOK: Duration = Duration::from_millis(20);
+
 pub fn read(reader: &mut Reader, router: &str, id: &str, body: &Value) {
     let mut stream = match TcpStream::connect(router) {
         Ok(stream) => stream,
         Err(error) => return reader.failed(format!("connecting: {error}")),
     };
-    stream.set_read_timeout(Some(DEADLINE)).expect("a timeout");
-    let other = stream.try_clone().expect("another descriptor");
-    *reader.pulse.connection.lock().expect("no panic in there") = Some(other);
+    stream.set_read_timeout(Some(LOOK)).expect("a timeout");
     if let Err(error) = stream.write_all(&request_named(id, PATH, body.to_string().as_bytes())) {
         return reader.failed(format!("asking: {error}"));
     }
-    let mut lines = BufReader::new(stream).lines();
-    let head = match lines.next() {
-        Some(Ok(head)) => head,
-        other => return reader.failed(format!("no head came: {other:?}")),
+    let mut stream = BufReader::new(stream);
+    let Some(head) = line(reader, &mut stream) else {
+        return reader.failed("no head came".to_owned());
     };
     if head.split(' ').nth(1) != Some("200") {
-        let rest: Vec<String> = lines.map_while(Result::ok).collect();
-        let last = rest.last().cloned().unwrap_or_default();
-        return reader.failed(format!("{head}: {last}"));
+        let rest = iter::from_fn(|| line(reader, &mut stream)).last().unwrap_or_default();
+        return reader.failed(format!("{head}: {rest}"));
     }
     reader.accepted();
-    for line in lines {
-        let Ok(line) = line else { break };
+    while let Some(line) = line(reader, &mut stream) {
         let Some(data) = line.strip_prefix("data: ") else { continue };
         if data == "[DONE]" {
             return reader.heard();
@@ -44,6 +45,27 @@ pub fn read(reader: &mut Reader, router: &str, id: &str, body: &Value) {
         reader.heard();
     }
     reader.failed("the stream broke off".to_owned());
+}
+
+/// The next line; `None` where there is none, or nobody waits for it any more.
+fn line(reader: &Reader, stream: &mut BufReader<TcpStream>) -> Option<String> {
+    let (mut bytes, began) = (Vec::new(), Instant::now());
+    loop {
+        match stream.read_until(b'\n', &mut bytes) {
+            Ok(_) if bytes.ends_with(b"\n") => {
+                let line = String::from_utf8(bytes).expect("text");
+                return Some(line.trim_end_matches(['\r', '\n']).to_owned());
+            }
+            Ok(_) => return None,
+            // What has come of the line so far stays.
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                if began.elapsed() > DEADLINE || reader.pulse.left.load(Ordering::SeqCst) {
+                    return None;
+                }
+            }
+            Err(_) => return None,
+        }
+    }
 }
 
 fn take(reader: &mut Reader, event: &Value) {
