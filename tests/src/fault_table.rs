@@ -2,7 +2,8 @@
 
 use std::{fs, path::Path, time::Duration};
 
-/// The rows of one test; with `UPDATE_DOCS=1` they replace its section of the document.
+/// The rows of one test, printed as they come; with `UPDATE_DOCS=1` [`FaultTable::finish`] puts
+/// them in place of its section of the document.
 pub struct FaultTable {
     section: &'static str,
     head: String,

@@ -18,7 +18,7 @@ use proto::v1::{
     GenerateRequest, Sampling, TokenIds, generate_request::Prompt,
     inference_client::InferenceClient,
 };
-use tests::{MODEL, Process, etcd, lockstep};
+use tests::{FaultTable, MODEL, Process, etcd, lockstep, seconds};
 use tokio::{sync::watch, task::JoinSet};
 use tonic::transport::Channel;
 use worker::{
@@ -213,6 +213,25 @@ async fn no_answer_is_lost_or_wrong_while_workers_fail() {
 #[ignore = "takes an hour: ./dev soak churn"]
 async fn soak_churn_of_a_million_requests_does_not_grow_the_router() {
     let scale = Scale { requests: 1_000_000, workers: 100, life: 10_000..30_000 };
-    let Some(Churned { memory: [early, last], .. }) = churned(scale, 500).await else { return };
+    let (requests, workers) = (scale.requests, scale.workers);
+    let Some(churned) = churned(scale, 500).await else { return };
+    let Churned { gaps, deaths, took, memory: [early, last] } = churned;
+    let columns = [
+        "requests",
+        "workers",
+        "of which failed",
+        "time",
+        "failed requests",
+        "silence, 99 %",
+        "router's memory after a tenth",
+        "at the end",
+    ];
+    let mut table = FaultTable::with("churn", &columns);
+    let [requests, workers, deaths] =
+        [requests, workers, deaths as u64].map(|count| count.to_string());
+    let [early_mb, last_mb] = [early, last].map(|bytes| format!("{:.1} MB", bytes as f64 / 1e6));
+    let (took, silence) = (seconds(took), seconds(gaps[gaps.len() * 99 / 100]));
+    table.cells(&[&requests, &workers, &deaths, &took, "0", &silence, &early_mb, &last_mb]);
+    table.finish();
     assert!(last as f64 <= 1.2 * early as f64, "{early} bytes after a tenth, {last} at the end");
 }

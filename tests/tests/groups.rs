@@ -28,7 +28,7 @@ struct Groups {
 }
 
 impl Groups {
-    fn start(section: &'static str) -> Option<Self> {
+    fn start() -> Option<Self> {
         let (etcd, endpoint, data) = etcd()?;
         let cluster = Cluster::start(&endpoint);
         let groups = [cluster.worker(&GROUP), cluster.worker(&GROUP)];
@@ -36,7 +36,7 @@ impl Groups {
         let wanted = Streams::open(cluster.http(), &repeatable("", TOKENS)).join().answers;
         assert!(wanted.iter().all(|answer| answer.error.is_none()), "{wanted:?}");
         let columns = ["fault", "losses", "requests", "failed", "median pause", "99 %", "longest"];
-        let table = FaultTable::with(section, &columns);
+        let table = FaultTable::with("groups", &columns);
         Some(Self { cluster, groups, lost: Vec::new(), wanted, table, _etcd: (etcd, data) })
     }
 
@@ -94,16 +94,15 @@ const STOPPED: (&str, Duration) = ("STOP", Duration::from_secs(6));
 
 #[test]
 fn clients_of_two_groups_do_not_notice_losses() {
-    let Some(mut groups) = Groups::start("groups") else { return };
+    let Some(mut groups) = Groups::start() else { return };
     groups.endure(KILLED.0, 160, KILLED.1);
     groups.endure(STOPPED.0, 160, STOPPED.1);
-    groups.table.finish();
 }
 
 #[test]
 #[ignore = "takes minutes: ./dev soak groups"]
 fn soak_groups_are_lost_every_five_seconds() {
-    let Some(mut groups) = Groups::start("groups-long") else { return };
+    let Some(mut groups) = Groups::start() else { return };
     groups.endure(KILLED.0, 800, KILLED.1);
     groups.endure(STOPPED.0, 800, STOPPED.1);
     groups.table.finish();

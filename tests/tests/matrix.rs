@@ -240,7 +240,7 @@ fn mocked(cluster: &Cluster, verb: &str, phase: Phase) -> (Vec<Answer>, Duration
         Phase::LastToken => MOCK_TOKENS - 1,
     };
     let fault = format!("{verb}@{after}");
-    let failing = cluster.worker(&[&MOCK[..], &["--mock-fault", &fault]].concat());
+    let mut failing = cluster.worker(&[&MOCK[..], &["--mock-fault", &fault]].concat());
     cluster.expect(&[&failing]);
     let mut request = phase.request();
     request["max_tokens"] = MOCK_TOKENS.into();
@@ -250,7 +250,12 @@ fn mocked(cluster: &Cluster, verb: &str, phase: Phase) -> (Vec<Answer>, Duration
         .map(|_| Streams::open(cluster.http(), &[request.clone()]))
         .collect();
     let _sound = cluster.worker(&MOCK);
-    ended(streams)
+    let ended = ended(streams);
+    match verb {
+        "slow" | "nan" => assert!(!failing.has_ended(), "{verb}, {phase:?}"),
+        _ => assert!(!failing.wait(DEADLINE).success(), "{verb}, {phase:?}"),
+    }
+    ended
 }
 
 #[test]

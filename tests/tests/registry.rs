@@ -92,8 +92,8 @@ impl Scene {
 }
 
 /// One member after the other; the rest is after each.
-fn members(section: &'static str, rest: Duration) {
-    let Some(mut scene) = Scene::start(section) else { return };
+fn members(rest: Duration) -> Option<FaultTable> {
+    let mut scene = Scene::start("registry-members")?;
     let mut lost = 0;
     // Longer than a lease: registrations are renewed by way of other members.
     scene.disturbed("the leading member stopped", rest.max(OUTAGE), |registry| {
@@ -111,32 +111,33 @@ fn members(section: &'static str, rest: Duration) {
     scene.disturbed("another member killed", rest, |registry| {
         registry.kill((registry.leader() + 1) % MEMBERS);
     });
-    scene.table.finish();
+    Some(scene.table)
 }
 
 #[test]
 fn the_loss_of_one_member_of_three_is_not_noticed() {
-    members("registry-member", Duration::ZERO);
+    members(Duration::ZERO);
 }
 
 #[test]
 fn a_registry_that_is_away_or_has_lost_everything_stops_nobody() {
-    let Some(mut scene) = Scene::start("registry") else { return };
+    let Some(mut scene) = Scene::start("registry-away") else { return };
     scene.all_down(OUTAGE, Duration::ZERO);
     scene.all_forgotten(Duration::from_secs(1), Duration::ZERO);
-    scene.table.finish();
 }
 
 #[test]
 #[ignore = "takes a minute: ./dev soak registry_members"]
 fn soak_registry_members_are_lost() {
-    members("registry-member-long", OUTAGE);
+    if let Some(table) = members(OUTAGE) {
+        table.finish();
+    }
 }
 
 #[test]
 #[ignore = "takes a quarter of an hour: ./dev soak registry_away"]
 fn soak_registry_away_for_long() {
-    let Some(mut scene) = Scene::start("registry-long") else { return };
+    let Some(mut scene) = Scene::start("registry-away") else { return };
     scene.all_down(Duration::from_secs(120), GRACE);
     scene.all_forgotten(OUTAGE, GRACE);
     scene.all_down(Duration::from_secs(600), GRACE);

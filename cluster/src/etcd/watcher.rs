@@ -151,7 +151,8 @@ mod tests {
         let options = Arc::new(cluster.options());
         let view = View::new(options.prefix(), options.grace);
         let (roster, seen) = watch::channel(view.roster());
-        let mut watcher = Watcher { options: options.clone(), view, roster, away: false };
+        let heard = Instant::now();
+        let mut watcher = Watcher { options: options.clone(), view, roster, away: false, heard };
         for id in ["a", "b"] {
             let value = serde_json::to_string(&instance(id)).unwrap();
             cluster.etcdctl(&["put", &format!("{}{id}", options.prefix()), &value]);
