@@ -27,6 +27,8 @@ pub fn etcd() -> Option<(Process, String, tempfile::TempDir)> {
         .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
         .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
         .args(["--initial-cluster", &format!("default={peer}")])
+        // What is tested is no disk's speed.
+        .arg("--unsafe-no-fsync")
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     let process = Process::spawn(&mut command);

@@ -44,10 +44,11 @@ pub struct Load {
 }
 
 impl Load {
-    /// So many clients ask these requests over HTTP in turn, `limit` in all at most.
+    /// So many clients ask these requests over HTTP in turn, `limit` in all at most, with a rest
+    /// behind each answer.
     pub fn start(
         http: &str,
-        clients: usize,
+        (clients, rest): (usize, Duration),
         requests: &[Value],
         wanted: &[Answer],
         limit: usize,
@@ -69,6 +70,7 @@ impl Load {
                         true => outcome.pauses.push(round.longest_gap),
                         false => outcome.failures.push(format!("{:?}", round.answers[0])),
                     }
+                    thread::sleep(rest);
                 }
             })
         };

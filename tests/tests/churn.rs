@@ -123,8 +123,20 @@ struct Churned {
     gaps: Vec<Duration>,
     deaths: usize,
     took: Duration,
-    /// Resident memory of the router, after a tenth of the requests and after all.
-    memory: [u64; 2],
+    /// Resident memory of the router after each hundredth of the requests.
+    memory: Vec<u64>,
+}
+
+impl Churned {
+    /// Resident memory of the router after a tenth of the requests and at the end: the middle one
+    /// of five readings, since what many broken streams need at once comes and goes.
+    fn early_and_last(&self) -> [u64; 2] {
+        [7..12, 95..100].map(|readings| {
+            let mut some = self.memory[readings].to_vec();
+            some.sort_unstable();
+            some[2]
+        })
+    }
 }
 
 /// The router, told nothing but errors: a line for each request is not what is tested.
@@ -165,23 +177,25 @@ async fn churn(endpoint: &str, Scale { requests, workers, life }: Scale) -> Chur
     for _ in 0..CLIENTS {
         clients.spawn(client(address.clone(), next.clone(), requests));
     }
-    let mut early = 0;
+    let mut memory = Vec::new();
     let mut gaps: Vec<Duration> = Vec::new();
     while !clients.is_empty() {
         tokio::select! {
             Some(ended) = clients.join_next() => {
                 gaps.extend(ended.expect("every answer whole and right"));
             }
-            () = tokio::time::sleep(LOOK) => {
-                let done = next.load(Ordering::Relaxed);
-                if early == 0 && done >= requests / 10 {
-                    early = router.resident();
-                    println!("{done} answers in {:?}: {early} bytes", began.elapsed());
-                }
+            () = tokio::time::sleep(LOOK) => {}
+        }
+        let done = next.load(Ordering::Relaxed).min(requests);
+        while (memory.len() as u64 + 1) * requests <= done * 100 {
+            memory.push(router.resident());
+            if memory.len() % 10 == 0 {
+                let (took, bytes) = (began.elapsed(), memory[memory.len() - 1]);
+                println!("{} % after {took:?}, the router has {bytes} bytes", memory.len());
             }
         }
     }
-    let (took, memory) = (began.elapsed(), [early, router.resident()]);
+    let took = began.elapsed();
     gaps.sort();
     stop.send_replace(true);
     while pool.join_next().await.is_some() {}
@@ -192,11 +206,10 @@ async fn churned(scale: Scale, deaths_min: usize) -> Option<Churned> {
     let (_etcd, endpoint, _data) = etcd()?;
     let requests = scale.requests;
     let churned = churn(&endpoint, scale).await;
-    let Churned { gaps, deaths, took, memory } = &churned;
+    let Churned { gaps, deaths, took, .. } = &churned;
     let (p99, most) = (gaps[gaps.len() * 99 / 100], gaps[gaps.len() - 1]);
     println!(
-        "{} answers in {took:?}, {deaths} workers failed, silence: p99 {p99:?}, longest {most:?}; \
-         memory of the router after a tenth and at the end: {memory:?}",
+        "{} answers in {took:?}, {deaths} workers failed, silence: p99 {p99:?}, longest {most:?}",
         gaps.len()
     );
     assert_eq!(gaps.len() as u64, requests);
@@ -215,7 +228,8 @@ async fn soak_churn_of_a_million_requests_does_not_grow_the_router() {
     let scale = Scale { requests: 1_000_000, workers: 100, life: 10_000..30_000 };
     let (requests, workers) = (scale.requests, scale.workers);
     let Some(churned) = churned(scale, 500).await else { return };
-    let Churned { gaps, deaths, took, memory: [early, last] } = churned;
+    let [early, last] = churned.early_and_last();
+    let Churned { gaps, deaths, took, .. } = churned;
     let columns = [
         "requests",
         "workers",

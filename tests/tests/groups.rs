@@ -10,7 +10,8 @@ use tests::{
     Answer, Cluster, FaultTable, Load, Process, Streams, etcd, repeatable, seconds, signal,
 };
 
-const CLIENTS: usize = 8;
+/// How many, and how long they rest between two requests.
+const CLIENTS: (usize, Duration) = (8, Duration::ZERO);
 const TOKENS: usize = 1000;
 /// Between two losses.
 const PERIOD: Duration = Duration::from_secs(5);

@@ -16,6 +16,8 @@ const OUTAGE: Duration = Duration::from_secs(15);
 const GRACE: Duration = Duration::from_secs(35);
 const TOKENS: usize = 64;
 const MEMBERS: usize = 3;
+/// How many, and how long they rest between two requests.
+const CLIENTS: (usize, Duration) = (4, Duration::from_millis(50));
 
 struct Scene {
     registry: Registry,
@@ -42,7 +44,7 @@ impl Scene {
     /// nothing may change.
     fn disturbed(&mut self, what: &str, rest: Duration, fault: impl FnOnce(&mut Registry)) {
         let requests = repeatable("", TOKENS);
-        let load = Load::start(self.cluster.http(), 2, &requests, &self.wanted, usize::MAX);
+        let load = Load::start(self.cluster.http(), CLIENTS, &requests, &self.wanted, usize::MAX);
         fault(&mut self.registry);
         self.registry.await_majority();
         let back = Instant::now();
