@@ -80,6 +80,7 @@ impl Scene {
             0 => thread::sleep(Duration::from_millis(2 * (self.rounds as u64 % 8))),
             _ => streams.reach_token(1),
         }
+        let ranks = self.group.children();
         let (round, next) = thread::scope(|scope| {
             let next = scope.spawn(|| self.cluster.worker(&GROUP));
             if token > 0 {
@@ -89,6 +90,10 @@ impl Scene {
             (streams.join(), next.join().expect("a worker"))
         });
         self.group = next;
+        // A rank that is stopped does not see that its leader has ended.
+        if (victim, name) == (Victim::All, "STOP") {
+            ranks.into_iter().for_each(|rank| signal(rank, "KILL"));
+        }
         round.check(&format!("{victim:?} got {name} at token {token}"), &self.wanted);
         self.cluster.expect(&[&self.group]);
         (round.longest_gap, broken(&self.cluster.log(), &format!("{id}-")))
