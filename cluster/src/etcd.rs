@@ -102,6 +102,8 @@ fn check_name(what: &str, name: &str) -> Result<(), MembershipError> {
 /// Membership over an etcd cluster.
 pub struct Etcd {
     options: Arc<EtcdOptions>,
+    /// The member that answered first; those before it did not.
+    found: usize,
     roster: watch::Receiver<Roster>,
     watcher: JoinHandle<()>,
 }
@@ -121,7 +123,7 @@ impl Etcd {
                 Ok(view) => {
                     let (sender, roster) = watch::channel(view.roster());
                     let watcher = watcher::spawn(options.clone(), view, at, sender);
-                    return Ok(Self { options, roster, watcher });
+                    return Ok(Self { options, found: at, roster, watcher });
                 }
                 Err(Fault::Refused(reason)) => return Err(MembershipError::Refused(reason)),
                 Err(fault) => faults.push(format!("{}: {fault}", options.endpoints[at])),
@@ -156,7 +158,7 @@ impl Membership for Etcd {
     ) -> Result<Box<dyn Registration>, MembershipError> {
         check_name("instance id", &instance.borrow().id)?;
         instance.borrow().encode()?;
-        let registration = keeper::start(self.options.clone(), instance).await?;
+        let registration = keeper::start(self.options.clone(), self.found, instance).await?;
         Ok(Box::new(registration))
     }
 

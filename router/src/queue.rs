@@ -102,9 +102,14 @@ impl State {
         }
     }
 
-    /// How long one more would wait behind `ahead` others, by this line or the one before; `None`
+/// How long one more would wait behind `ahead` others, by this line or the one before; `None`
     /// before enough is known.
     fn expected_wait(&self, now: Instant, patience: Duration, ahead: usize) -> Option<Duration> {
+        // Whoever is refused measures nothing: were the first in line refused for what an earlier
+        // line has left, all after it would be, too.
+        if self.waiting.is_empty() {
+            return None;
+        }
         let since = self.measured_since.map(|since| now.saturating_duration_since(since));
         let enough = self.freed.len() >= MEASURED.0 || since.is_some_and(|since| since >= patience);
         let each = if enough { self.measured(now) } else { self.each };
@@ -334,6 +339,22 @@ mod tests {
         let expected = line.expected_wait(start + PATIENCE, PATIENCE, 1).unwrap();
         assert!(expected >= 2 * PATIENCE, "{expected:?}");
         assert_eq!(State::default().expected_wait(start, PATIENCE, 0), None, "no line");
+    }
+
+    #[test]
+    fn a_line_that_is_over_refuses_nobody() {
+        let start = Instant::now();
+        let mut few = line(start, 1);
+        few.place_freed(start + Duration::from_secs(1));
+        let mut slow = line(start, 1);
+        (1..=4).for_each(|at| slow.place_freed(start + at * PATIENCE * 2));
+        for mut line in [few, slow] {
+            let later = start + PATIENCE * 100;
+            let wait = line.expected_wait(later, PATIENCE, 1);
+            assert!(wait.is_some_and(|wait| wait > PATIENCE), "while it is there: {wait:?}");
+            line.waiting.clear();
+            assert_eq!(line.expected_wait(later, PATIENCE, 0), None);
+        }
     }
 
     #[test]

@@ -6,15 +6,14 @@ use std::{
     time::Duration,
 };
 
-use crate::{Process, wait_for};
+use crate::{Process, skip, wait_for};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
 /// A registry of one member: the process, its URL and its data. `None` where etcd is not installed.
 pub fn etcd() -> Option<(Process, String, tempfile::TempDir)> {
     if Command::new("etcd").arg("--version").output().is_err() {
-        eprintln!("SKIPPED: etcd is not installed; apt-get install etcd-server runs this test");
-        return None;
+        return skip("etcd is not installed; apt-get install etcd-server runs this test");
     }
     let data = tempfile::tempdir().expect("a folder");
     let held = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").expect("a port"));
@@ -28,6 +27,8 @@ pub fn etcd() -> Option<(Process, String, tempfile::TempDir)> {
         .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
         .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
         .args(["--initial-cluster", &format!("default={peer}")])
+        // What is tested is no disk's speed.
+        .arg("--unsafe-no-fsync")
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     let process = Process::spawn(&mut command);

@@ -35,6 +35,18 @@ pub fn request(method: &str, path: &str, body: &[u8]) -> Vec<u8> {
     [head.as_bytes(), body].concat()
 }
 
+/// A request that logs know by a name; an empty one leaves the naming to the server.
+pub fn request_named(id: &str, path: &str, body: &[u8]) -> Vec<u8> {
+    let plain = request("POST", path, body);
+    match id.is_empty() {
+        true => plain,
+        false => {
+            let line = plain.iter().position(|&byte| byte == b'\n').expect("a head") + 1;
+            [&plain[..line], format!("X-Request-Id: {id}\r\n").as_bytes(), &plain[line..]].concat()
+        }
+    }
+}
+
 /// Sends a request and reads the whole answer.
 pub fn exchange(address: &str, method: &str, path: &str, body: &[u8]) -> Reply {
     let mut stream = TcpStream::connect(address).expect("a server");

@@ -3,11 +3,14 @@
 //! them with the value. Every wait has a deadline; what goes wrong fails the test that asked.
 
 mod client;
+mod cluster;
 mod connection;
 mod etcd;
 mod fault_table;
 mod http;
+mod load;
 mod process;
+mod registry;
 mod streams;
 
 use std::{
@@ -16,11 +19,14 @@ use std::{
 };
 
 pub use client::client;
+pub use cluster::{Cluster, MODEL, address, metric};
 pub use connection::Connection;
 pub use etcd::etcd;
-pub use fault_table::FaultTable;
+pub use fault_table::{FaultTable, seconds};
 pub use http::{Reply, exchange, request};
+pub use load::{Load, Outcome};
 pub use process::{Log, Process, full_pipe, is_there, lockstep, signal};
+pub use registry::Registry;
 pub use streams::{Answer, Choice, Round, Streams, repeatable};
 
 /// Leaves a test out, loudly, for want of something; under `./dev test`, which brings everything,

@@ -1,5 +1,6 @@
 //! A child process that lives no longer than its value.
 
+use rustix::process::{Pid, Signal, kill_process};
 use std::{
     io::{BufRead, BufReader, PipeReader, Read, Write, pipe},
     path::{Path, PathBuf},
@@ -31,12 +32,18 @@ pub fn full_pipe() -> (PipeReader, [Stdio; 2]) {
     (reader, ends)
 }
 
-/// Sends a signal by its short name, e.g. `INT`.
+/// Sends a signal by its short name, e.g. `INT`: at once, since tests choose the moment.
 pub fn signal(process: u32, name: &str) {
-    // The shell's own: the program `kill` is not on every machine.
-    let kill = format!("kill -{name} {process}");
-    let status = Command::new("sh").args(["-c", &kill]).status();
-    assert!(status.expect("sh runs").success(), "no signal {name} to {process}");
+    let number = match name {
+        "CONT" => Signal::CONT,
+        "INT" => Signal::INT,
+        "KILL" => Signal::KILL,
+        "STOP" => Signal::STOP,
+        "TERM" => Signal::TERM,
+        _ => panic!("no test has sent {name} so far"),
+    };
+    let pid = i32::try_from(process).ok().and_then(Pid::from_raw).expect("a process");
+    kill_process(pid, number).unwrap_or_else(|error| panic!("{name} to {process}: {error}"));
 }
 
 /// Whether there is a process of that number, ended and not waited for included.
@@ -73,10 +80,14 @@ impl Process {
 
     /// Runs `lockstep` and waits for its ready line.
     pub fn lockstep(arguments: &[&str]) -> Self {
-        let mut process =
-            Self::spawn(Command::new(lockstep()).args(arguments).stdout(Stdio::piped()));
+        Self::started(Command::new(lockstep()).args(arguments))
+    }
+
+    /// The same, with an environment of one's choice.
+    pub fn started(command: &mut Command) -> Self {
+        let mut process = Self::spawn(command.stdout(Stdio::piped()));
         process.ready = first_line(process.output());
-        assert!(process.ready.starts_with("ready "), "{arguments:?}: {:?}", process.ready);
+        assert!(process.ready.starts_with("ready "), "{command:?}: {:?}", process.ready);
         process
     }
 
@@ -169,6 +180,24 @@ impl Process {
     /// Sends a signal by its short name, e.g. `INT`.
     pub fn signal(&self, name: &str) {
         signal(self.pid(), name);
+    }
+
+    /// Resident memory, in bytes.
+    pub fn resident(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()));
+        let status = status.expect("a running process");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
+        let kilobytes: u64 = line.trim().trim_end_matches(" kB").parse().expect("a number");
+        kilobytes * 1024
+    }
+
+    /// Whether it has ended, waited for or not.
+    pub fn has_ended(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()));
+        let stat = stat.unwrap_or_default();
+        // The name stands in parentheses; the state follows.
+        let state = stat.rsplit(')').next().unwrap_or_default().trim_start().chars().next();
+        matches!(state, None | Some('Z' | 'X'))
     }
 
     /// How it ended.

@@ -1,29 +1,30 @@
-//! Several streamed answers at once, as their readers see them.
+//! Several streamed answers at once, as their readers see them, over HTTP and over gRPC.
+
+mod grpc;
+mod http;
 
 use std::{
     collections::BTreeMap,
-    io::{BufRead, BufReader, Write},
-    net::TcpStream,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
+use tokio::sync::Notify;
 
-use crate::request;
+use crate::Process;
 
 const DEADLINE: Duration = Duration::from_secs(300);
-const PATH: &str = "/v1/completions";
 
 /// What one choice's reader got.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Choice {
     pub text: String,
-    /// Every token with its logprob, as printed.
+    /// Every token that was told, with its logprob and the likeliest others, as printed.
     pub tokens: Vec<String>,
     pub finish: Option<String>,
 }
@@ -43,9 +44,57 @@ pub struct Round {
     pub longest_gap: Duration,
 }
 
+/// How far one reader has come, for those who wait for it.
+#[derive(Default)]
+struct Pulse {
+    accepted: AtomicBool,
+    /// Of the first choice.
+    tokens: AtomicUsize,
+    /// It is told every token: others may count fewer.
+    counts: bool,
+    /// Of all readers of the round.
+    events: Arc<AtomicUsize>,
+    /// Its client is to go away.
+    left: AtomicBool,
+    leave: Notify,
+}
+
+/// One stream's reader.
+struct Reader {
+    answer: Answer,
+    gap: Duration,
+    last: Instant,
+    pulse: Arc<Pulse>,
+}
+
+impl Reader {
+    /// Something came.
+    fn heard(&mut self) {
+        self.gap = self.gap.max(self.last.elapsed());
+        self.last = Instant::now();
+        self.pulse.events.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Somebody answers it: what follows is the answer.
+    fn accepted(&self) {
+        self.pulse.accepted.store(true, Ordering::SeqCst);
+    }
+
+    fn choice(&mut self, index: u64, tokens: usize) -> &mut Choice {
+        if index == 0 {
+            self.pulse.tokens.fetch_add(tokens, Ordering::SeqCst);
+        }
+        self.answer.choices.entry(index).or_default()
+    }
+
+    fn failed(&mut self, error: String) {
+        self.answer.error.get_or_insert(error);
+    }
+}
+
 /// Streams that are being read.
 pub struct Streams {
-    readers: Vec<JoinHandle<(Answer, Duration)>>,
+    readers: Vec<(JoinHandle<Reader>, Arc<Pulse>)>,
     events: Arc<AtomicUsize>,
 }
 
@@ -75,86 +124,100 @@ pub fn repeatable(model: &str, tokens: usize) -> Vec<Value> {
     extras.into_iter().enumerate().map(request).collect()
 }
 
+/// How a request goes in.
+#[derive(Clone, Copy)]
+enum Door {
+    Http,
+    Grpc,
+}
+
 impl Streams {
-    /// Sends all requests at once.
+    /// Sends all requests at once, over HTTP.
     pub fn open(router: &str, requests: &[Value]) -> Self {
-        let events = Arc::new(AtomicUsize::new(0));
-        let read = |body: &Value| {
-            let (router, body, events) = (router.to_owned(), body.to_string(), events.clone());
-            thread::spawn(move || read(&router, &body, &events))
-        };
-        Self { readers: requests.iter().map(read).collect(), events }
+        let mut streams = Self { readers: Vec::new(), events: Arc::default() };
+        requests.iter().for_each(|body| streams.ask(Door::Http, router, "", body));
+        streams
+    }
+
+    /// Sends each request over HTTP and over gRPC, all at once. The router's log knows them by
+    /// `name`, the door and their place: `NAME-http-0`, `NAME-grpc-0` and so on.
+    pub fn open_both(router: &Process, name: &str, requests: &[Value]) -> Self {
+        let mut streams = Self { readers: Vec::new(), events: Arc::default() };
+        for (at, body) in requests.iter().enumerate() {
+            for (door, called) in [(Door::Http, "http"), (Door::Grpc, "grpc")] {
+                let id = format!("{name}-{called}-{at}");
+                streams.ask(door, router.address(called), &id, body);
+            }
+        }
+        streams
+    }
+
+    fn ask(&mut self, door: Door, router: &str, id: &str, body: &Value) {
+        let counts = matches!(door, Door::Grpc) || body["logprobs"].is_number();
+        let pulse = Arc::new(Pulse { counts, events: self.events.clone(), ..Pulse::default() });
+        let (router, id, body, told) =
+            (router.to_owned(), id.to_owned(), body.clone(), pulse.clone());
+        let reader = thread::spawn(move || {
+            let (answer, gap, last) = (Answer::default(), Duration::ZERO, Instant::now());
+            let mut reader = Reader { answer, gap, last, pulse: told };
+            match door {
+                Door::Http => http::read(&mut reader, &router, &id, &body),
+                Door::Grpc => grpc::read(&mut reader, &router, &id, &body),
+            }
+            reader
+        });
+        self.readers.push((reader, pulse));
     }
 
     /// Waits until so many events have come on all streams together.
     pub fn reach(&self, events: usize) {
+        self.wait(|| self.events.load(Ordering::SeqCst) >= events, "events did not come");
+    }
+
+    /// Waits until each stream has been accepted; for those that are told of every token, until
+    /// the first choice has so many, or has ended.
+    pub fn reach_token(&self, tokens: usize) {
+        let there = |(reader, pulse): &(JoinHandle<Reader>, Arc<Pulse>)| {
+            let known = pulse.tokens.load(Ordering::SeqCst);
+            let accepted = pulse.accepted.load(Ordering::SeqCst);
+            reader.is_finished() || accepted && (!pulse.counts || known >= tokens)
+        };
+        self.wait(|| self.readers.iter().all(there), "tokens did not come");
+    }
+
+    fn wait(&self, there: impl Fn() -> bool, failure: &str) {
         let began = Instant::now();
-        while self.events.load(Ordering::SeqCst) < events {
-            assert!(began.elapsed() < DEADLINE, "{events} events did not come");
-            assert!(!self.readers.iter().all(JoinHandle::is_finished), "all ended before");
-            thread::sleep(Duration::from_millis(1));
+        loop {
+            // Looked at first: what ended since then is seen as there.
+            let running = self.are_running();
+            if there() {
+                return;
+            }
+            assert!(running, "all ended before: {failure}");
+            assert!(began.elapsed() < DEADLINE, "{failure} within {DEADLINE:?}");
+            thread::sleep(Duration::from_micros(200));
         }
+    }
+
+    /// Whether any has not ended.
+    pub fn are_running(&self) -> bool {
+        self.readers.iter().any(|(reader, _)| !reader.is_finished())
+    }
+
+    /// All clients go away before the end.
+    pub fn leave(self) {
+        for (_, pulse) in &self.readers {
+            pulse.left.store(true, Ordering::SeqCst);
+            pulse.leave.notify_one();
+        }
+        self.join();
     }
 
     /// Reads to every end.
     pub fn join(self) -> Round {
-        let ends = self.readers.into_iter().map(|reader| reader.join().expect("a reader"));
-        let (answers, gaps): (Vec<_>, Vec<_>) = ends.unzip();
+        let ends = self.readers.into_iter().map(|(reader, _)| reader.join().expect("a reader"));
+        let (answers, gaps): (Vec<_>, Vec<_>) =
+            ends.map(|reader| (reader.answer, reader.gap)).unzip();
         Round { answers, longest_gap: gaps.into_iter().max().unwrap_or_default() }
-    }
-}
-
-fn read(router: &str, body: &str, events: &AtomicUsize) -> (Answer, Duration) {
-    let mut stream = TcpStream::connect(router).expect("a router");
-    stream.set_read_timeout(Some(DEADLINE)).expect("a timeout");
-    stream.write_all(&request("POST", PATH, body.as_bytes())).expect("a router that reads");
-    let mut answer = Answer::default();
-    let (mut gap, mut last) = (Duration::ZERO, Instant::now());
-    let mut lines = BufReader::new(stream).lines();
-    let head = lines.next().expect("a head").expect("a head in time");
-    if head.split(' ').nth(1) != Some("200") {
-        let rest: Vec<String> = lines.map_while(Result::ok).collect();
-        answer.error = Some(format!("{head}: {}", rest.last().cloned().unwrap_or_default()));
-        return (answer, gap);
-    }
-    let mut whole = false;
-    for line in lines {
-        let Ok(line) = line else { break };
-        let Some(data) = line.strip_prefix("data: ") else { continue };
-        gap = gap.max(last.elapsed());
-        last = Instant::now();
-        if data == "[DONE]" {
-            whole = true;
-            break;
-        }
-        take(&mut answer, &serde_json::from_str(data).expect("JSON"));
-        events.fetch_add(1, Ordering::SeqCst);
-    }
-    if !whole {
-        answer.error.get_or_insert_with(|| "the stream broke off".to_owned());
-    }
-    (answer, gap)
-}
-
-fn take(answer: &mut Answer, event: &Value) {
-    if let Some(error) = event.get("error") {
-        answer.error = Some(error.to_string());
-    }
-    if let Some(usage) = event.get("usage").filter(|usage| !usage.is_null()) {
-        let mut usage = usage.clone();
-        // What was in a cache depends on where it ran.
-        usage.as_object_mut().expect("an object").remove("prompt_tokens_details");
-        answer.usage = Some(usage);
-    }
-    for choice in event["choices"].as_array().into_iter().flatten() {
-        let known = answer.choices.entry(choice["index"].as_u64().expect("an index")).or_default();
-        known.text += choice["text"].as_str().unwrap_or_default();
-        let logprobs = &choice["logprobs"];
-        let tokens = logprobs["tokens"].as_array().into_iter().flatten();
-        let values = logprobs["token_logprobs"].as_array().into_iter().flatten();
-        known.tokens.extend(tokens.zip(values).map(|(token, value)| format!("{token} {value}")));
-        if let Some(finish) = choice["finish_reason"].as_str() {
-            known.finish = Some(finish.to_owned());
-        }
     }
 }

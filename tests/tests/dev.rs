@@ -60,6 +60,7 @@ fn packages_are_called_what_the_system_calls_them() {
         ("apt-get=false", "build", "apt-get install gcc libc6-dev\n"),
         ("apt-get=false", "check", "libc6-dev g++ python3 python3-venv\n"),
         ("apt-get=false", "test", "python3-pip python3-venv g++ etcd-server etcd-client\n"),
+        ("apt-get=false", "soak", "apt-get install gcc libc6-dev etcd-server etcd-client\n"),
         ("true", "build", "macOS: xcode-select --install"),
     ] {
         let told = complaint(argument, &[&rust[..], &[manager][..]].concat()[..]);

@@ -10,7 +10,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use tests::{Process, etcd, exchange, request, wait_for};
+use tests::{Process, etcd, exchange, metric, request, wait_for};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -20,16 +20,6 @@ const WORKERS: usize = 2;
 const PROMPTS: usize = 4;
 /// Each of these numbers is three tokens or four.
 const WORDS: usize = 350;
-
-fn metric(address: &str, name: &str) -> f64 {
-    let text = exchange(address, "GET", "/metrics", b"").body;
-    // A sample's line is its name, labels where it has some, and the value.
-    let value = text.lines().find_map(|line| {
-        let rest = line.strip_prefix(name).filter(|rest| rest.starts_with(['{', ' ']))?;
-        rest.rsplit(' ').next()?.parse().ok()
-    });
-    value.unwrap_or_else(|| panic!("no {name} in {text}"))
-}
 
 /// One that shares no prefix with another client's.
 fn prompt(client: usize) -> String {

@@ -26,12 +26,16 @@ const TELL_AGAIN: Duration = Duration::from_secs(60);
 /// How long leaving may take before the lease is left to expire.
 const LEAVE_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Registers and returns once the instance is in the roster.
+/// Registers and returns once the instance is in the roster. Members before the one that was
+/// `found` have not answered: none of them is asked first.
 pub(super) async fn start(
     options: Arc<EtcdOptions>,
+    found: usize,
     instance: watch::Receiver<Instance>,
 ) -> Result<EtcdRegistration, MembershipError> {
     let key = format!("{}{}", options.prefix(), instance.borrow().id);
+    // Registrations of one process begin at different members.
+    let begin = key.bytes().map(usize::from).sum::<usize>() % options.endpoints.len();
     let (stop, stopped) = watch::channel(false);
     let (registered, mut first) = oneshot::channel();
     let trouble = Trouble::default();
@@ -39,7 +43,7 @@ pub(super) async fn start(
         Keeper { options: options.clone(), key, instance, stopped, lease: None, trouble };
     // Every member may be tried twice: connecting, the lease, the keepalive, the value.
     let patience = options.call_deadline * 8 * options.endpoints.len() as u32;
-    let task = tokio::spawn(async move { keeper.run(registered).await });
+    let task = tokio::spawn(async move { keeper.run(begin.max(found), registered).await });
     let mut registration = EtcdRegistration { stop, task: Some(task) };
     match timeout(patience, &mut first).await {
         Ok(Ok(Ok(()))) => Ok(registration),
@@ -69,10 +73,8 @@ struct Lease {
 }
 
 impl Keeper {
-    async fn run(&mut self, registered: oneshot::Sender<Result<(), String>>) {
+    async fn run(&mut self, mut at: usize, registered: oneshot::Sender<Result<(), String>>) {
         let mut registered = Some(registered);
-        // Registrations of one process begin at different members.
-        let mut at = self.key.bytes().map(usize::from).sum::<usize>();
         loop {
             let mut stopped = self.stopped.clone();
             let Err(fault) = tokio::select! {

@@ -152,6 +152,12 @@ impl Session {
         self.range(keys, INSTANCES_MAX as i64).await
     }
 
+    /// Whether a majority of the members answers through this one, at the cost of no value.
+    pub(super) async fn probe(&mut self) -> Result<(), Fault> {
+        let key = self.options.prefix();
+        self.get(&key).await.map(drop)
+    }
+
     /// One key, where it is there.
     pub(super) async fn get(&mut self, key: &str) -> Result<RangeResponse, Fault> {
         self.range((key.into(), Vec::new()), 1).await

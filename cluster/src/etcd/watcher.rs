@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use proto::etcd::WatchResponse;
+use proto::etcd::{RangeResponse, WatchResponse};
 use tokio::{
     sync::watch,
     task::JoinHandle,
@@ -20,8 +20,11 @@ use super::{
 };
 use crate::Roster;
 
-/// With nothing to hear for this long the list is read again: it proves that the member still
-/// speaks for a majority, and mends whatever a watch may have missed.
+/// With nothing to hear for this long a key is read: it proves that the member still speaks for a
+/// majority. One that is stopped, whose connections stay open, is noticed by nothing else.
+const PROBE: Duration = Duration::from_secs(1);
+/// With nothing to hear for this long the list is read again: it mends whatever a watch may have
+/// missed.
 const SILENCE: Duration = Duration::from_secs(5);
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
@@ -33,7 +36,8 @@ pub(super) fn spawn(
     at: usize,
     roster: watch::Sender<Roster>,
 ) -> JoinHandle<()> {
-    tokio::spawn(Watcher { options, view, roster, away: false }.run(at))
+    let heard = Instant::now();
+    tokio::spawn(Watcher { options, view, roster, away: false, heard }.run(at))
 }
 
 struct Watcher {
@@ -42,6 +46,8 @@ struct Watcher {
     roster: watch::Sender<Roster>,
     /// Whether the last attempt failed: told once when it begins and once when it ends.
     away: bool,
+    /// When the roster was last read or changed.
+    heard: Instant,
 }
 
 impl Watcher {
@@ -71,7 +77,7 @@ impl Watcher {
             if std::mem::take(&mut self.away) {
                 tracing::info!(instances = list.kvs.len(), "roster: etcd answers again");
             }
-            self.view.replace(list, Instant::now());
+            self.replace(list);
             self.publish();
             let mut changes = session.watch(self.view.next_revision()).await?;
             while self.listen(&mut session, &mut changes).await? {}
@@ -85,7 +91,7 @@ impl Watcher {
         changes: &mut Streaming<WatchResponse>,
     ) -> Result<bool, Fault> {
         let now = Instant::now();
-        let wake = self.view.settle(now).map_or(now + SILENCE, |at| at.min(now + SILENCE));
+        let wake = self.view.settle(now).map_or(now + PROBE, |at| at.min(now + PROBE));
         tokio::select! {
             change = changes.message() => {
                 let Some(change) = change? else {
@@ -101,16 +107,24 @@ impl Watcher {
                         Err(Fault::Broken(reason))
                     };
                 }
-                let now = Instant::now();
-                change.events.iter().for_each(|event| self.view.apply(event, now));
+                self.heard = Instant::now();
+                change.events.iter().for_each(|event| self.view.apply(event, self.heard));
             }
-            () = sleep_until(wake.into()) => {
-                let list = session.list().await?;
-                self.view.replace(list, Instant::now());
+            () = sleep_until(wake.into()) => match self.heard.elapsed() < SILENCE {
+                true => session.probe().await?,
+                false => {
+                    let list = session.list().await?;
+                    self.replace(list);
+                }
             }
         }
         self.publish();
         Ok(true)
+    }
+
+    fn replace(&mut self, list: RangeResponse) {
+        self.heard = Instant::now();
+        self.view.replace(list, self.heard);
     }
 
     fn publish(&mut self) {
@@ -137,7 +151,8 @@ mod tests {
         let options = Arc::new(cluster.options());
         let view = View::new(options.prefix(), options.grace);
         let (roster, seen) = watch::channel(view.roster());
-        let mut watcher = Watcher { options: options.clone(), view, roster, away: false };
+        let heard = Instant::now();
+        let mut watcher = Watcher { options: options.clone(), view, roster, away: false, heard };
         for id in ["a", "b"] {
             let value = serde_json::to_string(&instance(id)).unwrap();
             cluster.etcdctl(&["put", &format!("{}{id}", options.prefix()), &value]);
