@@ -7,8 +7,10 @@ mod connection;
 mod etcd;
 mod fault_table;
 mod http;
+mod network;
 mod process;
 mod streams;
+mod supervised;
 
 use std::{
     thread,
@@ -20,8 +22,10 @@ pub use connection::Connection;
 pub use etcd::etcd;
 pub use fault_table::FaultTable;
 pub use http::{Reply, exchange, request};
+pub use network::{Network, address, in_own_network};
 pub use process::{Log, Process, full_pipe, is_there, lockstep, signal};
 pub use streams::{Answer, Choice, Round, Streams, repeatable};
+pub use supervised::Supervised;
 
 /// Leaves a test out, loudly, for want of something; under `./dev test`, which brings everything,
 /// that is a failure.
