@@ -317,7 +317,7 @@ fn a_rank_that_came_and_ended_may_come_again() {
     drop(first);
     let _again = [admitted(1, 0, &[1, 2]), admitted(1, 1, &[2])];
     let _other = [admitted(2, 1, &[2]), admitted(2, 0, &[])];
-    assert_eq!(door.close().unwrap().len(), 2);
+    assert_eq!(door.links().unwrap().len(), 2);
 }
 
 #[test]
@@ -325,7 +325,7 @@ fn a_group_that_does_not_form_ends_at_its_deadline() {
     let listen = || Tcp::listen("127.0.0.1:0", id(2), 1).unwrap();
     let late = CollectiveError::Deadline { op: "accept", rank: 1, seconds: 0 };
     assert_eq!(listen().accept(SHORT).err(), Some(late));
-    assert_eq!(listen().close().err(), Some(CollectiveError::Gone { rank: 1 }));
+    assert_eq!(listen().links().err(), Some(CollectiveError::Gone { rank: 1 }));
     let nobody = listen().local_addr().unwrap().to_string();
     let late = CollectiveError::Deadline { op: "connect", rank: 0, seconds: 0 };
     assert_eq!(Tcp::connect(&nobody, (1, 0), &id(2), SHORT).err(), Some(late));

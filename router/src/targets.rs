@@ -195,7 +195,7 @@ struct Links {
 
 impl Links {
     fn link(&self, instance: &Instance) -> Option<Arc<Link>> {
-        match Link::new(instance, self.deadlines.connect) {
+        match Link::new(instance, self.deadlines.hello) {
             Ok(link) => Some(Arc::new(link)),
             Err(error) => {
                 let (worker, address) = (&*instance.id, &*instance.address);

@@ -20,9 +20,9 @@ use std::{
 pub use client::client;
 pub use connection::Connection;
 pub use etcd::etcd;
-pub use fault_table::FaultTable;
+pub use fault_table::{FaultTable, seconds};
 pub use http::{Reply, exchange, request};
-pub use network::{Network, address, in_own_network};
+pub use network::{Network, in_own_network};
 pub use process::{Log, Process, full_pipe, is_there, lockstep, signal};
 pub use streams::{Answer, Choice, Round, Streams, repeatable};
 pub use supervised::Supervised;

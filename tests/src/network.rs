@@ -95,10 +95,15 @@ impl Network {
         }
         for host in 0..hosts {
             let device = device(host);
-            network.ip(host, &format!("address add {}/24 dev {device}", address(host)));
+            network.ip(host, &format!("address add {}/24 dev {device}", Self::address(host)));
             (0..hosts).filter(|to| *to != host).for_each(|to| network.heal(host, to));
         }
         network
+    }
+
+    /// A host's address.
+    pub fn address(host: usize) -> String {
+        format!("10.77.0.{}", host + 1)
     }
 
     /// A program to run on a host.
@@ -142,7 +147,7 @@ impl Network {
 
     fn neighbour(&self, from: usize, to: usize, card: &str) {
         let device = device(from);
-        let to = address(to);
+        let to = Self::address(to);
         self.ip(from, &format!("neigh replace {to} lladdr {card} nud permanent dev {device}"));
     }
 
@@ -151,11 +156,6 @@ impl Network {
         let output = command.args(words.split(' ')).output().expect("ip runs");
         assert!(output.status.success(), "ip {words}: {output:?}");
     }
-}
-
-/// A host's address.
-pub fn address(host: usize) -> String {
-    format!("10.77.0.{}", host + 1)
 }
 
 fn card(host: usize) -> String {
