@@ -22,8 +22,8 @@ const MODEL: &str = "qwen2_gqa4_tied_sharded";
 const TOKENS: usize = 480;
 /// Events of a round by which every stream is under way.
 const UNDER_WAY: usize = 60;
-/// Between the network's return and an answer, with room for a busy machine: it is 5 s otherwise.
-const SERVES_AGAIN: Duration = Duration::from_secs(10);
+/// Between the network's return and an answer: 5 s at most, and room for a busy machine.
+const SERVES_AGAIN: Duration = Duration::from_secs(20);
 
 /// Where the router runs, and the readers, and another worker than the group where there is one.
 const ROUTER: usize = 0;
