@@ -35,7 +35,10 @@ async fn run(args: RouterArgs) -> Result<()> {
     let mut stop = shutdown::signals().context("cannot listen for signals")?;
     let mut config = args.front.resolve(args.drain_seconds)?;
     config.deadlines.grace = Duration::from_secs(args.grace_seconds);
-    let membership = args.workers.connect().await?;
+    let membership = tokio::select! {
+        membership = args.workers.connect() => membership?,
+        () = shutdown::requested(&mut stop) => return Ok(()),
+    };
     let router = Router::start(config, membership, stop.clone()).await?;
     if let (Some(http), Some(grpc)) = (router.http(), router.grpc()) {
         telemetry::ready(&[("http", format!("http://{http}")), ("grpc", format!("http://{grpc}"))]);

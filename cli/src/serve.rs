@@ -10,14 +10,20 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use cluster::{Etcd, EtcdOptions, InMemory, Membership, StaticList};
+use cluster::{Etcd, EtcdOptions, InMemory, Membership, MembershipError, StaticList};
 use router::RouterConfig;
+use tokio::time::{Instant, sleep};
 use worker::{GroupConfig, WorkerConfig};
 
 use crate::{
     address,
     deadlines::{DeadlineArgs, seconds},
 };
+
+/// How long a process that starts waits for etcd. One that ends instead, on a machine that is cut
+/// off, is started again later and later by what watches over it, long after the network is back.
+const ETCD_PATIENCE: Duration = Duration::from_secs(60);
+const ETCD_PAUSE: Duration = Duration::from_millis(500);
 
 /// The router's side of `up` and `router`.
 #[derive(Args, Debug)]
@@ -172,12 +178,25 @@ impl EtcdArgs {
         Ok(Some(options))
     }
 
-    /// Connects, where members are named.
+    /// Connects, where members are named; waits a while for one that answers.
     pub async fn connect(&self) -> Result<Option<Arc<dyn Membership>>> {
-        Ok(match self.options()? {
-            Some(options) => Some(Arc::new(Etcd::connect(options).await?)),
-            None => None,
-        })
+        let Some(options) = self.options()? else { return Ok(None) };
+        let (began, mut told) = (Instant::now(), false);
+        loop {
+            match Etcd::connect(options.clone()).await {
+                Ok(etcd) => return Ok(Some(Arc::new(etcd))),
+                Err(fault @ MembershipError::Unreachable { .. })
+                    if began.elapsed() < ETCD_PATIENCE =>
+                {
+                    if !std::mem::replace(&mut told, true) {
+                        let seconds = ETCD_PATIENCE.as_secs();
+                        tracing::warn!(%fault, seconds, "trying again for so long");
+                    }
+                }
+                Err(error) => return Err(error.into()),
+            }
+            sleep(ETCD_PAUSE).await;
+        }
     }
 
     /// Connects, or makes a roster of this process alone where no members are named.

@@ -6,8 +6,8 @@ use collective::{
 use cpu::{Cpu, CpuConfig, Isa, Precision};
 use kernels::{Backend, Tensor, plain::Plain};
 use std::{
-    io::{Read, Write},
-    net::TcpStream,
+    io::{ErrorKind, Read, Write},
+    net::{TcpListener, TcpStream},
     sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel},
     thread,
     time::{Duration, Instant},
@@ -317,7 +317,26 @@ fn a_rank_that_came_and_ended_may_come_again() {
     drop(first);
     let _again = [admitted(1, 0, &[1, 2]), admitted(1, 1, &[2])];
     let _other = [admitted(2, 1, &[2]), admitted(2, 0, &[])];
-    assert_eq!(door.close().unwrap().len(), 2);
+    assert_eq!(door.links().unwrap().len(), 2);
+    // As long as it lasts it can be seen that somebody is behind it.
+    assert!(TcpStream::connect(addr).is_ok());
+    drop(door);
+    let gone = TcpStream::connect(addr).err().map(|error| error.kind());
+    assert_eq!(gone, Some(ErrorKind::ConnectionRefused));
+}
+
+#[test]
+fn a_rank_that_gets_no_verdict_asks_again() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap().to_string();
+    let joining = thread::spawn(move || Tcp::connect(&addr, (1, 0), &id(2), LONG).map(drop));
+    // As after a cut of the network: the first is closed unheard, the second was never read.
+    drop(listener.accept().unwrap());
+    let _silent = listener.accept().unwrap();
+    let (mut third, _) = listener.accept().unwrap();
+    third.read_exact(&mut [0; 32 + 6]).unwrap();
+    third.write_all(&[0]).unwrap();
+    assert_eq!(joining.join().unwrap(), Ok(()));
 }
 
 #[test]
@@ -325,7 +344,7 @@ fn a_group_that_does_not_form_ends_at_its_deadline() {
     let listen = || Tcp::listen("127.0.0.1:0", id(2), 1).unwrap();
     let late = CollectiveError::Deadline { op: "accept", rank: 1, seconds: 0 };
     assert_eq!(listen().accept(SHORT).err(), Some(late));
-    assert_eq!(listen().close().err(), Some(CollectiveError::Gone { rank: 1 }));
+    assert_eq!(listen().links().err(), Some(CollectiveError::Gone { rank: 1 }));
     let nobody = listen().local_addr().unwrap().to_string();
     let late = CollectiveError::Deadline { op: "connect", rank: 0, seconds: 0 };
     assert_eq!(Tcp::connect(&nobody, (1, 0), &id(2), SHORT).err(), Some(late));

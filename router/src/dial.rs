@@ -16,15 +16,17 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// the address is none.
 pub(crate) type Dial = Box<dyn Fn(&Instance) -> Result<Channel, Error> + Send + Sync>;
 
-/// Over TCP, each connection within `limit`.
-pub(crate) fn tcp(limit: Duration) -> Dial {
-    Box::new(move |instance| Ok(endpoint(instance, limit)?.connect_lazy()))
+/// Over TCP; a worker has `hello` to say who it is.
+pub(crate) fn tcp(hello: Duration) -> Dial {
+    Box::new(move |instance| Ok(endpoint(instance, hello)?.connect_lazy()))
 }
 
-/// What every connection to the worker keeps to, however it is made.
-pub(crate) fn endpoint(instance: &Instance, limit: Duration) -> Result<Endpoint, Error> {
+/// What every connection to the worker keeps to, however it is made. Connecting ends before `hello`
+/// does, so that the next question begins with a packet of its own: the kernel's own next ones come
+/// after 1, 2, 4 s and more.
+pub(crate) fn endpoint(instance: &Instance, hello: Duration) -> Result<Endpoint, Error> {
     let endpoint = Endpoint::from_shared(instance.address.clone())?
-        .connect_timeout(limit)
+        .connect_timeout(hello * 3 / 4)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)

@@ -183,9 +183,13 @@ impl Link {
         self.in_flight.load(Ordering::Relaxed)
     }
 
-    /// The worker broke a stream or could not be reached.
+    /// The worker broke a stream or could not be reached. What breaks while it rests breaks with
+    /// what broke before: a cable that many streams shared is one failure.
     pub fn failed(&self) {
         let mut faults = lock(&self.faults);
+        if faults.rests_until.is_some_and(|until| Instant::now() < until) {
+            return;
+        }
         let rest = REST_FIRST.saturating_mul(1 << faults.in_a_row.min(8)).min(REST_MAX);
         faults.in_a_row = faults.in_a_row.saturating_add(1);
         faults.rests_until = Some(Instant::now() + rest);

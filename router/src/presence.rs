@@ -24,7 +24,7 @@ use tonic::{Code, Status, Streaming};
 
 /// Between two questions to one that is away.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
-const PAUSE_MAX: Duration = Duration::from_secs(5);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// Who hears of what happens to workers.
 #[derive(Clone, Default)]

@@ -102,7 +102,7 @@ impl State {
         }
     }
 
-/// How long one more would wait behind `ahead` others, by this line or the one before; `None`
+    /// How long one more would wait behind `ahead` others, by this line or the one before; `None`
     /// before enough is known.
     fn expected_wait(&self, now: Instant, patience: Duration, ahead: usize) -> Option<Duration> {
         // Whoever is refused measures nothing: were the first in line refused for what an earlier

@@ -129,7 +129,7 @@ fn shared(config: &RouterConfig, membership: &dyn Membership) -> RouterState {
         targets: Targets::follow(
             membership.roster(),
             &config.deadlines,
-            dial::tcp(config.deadlines.connect),
+            dial::tcp(config.deadlines.hello),
         ),
         policy: Box::new(PrefixAffinity::default()),
         limits: config.limits,

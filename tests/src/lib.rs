@@ -9,9 +9,11 @@ mod etcd;
 mod fault_table;
 mod http;
 mod load;
+mod network;
 mod process;
 mod registry;
 mod streams;
+mod supervised;
 
 use std::{
     thread,
@@ -25,9 +27,11 @@ pub use etcd::etcd;
 pub use fault_table::{FaultTable, seconds};
 pub use http::{Reply, exchange, request};
 pub use load::{Load, Outcome};
+pub use network::{Network, in_own_network};
 pub use process::{Log, Process, full_pipe, is_there, lockstep, signal};
 pub use registry::Registry;
 pub use streams::{Answer, Choice, Round, Streams, repeatable};
+pub use supervised::Supervised;
 
 /// Leaves a test out, loudly, for want of something; under `./dev test`, which brings everything,
 /// that is a failure.

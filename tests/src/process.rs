@@ -103,16 +103,21 @@ impl Process {
 
     /// Runs any program whose standard error is a pipe, and keeps what it says there.
     pub fn spawn_logged(command: &mut Command) -> (Self, Log) {
+        let log = Log::default();
+        (Self::spawn_logging(command, &log), log)
+    }
+
+    /// As [`Self::spawn_logged`], into a log that others may write to.
+    pub fn spawn_logging(command: &mut Command, log: &Log) -> Self {
         let mut process = Self::spawn(command.stderr(Stdio::piped()));
         let stderr = BufReader::new(process.child.stderr.take().expect("a pipe"));
-        let log = Log::default();
         let lines = log.clone();
         thread::spawn(move || {
             for line in stderr.lines().map_while(Result::ok) {
                 lines.text.lock().expect("no panic in here").push_str(&format!("{line}\n"));
             }
         });
-        (process, log)
+        process
     }
 
     /// The processes that it has started and that have not ended, by age.
@@ -200,11 +205,16 @@ impl Process {
         matches!(state, None | Some('Z' | 'X'))
     }
 
+    /// How it ended, once it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("a child of ours")
+    }
+
     /// How it ended.
     pub fn wait(&mut self, deadline: Duration) -> ExitStatus {
         let began = Instant::now();
         loop {
-            if let Some(status) = self.child.try_wait().expect("a child of ours") {
+            if let Some(status) = self.ended() {
                 return status;
             }
             assert!(began.elapsed() < deadline, "no end within {deadline:?}");

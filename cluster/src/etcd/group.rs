@@ -4,11 +4,13 @@
 //! The key tells the other machines where the leader waits for their ranks. Each leader opens an
 //! epoch of its own, one above the last: a number in a key without a lease keeps them apart. A
 //! leader that etcd has forgotten leads on, and enters its key again where nobody else has led
-//! meanwhile.
+//! meanwhile. It listens where its key says for as long as it leads: where a connection is refused,
+//! it has ended, and the next need not wait for the end of its lease.
 
 mod keeper;
 
 use std::{
+    io::ErrorKind,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket},
     sync::Arc,
     time::{Duration, Instant},
@@ -20,7 +22,11 @@ use proto::etcd::{
     event::EventType,
 };
 use serde::{Deserialize, Serialize};
-use tokio::{sync::watch, time::sleep};
+use tokio::{
+    net::TcpStream,
+    sync::watch,
+    time::{sleep, timeout},
+};
 
 use super::{
     EtcdOptions, check_name,
@@ -35,6 +41,8 @@ use keeper::Keeper;
 const EPOCH_BYTES_MAX: usize = 64 * 1024;
 /// With nothing to hear for this long the key is read again.
 const SILENCE: Duration = Duration::from_secs(5);
+/// How long a leader may take to be seen alive.
+const KNOCK_LIMIT: Duration = Duration::from_secs(1);
 /// Above a lease: until then, the key of a leader that has died is gone.
 const MARGIN: Duration = Duration::from_secs(2);
 
@@ -43,7 +51,7 @@ const MARGIN: Duration = Duration::from_secs(2);
 pub struct Epoch {
     /// From 1 on; a later leader's is higher.
     pub epoch: u64,
-    /// Where the leader waits for ranks.
+    /// Where the leader waits for ranks, and listens for as long as it leads.
     pub leader: SocketAddr,
     /// The secret of this epoch.
     pub token: String,
@@ -100,7 +108,8 @@ impl GroupKey {
 
     /// Opens the next epoch and keeps it open until the value is dropped. What `offer` says as its
     /// number does not count; `told` gets the right one before others can read it, and may be
-    /// called again with another. Waits for the end of a leader that has died: for a lease.
+    /// called again with another. Waits for the end of a leader that has died: until a connection
+    /// to it is refused, or for a lease.
     ///
     /// # Errors
     /// `Invalid` where another leads this group and lives; as [`crate::Etcd::connect`].
@@ -155,14 +164,19 @@ impl GroupKey {
     ) -> Result<Attempt, Fault> {
         let mut session = Session::open(&self.options, at).await?;
         let found = session.get(&self.key()).await?;
-        match read(&found) {
-            Some(other) => return Ok(Attempt::Led(other)),
-            None if found.kvs.is_empty() => {}
-            None => {
+        let place = match (read(&found), found.kvs.first()) {
+            (Some(other), Some(kv)) if has_ended(&other, offer).await => {
+                let Epoch { epoch, leader, .. } = other;
+                tracing::info!(group = self.id, epoch, %leader, "the leader before has ended");
+                unchanged(self.key(), kv.mod_revision)
+            }
+            (Some(other), _) => return Ok(Attempt::Led(other)),
+            (None, None) => absent(self.key()),
+            (None, Some(_)) => {
                 let reason = format!("{} has what no leader wrote; delete the key", self.key());
                 return Err(Fault::Refused(reason));
             }
-        }
+        };
         let last = session.get(&self.number()).await?;
         let (number, revision) = match last.kvs.first() {
             None => (0, 0),
@@ -175,7 +189,7 @@ impl GroupKey {
         let epoch = Epoch { epoch: number + 1, ..offer.clone() };
         told(epoch.epoch);
         let lease = session.grant().await?;
-        let compare = vec![absent(self.key()), unchanged(self.number(), revision)];
+        let compare = vec![place, unchanged(self.number(), revision)];
         if session.put_if(compare, self.entry(&epoch, lease)?).await? {
             return Ok(Attempt::Leads(epoch, lease));
         }
@@ -239,7 +253,7 @@ impl GroupKey {
             let revision = found.header.map_or(0, |header| header.revision);
             let mut changes = session.watch_key(&self.key(), revision + 1).await?;
             // In silence the key is read again, which proves that the member lives.
-            while let Ok(change) = tokio::time::timeout(SILENCE, changes.message()).await {
+            while let Ok(change) = timeout(SILENCE, changes.message()).await {
                 let change = change?.ok_or_else(|| Fault::Broken("the watch ended".into()))?;
                 if change.canceled && change.compact_revision == 0 {
                     return Err(Fault::Broken(change.cancel_reason));
@@ -270,6 +284,17 @@ fn publish(sender: &watch::Sender<Option<Epoch>>, found: Option<Epoch>) {
         *known = found;
         changed
     });
+}
+
+/// Whether nobody leads any more where `other` did; `offer` is from whoever listens at its own.
+async fn has_ended(other: &Epoch, offer: &Epoch) -> bool {
+    if other.version != offer.version {
+        return false;
+    }
+    // Whoever is cut off does not refuse.
+    let reached = timeout(KNOCK_LIMIT, TcpStream::connect(other.leader)).await;
+    let refused = matches!(reached, Ok(Err(e)) if e.kind() == ErrorKind::ConnectionRefused);
+    refused || other.leader == offer.leader
 }
 
 fn absent(key: String) -> Compare {
@@ -342,6 +367,8 @@ impl Drop for Reign {
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+
     use super::*;
     use crate::etcd::tests::members::Cluster;
 
@@ -372,16 +399,19 @@ mod tests {
         let other = GroupKey::new(cluster.options(), "h").unwrap();
         let mut epochs = group.follow();
         let mut numbers = Vec::new();
-        let first = group.lead(offer(1), |number| numbers.push(number)).await.unwrap();
+        let door = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = door.local_addr().unwrap().port();
+        let first = group.lead(offer(port), |number| numbers.push(number)).await.unwrap();
         assert_eq!((first.epoch, &numbers[..]), (1, &[1][..]));
-        seen(&mut epochs, "the first", |epoch| *epoch == Some(Epoch { epoch: 1, ..offer(1) }))
-            .await;
+        let wanted = Some(Epoch { epoch: 1, ..offer(port) });
+        seen(&mut epochs, "the first", |epoch| *epoch == wanted).await;
         // Groups of other names do not see each other.
         assert_eq!(other.lead(offer(7), |_| {}).await.unwrap().epoch, 1);
 
         let began = Instant::now();
         let second = group.lead(offer(2), |_| {}).await.unwrap_err().to_string();
-        assert!(second.contains("led already, in epoch 1, from 127.0.0.1:1"), "{second}");
+        let told = format!("led already, in epoch 1, from 127.0.0.1:{port}");
+        assert!(second.contains(&told), "{second}");
         assert!(began.elapsed() > cluster.options().lease, "a dead one has a lease");
         assert_eq!(epochs.borrow().as_ref().map(|epoch| epoch.epoch), Some(1));
 
@@ -404,6 +434,32 @@ mod tests {
         let third = group.lead(offer(3), |_| {}).await.unwrap();
         assert_eq!(third.epoch, 2);
         seen(&mut epochs, "the next", |epoch| epoch.as_ref().is_some_and(|e| e.epoch == 2)).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_leader_whose_door_is_closed_is_not_waited_for() {
+        let Some(cluster) = Cluster::start(1).await else { return };
+        let lease = Duration::from_secs(30);
+        let group = GroupKey::new(EtcdOptions { lease, ..cluster.options() }, "g").unwrap();
+        let lead = async |offer| group.lead(offer, |_| {}).await.unwrap();
+        let mut epochs = group.follow();
+        let began = Instant::now();
+        let door = TcpListener::bind("127.0.0.1:0").unwrap();
+        let open = door.local_addr().unwrap().port();
+        let first = lead(offer(1)).await;
+        // Nobody listens at port 1, and nobody but the next leader itself at its own address.
+        let second = lead(offer(open)).await;
+        let third = lead(offer(open)).await;
+        assert_eq!([first.epoch, second.epoch, third.epoch], [1, 2, 3]);
+        // Those that lost it do not take it back, nor out.
+        drop((first, second));
+        sleep(Duration::from_secs(3)).await;
+        seen(&mut epochs, "the third", |epoch| epoch.as_ref().is_some_and(|e| e.epoch == 3)).await;
+        // Another program may close its door when all are in.
+        let other = Epoch { version: "2".into(), ..offer(open) };
+        let waiting = group.lead(other, |_| {});
+        assert!(timeout(Duration::from_secs(3), waiting).await.is_err());
+        assert!(began.elapsed() < lease);
     }
 
     fn cluster_has(cluster: &Cluster, key: &str) -> bool {

@@ -15,6 +15,11 @@ use std::{
 
 /// Between two attempts to reach a rank 0 that may not be up yet, or looks at an idle listener.
 const RETRY: Duration = Duration::from_millis(20);
+/// How long one attempt to reach rank 0 may take. The kernel sends its packets again after 1, 2, 4
+/// and more seconds: where the network comes back meanwhile, a new attempt is there earlier.
+const REACH_LIMIT: Duration = Duration::from_secs(1);
+/// How long rank 0 may take to answer whom it has heard, and some others before.
+const VERDICT_LIMIT: Duration = Duration::from_secs(5);
 
 /// What the ranks of one group have in common; whoever says otherwise is turned away.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,17 +107,18 @@ impl TcpDoor {
         }
     }
 
-    /// Rank 0's ends of the links, by number; call it once all ranks are there.
+    /// Rank 0's ends of the links, by number; call it once all ranks are there. Nobody is let in
+    /// any more, but as long as the door lasts it can be seen that rank 0 lives.
     ///
     /// # Errors
     /// `Gone` names a rank that is missing.
-    pub fn close(self) -> Result<Vec<Tcp>, CollectiveError> {
+    pub fn links(&mut self) -> Result<Vec<Tcp>, CollectiveError> {
         let missing = self.missing();
         if let Some(&rank) = missing.first() {
             return Err(CollectiveError::Gone { rank });
         }
         let mut groups: Vec<Vec<Link>> = (0..self.links).map(|_| Vec::new()).collect();
-        for rank in self.ranks {
+        for rank in self.ranks.drain(..) {
             for (of_group, link) in groups.iter_mut().zip(rank.into_iter().flatten()) {
                 of_group.push(link);
             }
@@ -121,13 +127,13 @@ impl TcpDoor {
         Ok(groups.into_iter().map(|links| Tcp::new(0, world_size, links)).collect())
     }
 
-    /// Waits for all ranks: [`Self::admit`] and [`Self::close`] in one.
+    /// Waits for all ranks: [`Self::admit`] and [`Self::links`] in one.
     ///
     /// # Errors
     /// `Deadline` names the first rank that did not come; `Device` for a failing listener.
     pub fn accept(mut self, deadline: Duration) -> Result<Vec<Tcp>, CollectiveError> {
         if self.missing().is_empty() || self.admit(deadline)? {
-            return self.close();
+            return self.links();
         }
         let rank = self.missing().first().copied().unwrap_or_default();
         Err(CollectiveError::Deadline { op: "accept", rank, seconds: deadline.as_secs() })
@@ -154,10 +160,14 @@ pub(super) fn connect(
             let seconds = deadline.as_secs();
             return Err(CollectiveError::Deadline { op: "connect", rank: 0, seconds });
         }
-        if let Some(stream) = link::reach(addr, left) {
-            let left = deadline.saturating_sub(start.elapsed());
-            let link = hello::introduce(stream, &Hello { rank, link, group }, left)?;
-            return Ok(Tcp::new(rank, world_size, vec![link]));
+        if let Some(stream) = link::reach(addr, left.min(REACH_LIMIT)) {
+            let left = deadline.saturating_sub(start.elapsed()).min(VERDICT_LIMIT);
+            match hello::introduce(stream, &Hello { rank, link, group }, left) {
+                Ok(link) => return Ok(Tcp::new(rank, world_size, vec![link])),
+                // What was said on the way may be lost.
+                Err(CollectiveError::Deadline { .. } | CollectiveError::Gone { .. }) => {}
+                Err(refused) => return Err(refused),
+            }
         }
         thread::sleep(RETRY.min(left));
     }

@@ -82,10 +82,10 @@ impl Net {
         (cable, incoming)
     }
 
-    pub fn dial(&self, limit: Duration) -> Dial {
+    pub fn dial(&self, hello: Duration) -> Dial {
         let net = self.clone();
         Box::new(move |instance| {
-            let endpoint = dial::endpoint(instance, limit)?;
+            let endpoint = dial::endpoint(instance, hello)?;
             Ok(endpoint.connect_with_connector_lazy(Connector(net.clone())))
         })
     }

@@ -93,7 +93,7 @@ impl World {
         let (roster, receiver) = watch::channel(Roster::default());
         let queue_max = if draw.one_in(4) { 3 } else { 1024 };
         let upstream = Upstream {
-            targets: Targets::follow(receiver, &deadlines, net.dial(deadlines.connect)),
+            targets: Targets::follow(receiver, &deadlines, net.dial(deadlines.hello)),
             policy: Box::new(PrefixAffinity::default()),
             limits: Limits { queue_max, ..Limits::default() },
             deadlines,

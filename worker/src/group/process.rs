@@ -171,14 +171,14 @@ pub(super) fn start<D: Devices>(
         followers.spawn(&place, config.rank_program.clone(), &failures)?;
     }
     let joined = || -> Result<_, WorkerError> {
-        let [mut control, mut data, beats] = admit(door, &failures, config.nodes.as_ref())?;
+        let (door, [mut control, mut data, beats]) = admit(door, &failures, config.nodes.as_ref())?;
         let links = Cut::of(&[&control, &data]).map_err(WorkerError::io("links of the group"))?;
         failures.end_links(links);
         control.set_data_deadline(LOAD_DEADLINE);
         let mut message = postcard::to_stdvec(&(options, sizing.checkpoint.facts()?))
             .map_err(|error| WorkerError::Config(format!("options for the ranks: {error}")))?;
         // Ranks give signs of life from this message on.
-        followers.keep(listen(beats, &failures, followers.killer())?, reign);
+        followers.keep(listen(beats, &failures, followers.killer())?, reign, door);
         control.broadcast(&mut message, JOIN_DEADLINE).map_err(ModelError::from)?;
         agree(&mut control, Ok(()))?;
         if let Some(deadline) = options.data_deadline() {
@@ -221,12 +221,12 @@ fn open_door(config: &GroupConfig) -> Result<Opened, WorkerError> {
     Ok(Opened { door, place, reign })
 }
 
-/// Waits for all ranks, or for the first that ends instead of coming.
+/// Waits for all ranks, or for the first that ends instead of coming; the door and their links.
 fn admit(
     mut door: TcpDoor,
     failures: &RankFailures,
     nodes: Option<&Nodes>,
-) -> Result<[Tcp; LINKS], WorkerError> {
+) -> Result<(TcpDoor, [Tcp; LINKS]), WorkerError> {
     let (start, mut told) = (Instant::now(), Instant::now());
     let limit = if nodes.is_some() { NODES_DEADLINE } else { JOIN_DEADLINE };
     while !door.admit(POLL).map_err(ModelError::from)? {
@@ -245,9 +245,9 @@ fn admit(
             tracing::info!(seconds = waited.as_secs(), "waiting for {}", who());
         }
     }
-    let links = door.close().map_err(ModelError::from)?;
+    let links = door.links().map_err(ModelError::from)?;
     let wrong = |links: Vec<Tcp>| WorkerError::Group(format!("{} links of a rank", links.len()));
-    links.try_into().map_err(wrong)
+    Ok((door, links.try_into().map_err(wrong)?))
 }
 
 /// Hears the other ranks; one that falls silent is ended and reported.

@@ -15,7 +15,7 @@ use std::{
 };
 
 use cluster::{Reign, telemetry};
-use collective::Beats;
+use collective::{Beats, TcpDoor};
 
 use super::{
     failures::RankFailures,
@@ -47,6 +47,8 @@ pub(super) struct RankProcesses {
     stopping: Arc<AtomicBool>,
     beats: Option<Beats>,
     reign: Option<Reign>,
+    /// Open for as long as the reign lasts: whoever wants to lead next sees there that it does.
+    door: Option<TcpDoor>,
 }
 
 impl RankProcesses {
@@ -112,8 +114,8 @@ impl RankProcesses {
     }
 
     /// Until these ranks have ended, and until they are expected to.
-    pub fn keep(&mut self, beats: Beats, reign: Option<Reign>) {
-        (self.beats, self.reign) = (Some(beats), reign);
+    pub fn keep(&mut self, beats: Beats, reign: Option<Reign>, door: TcpDoor) {
+        (self.beats, self.reign, self.door) = (Some(beats), reign, Some(door));
     }
 
     /// Whether all have ended.
@@ -126,7 +128,7 @@ impl Followers for RankProcesses {
     fn expect_end(&mut self) {
         self.stopping.store(true, Ordering::SeqCst);
         self.beats.iter().for_each(Beats::expect_end);
-        self.reign = None;
+        (self.reign, self.door) = (None, None);
     }
 
     fn shutdown(&mut self) {
