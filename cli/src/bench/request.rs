@@ -157,8 +157,7 @@ impl Target {
                     model: self.model.clone(),
                     prompt: Some(Prompt::Ids(TokenIds { ids: prompt })),
                     sampling: Some(sampling),
-                    parse_special: None,
-                    include_progress: false,
+                    ..GenerateRequest::default()
                 };
                 read_messages(client.clone(), request).await
             }
