@@ -3,9 +3,9 @@
 //!
 //! When a place comes free somewhere the first in line tries to get it, two where two came free,
 //! and so on; nobody holds the others up while a worker is being asked. From how often places come
-//! free follows how long a newcomer would wait. What is longer than the limit, or than the request's own, is told
-//! at once. Where the line is full, the last of a lower priority makes room. An answer that has
-//! begun is not given up for want of a place.
+//! free follows how long a newcomer would wait. What is longer than the limit, or than the
+//! request's own, is told at once. Where the line is full, the last of a lower priority makes room.
+//! An answer that has begun is not given up for want of a place.
 
 use crate::{
     RouterError,

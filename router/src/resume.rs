@@ -1,9 +1,9 @@
 //! Going on with a stream whose router is gone, on another router.
 //!
-//! Nothing is kept for it: a client that sends `Idempotency-Key` gets events with ids. Whoever sends
-//! the same request with the same key, and the last id it got as `Last-Event-ID`, gets what comes
-//! after: the answer is computed again, which gives the same tokens wherever it runs, since a key
-//! stands for the seed of a request that names none.
+//! Nothing is kept for it: a client that sends `Idempotency-Key` gets events with ids. Whoever
+//! sends the same request with the same key, and the last id it got as `Last-Event-ID`, gets what
+//! comes after: the answer is computed again, which gives the same tokens wherever it runs, since a
+//! key stands for the seed of a request that names none.
 
 use crate::RouterError;
 use http::{HeaderMap, HeaderName};

@@ -180,7 +180,7 @@ impl UpstreamStream {
             let link = placement.link().clone();
             let mut stopped = false;
             let message = tokio::select! {
-                // What has arrived counts, however late it is read: it says how far the worker came.
+                // What has arrived counts, however late it is read: it tells how far it came.
                 biased;
                 message = placement.message(limit) => message,
                 loss = deserted(&link, &self.upstream, &self.model) => {

@@ -59,6 +59,7 @@ async fn a_stream_goes_on_at_another_router_from_any_event() {
         "max_tokens": 100, "stream": true, "stream_options": {"include_usage": true}});
     let mut plain = body();
     (plain["stream"], plain["n"], plain["logprobs"]) = (json!(true), json!(2), json!(1));
+    plain["stream_options"] = json!({"include_usage": true});
     for (head, body) in [(CHAT, chat), (COMPLETIONS, plain)] {
         let body = body.to_string();
         let head = format!("{head}idempotency-key: story 7\r\n");
