@@ -346,7 +346,8 @@ fn soak_hosts_for_other_times() {
         for fault in cuts.chain([leader, follower].map(Fault::unplugged)) {
             let again = lengths.map(|lasts| cluster.disturb(&mut table("hosts"), &fault, lasts));
             let longest = again.into_iter().max().unwrap_or_default();
-            rows.cells(&[&format!("{} for {lengths:?} s", fault.what), &seconds(longest)]);
+            let times = lengths.map(|lasts| lasts.to_string()).join(", ");
+            rows.cells(&[&format!("{} for {times} s", fault.what), &seconds(longest)]);
         }
         rows.finish();
     });

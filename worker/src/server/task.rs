@@ -66,10 +66,10 @@ impl WorkerTask {
     async fn give_up(self, reason: String) -> Result<(), WorkerError> {
         self.shared.draining.store(true, Ordering::SeqCst);
         self.health.set_not_serving::<WorkerServer<Service>>().await;
-        self.announcement.leave(LEAVE_LIMIT).await;
-        // Streams have their reason; let it reach the routers.
+        // Streams have their reason; let it reach the routers. Neither waits for the other: where
+        // the network is away both last for as long as they may, and a successor cannot start.
         let _closed = self.closing.send(true);
-        close(self.server).await;
+        tokio::join!(self.announcement.leave(LEAVE_LIMIT), close(self.server));
         Err(WorkerError::Group(reason))
     }
 
