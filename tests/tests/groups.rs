@@ -96,8 +96,8 @@ const STOPPED: (&str, Duration) = ("STOP", Duration::from_secs(6));
 #[test]
 fn clients_of_two_groups_do_not_notice_losses() {
     let Some(mut groups) = Groups::start() else { return };
-    groups.endure(KILLED.0, 160, KILLED.1);
-    groups.endure(STOPPED.0, 160, STOPPED.1);
+    groups.endure(KILLED.0, 100, KILLED.1);
+    groups.endure(STOPPED.0, 100, STOPPED.1);
 }
 
 #[test]
