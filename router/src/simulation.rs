@@ -146,6 +146,6 @@ fn whatever_befalls_workers_each_token_comes_once_and_every_request_ends() {
 
 #[test]
 #[ignore = "takes minutes"]
-fn soak_ten_thousand_schedules() {
+fn soak_schedules_by_the_ten_thousand() {
     schedules(1_000_000, 10_000);
 }

@@ -54,13 +54,13 @@ fn packages_are_called_what_the_system_calls_them() {
     let rust = ["cargo", "rustc"];
     for (manager, argument, command) in [
         ("apk=true", "build", "apk add gcc musl-dev\n"),
-        ("apk=true", "test", "musl-dev python3 py3-pip g++ etcd etcd-ctl\n"),
+        ("apk=true", "test", "musl-dev python3 py3-pip g++ etcd etcd-ctl iproute2\n"),
         ("dnf=true", "build", "dnf install gcc glibc-devel\n"),
-        ("dnf=true", "test", "glibc-devel python3 python3-pip gcc-c++ etcd\n"),
+        ("dnf=true", "test", "glibc-devel python3 python3-pip gcc-c++ etcd iproute\n"),
         ("apt-get=false", "build", "apt-get install gcc libc6-dev\n"),
         ("apt-get=false", "check", "libc6-dev g++ python3 python3-venv\n"),
-        ("apt-get=false", "test", "python3-pip python3-venv g++ etcd-server etcd-client\n"),
-        ("apt-get=false", "soak", "apt-get install gcc libc6-dev etcd-server etcd-client\n"),
+        ("apt-get=false", "test", "python3-pip python3-venv g++ etcd-server etcd-client iproute2\n"),
+        ("apt-get=false", "soak", "gcc libc6-dev etcd-server etcd-client iproute2\n"),
         ("true", "build", "macOS: xcode-select --install"),
     ] {
         let told = complaint(argument, &[&rust[..], &[manager][..]].concat()[..]);

@@ -3,6 +3,7 @@
 
 use axum::body::{Body, HttpBody};
 use bytes::Bytes;
+use futures_util::{Stream, stream::BoxStream};
 use http_body_util::BodyExt;
 use hyper::body::{Frame, Incoming, SizeHint};
 use std::{
@@ -85,16 +86,21 @@ impl HttpBody for HandlerBody {
     }
 }
 
+/// In a stream of events: a comment.
+const COMMENT: &[u8] = b": there?\n\n";
+
 /// An answer that is streamed while the connection stands. A write that fails says so as well, but
-/// only a stream that has something to say writes.
+/// only a stream that has something to say writes: a stream of events may say a comment.
 pub(super) struct UntilBroken<F> {
     body: Body,
     broken: F,
+    /// When to say one.
+    probes: Option<BoxStream<'static, ()>>,
 }
 
 impl<F: Future<Output = ()> + Unpin> UntilBroken<F> {
-    pub fn new(body: Body, broken: F) -> Self {
-        Self { body, broken }
+    pub fn new(body: Body, broken: F, probes: Option<BoxStream<'static, ()>>) -> Self {
+        Self { body, broken, probes }
     }
 }
 
@@ -107,11 +113,19 @@ impl<F: Future<Output = ()> + Unpin> HttpBody for UntilBroken<F> {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let frame = Pin::new(&mut self.body).poll_frame(cx);
-        if frame.is_pending() && Pin::new(&mut self.broken).poll(cx).is_ready() {
+        if frame.is_ready() {
+            return frame;
+        }
+        if Pin::new(&mut self.broken).poll(cx).is_ready() {
             let gone = io::Error::from(io::ErrorKind::ConnectionAborted);
             return Poll::Ready(Some(Err(axum::Error::new(gone))));
         }
-        frame
+        if let Some(probes) = &mut self.probes
+            && let Poll::Ready(Some(())) = Pin::new(probes).poll_next(cx)
+        {
+            return Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(COMMENT)))));
+        }
+        Poll::Pending
     }
 
     fn is_end_stream(&self) -> bool {

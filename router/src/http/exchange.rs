@@ -88,7 +88,10 @@ impl Exchange {
             return Ok(response);
         }
         let socket = self.socket.clone();
+        let kind = response.headers().get(header::CONTENT_TYPE);
+        let events = kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
+        let probes = events.then(|| socket.clone().probes());
         let broken = Box::pin(async move { socket.broken().await });
-        Ok(response.map(|body| Body::new(UntilBroken::new(body, broken))))
+        Ok(response.map(|body| Body::new(UntilBroken::new(body, broken, probes))))
     }
 }

@@ -5,6 +5,10 @@
 //! Every answer of HTTP/1 begins with the same bytes, so that those can be sent ahead one by one
 //! while the answer is still being made.
 
+use futures_util::{
+    StreamExt,
+    stream::{BoxStream, unfold},
+};
 use socket2::SockRef;
 use std::{
     io::{self, ErrorKind, IoSlice},
@@ -67,13 +71,25 @@ impl Socket {
 
     /// Once the client sends no more, provokes the reset of a closed socket. Never ends.
     async fn probe(&self) {
-        if self.half_closed().await.is_ok() {
-            for pause in AHEAD_SECONDS {
-                sleep(Duration::from_secs(pause)).await;
-                self.send_ahead();
-            }
+        let mut probes = self.clone().probes();
+        while probes.next().await.is_some() {
+            self.send_ahead();
         }
         std::future::pending().await
+    }
+
+    /// Moments at which something should be sent, if anything can be: once the client sends no
+    /// more, whether it is gone shows by that alone.
+    pub fn probes(self) -> BoxStream<'static, ()> {
+        let pauses = AHEAD_SECONDS.into_iter();
+        let probes = unfold((self, pauses, true), |(socket, mut pauses, first)| async move {
+            if first {
+                socket.half_closed().await.ok()?;
+            }
+            sleep(Duration::from_secs(pauses.next()?)).await;
+            Some(((), (socket, pauses, false)))
+        });
+        probes.boxed()
     }
 
     async fn half_closed(&self) -> io::Result<()> {
