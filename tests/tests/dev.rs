@@ -59,7 +59,11 @@ fn packages_are_called_what_the_system_calls_them() {
         ("dnf=true", "test", "glibc-devel python3 python3-pip gcc-c++ etcd iproute\n"),
         ("apt-get=false", "build", "apt-get install gcc libc6-dev\n"),
         ("apt-get=false", "check", "libc6-dev g++ python3 python3-venv\n"),
-        ("apt-get=false", "test", "python3-pip python3-venv g++ etcd-server etcd-client iproute2\n"),
+        (
+            "apt-get=false",
+            "test",
+            "python3-pip python3-venv g++ etcd-server etcd-client iproute2\n",
+        ),
         ("apt-get=false", "soak", "gcc libc6-dev etcd-server etcd-client iproute2\n"),
         ("true", "build", "macOS: xcode-select --install"),
     ] {
