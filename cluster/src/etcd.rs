@@ -11,7 +11,10 @@ mod session;
 mod view;
 mod watcher;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::Duration,
+};
 
 use tokio::{sync::watch, task::JoinHandle};
 
@@ -104,12 +107,15 @@ pub struct Etcd {
     options: Arc<EtcdOptions>,
     /// The member that answered first; those before it did not.
     found: usize,
+    /// As first read, with what follows it from then on.
+    first: Mutex<Option<(View, watch::Sender<Roster>)>>,
     roster: watch::Receiver<Roster>,
-    watcher: JoinHandle<()>,
+    watcher: OnceLock<JoinHandle<()>>,
 }
 
 impl Etcd {
-    /// Reads the roster once, then follows it for as long as the value lives.
+    /// Reads the roster once, which proves that etcd answers. Whoever asks for the roster has it
+    /// followed from then on, for as long as the value lives; who only announces does not.
     ///
     /// # Errors
     /// `Invalid` for options that cannot work, `Refused` where etcd says no, `Unreachable` where
@@ -122,8 +128,8 @@ impl Etcd {
             match Self::first_list(&options, at).await {
                 Ok(view) => {
                     let (sender, roster) = watch::channel(view.roster());
-                    let watcher = watcher::spawn(options.clone(), view, at, sender);
-                    return Ok(Self { options, found: at, roster, watcher });
+                    let (first, watcher) = (Mutex::new(Some((view, sender))), OnceLock::new());
+                    return Ok(Self { options, found: at, first, roster, watcher });
                 }
                 Err(Fault::Refused(reason)) => return Err(MembershipError::Refused(reason)),
                 Err(fault) => faults.push(format!("{}: {fault}", options.endpoints[at])),
@@ -146,7 +152,9 @@ fn unreachable(options: &EtcdOptions, reason: String) -> MembershipError {
 
 impl Drop for Etcd {
     fn drop(&mut self) {
-        self.watcher.abort();
+        if let Some(watcher) = self.watcher.get() {
+            watcher.abort();
+        }
     }
 }
 
@@ -163,6 +171,11 @@ impl Membership for Etcd {
     }
 
     fn roster(&self) -> watch::Receiver<Roster> {
+        let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some((view, sender)) = first {
+            let (options, found) = (self.options.clone(), self.found);
+            self.watcher.get_or_init(|| watcher::spawn(options, view, found, sender));
+        }
         self.roster.clone()
     }
 }

@@ -203,12 +203,9 @@ fn choices(
     for (at, prompt) in prepared.prompts.iter().enumerate() {
         for turn in 0..n {
             let index = at as u32 * n + turn;
-            let seed = match prepared.sampling.seed {
+            let seed = match prepared.sampling.seed.or(resume.map(|resume| resume.seed)) {
                 Some(seed) => choice_seed(seed, index),
-                None => match resume {
-                    Some(resume) => choice_seed(resume.seed, index),
-                    None => crate::trace::random()?,
-                },
+                None => crate::trace::random()?,
             };
             let echo = prepared.sampling.echo.then(|| echo(prepared, prompt));
             let stream = UpstreamStream::new(

@@ -108,8 +108,7 @@ impl<'a> Opening<'a> {
             Err(Refusal::Broken(reason)) => {
                 let (worker, address) = (link.id(), link.address());
                 tracing::warn!(worker, address, reason, "worker did not take the sequence");
-                link.failed();
-                self.upstream.targets.losses().note(link.key());
+                self.upstream.failed(link);
                 self.last_fault = Some(format!("{worker}: {reason}"));
                 let now = self.upstream.targets.now();
                 self.check_patience(now.version(self.order.model))?;

@@ -49,6 +49,12 @@ pub(crate) struct Upstream {
 }
 
 impl Upstream {
+    /// A worker broke a stream or could not be reached.
+    pub fn failed(&self, link: &Link) {
+        link.failed();
+        self.targets.losses().note(link.key());
+    }
+
     /// A sequence is no longer in a line.
     pub fn left_line(&self) {
         self.queued.fetch_sub(1, Relaxed);
@@ -193,8 +199,7 @@ impl UpstreamStream {
                 Err(Refusal::Fatal(error)) => return Err(error),
                 Err(Refusal::Full) => "the worker is full".to_owned(),
                 Err(Refusal::Broken(reason)) => {
-                    link.failed();
-                    self.upstream.targets.losses().note(link.key());
+                    self.upstream.failed(&link);
                     reason
                 }
             };

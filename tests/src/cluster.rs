@@ -3,8 +3,9 @@
 use std::{path::Path, time::Duration};
 
 use serde_json::Value;
+use tempfile::TempDir;
 
-use crate::{Answer, Log, Process, Round, exchange, wait_for};
+use crate::{Answer, Log, Process, Round, etcd, exchange, wait_for};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 /// The small model's name.
@@ -16,12 +17,20 @@ pub struct Cluster {
     endpoints: String,
     router: Process,
     log: Log,
+    /// Where it is this cluster's own.
+    _etcd: Option<(Process, TempDir)>,
 }
 
 impl Cluster {
     pub fn start(endpoints: &str) -> Self {
         let (router, log) = router(endpoints);
-        Self { endpoints: endpoints.to_owned(), router, log }
+        Self { endpoints: endpoints.to_owned(), router, log, _etcd: None }
+    }
+
+    /// With a registry of its own; `None` where etcd is not installed.
+    pub fn with_etcd() -> Option<Self> {
+        let (process, endpoint, data) = etcd()?;
+        Some(Self { _etcd: Some((process, data)), ..Self::start(&endpoint) })
     }
 
     /// Kills the router.
@@ -58,12 +67,7 @@ impl Cluster {
 
     /// What the router says of its workers.
     pub fn workers(&self) -> Vec<Value> {
-        let status = exchange(self.http(), "GET", "/status", b"").json();
-        let models = status["models"].as_array().cloned().unwrap_or_default();
-        models
-            .iter()
-            .flat_map(|model| model["workers"].as_array().cloned().unwrap_or_default())
-            .collect()
+        workers(self.http())
     }
 
     /// Waits until the router gives work to exactly these.
@@ -83,6 +87,16 @@ impl Cluster {
         };
         wait_for("the usable workers", DEADLINE, look, same);
     }
+}
+
+/// What a router says of its workers, of whatever model.
+pub fn workers(http: &str) -> Vec<Value> {
+    let status = exchange(http, "GET", "/status", b"").json();
+    let models = status["models"].as_array().cloned().unwrap_or_default();
+    models
+        .iter()
+        .flat_map(|model| model["workers"].as_array().cloned().unwrap_or_default())
+        .collect()
 }
 
 fn router(endpoints: &str) -> (Process, Log) {

@@ -27,24 +27,22 @@ impl Reply {
 
 /// The bytes of a request; with HTTP/1.0 the answer ends with the connection.
 pub fn request(method: &str, path: &str, body: &[u8]) -> Vec<u8> {
+    request_with(method, path, "", body)
+}
+
+fn request_with(method: &str, path: &str, headers: &str, body: &[u8]) -> Vec<u8> {
     let length = body.len();
     let head = format!(
         "{method} {path} HTTP/1.0\r\nHost: test\r\nContent-Type: application/json\r\n\
-         Content-Length: {length}\r\n\r\n"
+         {headers}Content-Length: {length}\r\n\r\n"
     );
     [head.as_bytes(), body].concat()
 }
 
 /// A request that logs know by a name; an empty one leaves the naming to the server.
 pub fn request_named(id: &str, path: &str, body: &[u8]) -> Vec<u8> {
-    let plain = request("POST", path, body);
-    match id.is_empty() {
-        true => plain,
-        false => {
-            let line = plain.iter().position(|&byte| byte == b'\n').expect("a head") + 1;
-            [&plain[..line], format!("X-Request-Id: {id}\r\n").as_bytes(), &plain[line..]].concat()
-        }
-    }
+    let name = if id.is_empty() { String::new() } else { format!("X-Request-Id: {id}\r\n") };
+    request_with("POST", path, &name, body)
 }
 
 /// Sends a request and reads the whole answer.

@@ -21,7 +21,7 @@ use std::{
 };
 
 pub use client::client;
-pub use cluster::{Cluster, MODEL, address, metric};
+pub use cluster::{Cluster, MODEL, address, metric, workers};
 pub use connection::Connection;
 pub use etcd::etcd;
 pub use fault_table::{FaultTable, seconds};

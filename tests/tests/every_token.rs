@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tests::{Answer, Cluster, FaultTable, Process, Streams, etcd, repeatable, seconds, signal};
+use tests::{Answer, Cluster, FaultTable, Process, Streams, repeatable, seconds, signal};
 
 const TOKENS: usize = 64;
 const GROUP: [&str; 2] = ["--tp", "2"];
@@ -48,17 +48,15 @@ struct Scene {
     group: Process,
     wanted: Vec<Answer>,
     rounds: usize,
-    _etcd: (Process, tempfile::TempDir),
 }
 
 impl Scene {
     fn start() -> Option<Self> {
-        let (etcd, endpoint, data) = etcd()?;
-        let cluster = Cluster::start(&endpoint);
+        let cluster = Cluster::with_etcd()?;
         let group = cluster.worker(&GROUP);
         cluster.expect(&[&group]);
         let wanted = Vec::new();
-        let mut scene = Self { cluster, group, wanted, rounds: 0, _etcd: (etcd, data) };
+        let mut scene = Self { cluster, group, wanted, rounds: 0 };
         let round = scene.open("undisturbed").join();
         assert!(round.answers.iter().all(|answer| answer.error.is_none()), "{round:?}");
         scene.wanted = round.answers;

@@ -3,8 +3,8 @@
 
 use std::time::Duration;
 
-use serde_json::{Value, json};
-use tests::{FaultTable, Process, Round, Streams, etcd, exchange, repeatable, wait_for};
+use serde_json::json;
+use tests::{FaultTable, Process, Round, Streams, etcd, exchange, repeatable, wait_for, workers};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 const PORTS: [&str; 4] = ["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
@@ -48,13 +48,9 @@ impl Cluster {
     }
 
     /// Waits until the router has so many workers to give.
-    fn expect(&self, workers: usize) {
-        let look = || exchange(self.http(), "GET", "/status", b"").json();
-        let usable = |status: &Value| {
-            let all = status["models"][0]["workers"].as_array();
-            all.into_iter().flatten().filter(|worker| worker["usable"] == true).count() == workers
-        };
-        wait_for(&format!("{workers} workers"), DEADLINE, look, usable);
+    fn expect(&self, wanted: usize) {
+        let usable = || workers(self.http()).iter().filter(|w| w["usable"] == true).count();
+        wait_for(&format!("{wanted} workers"), DEADLINE, usable, |found| *found == wanted);
     }
 
     fn open(&self) -> Streams {

@@ -6,9 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tests::{
-    Answer, Cluster, FaultTable, Load, Process, Streams, etcd, repeatable, seconds, signal,
-};
+use tests::{Answer, Cluster, FaultTable, Load, Process, Streams, repeatable, seconds, signal};
 
 /// How many, and how long they rest between two requests.
 const CLIENTS: (usize, Duration) = (8, Duration::ZERO);
@@ -25,20 +23,18 @@ struct Groups {
     lost: Vec<Process>,
     wanted: Vec<Answer>,
     table: FaultTable,
-    _etcd: (Process, tempfile::TempDir),
 }
 
 impl Groups {
     fn start() -> Option<Self> {
-        let (etcd, endpoint, data) = etcd()?;
-        let cluster = Cluster::start(&endpoint);
+        let cluster = Cluster::with_etcd()?;
         let groups = [cluster.worker(&GROUP), cluster.worker(&GROUP)];
         cluster.expect(&[&groups[0], &groups[1]]);
         let wanted = Streams::open(cluster.http(), &repeatable("", TOKENS)).join().answers;
         assert!(wanted.iter().all(|answer| answer.error.is_none()), "{wanted:?}");
         let columns = ["fault", "losses", "requests", "failed", "median pause", "99 %", "longest"];
         let table = FaultTable::with("groups", &columns);
-        Some(Self { cluster, groups, lost: Vec::new(), wanted, table, _etcd: (etcd, data) })
+        Some(Self { cluster, groups, lost: Vec::new(), wanted, table })
     }
 
     /// A group's leader, or its other rank, gets a signal; a successor starts at once.

@@ -11,10 +11,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde_json::{Value, json};
+use serde_json::json;
 use tests::{
     Answer, FaultTable, Log, Network, Process, Round, Streams, Supervised, exchange,
-    in_own_network, lockstep, repeatable, seconds, signal, skip, wait_for,
+    in_own_network, lockstep, repeatable, seconds, signal, skip, wait_for, workers,
 };
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -95,11 +95,11 @@ impl Cluster {
 
     /// Streams that run on every worker: two rounds are more than one takes while another is free.
     fn under_way(&self) -> Vec<Streams> {
-        let workers = 1 + usize::from(self.spare.is_some());
-        let rounds: Vec<Streams> = (0..workers).map(|_| self.open()).collect();
+        let all = 1 + usize::from(self.spare.is_some());
+        let rounds: Vec<Streams> = (0..all).map(|_| self.open()).collect();
         rounds.iter().for_each(|round| round.reach(UNDER_WAY));
-        let busy = workers_of(&self.http).iter().filter(|worker| worker["in_flight"] != 0).count();
-        assert_eq!(busy, workers, "workers with streams");
+        let busy = workers(&self.http).iter().filter(|worker| worker["in_flight"] != 0).count();
+        assert_eq!(busy, all, "workers with streams");
         rounds
     }
 
@@ -218,13 +218,7 @@ fn node(network: &Network, host: usize, place: &str, etcd: &str) -> Supervised {
 /// How many workers the router has to give.
 fn usable(http: &str) -> Result<usize, String> {
     TcpStream::connect(http).map_err(|error| error.to_string())?;
-    Ok(workers_of(http).iter().filter(|worker| worker["usable"] == true).count())
-}
-
-/// Of the one model.
-fn workers_of(http: &str) -> Vec<Value> {
-    let status = exchange(http, "GET", "/status", b"").json();
-    status["models"][0]["workers"].as_array().cloned().unwrap_or_default()
+    Ok(workers(http).iter().filter(|worker| worker["usable"] == true).count())
 }
 
 fn serving(http: &str, workers: usize) {

@@ -8,7 +8,7 @@ use std::{
 
 use serde_json::{Value, json};
 use tests::{
-    Answer, Cluster, FaultTable, Process, Round, Streams, address, etcd, lockstep, metric, seconds,
+    Answer, Cluster, FaultTable, Process, Round, Streams, address, lockstep, metric, seconds,
     signal, wait_for,
 };
 
@@ -85,16 +85,14 @@ struct Scene {
     group: Process,
     /// Of each phase, undisturbed.
     wanted: Vec<(Phase, Vec<Answer>)>,
-    _etcd: (Process, tempfile::TempDir),
 }
 
 impl Scene {
     fn start() -> Option<Self> {
-        let (etcd, endpoint, data) = etcd()?;
-        let cluster = Cluster::start(&endpoint);
+        let cluster = Cluster::with_etcd()?;
         let group = cluster.worker(&GROUP);
         cluster.expect(&[&group]);
-        let mut scene = Self { cluster, group, wanted: Vec::new(), _etcd: (etcd, data) };
+        let mut scene = Self { cluster, group, wanted: Vec::new() };
         for phase in PHASES {
             let (answers, _) = ended(scene.open(phase));
             assert!(answers.iter().all(|answer| answer.error.is_none()), "{answers:?}");
@@ -253,7 +251,7 @@ fn mocked(cluster: &Cluster, verb: &str, phase: Phase) -> (Vec<Answer>, Duration
     let _sound = cluster.worker(&MOCK);
     let ended = ended(streams);
     match verb {
-        "slow" | "nan" => assert!(!failing.has_ended(), "{verb}, {phase:?}"),
+        "slow" | "nan" => assert!(failing.ended().is_none(), "{verb}, {phase:?}"),
         _ => assert!(!failing.wait(DEADLINE).success(), "{verb}, {phase:?}"),
     }
     ended
@@ -261,8 +259,7 @@ fn mocked(cluster: &Cluster, verb: &str, phase: Phase) -> (Vec<Answer>, Duration
 
 #[test]
 fn every_failure_of_an_engine_has_its_outcome() {
-    let Some((_etcd, endpoint, _data)) = etcd() else { return };
-    let cluster = Cluster::start(&endpoint);
+    let Some(cluster) = Cluster::with_etcd() else { return };
     let mut table = FaultTable::with("engines", &COLUMNS);
     let (wanted, _) = mocked(&cluster, "die", Phase::Line);
     assert!(wanted.iter().all(|answer| answer.error.is_none()), "{wanted:?}");

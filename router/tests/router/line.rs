@@ -17,30 +17,40 @@ async fn queued(cluster: &Cluster) -> usize {
     value.expect("a gauge").parse().expect("a number")
 }
 
-#[tokio::test]
-async fn an_overload_is_told_at_once_and_a_line_that_moves_is_served() {
+/// A crowd in front of one place, with so long a limit of the line, and a newcomer that comes once
+/// enough places have come free to know how often they do: what it got. All others are answered.
+async fn behind_a_crowd<T>(limit: Duration, newcomer: impl AsyncFnOnce(&Cluster) -> T) -> T {
     let mut config = config();
-    config.deadlines.queue = Duration::from_secs(2);
+    config.deadlines.queue = limit;
     let cluster = Cluster::start(config, 1).await;
     cluster.worker().places.store(1, Ordering::SeqCst);
     *cluster.worker().pace.lock().unwrap() = Duration::from_millis(15);
     let http = cluster.http();
     let one = body();
-    // One after the other they take longer than the limit of the line.
     let crowd = join_all((0..20).map(|_| http.post(PATH, &one)));
     let newcomer = async {
         while queued(&cluster).await < 17 {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        // Enough places have come free to know how often they do.
         while queued(&cluster).await > 14 {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        let reply = http.post(PATH, &one).await;
-        (reply, queued(&cluster).await)
+        newcomer(&cluster).await
     };
-    let (crowd, (refused, waiting)) = tokio::join!(crowd, newcomer);
+    let (crowd, got) = tokio::join!(crowd, newcomer);
     assert!(crowd.iter().all(|reply| reply.status == 200), "the line moved to its end");
+    got
+}
+
+#[tokio::test]
+async fn an_overload_is_told_at_once_and_a_line_that_moves_is_served() {
+    // One after the other they take longer than this.
+    let limit = Duration::from_secs(2);
+    let newcomer = async |cluster: &Cluster| {
+        let reply = cluster.http().post(PATH, &body()).await;
+        (reply, queued(cluster).await)
+    };
+    let (refused, waiting) = behind_a_crowd(limit, newcomer).await;
     let words = refused.refusal(429, None);
     assert!(words.contains("choices wait"), "{words}");
     assert!(waiting > 8, "told while {waiting} others waited on");
@@ -138,29 +148,13 @@ async fn the_lowest_priority_number_goes_first_and_the_highest_makes_room() {
 
 #[tokio::test]
 async fn what_cannot_begin_within_its_own_limit_is_refused_at_once() {
-    let mut config = config();
-    config.deadlines.queue = Duration::from_secs(30);
-    let cluster = Cluster::start(config, 1).await;
-    cluster.worker().places.store(1, Ordering::SeqCst);
-    *cluster.worker().pace.lock().unwrap() = Duration::from_millis(15);
-    let http = cluster.http();
-    let one = body();
-    let crowd = join_all((0..20).map(|_| http.post(PATH, &one)));
-    let newcomer = async {
-        while queued(&cluster).await < 17 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        // Enough places have come free to know how often they do.
-        while queued(&cluster).await > 14 {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+    let newcomer = async |cluster: &Cluster| {
         let head = format!("{POST}x-request-timeout: 0.4\r\n");
         let began = Instant::now();
-        let reply = http.send(&head, one.to_string().as_bytes()).await;
+        let reply = cluster.http().send(&head, body().to_string().as_bytes()).await;
         (reply, began.elapsed())
     };
-    let (crowd, (refused, after)) = tokio::join!(crowd, newcomer);
-    assert!(crowd.iter().all(|reply| reply.status == 200));
+    let (refused, after) = behind_a_crowd(Duration::from_secs(30), newcomer).await;
     let words = refused.refusal(429, None);
     assert!(words.contains("own limit leaves 0."), "{words}");
     assert!(after < Duration::from_millis(400), "{after:?}");
