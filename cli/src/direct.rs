@@ -44,7 +44,7 @@ pub struct Direct {
 impl Direct {
     /// From here on the other ranks know that this one lives.
     pub fn new(group: Group) -> Result<Self> {
-        let Group { executor, info } = group;
+        let Group { executor, info, .. } = group;
         let executor = KeptAlive::new(executor, info.ranks)?;
         Ok(Self { executor, info, number: 0, id: 0, released: Vec::new() })
     }

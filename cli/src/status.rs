@@ -4,7 +4,7 @@ use std::{fmt::Write, time::Duration};
 
 use anyhow::{Context, Result};
 use clap::Args;
-use router::Status;
+use router::{Status, WorkerStatus};
 use ureq::Agent;
 
 use crate::address;
@@ -69,7 +69,9 @@ fn shown(address: &str, status: &Status) -> String {
                 worker.blocks_total
             );
             let news = worker.reason.as_ref().map_or(load, |reason| format!("not used: {reason}"));
-            let _ = writeln!(text, "  {} {} {state}: {news}", worker.address, worker.id);
+            let WorkerStatus { address, id, ranks, epoch, .. } = worker;
+            let epoch = if *epoch > 0 { format!(" in epoch {epoch}") } else { String::new() };
+            let _ = writeln!(text, "  {address} {id} {ranks} ranks{epoch}, {state}: {news}");
         }
     }
     text

@@ -24,7 +24,7 @@ use tokio::sync::watch;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// Reading weights.
+    /// Reading weights, or forming its group anew.
     Loading,
     /// Takes requests.
     Ready,
@@ -58,6 +58,12 @@ pub struct Instance {
     pub ranks: usize,
     /// KV pool, in the engine's blocks.
     pub blocks_total: usize,
+    /// How often its group was formed, where ranks are processes; else 0.
+    #[serde(default)]
+    pub epoch: u64,
+    /// Why it does not take requests, where it should; else empty.
+    #[serde(default)]
+    pub reason: String,
 }
 
 /// Bytes of one instance in its outer form, at most.

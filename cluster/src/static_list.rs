@@ -222,6 +222,8 @@ mod tests {
             vocab_size: 8,
             ranks: 1,
             blocks_total: 1,
+            epoch: 0,
+            reason: String::new(),
         }
     }
 

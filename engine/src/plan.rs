@@ -154,4 +154,12 @@ pub trait Executor: Send {
     /// Keeps waiting ranks from taking the leader for lost; called at least once a second while
     /// nothing is in flight.
     fn idle(&mut self) -> Result<(), ExecutorError>;
+    /// Becomes usable again after a failure, with nothing left of the plans before; ends early once
+    /// it is not `wanted` any more.
+    ///
+    /// # Errors
+    /// It cannot, and is of no further use.
+    fn recover(&mut self, _wanted: &dyn Fn() -> bool) -> Result<(), ExecutorError> {
+        Err(ExecutorError("it cannot be made anew".into()))
+    }
 }

@@ -23,7 +23,7 @@ pub use decoder::Loaded;
 pub use elements::{Elements, elements};
 pub use error::ModelError;
 pub use families::{FAMILIES, Family};
-pub use runner::{Runner, RunnerOptions, prefix_reuse_max};
+pub use runner::{ModelShard, Runner, RunnerOptions, prefix_reuse_max};
 pub use sampler::{Sampler, Seen, next_token};
 pub use shard::Shard;
 pub use weights::{Checkpoint, FfnBlock, Numbers, Role, Stack};

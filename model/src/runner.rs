@@ -96,17 +96,56 @@ impl RunningSequence {
     }
 }
 
+/// One rank's part of a model on its device, in no group: what a [`Runner`] is made of, and what is
+/// left of it when its group has failed.
+pub struct ModelShard<B: Backend> {
+    device: B,
+    decoder: Decoder<B>,
+    shard: Shard,
+    tables: RopeTables,
+    context_max: usize,
+}
+
+impl<B: Backend> ModelShard<B> {
+    /// Loads the part of rank `rank` of `world_size`, for sequences of up to `context_max` tokens;
+    /// `progress` hears how far that is.
+    ///
+    /// # Errors
+    /// What the checkpoint or the device refuses.
+    pub fn load(
+        device: B,
+        (rank, world_size): (usize, usize),
+        checkpoint: &Checkpoint,
+        context_max: usize,
+        progress: &mut dyn FnMut(Loaded),
+    ) -> Result<Self, ModelError> {
+        let config = checkpoint.config();
+        let tables = RopeTables::new(&config.rope, context_max);
+        let shard = checkpoint.shard(rank, world_size)?.joined_by(device.join(), config);
+        let decoder = Decoder::load(&device, checkpoint, &shard, &tables, progress)?;
+        Ok(Self { device, decoder, shard, tables, context_max })
+    }
+
+    pub fn device(&self) -> &B {
+        &self.device
+    }
+
+    /// Whether it is the part of that rank, for sequences of that length.
+    pub fn fits(&self, (rank, world_size): (usize, usize), context_max: usize) -> bool {
+        let Shard { rank: own, world_size: ranks, .. } = self.shard;
+        (own, ranks, self.context_max) == (rank, world_size, context_max)
+    }
+}
+
 /// One rank of a group with its part of a model.
 pub struct Runner<B: Backend, C: Collective<B>> {
-    device: B,
     group: C,
-    decoder: Decoder<B>,
+    model: ModelShard<B>,
     /// One for each layer.
     kv: Vec<B::Kv>,
     scratch: Scratch<B>,
     batch: BatchBuilder<B>,
     limits: Limits,
-    tables: RopeTables,
     sequences: HashMap<SequenceId, RunningSequence>,
     next_number: u64,
     /// The oldest first.
@@ -162,22 +201,40 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         options: RunnerOptions,
         progress: &mut dyn FnMut(Loaded),
     ) -> Result<Self, ModelError> {
-        let config = checkpoint.config();
-        let tables = RopeTables::new(&config.rope, options.context_max);
-        check_options(&options, &tables)?;
-        let shard = checkpoint.shard(group.rank(), group.world_size())?;
-        let shard = shard.joined_by(device.join(), config);
-        let decoder = Decoder::load(&device, checkpoint, &shard, &tables, progress)?;
+        let place = (group.rank(), group.world_size());
+        // Before the weights, which take long.
+        check_options(&options, &RopeTables::new(&checkpoint.config().rope, options.context_max))?;
+        let model =
+            ModelShard::load(device, place, checkpoint, options.context_max, progress)?;
+        Self::new(model, group, checkpoint.config(), options)
+    }
+
+    /// A rank of `group` with a part of the model of `config` that is loaded.
+    ///
+    /// # Errors
+    /// `Options` for sizes that cannot be indexed, or a part that is not this rank's; what the
+    /// device refuses.
+    pub fn new(
+        model: ModelShard<B>,
+        group: C,
+        config: &DecoderConfig,
+        options: RunnerOptions,
+    ) -> Result<Self, ModelError> {
+        check_options(&options, &model.tables)?;
+        if !model.fits((group.rank(), group.world_size()), options.context_max) {
+            return Err(ModelError::Options("the part of another rank was loaded".into()));
+        }
+        let ModelShard { device, shard, .. } = &model;
         let kv = (0..config.layers).map(|_| device.kv(options.blocks, shard.heads()));
         let kv = kv.collect::<Result<_, _>>()?;
-        let shape = scratch_shape(config, &shard, &options, device.logit_rows_max());
+        let shape = scratch_shape(config, shard, &options, device.logit_rows_max());
         let samples = group.rank() == 0;
         let on_device = match samples {
             true => device.sampling(shape.logit_rows_max, config.vocab, config.sampled_vocab)?,
             false => None,
         };
         Ok(Self {
-            batch: BatchBuilder::new(&device, &options, shard.heads(), config.logn)?,
+            batch: BatchBuilder::new(device, &options, shard.heads(), config.logn)?,
             logit_rows_max: shape.logit_rows_max,
             on_device,
             sampler: samples.then(|| Sampler::new(config.vocab, config.sampled_vocab)),
@@ -189,16 +246,26 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
                 samples,
                 prefix_reuse_max: prefix_reuse_max(config),
             },
-            scratch: Scratch::new(&device, &shape)?,
-            device,
+            scratch: Scratch::new(device, &shape)?,
+            model,
             group,
-            decoder,
             kv,
-            tables,
             sequences: HashMap::new(),
             next_number: 0,
             in_flight: VecDeque::new(),
         })
+    }
+
+    /// Leaves the group, which has failed, and keeps what was loaded.
+    ///
+    /// # Errors
+    /// The device is of no further use.
+    pub fn leave(self) -> Result<ModelShard<B>, ModelError> {
+        // The others first: devices may wait for one another.
+        let Self { group, model, .. } = self;
+        drop(group);
+        model.device.forget_steps()?;
+        Ok(model)
     }
 
     /// As the free function, for this model.
@@ -220,7 +287,7 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
                 let sequence = RunningSequence::new(
                     plan.number,
                     admission,
-                    &self.tables,
+                    &self.model.tables,
                     self.sampler.is_some(),
                 );
                 self.sequences.insert(chunk.sequence, sequence);

@@ -40,6 +40,8 @@ pub struct WorkerStatus {
     /// Why it does not.
     pub reason: Option<String>,
     pub ranks: usize,
+    /// How often its group was formed, where ranks are processes; else 0.
+    pub epoch: u64,
     pub context_max: usize,
     pub running: u32,
     pub waiting: u32,

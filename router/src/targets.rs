@@ -305,6 +305,8 @@ mod tests {
             vocab_size: 1000,
             ranks: 1,
             blocks_total: 100,
+            epoch: 0,
+            reason: String::new(),
         })
     }
 

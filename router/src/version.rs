@@ -52,12 +52,14 @@ impl Entry {
     }
 
     fn status(&self) -> WorkerStatus {
-        let Instance { id, address, state, ranks, context_max, blocks_total, .. } = &*self.instance;
+        let Instance { id, address, state, ranks, context_max, blocks_total, epoch, .. } =
+            &*self.instance;
         let presence = self.link.presence().borrow().clone();
         let load = self.link.last_told();
         let rests = self.link.rests();
         let (word, reason) = match presence {
-            _ if *state == State::Loading => ("unmet", Some("it loads".to_owned())),
+            Presence::Here if *state == State::Loading => ("here", Some(self.loads_for())),
+            _ if *state == State::Loading => ("unmet", Some(self.loads_for())),
             Presence::Unmet => ("unmet", Some("it has not answered yet".to_owned())),
             Presence::Silent => ("silent", Some("its process has stopped speaking".to_owned())),
             Presence::Away(reason) => ("away", Some(reason.to_string())),
@@ -73,6 +75,7 @@ impl Entry {
             usable: reason.is_none(),
             reason,
             ranks: *ranks,
+            epoch: *epoch,
             context_max: *context_max,
             running: load.running,
             waiting: load.waiting,
@@ -81,6 +84,14 @@ impl Entry {
             blocks_free: load.blocks_free,
             blocks_total: *blocks_total,
             in_flight: self.link.in_flight(),
+        }
+    }
+
+    /// What a loading worker does.
+    fn loads_for(&self) -> String {
+        match &*self.instance.reason {
+            "" => "it loads".to_owned(),
+            reason => format!("its group is formed anew: {reason}"),
         }
     }
 
@@ -164,6 +175,9 @@ impl Version {
             self.model.name
         );
         let away = self.entries.iter().find_map(|entry| match &*entry.link.presence().borrow() {
+            _ if !entry.instance.reason.is_empty() => {
+                Some(format!("; {}: {}", entry.link.id(), entry.instance.reason))
+            }
             Presence::Away(reason) => Some(format!("; {}: {reason}", entry.link.id())),
             Presence::Silent => Some(format!("; {} has stopped speaking", entry.link.id())),
             Presence::Unmet | Presence::Here => None,

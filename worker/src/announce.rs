@@ -10,6 +10,9 @@ use tokio::{sync::watch, time};
 
 use crate::{ModelInfo, WorkerError};
 
+/// Of a reason, so much is told.
+const REASON_CHARS_MAX: usize = 500;
+
 /// This worker's place in the roster.
 pub(crate) struct Announcement {
     instance: watch::Sender<Instance>,
@@ -38,6 +41,8 @@ impl Announcement {
             vocab_size: info.vocab,
             ranks: info.ranks,
             blocks_total: info.blocks,
+            epoch: 0,
+            reason: String::new(),
         };
         let (sender, receiver) = watch::channel(instance);
         let registration = membership.announce(receiver).await?;
@@ -49,8 +54,13 @@ impl Announcement {
         self.instance.subscribe()
     }
 
-    pub fn set_state(&self, state: State) {
-        self.instance.send_modify(|instance| instance.state = state);
+    /// `reason`: why the group does not serve, where it should.
+    pub fn set(&self, state: State, epoch: u64, reason: &str) {
+        // Of what ranks said last there may be much.
+        let reason: String = reason.chars().take(REASON_CHARS_MAX).collect();
+        self.instance.send_modify(|instance| {
+            *instance = Instance { state, epoch, reason, ..instance.clone() };
+        });
     }
 
     /// Leaves the roster and waits, up to `limit`, until it says so.

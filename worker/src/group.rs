@@ -11,12 +11,20 @@ mod leader;
 mod memory;
 mod node;
 mod nodes;
+mod place;
 mod process;
+mod rank;
 mod rank_process;
+mod restarts;
 mod sizing;
 mod threads;
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
 
 use cpu::{Isa, Precision};
 use cuda::CudaConfig;
@@ -26,7 +34,7 @@ use serde::{Deserialize, Serialize};
 
 pub use node::{NodeConfig, run_node};
 pub use nodes::Nodes;
-pub use process::{RANK_TOKEN_VARIABLE, RankConfig, run_rank};
+pub use rank::{RankConfig, run_rank};
 
 use crate::{
     MockConfig, WorkerError,
@@ -113,7 +121,7 @@ pub struct GroupConfig {
     /// group starts within a tokio runtime.
     pub nodes: Option<Nodes>,
     /// What to start for a rank that is a process: it must hand the arguments `rank --rank R
-    /// --world-size N --leader ADDR --epoch E` to `run_rank`. Default: this program.
+    /// --world-size N` to `run_rank`. Default: this program.
     pub rank_program: Option<PathBuf>,
 }
 
@@ -240,19 +248,21 @@ impl GroupPlan {
             Kind::Ranks(sizing) => sizing,
             Kind::Mock(info, config) => {
                 let executor = Box::new(Mock::new(config, info.vocab));
-                return Ok(Group { info: *info, executor });
+                return Ok(Group { info: *info, executor, epoch: Arc::default() });
             }
         };
         let RankOptions { device, cpu, .. } = &sizing.options;
-        let start = Start { sizing: &sizing, progress };
+        let epoch = Arc::default();
+        let start = Start { sizing: &sizing, epoch: Arc::clone(&epoch), progress };
         let executor = on_devices(device, sizing.config.ranks_here(), *cpu, start)?;
-        Ok(Group { info: sizing.info, executor })
+        Ok(Group { info: sizing.info, executor, epoch })
     }
 }
 
 /// Starts the ranks on devices that are chosen.
 struct Start<'a> {
     sizing: &'a Sizing,
+    epoch: Arc<AtomicU64>,
     progress: LoadProgress<'a>,
 }
 
@@ -262,7 +272,9 @@ impl Task for Start<'_> {
     fn on<D: Devices>(self, devices: D) -> Result<Box<dyn Executor>, WorkerError> {
         match self.sizing.config.rank_mode {
             RankMode::Threads => threads::start(self.sizing, devices, self.progress),
-            RankMode::Processes => process::start(self.sizing, devices, self.progress),
+            RankMode::Processes => {
+                process::start(self.sizing, devices, self.epoch, self.progress)
+            },
         }
     }
 }
@@ -272,6 +284,8 @@ pub struct Group {
     pub info: ModelInfo,
     /// Dropping it ends the ranks.
     pub executor: Box<dyn Executor>,
+    /// Counts how often the group was formed, where its ranks are processes; else 0.
+    pub epoch: Arc<AtomicU64>,
 }
 
 impl Group {

@@ -6,14 +6,15 @@
 //! results of the others are dealt with while a step runs. A reader that is gone is a cancelled
 //! sequence: its blocks are free before the next step. With nothing to do the thread sleeps, and
 //! wakes twice a second to tell the other ranks that it lives. The loop leaves a mark at every
-//! turn, so that others can tell when it hangs.
+//! turn, so that others can tell when it hangs. A group that fails takes its sequences with it; where
+//! it can be formed anew, the loop does so and goes on as at the start.
 
 use std::{
     collections::{HashMap, VecDeque},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel},
     },
     thread::{self, JoinHandle},
@@ -22,14 +23,16 @@ use std::{
 
 use engine::{
     Position, Request, Scheduler, SchedulerConfig, Stats,
-    plan::{Executor, SequenceId},
+    plan::{Executor, ExecutorError, SequenceId},
 };
 use tokio::sync::watch;
 
 use crate::{
     WorkerError,
+    health::{self, Health},
     mailbox::{Delivery, Mailbox, Output},
     metrics::Metrics,
+    panic_text,
     places::Places,
 };
 
@@ -48,6 +51,8 @@ struct Pulse {
     start: Instant,
     /// Milliseconds after `start`.
     turned: AtomicU64,
+    /// The loop is to end, whatever it is in.
+    stopping: AtomicBool,
 }
 
 impl Pulse {
@@ -69,7 +74,7 @@ pub struct Engine {
     pulse: Arc<Pulse>,
     context_max: usize,
     stats: watch::Receiver<Stats>,
-    failure: Arc<watch::Sender<Option<String>>>,
+    health: Arc<watch::Sender<Health>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -84,14 +89,19 @@ impl Engine {
         let places = Arc::new(Places::new(waiting_max, running_max));
         // What was accepted is not refused: those on their way to a place count there as waiting.
         config.waiting_max = waiting_max + running_max;
-        let scheduler = Scheduler::new(config);
+        let scheduler = Scheduler::new(config.clone());
         let context_max = scheduler.context_max();
-        let pulse = Arc::new(Pulse { start: Instant::now(), turned: AtomicU64::new(0) });
+        let pulse = Arc::new(Pulse {
+            start: Instant::now(),
+            turned: AtomicU64::new(0),
+            stopping: AtomicBool::new(false),
+        });
         let (commands, inbox) = channel();
         let (stats_sender, stats) = watch::channel(scheduler.stats());
-        let failure = Arc::new(watch::Sender::new(None));
+        let health = Arc::new(watch::Sender::new(Health::Serves));
         metrics.observe(&Stats::default(), &scheduler.stats());
         let core = Core {
+            config,
             last: scheduler.stats(),
             scheduler,
             executor,
@@ -109,20 +119,23 @@ impl Engine {
         let thread = thread::Builder::new()
             .name("engine".into())
             .spawn({
-                let failure = Arc::clone(&failure);
-                move || core.run_to_end(&failure)
+                let health = Arc::clone(&health);
+                move || core.run_to_end(&health)
             })
             .map_err(WorkerError::io("starting the engine thread"))?;
         let thread = Mutex::new(Some(thread));
-        Ok(Self { commands, places, pulse, context_max, stats, failure, thread })
+        Ok(Self { commands, places, pulse, context_max, stats, health, thread })
     }
 
     /// Accepts a request, or refuses it, at once. The output's first update comes when the first
     /// result does.
     ///
-    /// Errors: it can never run or too many wait (`Engine`), or the group is lost (`Group`).
+    /// Errors: it can never run or too many wait (`Engine`), or the group does not serve (`Group`).
     pub fn run(&self, request: Request) -> Result<Output, WorkerError> {
         request.check(self.context_max)?;
+        if *self.health.borrow() != Health::Serves {
+            return Err(self.lost());
+        }
         let known = request.prompt.len() + request.generated.len();
         let waiting_ahead = self.places.take()?;
         let position = Position { waiting_ahead, known, ..Position::default() };
@@ -138,7 +151,11 @@ impl Engine {
     }
 
     /// How long ago the loop last turned: an idle one turns twice a second, a busy one once a step.
+    /// Nothing while the group is formed anew, which has limits of its own.
     pub fn silent_for(&self) -> Duration {
+        if self.health.borrow().is_formed() {
+            return Duration::ZERO;
+        }
         self.pulse.age()
     }
 
@@ -147,30 +164,37 @@ impl Engine {
         self.stats.clone()
     }
 
-    /// Becomes `Some(reason)` when the group is lost.
-    pub fn failure(&self) -> watch::Receiver<Option<String>> {
-        self.failure.subscribe()
+    /// Whether the group serves, now and later.
+    pub fn health(&self) -> watch::Receiver<Health> {
+        self.health.subscribe()
     }
 
     /// Takes the group for lost though the loop has not ended: it hangs.
     pub(crate) fn give_up(&self, reason: &str) {
-        set_failure(&self.failure, reason);
+        health::set(&self.health, Health::Lost(reason.to_owned()));
     }
 
     /// Why the group is lost, once it is.
     pub(crate) fn loss(&self) -> Option<String> {
-        self.failure.borrow().clone()
+        let health = self.health.borrow();
+        health.reason().filter(|_| health.is_lost()).map(str::to_owned)
     }
 
     fn lost(&self) -> WorkerError {
-        WorkerError::Group(self.loss().unwrap_or_else(|| "the engine has stopped".into()))
+        let reason = self.health.borrow().reason().map(str::to_owned);
+        WorkerError::Group(reason.unwrap_or_else(|| "the engine has stopped".into()))
     }
 
     /// Ends the loop and waits for it and the ranks behind it: at most the steps in flight, within
-    /// the executor's deadlines. Blocks the calling thread.
+    /// the executor's deadlines. A group that is being formed is not waited for: it has nothing to
+    /// end in order. Blocks the calling thread.
     pub fn stop(&self) {
         // An error says that the loop has ended already.
         let _ended = self.commands.send(Command::Stop);
+        self.pulse.stopping.store(true, Ordering::Relaxed);
+        if self.health.borrow().is_formed() {
+            return;
+        }
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(thread) = thread {
             // The loop catches its own panics and tells them as the failure.
@@ -183,20 +207,13 @@ impl Drop for Engine {
     fn drop(&mut self) {
         // The loop ends as well when the channel closes; this only wakes it earlier.
         let _ended = self.commands.send(Command::Stop);
+        self.pulse.stopping.store(true, Ordering::Relaxed);
     }
-}
-
-/// The first reason stays.
-fn set_failure(failure: &watch::Sender<Option<String>>, reason: &str) {
-    failure.send_if_modified(|known| {
-        let first = known.is_none();
-        known.get_or_insert_with(|| reason.to_owned());
-        first
-    });
 }
 
 /// What the thread owns.
 struct Core {
+    config: SchedulerConfig,
     scheduler: Scheduler,
     executor: Box<dyn Executor>,
     inbox: Receiver<Command>,
@@ -216,29 +233,55 @@ struct Core {
 }
 
 impl Core {
-    fn run_to_end(mut self, failure: &watch::Sender<Option<String>>) {
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.run()));
-        let reason = match outcome {
-            Ok(Ok(())) => None,
-            Ok(Err(reason)) => Some(reason),
-            Err(panic) => Some(format!("the engine panicked: {}", crate::panic_text(&*panic))),
-        };
-        if let Some(reason) = &reason {
+    fn run_to_end(mut self, health: &watch::Sender<Health>) {
+        loop {
+            let outcome = catch_unwind(AssertUnwindSafe(|| self.run()));
+            let (reason, panicked) = match outcome {
+                Ok(Ok(())) => return self.fail_all("the engine has stopped"),
+                Ok(Err(reason)) => (reason, false),
+                Err(panic) => (format!("the engine panicked: {}", panic_text(&*panic)), true),
+            };
             tracing::error!(%reason, "group failed");
             self.metrics.group_failed();
+            if !panicked {
+                health::set(health, Health::Forms(reason.clone()));
+            }
+            self.fail_all(&reason);
+            if !panicked && self.form_again().is_ok() {
+                self.pulse.turn();
+                health::set(health, Health::Serves);
+                continue;
+            }
+            health::set(health, Health::Lost(reason));
+            return;
         }
-        let told = reason.as_deref().unwrap_or("the engine has stopped");
-        for mailbox in self.mailboxes.values() {
-            mailbox.fail(told);
-        }
+    }
+
+    /// Everything that was asked of this engine ends for `reason`.
+    fn fail_all(&mut self, reason: &str) {
+        self.mailboxes.drain().for_each(|(_, mailbox)| mailbox.fail(reason));
         for command in self.inbox.try_iter() {
             if let Command::Submit { delivery, .. } = command {
-                delivery.fail(told);
+                delivery.fail(reason);
             }
         }
-        if let Some(reason) = &reason {
-            set_failure(failure, reason);
-        }
+    }
+
+    /// A new group, and nothing that was planned for the old one.
+    fn form_again(&mut self) -> Result<(), ExecutorError> {
+        let pulse = Arc::clone(&self.pulse);
+        let wanted = || !pulse.stopping.load(Ordering::Relaxed);
+        self.executor.recover(&wanted).inspect_err(|error| {
+            tracing::error!(%error, "the group is not formed anew");
+        })?;
+        self.scheduler = Scheduler::new(self.config.clone());
+        self.last = self.scheduler.stats();
+        self.received = 0;
+        self.launched.clear();
+        self.positions_told = None;
+        self.places.clear();
+        self.stats.send_replace(self.last);
+        Ok(())
     }
 
     /// Until stopped, or until the group fails with the reason given.

@@ -5,6 +5,7 @@ mod announce;
 mod error;
 mod group;
 mod handle;
+mod health;
 mod mailbox;
 mod metrics;
 mod mock;
@@ -20,9 +21,10 @@ use std::any::Any;
 pub use error::WorkerError;
 pub use group::{
     Device, Group, GroupConfig, GroupPlan, LoadProgress, ModelInfo, NcclUse, NodeConfig, Nodes,
-    RANK_TOKEN_VARIABLE, RankConfig, RankMode, run_node, run_rank,
+    RankConfig, RankMode, run_node, run_rank,
 };
 pub use handle::Engine;
+pub use health::Health;
 pub use mailbox::{News, Output};
 pub use metrics::Metrics;
 pub use mock::{MockConfig, MockFault, MockFaultKind, mock_answer};

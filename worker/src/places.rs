@@ -59,6 +59,11 @@ impl Places {
         self.counts().open += ended;
     }
 
+    /// Nobody waits or runs any more.
+    pub fn clear(&self) {
+        *self.counts() = Counts { inbox: 0, scheduled: 0, open: self.running_max };
+    }
+
     fn counts(&self) -> MutexGuard<'_, Counts> {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }

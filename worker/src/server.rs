@@ -6,7 +6,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -128,7 +128,8 @@ impl Worker {
         let metrics = Arc::new(Metrics::new(name));
         let bounds = group.info.scheduler_config(config.waiting_max);
         let engine = Engine::start(group.executor, bounds, Arc::clone(&metrics))?;
-        at.announcement.set_state(State::Ready);
+        let epoch = group.epoch;
+        at.announcement.set(State::Ready, epoch.load(Ordering::Relaxed), "");
         let (closing, closed) = watch::channel(false);
         let (drain, drain_asked) = watch::channel(None);
         let shared = Arc::new(ServiceState {
@@ -151,6 +152,7 @@ impl Worker {
             closing,
             drain_limit: config.drain_limit,
             step_limit: config.group.step_limit,
+            epoch,
         };
         let task = tokio::spawn(task.run(shutdown, drain_asked));
         Ok(WorkerHandle { addr: at.addr, shared, task })

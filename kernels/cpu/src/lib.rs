@@ -38,7 +38,7 @@ use std::{
 };
 
 /// How a `Cpu` computes.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuConfig {
     /// Threads of every op, the caller's among them; at least 1.
     pub threads: usize,

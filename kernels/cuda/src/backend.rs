@@ -342,6 +342,12 @@ impl<D: Driver> Backend for Cuda<D> {
         self.run_captured((batch.tokens, batch.cuts.fused), ops)
     }
 
+    fn forget_steps(&self) -> Result<(), KernelError> {
+        self.wait(self.mark()?)?;
+        self.graphs.forget();
+        Ok(())
+    }
+
     fn logit_rows_max(&self) -> usize {
         LOGIT_ROWS_MAX
     }

@@ -2,7 +2,7 @@
 //! behind it.
 
 use super::{
-    Runner,
+    ModelShard, Runner,
     batch::{WantedRow, wanted_rows},
     results::{Results, is_answered, samples},
 };
@@ -50,7 +50,7 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
 
     /// Whether a plan may follow one that is in flight: the device knows what it sampled.
     pub fn runs_ahead(&self) -> bool {
-        self.device.keeps_sampled()
+        self.model.device.keeps_sampled()
     }
 
     /// Whether `plan` can be launched while the one before it is in flight: whatever it goes on
@@ -96,7 +96,7 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
             return Ok(());
         }
         let rows = self.graph_rows(plan);
-        let Self { device, batch, sequences, on_device, .. } = self;
+        let Self { model: ModelShard { device, .. }, batch, sequences, on_device, .. } = self;
         batch.prepare(plan, sequences, rows, device.keeps_sampled())?;
         let answered = match on_device {
             Some(room) => batch.ask(device, room, plan, sequences)?,
@@ -109,8 +109,8 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
             false => InFlight::done(self.read_logits(plan, &answered, rows.is_some())?),
         };
         self.share(plan)?;
-        self.group.end_step(&self.device)?;
-        let mark = Some(self.device.mark()?);
+        self.group.end_step(&self.model.device)?;
+        let mark = Some(self.model.device.mark()?);
         self.in_flight.push_back(InFlight { mark, ..step });
         Ok(())
     }
@@ -126,13 +126,13 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         let InFlight { mark, launched, output } = self.in_flight.pop_front().ok_or_else(none)?;
         let Some(mark) = mark else { return Ok(output) };
         // First: what the group knows explains why a device does not finish.
-        self.group.check(&self.device)?;
-        self.device.wait(mark)?;
+        self.group.check(&self.model.device)?;
+        self.model.device.wait(mark)?;
         let (Some(Launched { plan, rows }), Some(sampler)) = (launched, &mut self.sampler) else {
             return Ok(output);
         };
         let answers = match &mut self.on_device {
-            Some(room) if !rows.is_empty() => self.device.answers(room)?,
+            Some(room) if !rows.is_empty() => self.model.device.answers(room)?,
             _ => Vec::new(),
         };
         let mut results = Results::new(&plan, sampler, &mut self.sequences);
@@ -144,7 +144,7 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
 
     /// The layers; the logits of all rows too where the step is of a captured size.
     fn forward(&mut self, rows: Option<usize>) -> Result<(), ModelError> {
-        let Self { device, group, kv, scratch, decoder, batch, .. } = self;
+        let Self { model: ModelShard { device, decoder, .. }, group, kv, scratch, batch, .. } = self;
         let mut cx = Context { device: &*device, group, kv, scratch };
         let batch = &batch.batch;
         let Some(rows) = rows else { return decoder.forward(&mut cx, batch) };
@@ -156,7 +156,8 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
 
     /// Begins to choose the tokens that are wanted, on rank 0.
     fn sample(&mut self, plan: &StepPlan, are_there: bool) -> Result<InFlight<B>, ModelError> {
-        let Self { device, group, kv, scratch, decoder, batch, on_device, .. } = self;
+        let Self { model, group, kv, scratch, batch, on_device, .. } = self;
+        let ModelShard { device, decoder, .. } = model;
         let rows = batch.wanted.clone();
         let mut cx = Context { device: &*device, group, kv, scratch };
         match are_there {
@@ -174,17 +175,17 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
     /// What rank 0 sampled reaches the other ranks' devices, where they keep it.
     fn share(&mut self, plan: &StepPlan) -> Result<(), ModelError> {
         let samples = plan.chunks.iter().any(samples);
-        if !samples || !self.device.keeps_sampled() || self.limits.world_size == 1 {
+        if !samples || !self.model.device.keeps_sampled() || self.limits.world_size == 1 {
             return Ok(());
         }
-        Ok(self.group.share(&self.device, &mut self.batch.batch.last_ids)?)
+        Ok(self.group.share(&self.model.device, &mut self.batch.batch.last_ids)?)
     }
 
     /// The size to which `plan` is padded, where all it does is to sample a token of each sequence
     /// and the device captures such steps.
     fn graph_rows(&self, plan: &StepPlan) -> Option<usize> {
         let decodes = |chunk: &Chunk| chunk.tokens.len() == 1 && chunk.want == Want::Sample;
-        let rows = self.device.graph_rows(plan.chunks.len())?;
+        let rows = self.model.device.graph_rows(plan.chunks.len())?;
         let exchanged = rows * self.scratch.hidden_cols();
         let fits = rows <= self.logit_rows_max && self.group.is_captured(exchanged);
         (fits && plan.chunks.iter().all(decodes)).then_some(rows)
@@ -198,7 +199,7 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         answered: &[bool],
         are_there: bool,
     ) -> Result<StepOutput, ModelError> {
-        let Self { device, decoder, batch, scratch, limits, .. } = self;
+        let Self { model: ModelShard { device, decoder, .. }, batch, scratch, limits, .. } = self;
         let mut cx = Context { device, group: &mut self.group, kv: &mut self.kv, scratch };
         let mut results =
             self.sampler.as_mut().map(|sampler| Results::new(plan, sampler, &mut self.sequences));

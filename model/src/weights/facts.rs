@@ -10,16 +10,15 @@ use crate::ModelError;
 
 impl Checkpoint {
     /// What there is and what it is like: a hash of the configuration, each tensor's type and
-    /// shape, and a hash of the last norm's numbers, which differ between models of one shape.
-    /// Equal for copies, wherever they are, as this program sees them.
+    /// shape, and a name for a piece of each tensor's numbers, which differ between models of one
+    /// shape. Equal for copies, wherever they are, as this program sees them.
     ///
     /// # Errors
-    /// `Io` and `Checkpoint` where the norm cannot be read.
+    /// `Io` and `Checkpoint` where the numbers cannot be read.
     pub fn facts(&self) -> Result<BTreeMap<String, String>, ModelError> {
-        let norm: Vec<u32> = self.final_norm()?.iter().map(|value| value.to_bits()).collect();
         let mut facts = BTreeMap::from([
             ("the configuration".to_owned(), hashed(&format!("{:?}", self.config))),
-            ("the last norm's content".to_owned(), hashed(&norm)),
+            ("the numbers' content".to_owned(), self.fingerprint(&BTreeMap::new())?),
         ]);
         if let Source::Files { tensors, .. } = &self.source {
             let named = tensors.names().filter_map(|name| tensors.get(name));
@@ -32,8 +31,8 @@ impl Checkpoint {
     }
 }
 
-fn hashed(value: &impl Hash) -> String {
+fn hashed(text: &str) -> String {
     let mut hasher = DefaultHasher::new();
-    value.hash(&mut hasher);
+    text.hash(&mut hasher);
     format!("{:016x}", hasher.finish())
 }

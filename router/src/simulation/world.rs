@@ -130,6 +130,8 @@ impl World {
             vocab_size: POISON_VOCAB,
             ranks: 1,
             blocks_total: 1000,
+            epoch: 0,
+            reason: String::new(),
         };
         let running = 1 + draw.below(6) as usize;
         let places = (running, running + draw.below(6) as usize);

@@ -117,6 +117,8 @@ impl Cluster {
             vocab_size: 512,
             ranks: 1,
             blocks_total: 256,
+            epoch: 0,
+            reason: String::new(),
         };
         change(&mut instance);
         *worker.instance.lock().unwrap() = Some(instance.clone());

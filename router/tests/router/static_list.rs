@@ -23,6 +23,8 @@ fn instance() -> Instance {
         vocab_size: 512,
         ranks: 1,
         blocks_total: 256,
+        epoch: 0,
+        reason: String::new(),
     }
 }
 

@@ -27,30 +27,31 @@ const STEP_DEADLINE: Duration = Duration::from_secs(3600);
 const LOOK: Duration = Duration::from_millis(100);
 
 type Output = Result<StepOutput, ExecutorError>;
+type Thread<B, C> = JoinHandle<Option<Box<Runner<B, C>>>>;
 
 /// Runs up to two plans, in order.
-pub(super) struct DeviceThread {
+pub(super) struct DeviceThread<B: Backend, C: Collective<B>> {
     /// Closed to end the thread: after the step that it is in.
     channels: Option<(SyncSender<StepPlan>, Receiver<Output>)>,
     in_flight: usize,
-    thread: Option<JoinHandle<()>>,
+    /// Its result is the runner, unless it panicked.
+    thread: Option<Thread<B, C>>,
 }
 
-impl DeviceThread {
+impl<B: Backend, C: Collective<B>> DeviceThread<B, C> {
     /// Fails when the system gives no thread.
-    pub fn start<B: Backend, C: Collective<B>>(
-        mut runner: Runner<B, C>,
-    ) -> Result<Self, WorkerError> {
+    pub fn start(runner: Runner<B, C>) -> Result<Self, WorkerError> {
+        let mut runner = Box::new(runner);
         let (plans, inbox) = sync_channel(PLANS_IN_FLIGHT_MAX);
         // One more: for the reason of the thread's end.
         let (outbox, outputs) = sync_channel(PLANS_IN_FLIGHT_MAX + 1);
         let body = move || {
             let ran = catch_unwind(AssertUnwindSafe(|| run_plans(&mut runner, &inbox, &outbox)));
-            if let Err(panic) = ran {
-                let reason = format!("rank 0 panicked: {}", panic_text(&*panic));
-                // Nobody is left to hear it where the other end is gone.
-                let _unheard = outbox.try_send(Err(ExecutorError(reason))).is_err();
-            }
+            let Err(panic) = ran else { return Some(runner) };
+            let reason = format!("rank 0 panicked: {}", panic_text(&*panic));
+            // Nobody is left to hear it where the other end is gone.
+            let _unheard = outbox.try_send(Err(ExecutorError(reason))).is_err();
+            None
         };
         let thread = thread::Builder::new().name("rank-0".into()).spawn(body);
         let thread = thread.map_err(WorkerError::io("starting the device's thread"))?;
@@ -59,6 +60,18 @@ impl DeviceThread {
 
     fn ended() -> ExecutorError {
         ExecutorError("the device's thread has ended".into())
+    }
+
+    /// Ends the thread, after the step that it is in; its runner.
+    ///
+    /// Errors: it panicked.
+    pub fn end(mut self) -> Result<Runner<B, C>, ExecutorError> {
+        self.channels = None;
+        let ended = self.thread.take().map(JoinHandle::join);
+        let Some(Ok(Some(runner))) = ended else {
+            return Err(ExecutorError("rank 0 panicked".into()));
+        };
+        Ok(*runner)
     }
 
     /// As `finish`; fails as soon as `lost` says that a rank is: its device would wait in vain.
@@ -132,7 +145,7 @@ fn begin<B: Backend, C: Collective<B>>(
     Ok(before)
 }
 
-impl Executor for DeviceThread {
+impl<B: Backend, C: Collective<B>> Executor for DeviceThread<B, C> {
     fn depth(&self) -> usize {
         PLANS_IN_FLIGHT_MAX
     }
@@ -158,7 +171,7 @@ impl Executor for DeviceThread {
     }
 }
 
-impl Drop for DeviceThread {
+impl<B: Backend, C: Collective<B>> Drop for DeviceThread<B, C> {
     fn drop(&mut self) {
         self.channels = None;
         if let Some(thread) = self.thread.take() {
@@ -183,7 +196,7 @@ mod tests {
     use super::*;
     use crate::group::{
         failures::RankFailures,
-        leader::{Followers, Ranks, lead},
+        leader::{Followers, Leader, Ranks},
     };
 
     const OPTIONS: RunnerOptions =
@@ -193,7 +206,7 @@ mod tests {
 
     impl Followers for Nobody {
         fn expect_end(&mut self) {}
-        fn shutdown(&mut self) {}
+        fn shutdown(&mut self, _told: bool) {}
     }
 
     /// A group of one rank, on a thread beside this one or not.
@@ -207,7 +220,7 @@ mod tests {
         let control = Threads::group(1).remove(0);
         assert_eq!(control.world_size(), 1);
         let ranks = Ranks { failures: RankFailures::default(), followers: Nobody };
-        lead(runner, control, ranks, (beside, Duration::from_secs(60))).unwrap()
+        Box::new(Leader::new(runner, control, ranks, (beside, Duration::from_secs(60))).unwrap())
     }
 
     /// Runs some requests; what each was answered, and how many tokens were planned unknown.

@@ -21,10 +21,17 @@ const SETTLE: Duration = Duration::from_millis(100);
 /// time.
 const REPORTS_MAX: usize = 4;
 
+struct Failure {
+    rank: usize,
+    reason: String,
+    /// Its process may be as good as new.
+    lives: bool,
+}
+
 #[derive(Default)]
 struct State {
-    /// By rank, which ends once.
-    list: Vec<(usize, String)>,
+    /// Each rank once.
+    list: Vec<Failure>,
     links: Option<Cut>,
 }
 
@@ -43,9 +50,19 @@ pub(super) struct RankFailures {
 impl RankFailures {
     /// A rank has ended, or must. What else is told of it later does not count.
     pub fn report(&self, rank: usize, reason: impl Into<String>) {
+        self.add(Failure { rank, reason: reason.into(), lives: false });
+    }
+
+    /// A rank has left the group, for a reason of its own.
+    pub fn report_left(&self, rank: usize) {
+        self.add(Failure { rank, reason: "it has left the group".into(), lives: true });
+    }
+
+    fn add(&self, failure: Failure) {
         let mut state = self.state();
-        if state.list.len() < REPORTS_MAX && state.list.iter().all(|(known, _)| *known != rank) {
-            state.list.push((rank, reason.into()));
+        let is_known = state.list.iter().any(|known| known.rank == failure.rank);
+        if state.list.len() < REPORTS_MAX && !is_known {
+            state.list.push(failure);
         }
         state.links.iter().for_each(Cut::cut);
         drop(state);
@@ -59,6 +76,22 @@ impl RankFailures {
             links.cut();
         }
         state.links = Some(links);
+    }
+
+    /// Nobody waits on the links any more, whether or not a rank has failed.
+    pub fn cut_links(&self) {
+        self.state().links.iter().for_each(Cut::cut);
+    }
+
+    /// The ranks that have ended, or must.
+    pub fn ended(&self) -> Vec<usize> {
+        let state = self.state();
+        state.list.iter().filter(|failure| !failure.lives).map(|failure| failure.rank).collect()
+    }
+
+    /// For the next epoch, in which nobody has failed yet.
+    pub fn clear(&self) {
+        *self.state() = State::default();
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -78,7 +111,7 @@ impl RankFailures {
             state = self.state();
         }
         let lines: Vec<String> =
-            state.list.iter().map(|(rank, reason)| format!("rank {rank}: {reason}")).collect();
+            state.list.iter().map(|known| format!("rank {}: {}", known.rank, known.reason)).collect();
         (!lines.is_empty()).then(|| lines.join("; "))
     }
 
@@ -108,5 +141,9 @@ mod tests {
         });
         assert_eq!(told.as_deref(), Some("rank 2: lost rank 0; rank 1: killed"));
         assert_eq!(failures.describe(Duration::ZERO), told);
+        failures.report_left(3);
+        assert_eq!(failures.ended(), [2, 1]);
+        failures.clear();
+        assert_eq!(failures.describe(Duration::ZERO), None);
     }
 }

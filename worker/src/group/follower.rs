@@ -10,7 +10,7 @@ use collective::{Collective, CollectiveError, HostCollective};
 use cpu::CpuConfig;
 use engine::plan::StepPlan;
 use kernels::Backend;
-use model::{Checkpoint, ModelError, Numbers, Runner, RunnerOptions};
+use model::{Checkpoint, ModelError, ModelShard, Numbers, Runner, RunnerOptions};
 use serde::{Deserialize, Serialize};
 
 use super::{Device, LoadProgress, devices::Devices, leader::Received};
@@ -54,25 +54,49 @@ pub(super) fn open(path: &Path, random: Option<Numbers>) -> Result<Checkpoint, M
     }
 }
 
-/// Loads this rank's share on its device.
+/// This rank with its share of the model: the one that is `held`, where it is the right one, or
+/// loaded on its device.
 pub(super) fn load<D: Devices, H: HostCollective>(
     devices: &D,
     data: H,
-    checkpoint: &Checkpoint,
-    options: &RankOptions,
+    (checkpoint, options): (&Checkpoint, &RankOptions),
+    held: &mut Option<ModelShard<D::Backend>>,
     progress: LoadProgress<'_>,
 ) -> Result<Runner<D::Backend, D::Link<H>>, WorkerError> {
-    let device = devices.open(data.rank(), options.step_deadline)?;
-    let sum_elements_max = options.runner.step_tokens_max * checkpoint.config().hidden;
-    let link = devices.link(&device, data, options.step_deadline, sum_elements_max)?;
-    Ok(Runner::load(device, link, checkpoint, options.runner, progress)?)
+    let (place, context_max) = ((data.rank(), data.world_size()), options.runner.context_max);
+    let elements_max = options.runner.step_tokens_max * checkpoint.config().hidden;
+    let link = |device: &D::Backend| {
+        devices.link(device, data, options.step_deadline, elements_max)
+    };
+    held.take_if(|shard| !shard.fits(place, context_max));
+    let (link, shard) = match held.take() {
+        Some(shard) => {
+            let link = link(shard.device());
+            // Another rank may be what is wrong with the link.
+            match link {
+                Ok(link) => (link, shard),
+                Err(error) => {
+                    *held = Some(shard);
+                    return Err(error);
+                }
+            }
+        }
+        None => {
+            let device = devices.open(place.0, options.step_deadline)?;
+            let link = link(&device)?;
+            let shard = ModelShard::load(device, place, checkpoint, context_max, progress)?;
+            (link, shard)
+        }
+    };
+    Ok(Runner::new(shard, link, checkpoint.config(), options.runner)?)
 }
 
-/// What this rank has got, once every rank has; else why the first of the others has not.
+/// Whether every other rank has what it needs; else why the first of them has not. `mine` is what
+/// they hear of this one.
 pub(super) fn agree<T>(
     control: &mut dyn HostCollective,
-    mine: Result<T, WorkerError>,
-) -> Result<T, WorkerError> {
+    mine: &Result<T, WorkerError>,
+) -> Result<(), WorkerError> {
     let gone = |error: &WorkerError| {
         let WorkerError::Model(ModelError::Collective(error)) = error else { return false };
         matches!(error, CollectiveError::Gone { .. })
@@ -81,14 +105,32 @@ pub(super) fn agree<T>(
     let reason = mine.as_ref().err().filter(|error| !gone(error)).map(ToString::to_string);
     let reasons = match control.all_gather_bytes(reason.unwrap_or_default().as_bytes()) {
         Ok(reasons) => reasons,
-        Err(error) => return mine.and(Err(ModelError::from(error).into())),
+        // What is wrong with this rank says more.
+        Err(_) if mine.is_err() => return Ok(()),
+        Err(error) => return Err(ModelError::from(error).into()),
     };
     match reasons.iter().position(|reason| !reason.is_empty()) {
         Some(rank) if reasons[control.rank()].is_empty() => {
             let reason = String::from_utf8_lossy(&reasons[rank]);
             Err(WorkerError::Group(format!("rank {rank}: {reason}")))
         }
-        _ => mine,
+        _ => Ok(()),
+    }
+}
+
+/// This rank, once every rank has loaded; else `held` has what it has loaded.
+pub(super) fn all_loaded<B: Backend, C: Collective<B>>(
+    control: &mut dyn HostCollective,
+    loaded: Result<Runner<B, C>, WorkerError>,
+    held: &mut Option<ModelShard<B>>,
+) -> Result<Runner<B, C>, WorkerError> {
+    match (agree(control, &loaded), loaded) {
+        (Ok(()), loaded) => loaded,
+        (Err(error), Ok(runner)) => {
+            *held = Some(runner.leave()?);
+            Err(error)
+        }
+        (Err(error), Err(_)) => Err(error),
     }
 }
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 use collective::{Collective, HostCollective};
 use engine::plan::{Executor, ExecutorError, StepOutput, StepPlan};
 use kernels::Backend;
-use model::Runner;
+use model::{ModelShard, Runner};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -41,24 +41,26 @@ pub(super) enum Received {
 pub(super) trait Followers: Send {
     /// `Stop` comes next: a rank that ends from now on has not failed.
     fn expect_end(&mut self);
-    /// They were sent `Stop`, where that was possible; returns once they have ended.
-    fn shutdown(&mut self);
+    /// Returns once they have ended. They were sent `Stop`, or that was not possible.
+    fn shutdown(&mut self, told: bool);
 }
 
 /// Rank 0's own share.
 enum Share<B: Backend, C: Collective<B>> {
     /// Runs in `finish`, and what was launched.
     Here(Box<Runner<B, C>>, Option<StepPlan>),
-    Beside(DeviceThread),
+    Beside(DeviceThread<B, C>),
 }
 
-struct Leader<B: Backend, C: Collective<B>> {
+/// Rank 0 of a group whose other ranks were started; ends them with it.
+pub(super) struct Leader<B: Backend, C: Collective<B>> {
     /// `None` once the group ends.
     share: Option<Share<B, C>>,
     /// `None` when there are no others.
     control: Option<Box<dyn HostCollective>>,
     failures: RankFailures,
-    followers: Box<dyn Followers>,
+    /// `None` once they are another leader's.
+    followers: Option<Box<dyn Followers>>,
     /// As `GroupConfig::step_limit`: so far followers may lag.
     step_limit: Duration,
     message: Vec<u8>,
@@ -70,30 +72,50 @@ pub(super) struct Ranks<F> {
     pub followers: F,
 }
 
-/// What runs the plans of a group whose other ranks were started. `beside`: devices compute while
-/// the host does something else.
-pub(super) fn lead<B: Backend, C: Collective<B>>(
-    runner: Runner<B, C>,
-    control: impl HostCollective,
-    ranks: Ranks<impl Followers + 'static>,
-    (beside, step_limit): (bool, Duration),
-) -> Result<Box<dyn Executor>, WorkerError> {
-    let others = control.world_size() > 1;
-    let share = match beside {
-        true => Share::Beside(DeviceThread::start(runner)?),
-        false => Share::Here(Box::new(runner), None),
-    };
-    Ok(Box::new(Leader {
-        share: Some(share),
-        control: others.then(|| Box::new(control) as Box<dyn HostCollective>),
-        failures: ranks.failures,
-        followers: Box::new(ranks.followers),
-        step_limit,
-        message: Vec::new(),
-    }))
-}
-
 impl<B: Backend, C: Collective<B>> Leader<B, C> {
+    /// `beside`: devices compute while the host does something else.
+    pub fn new(
+        runner: Runner<B, C>,
+        control: impl HostCollective,
+        ranks: Ranks<impl Followers + 'static>,
+        (beside, step_limit): (bool, Duration),
+    ) -> Result<Self, WorkerError> {
+        let others = control.world_size() > 1;
+        let share = match beside {
+            true => Share::Beside(DeviceThread::start(runner)?),
+            false => Share::Here(Box::new(runner), None),
+        };
+        Ok(Self {
+            share: Some(share),
+            control: others.then(|| Box::new(control) as Box<dyn HostCollective>),
+            failures: ranks.failures,
+            followers: Some(Box::new(ranks.followers)),
+            step_limit,
+            message: Vec::new(),
+        })
+    }
+
+    /// Leaves a group that has failed, and the other ranks to whoever leads them next. What rank 0
+    /// has loaded, and the rank that is lost, with the reason.
+    ///
+    /// # Errors
+    /// No other rank is lost: it is rank 0 that failed.
+    pub fn leave(mut self) -> Result<(ModelShard<B>, String), ExecutorError> {
+        let Some(reason) = self.failures.describe(REASON_PATIENCE) else {
+            return Err(ExecutorError("rank 0 itself has failed".into()));
+        };
+        // Nobody waits any more: not the ranks that live, and not the device's thread.
+        self.failures.cut_links();
+        self.control = None;
+        self.followers = None;
+        let runner = match self.share.take().ok_or_else(ended)? {
+            Share::Here(runner, _) => *runner,
+            Share::Beside(thread) => thread.end()?,
+        };
+        let model = runner.leave().map_err(|error| ExecutorError(error.to_string()))?;
+        Ok((model, reason))
+    }
+
     fn send(&mut self, order: &Order<'_>) -> Result<(), ExecutorError> {
         let Some(control) = &mut self.control else { return Ok(()) };
         if let Some(reason) = self.failures.describe(NOW) {
@@ -168,14 +190,16 @@ impl<B: Backend, C: Collective<B>> Executor for Leader<B, C> {
 
 impl<B: Backend, C: Collective<B>> Drop for Leader<B, C> {
     fn drop(&mut self) {
-        self.followers.expect_end();
-        if let Err(error) = self.send(&Order::Stop) {
+        let Some(mut followers) = self.followers.take() else { return };
+        followers.expect_end();
+        let told = self.send(&Order::Stop);
+        if let Err(error) = &told {
             tracing::debug!(%error, "ranks were not told to stop");
         }
         // Followers that did not hear it notice that both exchanges are gone.
         self.share = None;
         self.control = None;
-        self.followers.shutdown();
+        followers.shutdown(told.is_ok());
     }
 }
 

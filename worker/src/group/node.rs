@@ -1,33 +1,31 @@
-//! A machine that has ranks of a group and does not lead it: starts them for each epoch that a
-//! leader opens, and ends them with it.
+//! A machine that has ranks of a group and does not lead it: starts them, and tells them of each
+//! epoch that a leader opens.
 //!
-//! Ranks find by themselves that their leader is gone; what is stopped, or waits for a leader that
-//! never was, is ended here. A rank that ends while the epoch lasts is started again, later each
-//! time: it may not have been part of the group yet.
+//! Ranks find by themselves that their leader is gone, and keep what they have loaded for the next.
+//! A rank that has ended is started again, later each time; one that is stopped does not say that it
+//! has heard of an epoch, and is ended.
 
 use std::{ops::Range, path::PathBuf, time::Duration};
 
-use cluster::{Epoch, GroupKey, shutdown};
+use cluster::{Epoch, GroupKey};
 use tokio::{
     sync::watch,
     task::spawn_blocking,
-    time::{Instant, MissedTickBehavior, interval, timeout},
+    time::{Instant, MissedTickBehavior, interval},
 };
 
 use super::{
     failures::RankFailures,
     nodes::ranks_of,
-    process::{RankConfig, TELL_AGAIN},
-    rank_process::RankProcesses,
+    place::Place,
+    process::TELL_AGAIN,
+    rank_process::{RankProcesses, Shared, Spawning},
 };
 use crate::WorkerError;
 
 /// Between two looks at the ranks.
 const LOOK: Duration = Duration::from_millis(100);
-/// How long ranks may take to notice that their epoch, or another rank, has ended. Longer than they
-/// take a silent leader for alive, and than etcd takes to hear again of one that it had forgotten.
-const END_LIMIT: Duration = Duration::from_secs(15);
-/// Before ranks that ended are started again.
+/// Before ranks that ended are started again: none at first, then these.
 const PAUSE_MIN: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
 
@@ -55,58 +53,41 @@ pub async fn run_node(
     config: NodeConfig,
     shutdown: watch::Receiver<bool>,
 ) -> Result<(), WorkerError> {
-    let (mut epochs, mut stop) = (config.key.follow(), shutdown.clone());
-    let mut pause = PAUSE_MIN;
+    let mut epochs = config.key.follow();
+    let mut node = Node::new(&config);
+    let mut look = interval(LOOK);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut leaderless = Instant::now();
     loop {
-        let epoch = tokio::select! {
-            epoch = next_epoch(&config, &mut epochs) => epoch?,
-            () = shutdown::requested(&mut stop) => return Ok(()),
-        };
-        let (number, began) = (epoch.epoch, Instant::now());
-        let started = config.ranks(&epoch).and_then(|ranks| {
-            Served::start(&config, &epoch, ranks).map_err(|error| error.to_string())
-        });
-        let reason = match started {
-            Ok(served) => served.run(&mut epochs, &shutdown).await?,
-            Err(reason) => reason,
-        };
-        if *shutdown.borrow() {
-            return Ok(());
+        look.tick().await;
+        if epochs.has_changed().is_err() {
+            return Err(WorkerError::Group("nobody follows the group's key any more".into()));
         }
-        if began.elapsed() > PAUSE_MAX {
-            pause = PAUSE_MIN;
+        let epoch = epochs.borrow_and_update().clone();
+        if epoch.is_some() {
+            leaderless = Instant::now();
+        } else if leaderless.elapsed() >= TELL_AGAIN {
+            leaderless = Instant::now();
+            tracing::info!(group = config.key.id(), "waiting for the group's leader");
         }
-        let group = config.key.id();
-        tracing::warn!(group, epoch = number, reason, "the ranks of this node have ended");
-        // The next leader's are started at once.
-        let next = epochs.wait_for(|known| known.as_ref().is_none_or(|e| e.epoch != number));
-        tokio::select! {
-            ended = timeout(pause, next) => if let Ok(Err(_)) = ended { return Err(unfollowed()) },
-            () = shutdown::requested(&mut stop) => return Ok(()),
+        let stops = *shutdown.borrow();
+        match blocking(node, move |node| node.look(epoch, stops)).await? {
+            Some(going) => node = going,
+            None => return Ok(()),
         }
-        pause = (pause * 2).min(PAUSE_MAX);
     }
 }
 
-fn unfollowed() -> WorkerError {
-    WorkerError::Group("nobody follows the group's key any more".into())
-}
-
-async fn next_epoch(
-    config: &NodeConfig,
-    epochs: &mut watch::Receiver<Option<Epoch>>,
-) -> Result<Epoch, WorkerError> {
-    loop {
-        match timeout(TELL_AGAIN, epochs.wait_for(Option::is_some)).await {
-            Ok(Ok(found)) => {
-                if let Some(epoch) = &*found {
-                    return Ok(epoch.clone());
-                }
-            }
-            Ok(Err(_)) => return Err(unfollowed()),
-            Err(_) => tracing::info!(group = config.key.id(), "waiting for the group's leader"),
-        }
-    }
+/// Processes are started, told and ended by calls that may take a moment.
+async fn blocking(
+    mut node: Node,
+    work: impl FnOnce(&mut Node) -> bool + Send + 'static,
+) -> Result<Option<Node>, WorkerError> {
+    let done = spawn_blocking(move || {
+        let goes_on = work(&mut node);
+        goes_on.then_some(node)
+    });
+    done.await.map_err(|error| WorkerError::Group(format!("looking at ranks: {error}")))
 }
 
 impl NodeConfig {
@@ -127,90 +108,110 @@ impl NodeConfig {
     }
 }
 
-/// The ranks of one epoch.
-struct Served {
-    epoch: u64,
-    ranks: RankProcesses,
+/// The ranks of this machine.
+struct Node {
+    config: NodeConfig,
+    processes: Shared,
     failures: RankFailures,
-    drain_limit: Duration,
-    /// When what is left will be ended, and why.
-    ending: Option<(Instant, String)>,
+    /// The epoch that the ranks were last told of.
+    told: Option<u64>,
+    /// Which ranks run, of how many.
+    ranks: (Range<usize>, usize),
+    /// Before ranks that ended are started again, and until when.
+    pause: Duration,
+    paused_until: Instant,
+    /// When what is left will be ended.
+    ending: Option<Instant>,
 }
 
-impl Served {
-    fn start(config: &NodeConfig, epoch: &Epoch, ranks: Range<usize>) -> Result<Self, WorkerError> {
-        let Epoch { epoch: number, leader, token, ranks: all, .. } = epoch;
-        let group = config.key.id();
-        tracing::info!(group, epoch = number, %leader, ?ranks, "starting the ranks of this node");
-        let (failures, mut processes) = (RankFailures::default(), RankProcesses::default());
-        for rank in ranks {
-            let place = RankConfig {
-                rank,
-                world_size: all.iter().sum(),
-                leader: *leader,
-                epoch: *number,
-                token: token.clone(),
-                model: Some(config.model.clone()),
-            };
-            processes.spawn(&place, config.rank_program.clone(), &failures)?;
+impl Node {
+    fn new(config: &NodeConfig) -> Self {
+        Self {
+            config: config.clone(),
+            processes: Shared::default(),
+            failures: RankFailures::default(),
+            told: None,
+            ranks: (0..0, 0),
+            pause: Duration::ZERO,
+            paused_until: Instant::now(),
+            ending: None,
         }
-        let drain_limit = config.drain_limit;
-        Ok(Self { epoch: *number, ranks: processes, failures, drain_limit, ending: None })
     }
 
-    /// Until the ranks have ended; then why.
-    async fn run(
-        mut self,
-        epochs: &mut watch::Receiver<Option<Epoch>>,
-        shutdown: &watch::Receiver<bool>,
-    ) -> Result<String, WorkerError> {
-        let mut look = interval(LOOK);
-        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut gone_since = None;
-        let reason = loop {
-            look.tick().await;
-            let now = Instant::now();
-            match &*epochs.borrow_and_update() {
-                Some(other) if other.epoch != self.epoch => {
-                    break format!("epoch {} has begun", other.epoch);
+    /// Brings the ranks to where they belong; false once nothing is left to do.
+    fn look(&mut self, epoch: Option<Epoch>, stops: bool) -> bool {
+        let now = Instant::now();
+        self.processes.with(RankProcesses::end_deaf);
+        let running = self.processes.with(|processes| processes.running());
+        if stops {
+            // Their leader may drain, and tells them its end.
+            let until = *self.ending.get_or_insert(now + self.config.drain_limit);
+            return !running.is_empty() && now < until;
+        }
+        self.note_ended(now);
+        let Some(epoch) = epoch else { return true };
+        let news = self.told != Some(epoch.epoch);
+        let ranks = match self.config.ranks(&epoch) {
+            Ok(ranks) => ranks,
+            Err(reason) => {
+                if news {
+                    let group = self.config.key.id();
+                    tracing::error!(group, reason, "this node does not join its group");
+                    (self.told, self.processes) = (Some(epoch.epoch), Shared::default());
                 }
-                Some(_) => gone_since = None,
-                None => gone_since = gone_since.or(Some(now)),
-            }
-            if *shutdown.borrow() {
-                self.end_by(now + self.drain_limit, "this node was told to stop");
-            }
-            if let Some(reason) = self.failures.describe(Duration::ZERO) {
-                self.end_by(now + END_LIMIT, &reason);
-            }
-            let over = gone_since.is_some_and(|since| now >= since + END_LIMIT);
-            if over {
-                self.end_by(now, "the leader has ended its epoch");
-            }
-            if self.ranks.are_over() {
-                break self.reason();
-            }
-            if self.ending.as_ref().is_some_and(|(at, _)| now >= *at) {
-                break self.reason();
+                return true;
             }
         };
-        // Whoever is left has had its time: it is ended at once.
-        let ranks = self.ranks;
-        let ended = spawn_blocking(move || drop(ranks)).await;
-        ended.map_err(|error| WorkerError::Group(format!("ending ranks: {error}")))?;
-        Ok(reason)
-    }
-
-    /// The first reason stays, and the earliest time.
-    fn end_by(&mut self, at: Instant, reason: &str) {
-        match &mut self.ending {
-            Some((known, _)) => *known = at.min(*known),
-            None => self.ending = Some((at, reason.to_owned())),
+        // The next leader's are started at once.
+        let missing = ranks.clone().any(|rank| !running.contains(&rank));
+        if news || (missing && now >= self.paused_until) {
+            self.bring(&epoch, ranks, news);
         }
+        true
     }
 
-    fn reason(&self) -> String {
-        self.ending.as_ref().map_or_else(|| "they ended".into(), |(_, reason)| reason.clone())
+    /// Says why ranks have ended, and has the next ones wait.
+    fn note_ended(&mut self, now: Instant) {
+        let Some(reason) = self.failures.describe(Duration::ZERO) else { return };
+        self.failures.clear();
+        let (group, seconds) = (self.config.key.id(), self.pause.as_secs());
+        tracing::warn!(group, reason, seconds, "ranks of this node have ended");
+        self.rest(now);
+    }
+
+    fn rest(&mut self, now: Instant) {
+        self.paused_until = now + self.pause;
+        self.pause = (self.pause * 2).clamp(PAUSE_MIN, PAUSE_MAX);
+    }
+
+    /// Tells the ranks of `epoch`, and starts those that do not run.
+    fn bring(&mut self, epoch: &Epoch, ranks: Range<usize>, news: bool) {
+        let Epoch { epoch: number, leader, token, ranks: all, .. } = epoch;
+        let group = self.config.key.id();
+        if news {
+            tracing::info!(group, epoch = number, %leader, ?ranks, "bringing the ranks of this node");
+            self.pause = Duration::ZERO;
+        }
+        let world_size = all.iter().sum();
+        if self.ranks != (ranks.clone(), world_size) {
+            // Others than before.
+            (self.ranks, self.processes) = ((ranks.clone(), world_size), Shared::default());
+        }
+        let place = Place { epoch: *number, leader: *leader, token: token.clone() };
+        let spawning = Spawning {
+            world_size,
+            model: Some(self.config.model.clone()),
+            program: self.config.rank_program.clone(),
+            failures: self.failures.clone(),
+        };
+        self.told = Some(*number);
+        let brought = self.processes.with(|processes| {
+            ranks.into_iter().try_for_each(|rank| processes.bring(rank, &place, &spawning))
+        });
+        if let Err(error) = brought {
+            tracing::error!(group, %error, "a rank of this node cannot be started");
+            self.rest(Instant::now());
+        }
     }
 }
 

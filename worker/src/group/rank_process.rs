@@ -3,12 +3,12 @@
 
 use std::{
     collections::VecDeque,
-    io::{self, BufRead, BufReader, Read},
+    io::{self, BufRead, BufReader, Read, Write},
     path::PathBuf,
-    process::{Child, ChildStderr, Command, ExitStatus, Stdio},
+    process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -20,12 +20,17 @@ use collective::{Beats, TcpDoor};
 use super::{
     failures::RankFailures,
     leader::Followers,
-    process::{RANK_TOKEN_VARIABLE, RankConfig},
+    place::{Place, heard_of},
 };
 use crate::WorkerError;
 
 /// How long a rank may take to end after it was told to.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// How long one that is lost may take: long enough to say why.
+const LOST_LIMIT: Duration = Duration::from_millis(500);
+/// How long a rank may take to say that it has heard where its group meets.
+const HEAR_LIMIT: Duration = Duration::from_secs(2);
+const START_LIMIT: Duration = Duration::from_secs(30);
 /// Between two looks at what ends without telling.
 const POLL: Duration = Duration::from_millis(20);
 /// Of what a rank said, its last lines explain its end.
@@ -36,10 +41,44 @@ const LINE_BYTES: u64 = 4096;
 struct RankProcess {
     rank: usize,
     child: Arc<Mutex<Child>>,
+    /// Tells it where the group meets; its end ends the rank.
+    stdin: Option<ChildStdin>,
+    /// The last epoch that it was told of, and when, and the last that it has heard of.
+    told: (u64, Instant),
+    heard: Arc<AtomicU64>,
     watcher: JoinHandle<()>,
 }
 
-/// The ranks of a group that this process has started.
+impl RankProcess {
+    /// Whether it has not read for too long what it was told: its process is stopped.
+    fn is_deaf(&self) -> bool {
+        let ((epoch, at), heard) = (self.told, self.heard.load(Ordering::SeqCst));
+        // One that has just been started is not yet there.
+        let limit = if heard == 0 { START_LIMIT } else { HEAR_LIMIT };
+        heard < epoch && at.elapsed() > limit
+    }
+
+    /// Ends what does not end by itself by then.
+    fn end_by(&mut self, deadline: Instant) {
+        while !self.watcher.is_finished() && Instant::now() < deadline {
+            thread::sleep(POLL);
+        }
+        end(&self.child);
+    }
+}
+
+/// What all ranks of this process are started with.
+pub(super) struct Spawning {
+    pub world_size: usize,
+    /// The checkpoint on this machine; `None`: where the leader has it.
+    pub model: Option<PathBuf>,
+    /// As `GroupConfig::rank_program`.
+    pub program: Option<PathBuf>,
+    /// Hear of each rank that ends.
+    pub failures: RankFailures,
+}
+
+/// The ranks of a group that this process has started, from one epoch to the next.
 #[derive(Default)]
 pub(super) struct RankProcesses {
     processes: Vec<RankProcess>,
@@ -52,35 +91,59 @@ pub(super) struct RankProcesses {
 }
 
 impl RankProcesses {
-    /// Starts a rank and watches it.
-    pub fn spawn(
+    /// Sees that `rank` runs, and tells it where its group meets.
+    pub fn bring(
         &mut self,
-        place: &RankConfig,
-        program: Option<PathBuf>,
-        failures: &RankFailures,
+        rank: usize,
+        place: &Place,
+        spawning: &Spawning,
     ) -> Result<(), WorkerError> {
-        let rank = place.rank;
+        self.processes.retain(|process| !process.watcher.is_finished());
+        let known = self.processes.iter().position(|process| process.rank == rank);
+        let at = match known {
+            Some(at) => at,
+            None => {
+                self.spawn(rank, spawning)?;
+                self.processes.len() - 1
+            }
+        };
+        let process = &mut self.processes[at];
+        if process.told.0 == place.epoch {
+            return Ok(());
+        }
+        process.told = (place.epoch, Instant::now());
+        let line = format!("{place}\n");
+        let told = process.stdin.as_mut().map(|stdin| stdin.write_all(line.as_bytes()));
+        if let Some(Err(error)) = told {
+            // Whoever watches it hears why it has ended.
+            tracing::debug!(rank, %error, "a rank does not listen");
+        }
+        Ok(())
+    }
+
+    /// Starts a rank and watches it.
+    fn spawn(&mut self, rank: usize, spawning: &Spawning) -> Result<(), WorkerError> {
+        let Spawning { world_size, model, program, failures } = spawning;
         let program = match program {
-            Some(program) => program,
+            Some(program) => program.clone(),
             None => std::env::current_exe().map_err(WorkerError::io("finding this executable"))?,
         };
         let mut command = Command::new(&program);
         command
             .args(["rank", "--rank", &rank.to_string()])
-            .args(["--world-size", &place.world_size.to_string()])
-            .args(["--leader", &place.leader.to_string()])
-            .args(["--epoch", &place.epoch.to_string()])
-            .env(RANK_TOKEN_VARIABLE, &place.token)
+            .args(["--world-size", &world_size.to_string()])
             .env(telemetry::FORMAT_VARIABLE, telemetry::format().name())
             .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        if let Some(model) = &place.model {
+        if let Some(model) = model {
             command.arg("--model").arg(model);
         }
         let mut child =
             command.spawn().map_err(WorkerError::io(format!("starting {}", program.display())))?;
-        let stderr = child.stderr.take();
+        let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let child = Arc::new(Mutex::new(child));
+        let heard = Arc::new(AtomicU64::new(0));
         let watch = {
             let (child, failures) = (Arc::clone(&child), failures.clone());
             let stopping = Arc::clone(&self.stopping);
@@ -92,16 +155,47 @@ impl RankProcesses {
                 }
             }
         };
-        let watcher = thread::Builder::new().name(format!("rank-{rank}")).spawn(watch);
-        let watcher = match watcher {
+        let listen = {
+            let heard = Arc::clone(&heard);
+            move || stdout.into_iter().for_each(|stdout| hear(stdout, &heard))
+        };
+        let started = thread::Builder::new()
+            .name(format!("hears-{rank}"))
+            .spawn(listen)
+            .and_then(|_| thread::Builder::new().name(format!("rank-{rank}")).spawn(watch));
+        let watcher = match started {
             Ok(watcher) => watcher,
             Err(error) => {
                 end(&child);
                 return Err(WorkerError::io("starting a thread that watches a rank")(error));
             }
         };
-        self.processes.push(RankProcess { rank, child, watcher });
+        let told = (0, Instant::now());
+        self.processes.push(RankProcess { rank, child, stdin, told, heard, watcher });
         Ok(())
+    }
+
+    /// Leaves an epoch that has failed: whoever is `lost` ends, the others may go on.
+    pub fn leave(&mut self, lost: &[usize]) {
+        (self.beats, self.reign, self.door) = (None, None, None);
+        let deadline = Instant::now() + LOST_LIMIT;
+        for process in self.processes.iter_mut().filter(|process| lost.contains(&process.rank)) {
+            process.end_by(deadline);
+        }
+        self.reap(|process| lost.contains(&process.rank));
+    }
+
+    /// Ends those that have not read what they were told; they are then reported.
+    pub fn end_deaf(&mut self) {
+        self.processes.iter().filter(|process| process.is_deaf()).for_each(|p| end(&p.child));
+    }
+
+    /// Waits for the processes that were ended.
+    fn reap(&mut self, ended: impl Fn(&RankProcess) -> bool) {
+        for process in self.processes.extract_if(.., |process| ended(process)) {
+            // It does not panic, and its report is known or not needed.
+            let _watched = process.watcher.join();
+        }
     }
 
     /// Ends a rank from any thread, stopped or not; does nothing for ranks of other processes.
@@ -113,37 +207,32 @@ impl RankProcesses {
         }
     }
 
-    /// Until these ranks have ended, and until they are expected to.
+    /// Until these ranks have ended, or leave, or are expected to end.
     pub fn keep(&mut self, beats: Beats, reign: Option<Reign>, door: TcpDoor) {
         (self.beats, self.reign, self.door) = (Some(beats), reign, Some(door));
     }
 
-    /// Whether all have ended.
-    pub fn are_over(&self) -> bool {
-        self.processes.iter().all(|process| process.watcher.is_finished())
+    /// The ranks whose processes run.
+    pub fn running(&self) -> Vec<usize> {
+        let running = self.processes.iter().filter(|process| !process.watcher.is_finished());
+        running.map(|process| process.rank).collect()
     }
-}
 
-impl Followers for RankProcesses {
     fn expect_end(&mut self) {
         self.stopping.store(true, Ordering::SeqCst);
         self.beats.iter().for_each(Beats::expect_end);
         (self.reign, self.door) = (None, None);
     }
 
-    fn shutdown(&mut self) {
+    /// Returns once all have ended, by themselves where they were `told` to.
+    fn shutdown(&mut self, told: bool) {
         self.expect_end();
-        let deadline = Instant::now() + STOP_LIMIT;
-        for RankProcess { child, watcher, .. } in self.processes.drain(..) {
-            while !watcher.is_finished() && Instant::now() < deadline {
-                thread::sleep(POLL);
-            }
-            if !watcher.is_finished() {
-                end(&child);
-            }
-            // It does not panic, and its report is no longer needed.
-            let _watched = watcher.join();
+        if !told {
+            self.processes.iter_mut().for_each(|process| process.stdin = None);
         }
+        let deadline = Instant::now() + STOP_LIMIT;
+        self.processes.iter_mut().for_each(|process| process.end_by(deadline));
+        self.reap(|_| true);
         self.beats = None;
     }
 }
@@ -152,10 +241,41 @@ impl Drop for RankProcesses {
     fn drop(&mut self) {
         self.expect_end();
         // Whoever is left was never part of a group that works.
-        for process in &self.processes {
-            end(&process.child);
+        self.processes.iter().for_each(|process| end(&process.child));
+        self.shutdown(false);
+    }
+}
+
+/// The processes of a group, which its leaders have one after the other.
+#[derive(Clone, Default)]
+pub(super) struct Shared(Arc<Mutex<RankProcesses>>);
+
+impl Shared {
+    pub fn with<T>(&self, work: impl FnOnce(&mut RankProcesses) -> T) -> T {
+        work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Followers for Shared {
+    fn expect_end(&mut self) {
+        self.with(RankProcesses::expect_end);
+    }
+
+    fn shutdown(&mut self, told: bool) {
+        self.with(|processes| processes.shutdown(told));
+    }
+}
+
+/// Notes each epoch that a rank says it has heard of, until it says no more.
+fn hear(stdout: ChildStdout, heard: &AtomicU64) {
+    let mut lines = BufReader::new(stdout);
+    let mut line = Vec::new();
+    let mut read = |line: &mut Vec<u8>| lines.by_ref().take(LINE_BYTES).read_until(b'\n', line);
+    while read(&mut line).is_ok_and(|read| read > 0) {
+        if let Some(epoch) = heard_of(&String::from_utf8_lossy(&line)) {
+            heard.fetch_max(epoch, Ordering::SeqCst);
         }
-        self.shutdown();
+        line.clear();
     }
 }
 

@@ -13,8 +13,8 @@ use super::{
     LoadProgress,
     devices::Devices,
     failures::RankFailures,
-    follower::{LOAD_DEADLINE, RankOptions, agree, follow, load},
-    leader::{Followers, Ranks, lead},
+    follower::{LOAD_DEADLINE, RankOptions, all_loaded, follow, load},
+    leader::{Followers, Leader, Ranks},
     sizing::Sizing,
 };
 use crate::{WorkerError, panic_text};
@@ -26,7 +26,7 @@ struct RankThreads(Vec<JoinHandle<()>>);
 impl Followers for RankThreads {
     fn expect_end(&mut self) {}
 
-    fn shutdown(&mut self) {
+    fn shutdown(&mut self, _told: bool) {
         for thread in self.0.drain(..) {
             // A panic was caught and reported inside.
             let _reported = thread.join();
@@ -69,10 +69,11 @@ pub(super) fn start<D: Devices>(
         let thread = thread::Builder::new().name(format!("rank-{rank}")).spawn(body);
         followers.0.push(thread.map_err(WorkerError::io("starting a rank's thread"))?);
     }
-    let loaded = load(&devices, data, &sizing.checkpoint, options, progress);
-    let runner = agree(&mut control, loaded).map_err(|error| failures.or_cause(error))?;
+    let loaded = load(&devices, data, (&sizing.checkpoint, options), &mut None, progress);
+    let runner = all_loaded(&mut control, loaded, &mut None);
+    let runner = runner.map_err(|error| failures.or_cause(error))?;
     let ways = (devices.compute_beside_the_host(), options.step_limit);
-    lead(runner, control, Ranks { failures, followers }, ways)
+    Ok(Box::new(Leader::new(runner, control, Ranks { failures, followers }, ways)?))
 }
 
 fn follow_as_thread<D: Devices>(
@@ -81,7 +82,7 @@ fn follow_as_thread<D: Devices>(
     checkpoint: &Checkpoint,
     options: &RankOptions,
 ) -> Result<(), WorkerError> {
-    let loaded = load(devices, data, checkpoint, options, &mut |_| {});
-    let mut runner = agree(&mut control, loaded)?;
+    let loaded = load(devices, data, (checkpoint, options), &mut None, &mut |_| {});
+    let mut runner = all_loaded(&mut control, loaded, &mut None)?;
     follow(&mut runner, &mut control, options.step_limit)
 }

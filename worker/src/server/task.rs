@@ -1,7 +1,10 @@
 //! A worker that serves, until it drains or its group is lost.
 
 use std::{
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -16,7 +19,7 @@ use tonic_health::server::HealthReporter;
 
 use super::{LEAVE_LIMIT, blocking};
 use crate::{
-    Engine, WorkerError,
+    Engine, Health, WorkerError,
     announce::Announcement,
     service::{Service, ServiceState},
 };
@@ -37,6 +40,8 @@ pub(super) struct WorkerTask {
     pub closing: watch::Sender<bool>,
     pub drain_limit: Duration,
     pub step_limit: Duration,
+    /// As `Group::epoch`.
+    pub epoch: Arc<AtomicU64>,
 }
 
 impl WorkerTask {
@@ -45,9 +50,12 @@ impl WorkerTask {
         mut shutdown: watch::Receiver<bool>,
         mut drain_asked: watch::Receiver<Option<Duration>>,
     ) -> Result<(), WorkerError> {
-        let mut failure = self.shared.engine.failure();
+        let mut health = self.shared.engine.health();
+        let telling = (&self.announcement, &self.health, &*self.epoch);
         let limit = tokio::select! {
-            reason = failed(&mut failure) => return self.give_up(reason).await,
+            reason = follow_health(&self.shared.engine, telling) => {
+                return self.give_up(reason).await;
+            }
             reason = hangs(&self.shared.engine, self.step_limit) => {
                 self.shared.engine.give_up(&reason);
                 return self.give_up(reason).await;
@@ -59,7 +67,7 @@ impl WorkerTask {
             limit = asked(&mut drain_asked) => limit,
             () = signalled(&mut shutdown) => self.drain_limit,
         };
-        self.drain(limit, &mut failure).await
+        self.drain(limit, &mut health).await
     }
 
     /// The group is lost: out of the roster, and out.
@@ -76,17 +84,17 @@ impl WorkerTask {
     async fn drain(
         self,
         limit: Duration,
-        failure: &mut watch::Receiver<Option<String>>,
+        group: &mut watch::Receiver<Health>,
     ) -> Result<(), WorkerError> {
         tracing::info!(limit_seconds = limit.as_secs(), "draining");
-        self.announcement.set_state(State::Draining);
+        self.announcement.set(State::Draining, self.epoch.load(Ordering::Relaxed), "");
         self.health.set_not_serving::<WorkerServer<Service>>().await;
         self.shared.draining.store(true, Ordering::SeqCst);
         let deadline = Instant::now() + limit;
         let mut cut = 0;
         while let streams @ 1.. = self.shared.streams.load(Ordering::SeqCst) {
-            let lost = failure.borrow().clone();
-            if let Some(reason) = lost {
+            let now = group.borrow().clone();
+            if let Health::Lost(reason) = now {
                 return self.give_up(reason).await;
             }
             if Instant::now() >= deadline {
@@ -116,12 +124,29 @@ async fn close(mut server: JoinHandle<Result<(), tonic::transport::Error>>) {
     }
 }
 
-/// The reason, once there is one; never when the engine ended in order.
-async fn failed(failure: &mut watch::Receiver<Option<String>>) -> String {
-    let reason = failure.wait_for(Option::is_some).await.ok().and_then(|reason| reason.clone());
-    match reason {
-        Some(reason) => reason,
-        None => std::future::pending().await,
+/// Says in the roster whether the group serves, until it is lost: then why. Never returns where the
+/// engine ends in order.
+async fn follow_health(
+    engine: &Engine,
+    (announcement, reporter, epoch): (&Announcement, &HealthReporter, &AtomicU64),
+) -> String {
+    let (mut health, mut told) = (engine.health(), Health::Serves);
+    loop {
+        let changed = health.wait_for(|now| *now != told).await.map(|now| now.clone());
+        let Ok(now) = changed else { return std::future::pending().await };
+        told.clone_from(&now);
+        let epoch = epoch.load(Ordering::Relaxed);
+        match now {
+            Health::Lost(reason) => return reason,
+            Health::Forms(reason) => {
+                announcement.set(State::Loading, epoch, &reason);
+                reporter.set_not_serving::<WorkerServer<Service>>().await;
+            }
+            Health::Serves => {
+                announcement.set(State::Ready, epoch, "");
+                reporter.set_serving::<WorkerServer<Service>>().await;
+            }
+        }
     }
 }
 

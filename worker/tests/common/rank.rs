@@ -4,7 +4,7 @@
 use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, process::Command};
 
 use tempfile::TempDir;
-use worker::{RANK_TOKEN_VARIABLE, RankConfig, run_rank};
+use worker::{RankConfig, run_rank};
 
 pub const PLACE_VARIABLE: &str = "LOCKSTEP_TEST_PLACE";
 
@@ -14,14 +14,11 @@ pub const PLACE_VARIABLE: &str = "LOCKSTEP_TEST_PLACE";
 fn serve_as_rank() {
     let Ok(place) = std::env::var(PLACE_VARIABLE) else { return };
     let mut words = place.split(' ');
-    let mut word = || words.next().expect("rank, world size, leader, epoch");
+    let mut word = || words.next().expect("rank and world size");
     let config = RankConfig {
         rank: word().parse().unwrap(),
         world_size: word().parse().unwrap(),
-        leader: word().parse().unwrap(),
-        epoch: word().parse().unwrap(),
         model: None,
-        token: std::env::var(RANK_TOKEN_VARIABLE).unwrap(),
     };
     run_rank(config).unwrap();
 }
@@ -39,7 +36,7 @@ pub fn script(dir: &TempDir, text: &str) -> PathBuf {
 /// A rank that notes its process id beside the script.
 pub fn rank_script(dir: &TempDir) -> PathBuf {
     let text = format!(
-        "echo $$ > {}/pid.$3\n{PLACE_VARIABLE}=\"$3 $5 $7 $9\" exec \"{{exe}}\" --ignored --exact \
+        "echo $$ > {}/pid.$3\n{PLACE_VARIABLE}=\"$3 $5\" exec \"{{exe}}\" --ignored --exact \
          rank::serve_as_rank --nocapture",
         dir.path().display()
     );

@@ -137,7 +137,7 @@ async fn world_with(waiting_max: usize, step_limit: Duration) -> World {
         drain_limit: PATIENCE,
         ..WorkerConfig::new(GroupConfig { step_limit, ..GroupConfig::new("fake") })
     };
-    let group = Group { info: info(), executor };
+    let group = Group { info: info(), executor, epoch: Arc::default() };
     let handle = Worker::start_with(config, group, membership, asked).await.unwrap();
     let client = WorkerClient::connect(format!("http://{}", handle.addr())).await.unwrap();
     World { handle, client, levers, roster, shutdown }

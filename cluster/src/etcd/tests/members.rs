@@ -149,6 +149,8 @@ pub fn instance(id: &str) -> Instance {
         vocab_size: 1000,
         ranks: 2,
         blocks_total: 64,
+        epoch: 0,
+        reason: String::new(),
     }
 }
 
