@@ -204,8 +204,7 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         let place = (group.rank(), group.world_size());
         // Before the weights, which take long.
         check_options(&options, &RopeTables::new(&checkpoint.config().rope, options.context_max))?;
-        let model =
-            ModelShard::load(device, place, checkpoint, options.context_max, progress)?;
+        let model = ModelShard::load(device, place, checkpoint, options.context_max, progress)?;
         Self::new(model, group, checkpoint.config(), options)
     }
 

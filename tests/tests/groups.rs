@@ -37,14 +37,14 @@ impl Groups {
         Some(Self { cluster, groups, lost: Vec::new(), wanted, table })
     }
 
-    /// A group's leader, or its other rank, gets a signal; a successor starts at once.
+    /// A group's leader gets a signal, and a successor starts at once; or its other rank does, and
+    /// the group forms anew by itself.
     fn lose(&mut self, number: usize, name: &str) {
         let group = &self.groups[number % 2];
-        let victim = match number / 2 % 2 {
-            0 => group.pid(),
-            _ => group.children()[0],
-        };
-        signal(victim, name);
+        if number / 2 % 2 == 1 {
+            return signal(group.children()[0], name);
+        }
+        group.signal(name);
         let next = self.cluster.worker(&GROUP);
         self.lost.push(std::mem::replace(&mut self.groups[number % 2], next));
         // The one before has been gone for long: its streams went on.

@@ -366,7 +366,6 @@ fn soak_hosts_led_by_two() {
             cluster.check("led by two", round.join());
         });
         assert!(broke() > 0, "none was under way any more");
-        assert!(cluster.leader.starts() > 1);
         cut.end(&cluster.network);
         let told = "is led already, in epoch 2";
         wait_for(
@@ -395,8 +394,8 @@ fn a_group_over_hosts_outlives_cuts_of_its_network() {
         let told = "it has not been heard of for 2 s";
         assert!(cluster.leader.log.text().contains(told));
         cluster.disturb(&mut table, &Fault::unplugged(leader), 6);
-        assert!(cluster.leader.starts() > 2);
-        assert_eq!(cluster.follower.starts(), 1);
+        // Nobody had to start anything again, or load what was there.
+        assert_eq!([cluster.leader.starts(), cluster.follower.starts()], [1, 1]);
     });
 }
 
@@ -414,11 +413,8 @@ fn a_leader_whose_epoch_is_over_is_heard_by_no_client() {
         cluster.expect(1);
         signal(first, "CONT");
         cluster.check("streams of an epoch that is over", streams.join());
-        wait_for("its end", DEADLINE, || cluster.leader.starts(), |starts| *starts > 1);
         let said = cluster.follower.log.text();
-        let place = |what: &str| said.find(what).unwrap_or_else(|| panic!("{what}: {said}"));
-        let ended = place("the ranks of this node have ended");
-        assert!(ended < place("starting the ranks of this node group=\"g\" epoch=2"), "{said}");
+        assert!(said.contains("bringing the ranks of this node group=\"g\" epoch=2"), "{said}");
         // Whoever comes back does not lead while another does, and leads after it.
         let told = "is led already, in epoch 2";
         let look = || cluster.leader.log.text();

@@ -272,9 +272,7 @@ impl Task for Start<'_> {
     fn on<D: Devices>(self, devices: D) -> Result<Box<dyn Executor>, WorkerError> {
         match self.sizing.config.rank_mode {
             RankMode::Threads => threads::start(self.sizing, devices, self.progress),
-            RankMode::Processes => {
-                process::start(self.sizing, devices, self.epoch, self.progress)
-            },
+            RankMode::Processes => process::start(self.sizing, devices, self.epoch, self.progress),
         }
     }
 }

@@ -144,7 +144,8 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
 
     /// The layers; the logits of all rows too where the step is of a captured size.
     fn forward(&mut self, rows: Option<usize>) -> Result<(), ModelError> {
-        let Self { model: ModelShard { device, decoder, .. }, group, kv, scratch, batch, .. } = self;
+        let Self { model: ModelShard { device, decoder, .. }, group, kv, scratch, batch, .. } =
+            self;
         let mut cx = Context { device: &*device, group, kv, scratch };
         let batch = &batch.batch;
         let Some(rows) = rows else { return decoder.forward(&mut cx, batch) };

@@ -110,8 +110,11 @@ impl RankFailures {
             thread::sleep(SETTLE);
             state = self.state();
         }
-        let lines: Vec<String> =
-            state.list.iter().map(|known| format!("rank {}: {}", known.rank, known.reason)).collect();
+        let lines: Vec<String> = state
+            .list
+            .iter()
+            .map(|known| format!("rank {}: {}", known.rank, known.reason))
+            .collect();
         (!lines.is_empty()).then(|| lines.join("; "))
     }
 

@@ -65,9 +65,8 @@ pub(super) fn load<D: Devices, H: HostCollective>(
 ) -> Result<Runner<D::Backend, D::Link<H>>, WorkerError> {
     let (place, context_max) = ((data.rank(), data.world_size()), options.runner.context_max);
     let elements_max = options.runner.step_tokens_max * checkpoint.config().hidden;
-    let link = |device: &D::Backend| {
-        devices.link(device, data, options.step_deadline, elements_max)
-    };
+    let link =
+        |device: &D::Backend| devices.link(device, data, options.step_deadline, elements_max);
     held.take_if(|shard| !shard.fits(place, context_max));
     let (link, shard) = match held.take() {
         Some(shard) => {

@@ -25,7 +25,7 @@ use crate::WorkerError;
 
 /// Between two looks at the ranks.
 const LOOK: Duration = Duration::from_millis(100);
-/// Before ranks that ended are started again: none at first, then these.
+/// Before ranks that ended are started again, unless another epoch begins.
 const PAUSE_MIN: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
 
@@ -132,7 +132,7 @@ impl Node {
             failures: RankFailures::default(),
             told: None,
             ranks: (0..0, 0),
-            pause: Duration::ZERO,
+            pause: PAUSE_MIN,
             paused_until: Instant::now(),
             ending: None,
         }
@@ -181,7 +181,7 @@ impl Node {
 
     fn rest(&mut self, now: Instant) {
         self.paused_until = now + self.pause;
-        self.pause = (self.pause * 2).clamp(PAUSE_MIN, PAUSE_MAX);
+        self.pause = (self.pause * 2).min(PAUSE_MAX);
     }
 
     /// Tells the ranks of `epoch`, and starts those that do not run.
@@ -190,7 +190,7 @@ impl Node {
         let group = self.config.key.id();
         if news {
             tracing::info!(group, epoch = number, %leader, ?ranks, "bringing the ranks of this node");
-            self.pause = Duration::ZERO;
+            self.pause = PAUSE_MIN;
         }
         let world_size = all.iter().sum();
         if self.ranks != (ranks.clone(), world_size) {

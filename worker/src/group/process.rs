@@ -31,7 +31,7 @@ use super::{
     follower::{LOAD_DEADLINE, RankOptions, agree, all_loaded, load},
     leader::{Leader, Ranks},
     place::Place,
-    rank_process::{Shared, Spawning},
+    rank_process::{RankProcesses, Shared, Spawning},
     restarts::Restarts,
     sizing::Sizing,
 };
@@ -170,11 +170,11 @@ impl<D: Devices> Former<D> {
             failures: failures.clone(),
         };
         self.processes.with(|processes| {
-            (1..config.ranks_here())
-                .try_for_each(|rank| processes.bring(rank, &place, &spawning))
+            (1..config.ranks_here()).try_for_each(|rank| processes.bring(rank, &place, &spawning))
         })?;
         let joined = || -> Result<_, WorkerError> {
-            let entering = Entering { failures, nodes: config.nodes.as_ref(), wanted };
+            let (nodes, processes) = (config.nodes.as_ref(), &self.processes);
+            let entering = Entering { failures, nodes, processes, wanted };
             let (door, [mut control, mut data, beats]) = entering.admit(door)?;
             let links = Cut::of(&[&control, &data]);
             failures.end_links(links.map_err(WorkerError::io("links of the group"))?);
@@ -233,6 +233,7 @@ fn open_door(config: &GroupConfig, epoch: u64) -> Result<Opened, WorkerError> {
 struct Entering<'a> {
     failures: &'a RankFailures,
     nodes: Option<&'a Nodes>,
+    processes: &'a Shared,
     /// Whether the group is.
     wanted: &'a dyn Fn() -> bool,
 }
@@ -240,10 +241,11 @@ struct Entering<'a> {
 impl Entering<'_> {
     /// Waits for all ranks, or for the first that ends instead of coming; the door and their links.
     fn admit(&self, mut door: TcpDoor) -> Result<(TcpDoor, [Tcp; LINKS]), WorkerError> {
-        let Self { failures, nodes, wanted } = self;
+        let Self { failures, nodes, processes, wanted } = self;
         let (start, mut told) = (Instant::now(), Instant::now());
         let limit = if nodes.is_some() { NODES_DEADLINE } else { JOIN_DEADLINE };
         while !door.admit(POLL).map_err(ModelError::from)? {
+            processes.with(RankProcesses::end_deaf);
             if let Some(reason) = failures.describe(Duration::ZERO) {
                 return Err(WorkerError::Group(reason));
             }

@@ -136,15 +136,10 @@ struct Joined {
 }
 
 impl Joined {
-    fn at(
-        place: &Place,
-        config: &RankConfig,
-        places: &Places,
-    ) -> Result<Self, WorkerError> {
+    fn at(place: &Place, config: &RankConfig, places: &Places) -> Result<Self, WorkerError> {
         let Place { epoch, leader, token } = place;
         let leader = leader.to_string();
-        let id =
-            GroupId { world_size: config.world_size, epoch: *epoch, token: token.clone() };
+        let id = GroupId { world_size: config.world_size, epoch: *epoch, token: token.clone() };
         let connect = |link| -> Result<Tcp, WorkerError> {
             let joined = Tcp::connect(&leader, (config.rank, link), &id, CONNECT_LIMIT);
             let joined = joined.map_err(ModelError::from)?;
@@ -193,8 +188,7 @@ impl Joined {
         };
         agree(&mut self.control, &model)?;
         let (checkpoint, _) = held.model.insert((model?, self.facts));
-        let loaded =
-            load(devices, self.data, (checkpoint, options), &mut held.loaded, &mut |_| {});
+        let loaded = load(devices, self.data, (checkpoint, options), &mut held.loaded, &mut |_| {});
         let mut runner = all_loaded(&mut self.control, loaded, &mut held.loaded)?;
         let ended = follow(&mut runner, &mut self.control, options.step_limit);
         if ended.is_err() {

@@ -141,7 +141,8 @@ impl RankProcesses {
         }
         let mut child =
             command.spawn().map_err(WorkerError::io(format!("starting {}", program.display())))?;
-        let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        let (stdin, stdout, stderr) =
+            (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let child = Arc::new(Mutex::new(child));
         let heard = Arc::new(AtomicU64::new(0));
         let watch = {
