@@ -220,9 +220,25 @@ fn the_rank_whose_nccl_does_not_fit_is_named() {
     });
 }
 
-/// A rank that stands still costs its deadline and little more; one that is gone costs less. The
-/// group is then formed anew, with another process in the rank's place.
 fn end_and_form_again() {
+    end_in_time(|group, wanted| {
+        // The rank that lives goes on with what it has loaded.
+        group.executor.recover(&|| true).unwrap();
+        assert_eq!(group.epoch.load(Ordering::Relaxed), 2);
+        assert_eq!(answer(group).unwrap(), wanted);
+    });
+}
+
+/// A device that waits in NCCL for a rank that is gone has hung by the time the library is given up.
+fn end_for_good() {
+    end_in_time(|group, _| {
+        let error = group.executor.recover(&|| true).unwrap_err().to_string();
+        assert!(error.contains("out of use"), "{error}");
+    });
+}
+
+/// A rank that stands still costs its deadline and little more; one that is gone costs less.
+fn end_in_time(then: fn(&mut Group, &[Vec<u32>])) {
     let wanted = answer(&mut start(config(RankMode::Threads, 2)).unwrap()).unwrap();
     for name in ["-STOP", "-KILL"] {
         let dir = tempfile::tempdir().unwrap();
@@ -246,10 +262,7 @@ fn end_and_form_again() {
         assert!(took < 3 * deadline, "{name}: {took:?}, {error}");
         let told = ["rank 1", "did not take part", "has not finished within"];
         assert!(told.iter().any(|told| error.contains(told)), "{error}");
-        // The rank that lives goes on with what it has loaded.
-        group.executor.recover(&|| true).unwrap();
-        assert_eq!(group.epoch.load(Ordering::Relaxed), 2, "{name}");
-        assert_eq!(answer(&mut group).unwrap(), wanted, "{name}");
+        then(&mut group, &wanted);
         let began = Instant::now();
         drop(group);
         assert!(began.elapsed() < deadline, "{name}: {:?}", began.elapsed());
@@ -265,7 +278,7 @@ fn a_rank_that_hangs_or_dies_ends_the_group_in_time() {
 #[test]
 fn a_rank_that_hangs_or_dies_ends_the_group_in_time_by_nccl() {
     const NAME: &str = "a_rank_that_hangs_or_dies_ends_the_group_in_time_by_nccl";
-    on_machine(NAME, 2, &[("FAKE_NO_PEERS", "1")], end_and_form_again);
+    on_machine(NAME, 2, &[("FAKE_NO_PEERS", "1")], end_for_good);
 }
 
 #[test]

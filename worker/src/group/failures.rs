@@ -122,7 +122,12 @@ impl RankFailures {
     pub fn or_cause(&self, error: WorkerError) -> WorkerError {
         let exchange = matches!(error, WorkerError::Model(ModelError::Collective(_)));
         let patience = if exchange { REASON_PATIENCE } else { Duration::ZERO };
-        self.describe(patience).map_or(error, WorkerError::Group)
+        match self.describe(patience) {
+            // Whoever has only left knows no more than this.
+            Some(_) if self.ended().is_empty() => error,
+            Some(reason) => WorkerError::Group(reason),
+            None => error,
+        }
     }
 }
 

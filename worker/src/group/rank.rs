@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use collective::{Beats, Cut, GroupId, HostCollective, Loss, Tcp};
+use collective::{Beats, CollectiveError, Cut, GroupId, HostCollective, Loss, Tcp};
 use kernels::Backend;
 use model::{Checkpoint, ModelError, ModelShard};
 
@@ -72,7 +72,7 @@ impl Task for Rank {
         loop {
             match joined.serve(&devices, &config, &mut held) {
                 Ok(()) => return Ok(()),
-                Err(error) if is_lost(&error) => {
+                Err(error) if held.loaded.is_some() || is_lost(&error) => {
                     let keeps = held.loaded.is_some();
                     tracing::warn!(%error, keeps, "the group has failed; waiting for its next epoch");
                 }
@@ -89,7 +89,13 @@ impl Task for Rank {
 
 /// Whether it is others that failed.
 fn is_lost(error: &WorkerError) -> bool {
-    matches!(error, WorkerError::Model(ModelError::Collective(_)) | WorkerError::Group(_))
+    match error {
+        WorkerError::Model(ModelError::Collective(error)) => {
+            !matches!(error, CollectiveError::Device(_))
+        }
+        WorkerError::Group(_) => true,
+        _ => false,
+    }
 }
 
 /// Waits for the next place and enters the epoch there, or at a newer one.
