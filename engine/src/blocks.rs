@@ -14,11 +14,42 @@ use crate::plan::BLOCK_TOKENS;
 
 /// Names a published prefix: everything from the start of the sequence to the end of one block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Prefix(u64);
+pub struct Prefix {
+    /// What tells it from all others.
+    identity: u64,
+    /// As [`prefix_name`] says.
+    name: u64,
+    /// In blocks.
+    len: u32,
+}
 
 impl Prefix {
     /// The empty prefix.
-    pub const ROOT: Self = Self(0);
+    pub const ROOT: Self = Self { identity: 0, name: 0, len: 0 };
+}
+
+/// Of a prefix, blocks that others than the pool may hear of.
+pub const NAMED_BLOCKS_MAX: usize = 128;
+
+/// A name for a prefix that others than the pool can find out too: of the prefix `parent`, 0 where
+/// that is empty, extended by a block. The same on every machine. Names may collide: they are good
+/// for guesses about what is cached, not for finding it.
+pub fn prefix_name(parent: u64, tokens: &BlockTokens) -> u64 {
+    // Odd, and with as many ones as zeros: 2^64 divided by the golden ratio.
+    const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
+    let mix = |name: u64, token: &u32| {
+        let mixed = (name ^ u64::from(*token)).wrapping_mul(SPREAD);
+        mixed ^ (mixed >> 29)
+    };
+    // Nothing but the root is named 0.
+    tokens.iter().fold(parent.wrapping_add(SPREAD), mix) | 1
+}
+
+/// A prefix that can be found from now on, or no longer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PrefixChange {
+    pub name: u64,
+    pub is_cached: bool,
 }
 
 /// The tokens of one full block.
@@ -49,6 +80,8 @@ pub struct BlockPool {
     index: HashMap<(Prefix, BlockTokens), u32>,
     clock: u64,
     prefixes: u64,
+    /// Where somebody asks for them.
+    changes: Option<Vec<PrefixChange>>,
 }
 
 impl BlockPool {
@@ -61,6 +94,21 @@ impl BlockPool {
             index: HashMap::new(),
             clock: 0,
             prefixes: 0,
+            changes: None,
+        }
+    }
+
+    /// What has become findable or unfindable since the last call, the first
+    /// [`NAMED_BLOCKS_MAX`] blocks of each prefix; nothing before the first call is known.
+    pub fn take_changes(&mut self) -> Vec<PrefixChange> {
+        self.changes.replace(Vec::new()).unwrap_or_default()
+    }
+
+    fn note(&mut self, prefix: Prefix, is_cached: bool) {
+        if let Some(changes) = &mut self.changes
+            && prefix.len as usize <= NAMED_BLOCKS_MAX
+        {
+            changes.push(PrefixChange { name: prefix.name, is_cached });
         }
     }
 
@@ -136,7 +184,9 @@ impl BlockPool {
             return prefix;
         }
         self.prefixes += 1;
-        let prefix = Prefix(self.prefixes);
+        let name = prefix_name(parent.name, tokens);
+        let prefix = Prefix { identity: self.prefixes, name, len: parent.len.saturating_add(1) };
+        self.note(prefix, true);
         let key = (parent, *tokens);
         self.blocks[id as usize].published = Some(Published { prefix, key });
         self.index.insert(key, id);
@@ -155,6 +205,7 @@ impl BlockPool {
     fn unpublish(&mut self, id: u32) {
         if let Some(published) = self.blocks[id as usize].published.take() {
             self.index.remove(&published.key);
+            self.note(published.prefix, false);
         }
     }
 
@@ -250,6 +301,44 @@ mod tests {
         pool.audit(&HashMap::from([(held, 1)]));
         pool.release(held);
         assert_eq!((pool.free(), pool.cached()), (2, 0));
+    }
+
+    #[test]
+    fn changes_are_told_by_name_once_asked_for() {
+        let mut pool = BlockPool::new(2);
+        let first = pool.allocate().unwrap();
+        let prefix = pool.publish(first, Prefix::ROOT, &A);
+        assert_eq!(pool.take_changes(), [], "nobody asked before");
+        let second = pool.allocate().unwrap();
+        pool.publish(second, prefix, &B);
+        pool.release(second);
+        pool.release(first);
+        assert!(pool.allocate().is_some());
+        let name = prefix_name(prefix_name(0, &A), &B);
+        let told = [true, false].map(|is_cached| PrefixChange { name, is_cached });
+        assert_eq!(pool.take_changes(), told);
+        assert_eq!(pool.take_changes(), []);
+        assert_ne!(prefix_name(0, &A), prefix_name(0, &B));
+        assert_ne!(name, prefix_name(0, &B));
+    }
+
+    #[test]
+    fn deep_prefixes_are_not_told() {
+        let mut pool = BlockPool::new(NAMED_BLOCKS_MAX as u32 + 10);
+        pool.take_changes();
+        let mut prefix = Prefix::ROOT;
+        while let Some(id) = pool.allocate() {
+            prefix = pool.publish(id, prefix, &A);
+        }
+        assert_eq!(pool.take_changes().len(), NAMED_BLOCKS_MAX);
+    }
+
+    /// Workers and routers of different builds must agree on it.
+    #[test]
+    fn names_stay_what_they_are() {
+        let tokens: Vec<u32> = (0..BLOCK_TOKENS as u32).collect();
+        let tokens = tokens.try_into().unwrap();
+        assert_eq!(prefix_name(0, &tokens), 0x3d31_d859_b235_0fab);
     }
 
     #[test]

@@ -29,7 +29,7 @@ use std::{
 
 use crate::{
     EngineError,
-    blocks::BlockPool,
+    blocks::{BlockPool, PrefixChange},
     plan::{BLOCK_TOKENS, Chunk, PLANS_IN_FLIGHT_MAX, SequenceId, StepPlan},
     sequence::{Request, Sequence},
 };
@@ -141,6 +141,11 @@ impl Scheduler {
             to_prefill: left.sum(),
             ..self.stats
         }
+    }
+
+    /// As [`BlockPool::take_changes`].
+    pub fn take_prefix_changes(&mut self) -> Vec<PrefixChange> {
+        self.pool.take_changes()
     }
 
     /// Puts a request at the end of the queue.

@@ -14,6 +14,9 @@ pub const WORKER_PROTOCOL: u32 = 1;
 /// often enough to be missed soon, seldom enough that a router over a hundred idle workers rests.
 pub const WORKER_BEAT_MS: u64 = 1200;
 
+/// Prefixes that a worker tells each router of, at most.
+pub const CACHED_PREFIXES_MAX: usize = 1 << 15;
+
 /// What is used of etcd's v3 protocol, as a client.
 #[allow(clippy::all)]
 pub mod etcd {

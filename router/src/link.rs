@@ -7,12 +7,14 @@
 
 use crate::{
     config::Deadlines,
+    policy::RouteKey,
     presence::{self, News},
     version::Model,
 };
 use cluster::Instance;
-use proto::v1::{Load, worker_client::WorkerClient};
+use proto::v1::{CachedPrefixes, Load, worker_client::WorkerClient};
 use std::{
+    collections::HashSet,
     hash::{DefaultHasher, Hash, Hasher},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
@@ -60,6 +62,8 @@ pub(crate) struct Link {
     in_flight: AtomicUsize,
     faults: Mutex<Faults>,
     load: Mutex<Told>,
+    /// Prefixes that it says it has cached, by name.
+    cached: Mutex<HashSet<u64>>,
     presence: watch::Sender<Presence>,
     watcher: OnceLock<AbortHandle>,
 }
@@ -91,6 +95,7 @@ impl Link {
             in_flight: AtomicUsize::new(0),
             faults: Mutex::default(),
             load: Mutex::default(),
+            cached: Mutex::default(),
             presence: watch::Sender::default(),
             watcher: OnceLock::new(),
         }
@@ -163,6 +168,30 @@ impl Link {
     pub fn told(&self, load: Load) {
         let in_flight = self.in_flight.load(Ordering::Relaxed);
         *lock(&self.load) = Told { load, in_flight };
+    }
+
+    /// The worker's own words on what it has cached.
+    pub fn told_prefixes(&self, told: CachedPrefixes) {
+        let mut cached = lock(&self.cached);
+        if told.anew {
+            cached.clear();
+        }
+        for name in &told.gone {
+            cached.remove(name);
+        }
+        for name in told.cached {
+            if cached.len() >= proto::CACHED_PREFIXES_MAX {
+                break;
+            }
+            cached.insert(name);
+        }
+    }
+
+    /// Blocks at the beginning of a prompt that the worker has cached.
+    pub fn cached(&self, key: &RouteKey) -> usize {
+        let cached = lock(&self.cached);
+        // A prefix is cached for as long as what extends it.
+        key.blocks.partition_point(|name| cached.contains(name))
     }
 
     /// Sequences there, as well as is known.

@@ -80,7 +80,7 @@ impl<'a> Opening<'a> {
         loop {
             let now = self.upstream.targets.now();
             let version = now.version(self.order.model);
-            let candidates = version.map(|version| version.candidates(&self.full));
+            let candidates = version.map(|version| version.candidates(self.key, &self.full));
             let (links, targets): (Vec<Arc<Link>>, Vec<Target>) =
                 candidates.unwrap_or_default().into_iter().unzip();
             match self.upstream.policy.pick(self.key, &targets) {

@@ -7,34 +7,33 @@ mod prefix_affinity;
 pub use least_loaded::LeastLoaded;
 pub use prefix_affinity::PrefixAffinity;
 
-use engine::plan::BLOCK_TOKENS;
+use engine::{
+    blocks::{NAMED_BLOCKS_MAX, prefix_name},
+    plan::BLOCK_TOKENS,
+};
 use std::hash::{DefaultHasher, Hash, Hasher};
-
-/// Blocks of a prompt that the key looks at.
-const KEY_BLOCKS_MAX: usize = 128;
 
 /// What a policy knows of a sequence.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RouteKey {
-    /// One hash for each leading full block of the prompt, as the workers' caches are cut; each
-    /// covers everything before it.
+    /// A hash of the model's name.
+    pub model: u64,
+    /// The name of each leading full block of the prompt, as the workers' caches are cut and named;
+    /// each covers everything before it.
     pub blocks: Vec<u64>,
 }
 
 impl RouteKey {
-    /// The key of a prompt to a model: the first 128 full blocks, hash-chained.
+    /// The key of a prompt to a model: its first 128 full blocks.
     pub fn new(model: &str, prompt: &[u32]) -> Self {
         let mut hasher = DefaultHasher::new();
         model.hash(&mut hasher);
-        let blocks = prompt
-            .chunks_exact(BLOCK_TOKENS)
-            .take(KEY_BLOCKS_MAX)
-            .map(|block| {
-                block.hash(&mut hasher);
-                hasher.finish()
-            })
-            .collect();
-        Self { blocks }
+        let (blocks, _) = prompt.as_chunks::<BLOCK_TOKENS>();
+        let names = blocks.iter().take(NAMED_BLOCKS_MAX).scan(0, |name, block| {
+            *name = prefix_name(*name, block);
+            Some(*name)
+        });
+        Self { model: hasher.finish(), blocks: names.collect() }
     }
 }
 
@@ -45,6 +44,8 @@ pub struct Target {
     pub id: u64,
     /// Sequences it runs or holds waiting, as well as the router knows.
     pub load: usize,
+    /// Blocks at the beginning of the prompt that it says it has cached.
+    pub cached: usize,
 }
 
 /// Chooses among targets that are all able to take the sequence.

@@ -10,7 +10,7 @@ use crate::{
     losses::Losses,
 };
 use cluster::Instance;
-use proto::v1::{WatchRequest, WorkerReport};
+use proto::v1::{CachedPrefixes, WatchRequest, WorkerReport};
 use std::{
     error::Error,
     sync::{Arc, Weak},
@@ -98,7 +98,7 @@ impl Watcher {
             };
             match report {
                 Ok(Some(report)) => {
-                    if self.here(&report).is_none() {
+                    if self.here(report).is_none() {
                         return Ok(Gone);
                     }
                 }
@@ -134,7 +134,11 @@ impl Watcher {
         let first = reports.message().await.map_err(|status| reason(&status))?;
         let first = first.ok_or_else(|| "it ended the connection at once".to_owned())?;
         self.verify(&first)?;
-        Ok(self.here(&first).map(|()| reports))
+        // What it said before may be long ago.
+        let prefixes = first.prefixes.unwrap_or_default();
+        let first =
+            WorkerReport { prefixes: Some(CachedPrefixes { anew: true, ..prefixes }), ..first };
+        Ok(self.here(first).map(|()| reports))
     }
 
     /// Whether it is who the roster says.
@@ -155,8 +159,11 @@ impl Watcher {
         Ok(())
     }
 
-    fn here(&self, report: &WorkerReport) -> Option<()> {
+    fn here(&self, report: WorkerReport) -> Option<()> {
         let link = self.link.upgrade()?;
+        if let Some(prefixes) = report.prefixes {
+            link.told_prefixes(prefixes);
+        }
         if let Some(load) = report.load {
             link.told(load);
         }

@@ -5,6 +5,7 @@ use crate::{
     choice::Chunk,
     generate::{Answering, Generation},
     request::{self, Input, Prompt, Reading},
+    resume::{Cursor, Resume},
     time_limit::TimeLimit,
     trace::Trace,
 };
@@ -70,12 +71,14 @@ impl Service {
         let start = async {
             let time = TimeLimit::from_grpc(&headers, &self.shared.upstream.deadlines)?;
             let permit = self.shared.permit(1)?;
-            let input = input(trace)?;
+            let resume = Resume::from_http(&headers)?;
+            let input = Input { resume, ..input(trace)? };
             Answering::begin(self.shared.clone(), input, permit, time).await
         };
         let answering = start.await.map_err(|error| self.refuse(&error))?;
         let shared = self.shared.clone();
-        let messages = Messages { shared, answering, include_progress, ended: false };
+        let messages =
+            Messages { shared, answering, include_progress, cursor: None, ended: false };
         Ok(Response::new(Box::pin(unfold(messages, |mut messages| async {
             let next = messages.next().await?;
             Some((next, messages))
@@ -88,6 +91,8 @@ struct Messages {
     shared: Arc<RouterState>,
     answering: Answering,
     include_progress: bool,
+    /// How far the client is once it has the next message, where it may want to go on with it.
+    cursor: Option<Cursor>,
     ended: bool,
 }
 
@@ -105,9 +110,23 @@ impl Messages {
                     return Some(Err(self.fail(&error)));
                 }
             };
+            if self.cursor.is_none() && generation.resume.is_some() {
+                self.cursor = Some(Cursor::new(&generation.fingerprint, generation.choices));
+            }
             match generation.next().await? {
                 Ok(chunk) if chunk.progress.is_some() && !self.include_progress => {}
-                Ok(chunk) => return Some(Ok(words(chunk, generation))),
+                Ok(chunk) => {
+                    let (choice, ended) = (chunk.choice as usize, chunk.finish.is_some());
+                    let cursor = self.cursor.as_mut().map(|cursor| {
+                        cursor.advance(choice, chunk.sampled, ended);
+                        cursor.to_string()
+                    });
+                    // The client has all of it already.
+                    let known = generation.last().is_some_and(|last| last.place(choice).ended);
+                    if !known || generation.ended() {
+                        return Some(Ok(words(chunk, cursor, generation)));
+                    }
+                }
                 Err(error) => return Some(Err(self.fail(&error))),
             }
         }
@@ -119,7 +138,7 @@ impl Messages {
     }
 }
 
-fn words(chunk: Chunk, generation: &Generation) -> GenerateResponse {
+fn words(chunk: Chunk, cursor: Option<String>, generation: &Generation) -> GenerateResponse {
     GenerateResponse {
         choice: chunk.choice,
         text: chunk.text,
@@ -128,6 +147,7 @@ fn words(chunk: Chunk, generation: &Generation) -> GenerateResponse {
         usage: generation.ended().then(|| generation.usage()),
         request_id: generation.request_id.clone(),
         progress: chunk.progress,
+        cursor: cursor.unwrap_or_default(),
     }
 }
 

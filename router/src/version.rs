@@ -3,7 +3,7 @@
 use crate::{
     languages::LanguageSlot,
     link::{Link, Presence},
-    policy::Target,
+    policy::{RouteKey, Target},
     queue::Line,
     status::{ModelStatus, WorkerStatus},
 };
@@ -151,12 +151,15 @@ impl Version {
             })
     }
 
-    /// Ready, rested workers that are not among `refused`, and how the policy sees them.
-    pub fn candidates(&self, refused: &[Arc<Link>]) -> Vec<(Arc<Link>, Target)> {
+    /// Ready, rested workers that are not among `refused`, and how the policy sees them
+    /// with a prompt of that key.
+    pub fn candidates(&self, key: &RouteKey, refused: &[Arc<Link>]) -> Vec<(Arc<Link>, Target)> {
+        let target =
+            |link: &Link| Target { id: link.key(), load: link.load(), cached: link.cached(key) };
         self.ready()
             .filter(|link| !link.rests())
             .filter(|link| !refused.iter().any(|other| Arc::ptr_eq(link, other)))
-            .map(|link| (link.clone(), Target { id: link.key(), load: link.load() }))
+            .map(|link| (link.clone(), target(link)))
             .collect()
     }
 

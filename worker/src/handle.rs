@@ -34,6 +34,7 @@ use crate::{
     metrics::Metrics,
     panic_text,
     places::Places,
+    prefixes::Prefixes,
 };
 
 /// Between two signs of life of an idle leader.
@@ -71,6 +72,7 @@ pub struct Engine {
     /// No longer than `places` allow.
     commands: Sender<Command>,
     places: Arc<Places>,
+    prefixes: Arc<Prefixes>,
     pulse: Arc<Pulse>,
     context_max: usize,
     stats: watch::Receiver<Stats>,
@@ -89,7 +91,8 @@ impl Engine {
         let places = Arc::new(Places::new(waiting_max, running_max));
         // What was accepted is not refused: those on their way to a place count there as waiting.
         config.waiting_max = waiting_max + running_max;
-        let scheduler = Scheduler::new(config.clone());
+        let scheduler = new_scheduler(&config);
+        let prefixes = Arc::new(Prefixes::default());
         let context_max = scheduler.context_max();
         let pulse = Arc::new(Pulse {
             start: Instant::now(),
@@ -111,6 +114,7 @@ impl Engine {
             finished: Instant::now(),
             mailboxes: HashMap::new(),
             places: Arc::clone(&places),
+            prefixes: Arc::clone(&prefixes),
             pulse: Arc::clone(&pulse),
             positions_told: None,
             stats: stats_sender,
@@ -124,7 +128,7 @@ impl Engine {
             })
             .map_err(WorkerError::io("starting the engine thread"))?;
         let thread = Mutex::new(Some(thread));
-        Ok(Self { commands, places, pulse, context_max, stats, health, thread })
+        Ok(Self { commands, places, prefixes, pulse, context_max, stats, health, thread })
     }
 
     /// Accepts a request, or refuses it, at once. The output's first update comes when the first
@@ -148,6 +152,11 @@ impl Engine {
     /// Sequences that may run or wait at once.
     pub fn places(&self) -> usize {
         self.places.max()
+    }
+
+    /// What is cached, for those who choose workers by it.
+    pub(crate) fn prefixes(&self) -> Arc<Prefixes> {
+        Arc::clone(&self.prefixes)
     }
 
     /// How long ago the loop last turned: an idle one turns twice a second, a busy one once a step.
@@ -211,6 +220,14 @@ impl Drop for Engine {
     }
 }
 
+/// One that says what it has cached.
+fn new_scheduler(config: &SchedulerConfig) -> Scheduler {
+    let mut scheduler = Scheduler::new(config.clone());
+    // From the first call on changes are kept.
+    scheduler.take_prefix_changes();
+    scheduler
+}
+
 /// What the thread owns.
 struct Core {
     config: SchedulerConfig,
@@ -224,6 +241,7 @@ struct Core {
     finished: Instant,
     mailboxes: HashMap<SequenceId, Delivery>,
     places: Arc<Places>,
+    prefixes: Arc<Prefixes>,
     pulse: Arc<Pulse>,
     positions_told: Option<Instant>,
     stats: watch::Sender<Stats>,
@@ -274,12 +292,13 @@ impl Core {
         self.executor.recover(&wanted).inspect_err(|error| {
             tracing::error!(%error, "the group is not formed anew");
         })?;
-        self.scheduler = Scheduler::new(self.config.clone());
+        self.scheduler = new_scheduler(&self.config);
         self.last = self.scheduler.stats();
         self.received = 0;
         self.launched.clear();
         self.positions_told = None;
         self.places.clear();
+        self.prefixes.clear();
         self.stats.send_replace(self.last);
         Ok(())
     }
@@ -389,6 +408,7 @@ impl Core {
     }
 
     fn publish(&mut self) {
+        self.prefixes.note(self.scheduler.take_prefix_changes());
         let stats = self.scheduler.stats();
         self.metrics.observe(&self.last, &stats);
         self.last = stats;

@@ -11,6 +11,7 @@ mod metrics;
 mod mock;
 mod places;
 pub mod plan;
+mod prefixes;
 mod server;
 mod service;
 mod validate;

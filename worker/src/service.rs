@@ -116,7 +116,8 @@ impl worker_server::Worker for Service {
     ) -> Result<Response<Self::WatchStream>, Status> {
         let ServiceState { engine, instance, closing, .. } = &*self.0;
         let (instance, closing) = (instance.clone(), closing.clone());
-        let watch = Watch { instance, stats: engine.stats(), places: engine.places(), closing };
+        let (stats, places) = (engine.stats(), engine.places());
+        let watch = Watch { instance, stats, places, prefixes: engine.prefixes(), closing };
         Ok(Response::new(Box::pin(watch.reports()?)))
     }
 

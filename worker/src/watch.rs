@@ -2,7 +2,7 @@
 //!
 //! Nothing of this waits for the engine loop, which may be in a long step.
 
-use std::{convert::Infallible, time::Duration};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use cluster::Instance;
 use engine::Stats;
@@ -13,6 +13,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tonic::Status;
+
+use crate::prefixes::{Prefixes, Seen};
 
 /// Between two messages, at least: the load changes with every step.
 const LOAD_PERIOD: Duration = Duration::from_millis(100);
@@ -25,6 +27,7 @@ pub(crate) struct Watch {
     pub stats: watch::Receiver<Stats>,
     /// Sequences that may run or wait.
     pub places: usize,
+    pub prefixes: Arc<Prefixes>,
     /// Turns true when the worker's connections are to end.
     pub closing: watch::Receiver<bool>,
 }
@@ -40,25 +43,35 @@ impl Watch {
         let instance = self.instance.borrow().encode();
         let instance = instance.map_err(|error| Status::internal(error.to_string()))?;
         let told = self.load();
-        let first = WorkerReport { instance: instance.into(), load: Some(told) };
-        let later = stream::unfold((self, told), async |(mut watch, told)| {
+        let mut seen = self.prefixes.watch();
+        let prefixes = seen.news(&self.prefixes);
+        let first = WorkerReport { instance: instance.into(), load: Some(told), prefixes };
+        let later = stream::unfold((self, told, seen), async |(mut watch, told, mut seen)| {
             let mut closing = watch.closing.clone();
             let report = tokio::select! {
-                report = watch.next(told) => report,
+                report = watch.next(told, &mut seen) => report,
                 // A dropped sender closes as well.
                 _ = closing.wait_for(|&closing| closing) => return None,
             };
             let told = report.load.unwrap_or(told);
-            Some((report, (watch, told)))
+            Some((report, (watch, told, seen)))
         });
         let first = stream::once(async { first });
         Ok(futures_util::StreamExt::map(futures_util::StreamExt::chain(first, later), Ok))
     }
 
-    async fn next(&mut self, told: Load) -> WorkerReport {
+    async fn next(&mut self, told: Load, seen: &mut Seen) -> WorkerReport {
         sleep(LOAD_PERIOD).await;
-        let news = timeout(BEAT - LOAD_PERIOD, self.other_than(told)).await;
-        WorkerReport { load: news.ok(), ..WorkerReport::default() }
+        let news = async {
+            tokio::select! {
+                _load = self.other_than(told) => {}
+                () = seen.changed() => {}
+            }
+        };
+        // Where there is none, this is a sign of life.
+        let _none = timeout(BEAT - LOAD_PERIOD, news).await;
+        let load = Some(self.load()).filter(|load| *load != told);
+        WorkerReport { load, prefixes: seen.news(&self.prefixes), ..WorkerReport::default() }
     }
 
     /// The load, once it is another.

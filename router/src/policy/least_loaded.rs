@@ -18,7 +18,7 @@ mod tests {
 
     #[test]
     fn the_first_of_the_least_loaded_is_taken() {
-        let targets = [3, 1, 2, 1].map(|load| Target { id: 0, load });
+        let targets = [3, 1, 2, 1].map(|load| Target { id: 0, load, cached: 0 });
         assert_eq!(LeastLoaded.pick(&RouteKey::default(), &targets), Some(1));
         assert_eq!(LeastLoaded.pick(&RouteKey::default(), &[]), None);
     }

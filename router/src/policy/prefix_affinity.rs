@@ -1,11 +1,13 @@
-//! Sends prompts that begin alike to the same target, whose cache then holds the beginning.
+//! Sends a prompt to the target that has most of its beginning cached, or soon will have.
 //!
-//! Affinity yields to balance: a target well above the least loaded one is passed over. The index
-//! is two generations of bounded maps: when the young one is full it becomes the old one, and what
-//! was not touched since is forgotten.
+//! Targets say what they have cached. What was sent there since is remembered in an index of two
+//! generations of bounded maps: when the young one is full it becomes the old one, and what was not
+//! touched since is forgotten. Affinity yields to balance: a target well above the least loaded one
+//! is passed over.
 
 use super::{LeastLoaded, RouteKey, RoutingPolicy, Target};
 use std::{
+    cmp::Reverse,
     collections::HashMap,
     sync::{Mutex, PoisonError},
 };
@@ -21,7 +23,7 @@ struct Index {
     old: HashMap<u64, u64>,
 }
 
-/// Prefers the target that last saw the longest beginning of the prompt.
+/// Prefers the target that has, or last was sent, the longest beginning of the prompt.
 #[derive(Debug)]
 pub struct PrefixAffinity {
     index: Mutex<Index>,
@@ -42,25 +44,39 @@ impl Index {
         self.young.insert(block, target);
     }
 
-    /// The target of the longest known beginning that is among `targets`.
-    fn longest(&self, key: &RouteKey, targets: &[Target]) -> Option<usize> {
-        key.blocks.iter().rev().find_map(|block| {
-            let id = self.young.get(block).or_else(|| self.old.get(block))?;
-            targets.iter().position(|target| target.id == *id)
+    /// The target that was sent the longest beginning, of those among `targets`, and its blocks.
+    fn longest(&self, key: &RouteKey, targets: &[Target]) -> Option<(usize, usize)> {
+        (0..key.blocks.len()).rev().find_map(|at| {
+            let block = entry(key, at);
+            let id = self.young.get(&block).or_else(|| self.old.get(&block))?;
+            let target = targets.iter().position(|target| target.id == *id)?;
+            Some((target, at + 1))
         })
     }
+}
+
+/// Where the index has a beginning: models may share a tokenizer, and prompts.
+fn entry(key: &RouteKey, at: usize) -> u64 {
+    key.model ^ key.blocks[at]
 }
 
 impl RoutingPolicy for PrefixAffinity {
     fn pick(&self, key: &RouteKey, targets: &[Target]) -> Option<usize> {
         let least = LeastLoaded.pick(key, targets)?;
         let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
-        let chosen = index
-            .longest(key, targets)
-            .filter(|&at| targets[at].load <= targets[least].load + LOAD_SLACK)
+        let sent = index.longest(key, targets);
+        let blocks = |at: usize| match sent {
+            Some((target, blocks)) if target == at => blocks.max(targets[at].cached),
+            _ => targets[at].cached,
+        };
+        let limit = targets[least].load + LOAD_SLACK;
+        let chosen = (0..targets.len())
+            .filter(|&at| targets[at].load <= limit)
+            // Of equals the least loaded, and the one that was chosen for that.
+            .max_by_key(|&at| (blocks(at), Reverse(targets[at].load), at == least))
             .unwrap_or(least);
-        for &block in &key.blocks {
-            index.insert(block, targets[chosen].id, self.generation_max);
+        for at in 0..key.blocks.len() {
+            index.insert(entry(key, at), targets[chosen].id, self.generation_max);
         }
         Some(chosen)
     }
@@ -69,7 +85,7 @@ impl RoutingPolicy for PrefixAffinity {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use engine::plan::BLOCK_TOKENS;
+    use engine::{blocks::prefix_name, plan::BLOCK_TOKENS};
 
     fn key(words: &[u32]) -> RouteKey {
         let prompt: Vec<u32> = words.iter().flat_map(|&word| [word; BLOCK_TOKENS]).collect();
@@ -77,7 +93,7 @@ mod tests {
     }
 
     fn targets(loads: [usize; 3]) -> [Target; 3] {
-        [0, 1, 2].map(|at| Target { id: at as u64 + 10, load: loads[at] })
+        [0, 1, 2].map(|at| Target { id: at as u64 + 10, load: loads[at], cached: 0 })
     }
 
     #[test]
@@ -97,6 +113,23 @@ mod tests {
     }
 
     #[test]
+    fn what_a_target_says_it_has_counts_as_what_was_sent_there() {
+        let policy = PrefixAffinity::default();
+        let has = |cached: [usize; 3], loads| {
+            let mut targets = targets(loads);
+            targets.iter_mut().zip(cached).for_each(|(target, cached)| target.cached = cached);
+            targets
+        };
+        // Another router sent it there; nobody else has as much.
+        assert_eq!(policy.pick(&key(&[1, 2]), &has([0, 1, 2], [0, 0, 8])), Some(2));
+        assert_eq!(policy.pick(&key(&[3, 4]), &has([0, 1, 2], [0, 0, 9])), Some(1));
+        // Of equals the least loaded.
+        assert_eq!(policy.pick(&key(&[5, 6]), &has([2, 2, 2], [2, 1, 3])), Some(1));
+        // It will have it soon, if it does not say so yet.
+        assert_eq!(policy.pick(&key(&[5, 6]), &has([1, 0, 1], [0, 5, 0])), Some(1));
+    }
+
+    #[test]
     fn the_index_stays_bounded_and_keeps_what_is_in_use() {
         let policy = PrefixAffinity { generation_max: 8, ..PrefixAffinity::default() };
         assert_eq!(policy.pick(&key(&[1]), &targets([1, 0, 1])), Some(1));
@@ -113,6 +146,7 @@ mod tests {
         assert_eq!(key(&[1, 2]).blocks[0], key(&[1, 9]).blocks[0]);
         assert_ne!(key(&[1, 2]).blocks[1], key(&[9, 2]).blocks[1]);
         assert_ne!(RouteKey::new("a", &[1; BLOCK_TOKENS]), RouteKey::new("b", &[1; BLOCK_TOKENS]));
+        assert_eq!(key(&[7]).blocks, [prefix_name(0, &[7; BLOCK_TOKENS])], "as workers name it");
         assert!(RouteKey::new("a", &[1; BLOCK_TOKENS - 1]).blocks.is_empty());
         assert_eq!(RouteKey::new("a", &[1; 100_000]).blocks.len(), 128);
     }

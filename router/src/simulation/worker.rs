@@ -227,7 +227,7 @@ impl worker_server::Worker for Door {
     async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let worker = self.0.clone();
         let instance = worker.make.instance.encode().expect("short").into();
-        let first = WorkerReport { instance, load: Some(worker.load()) };
+        let first = WorkerReport { instance, load: Some(worker.load()), prefixes: None };
         let ticks = IntervalStream::new(interval(Duration::from_millis(proto::WORKER_BEAT_MS)));
         let beats = ticks.map(move |_| {
             let load = Some(worker.load());

@@ -1,9 +1,14 @@
 //! Streams whose router is gone go on at another one, by a key and the last event's id.
 
 use crate::{Cluster, MODEL, body, client::Reply, config, worker::Worker};
+use proto::v1::{
+    GenerateRequest, GenerateResponse, Sampling, Usage, generate_request,
+    inference_client::InferenceClient,
+};
 use router::Router;
 use serde_json::{Value, json};
 use std::sync::{Arc, atomic::Ordering};
+use tonic::transport::Channel;
 
 const CHAT: &str = "POST /v1/chat/completions HTTP/1.1\r\n";
 const COMPLETIONS: &str = "POST /v1/completions HTTP/1.1\r\n";
@@ -83,6 +88,54 @@ async fn a_stream_goes_on_at_another_router_from_any_event() {
     seeds.sort_unstable();
     assert!(seeds[0] == seeds[1] && seeds[1] != seeds[2], "a key stands for a seed a choice");
     assert_eq!(seeds[2], seeds[3]);
+}
+
+/// Each choice's text and finish, and the last message's usage.
+fn heard(messages: &[GenerateResponse]) -> ([(String, String); 2], Option<Usage>) {
+    let mut heard: [(String, String); 2] = Default::default();
+    for message in messages {
+        let (text, finish) = &mut heard[message.choice as usize];
+        *text += &message.text;
+        finish.clone_from(&message.finish_reason);
+    }
+    (heard, messages.last().and_then(|message| message.usage))
+}
+
+#[tokio::test]
+async fn a_grpc_stream_goes_on_at_another_router_from_any_message() {
+    let (cluster, other) = two_routers().await;
+    let address = format!("http://{}", other.grpc().expect("an address"));
+    let mut other = InferenceClient::connect(address).await.unwrap();
+    let mut first = cluster.grpc().await;
+    let ask = async |client: &mut InferenceClient<Channel>, last: &str| {
+        let sampling = Sampling { n: Some(2), max_tokens: Some(100), ..Sampling::default() };
+        let prompt = Some(generate_request::Prompt::Text("Once".into()));
+        let model = MODEL.to_owned();
+        let sampling = Some(sampling);
+        let request = GenerateRequest { model, prompt, sampling, ..GenerateRequest::default() };
+        let mut request = tonic::Request::new(request);
+        request.metadata_mut().insert("idempotency-key", "story 7".parse().unwrap());
+        if !last.is_empty() {
+            request.metadata_mut().insert("last-event-id", last.parse().unwrap());
+        }
+        let mut stream = client.generate(request).await.unwrap().into_inner();
+        let mut messages = Vec::new();
+        while let Some(message) = stream.message().await.unwrap() {
+            messages.push(message);
+        }
+        messages
+    };
+    together(cluster.worker(), 1);
+    let whole = ask(&mut first, "").await;
+    let (wanted, usage) = heard(&whole);
+    assert!(wanted.iter().all(|(text, finish)| text == crate::TEXT && finish == "stop"));
+    assert!(usage.is_some() && whole.iter().all(|message| !message.cursor.is_empty()));
+    for (at, message) in whole.iter().enumerate() {
+        together(cluster.worker(), 1 + at % 3);
+        let rest = ask(&mut other, &message.cursor).await;
+        let all = [&whole[..=at], &rest].concat();
+        assert_eq!(heard(&all), (wanted.clone(), usage), "after {}", message.cursor);
+    }
 }
 
 #[tokio::test]

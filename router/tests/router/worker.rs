@@ -229,7 +229,7 @@ impl worker_server::Worker for Door {
             let running = worker.running.load(Ordering::SeqCst);
             let places = worker.told_places.load(Ordering::SeqCst);
             let load = Load { running, places, ..Load::default() };
-            let report = WorkerReport { instance, load: Some(load) };
+            let report = WorkerReport { instance, load: Some(load), prefixes: None };
             (!worker.stopped.load(Ordering::SeqCst)).then_some(Ok(report))
         };
         let first = tokio_stream::iter(report(instance.encode().unwrap().into()));
