@@ -309,16 +309,11 @@ pub trait Backend: Send + Sync + Sized + 'static {
     ) -> Result<(), E> {
         ops()
     }
-    /// Waits for what was launched, whatever came of it, and forgets what was captured: what it
-    /// points to may go.
-    ///
-    /// # Errors
-    /// `Device` where the device is of no further use.
+    /// Waits for what was launched, and forgets what was captured: what it points to may go.
     fn forget_steps(&self) -> Result<(), KernelError> {
         Ok(())
     }
-    /// Rows of logits that are computed, and that tokens are chosen from, together: bounds their
-    /// memory whatever a step asks for.
+    /// Rows of logits that are computed at once: bounds their memory whatever a step asks for.
     fn logit_rows_max(&self) -> usize {
         LOGIT_ROWS_MAX
     }

@@ -77,8 +77,7 @@ impl Service {
         };
         let answering = start.await.map_err(|error| self.refuse(&error))?;
         let shared = self.shared.clone();
-        let messages =
-            Messages { shared, answering, include_progress, cursor: None, ended: false };
+        let messages = Messages { shared, answering, include_progress, cursor: None, ended: false };
         Ok(Response::new(Box::pin(unfold(messages, |mut messages| async {
             let next = messages.next().await?;
             Some((next, messages))

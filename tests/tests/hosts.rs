@@ -414,7 +414,7 @@ fn a_leader_whose_epoch_is_over_is_heard_by_no_client() {
         signal(first, "CONT");
         cluster.check("streams of an epoch that is over", streams.join());
         let said = cluster.follower.log.text();
-        assert!(said.contains("bringing the ranks of this node group=\"g\" epoch=2"), "{said}");
+        assert!(said.contains("bringing this node's ranks group=\"g\" epoch=2"), "{said}");
         // Whoever comes back does not lead while another does, and leads after it.
         let told = "is led already, in epoch 2";
         let look = || cluster.leader.log.text();

@@ -6,15 +6,14 @@
 //! results of the others are dealt with while a step runs. A reader that is gone is a cancelled
 //! sequence: its blocks are free before the next step. With nothing to do the thread sleeps, and
 //! wakes twice a second to tell the other ranks that it lives. The loop leaves a mark at every
-//! turn, so that others can tell when it hangs. A group that fails takes its sequences with it; where
-//! it can be formed anew, the loop does so and goes on as at the start.
+//! turn, so that others can tell when it hangs. A group that fails takes its sequences with it;
+//! where it can be formed anew, the loop does so and goes on as at the start.
 
 use std::{
     collections::{HashMap, VecDeque},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel},
     },
     thread::{self, JoinHandle},
@@ -35,6 +34,7 @@ use crate::{
     panic_text,
     places::Places,
     prefixes::Prefixes,
+    pulse::Pulse,
 };
 
 /// Between two signs of life of an idle leader.
@@ -45,26 +45,6 @@ const POSITIONS_PERIOD: Duration = Duration::from_millis(200);
 enum Command {
     Submit { request: Box<Request>, delivery: Delivery },
     Stop,
-}
-
-/// When the loop last turned.
-struct Pulse {
-    start: Instant,
-    /// Milliseconds after `start`.
-    turned: AtomicU64,
-    /// The loop is to end, whatever it is in.
-    stopping: AtomicBool,
-}
-
-impl Pulse {
-    fn turn(&self) {
-        self.turned.store(self.start.elapsed().as_millis() as u64, Ordering::Relaxed);
-    }
-
-    fn age(&self) -> Duration {
-        let turned = Duration::from_millis(self.turned.load(Ordering::Relaxed));
-        self.start.elapsed().saturating_sub(turned)
-    }
 }
 
 /// A running engine. Dropping it stops the loop and fails what still runs.
@@ -94,11 +74,7 @@ impl Engine {
         let scheduler = new_scheduler(&config);
         let prefixes = Arc::new(Prefixes::default());
         let context_max = scheduler.context_max();
-        let pulse = Arc::new(Pulse {
-            start: Instant::now(),
-            turned: AtomicU64::new(0),
-            stopping: AtomicBool::new(false),
-        });
+        let pulse = Arc::new(Pulse::default());
         let (commands, inbox) = channel();
         let (stats_sender, stats) = watch::channel(scheduler.stats());
         let health = Arc::new(watch::Sender::new(Health::Serves));
@@ -200,7 +176,7 @@ impl Engine {
     pub fn stop(&self) {
         // An error says that the loop has ended already.
         let _ended = self.commands.send(Command::Stop);
-        self.pulse.stopping.store(true, Ordering::Relaxed);
+        self.pulse.stop();
         if self.health.borrow().is_formed() {
             return;
         }
@@ -216,7 +192,7 @@ impl Drop for Engine {
     fn drop(&mut self) {
         // The loop ends as well when the channel closes; this only wakes it earlier.
         let _ended = self.commands.send(Command::Stop);
-        self.pulse.stopping.store(true, Ordering::Relaxed);
+        self.pulse.stop();
     }
 }
 
@@ -288,7 +264,7 @@ impl Core {
     /// A new group, and nothing that was planned for the old one.
     fn form_again(&mut self) -> Result<(), ExecutorError> {
         let pulse = Arc::clone(&self.pulse);
-        let wanted = || !pulse.stopping.load(Ordering::Relaxed);
+        let wanted = || !pulse.stops();
         self.executor.recover(&wanted).inspect_err(|error| {
             tracing::error!(%error, "the group is not formed anew");
         })?;

@@ -12,6 +12,7 @@ mod mock;
 mod places;
 pub mod plan;
 mod prefixes;
+mod pulse;
 mod server;
 mod service;
 mod validate;

@@ -229,7 +229,7 @@ fn end_and_form_again() {
     });
 }
 
-/// A device that waits in NCCL for a rank that is gone has hung by the time the library is given up.
+/// A device that waits in NCCL for a rank that is gone has hung by the time that is given up.
 fn end_for_good() {
     end_in_time(|group, _| {
         let error = group.executor.recover(&|| true).unwrap_err().to_string();

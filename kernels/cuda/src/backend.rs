@@ -343,9 +343,7 @@ impl<D: Driver> Backend for Cuda<D> {
     }
 
     fn forget_steps(&self) -> Result<(), KernelError> {
-        self.wait(self.mark()?)?;
-        self.graphs.forget();
-        Ok(())
+        self.wait(self.mark()?).map(|()| self.graphs.forget())
     }
 
     fn logit_rows_max(&self) -> usize {

@@ -2,8 +2,8 @@
 //! epoch that a leader opens.
 //!
 //! Ranks find by themselves that their leader is gone, and keep what they have loaded for the next.
-//! A rank that has ended is started again, later each time; one that is stopped does not say that it
-//! has heard of an epoch, and is ended.
+//! A rank that has ended is started again, later each time; one that is stopped does not say that
+//! it has heard of an epoch, and is ended.
 
 use std::{ops::Range, path::PathBuf, time::Duration};
 
@@ -189,7 +189,7 @@ impl Node {
         let Epoch { epoch: number, leader, token, ranks: all, .. } = epoch;
         let group = self.config.key.id();
         if news {
-            tracing::info!(group, epoch = number, %leader, ?ranks, "bringing the ranks of this node");
+            tracing::info!(group, epoch = number, %leader, ?ranks, "bringing this node's ranks");
             self.pause = PAUSE_MIN;
         }
         let world_size = all.iter().sum();

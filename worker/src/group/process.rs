@@ -4,8 +4,8 @@
 //! their standard input where the group meets, hands them everything else over the control link,
 //! and watches them: what a rank said last is part of the reason when it ends. A third link carries
 //! signs of life, independent of what ranks do: one that is stopped or cut off is noticed by its
-//! silence. A group that has lost a rank is formed anew, as the next epoch: the ranks that live keep
-//! what they have loaded.
+//! silence. A group that has lost a rank is formed anew, as the next epoch: the ranks that live
+//! keep what they have loaded.
 
 use std::{
     fs::File,

@@ -74,7 +74,7 @@ impl Task for Rank {
                 Ok(()) => return Ok(()),
                 Err(error) if held.loaded.is_some() || is_lost(&error) => {
                     let keeps = held.loaded.is_some();
-                    tracing::warn!(%error, keeps, "the group has failed; waiting for its next epoch");
+                    tracing::warn!(%error, keeps, "the group has failed; waiting for the next");
                 }
                 Err(error) => return Err(error),
             }
