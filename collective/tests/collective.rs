@@ -23,11 +23,11 @@ fn id(world_size: usize) -> GroupId {
 /// The links of every rank, by number.
 fn tcp_links(world_size: usize, links: usize) -> Vec<Vec<Tcp>> {
     let group = &id(world_size);
-    let door = Tcp::listen("127.0.0.1:0", group.clone(), links).unwrap();
+    let door = Tcp::listen("127.0.0.1:0", group.clone(), links, None).unwrap();
     let addr = &door.local_addr().unwrap().to_string();
     let join = move |rank| -> Vec<Tcp> {
         // The last first: the order of arrival must not matter.
-        let link = |link| Tcp::connect(addr, (rank, link), group, LONG).unwrap();
+        let link = |link| Tcp::connect(addr, (rank, link), group, None, LONG).unwrap();
         let mut joined: Vec<Tcp> = (0..links).rev().map(link).collect();
         joined.reverse();
         joined
@@ -270,7 +270,7 @@ fn ranks_that_disagree_are_told() {
 
 #[test]
 fn strangers_are_turned_away_and_the_group_still_forms() {
-    let door = Tcp::listen("127.0.0.1:0", id(3), 1).unwrap();
+    let door = Tcp::listen("127.0.0.1:0", id(3), 1, None).unwrap();
     let addr = &door.local_addr().unwrap().to_string();
     thread::scope(|scope| {
         let first = scope.spawn(move || door.accept(LONG).map(|links| links[0].world_size()));
@@ -280,7 +280,7 @@ fn strangers_are_turned_away_and_the_group_still_forms() {
         let _ = noise.read(&mut [0]);
         drop(TcpStream::connect(addr).unwrap());
         let refused = |(rank, link), group: GroupId, why: &str| {
-            let refused = Tcp::connect(addr, (rank, link), &group, LONG).err();
+            let refused = Tcp::connect(addr, (rank, link), &group, None, LONG).err();
             let Some(CollectiveError::Mismatch(told)) = refused else { panic!("{refused:?}") };
             assert!(told.contains(why), "{told}");
         };
@@ -290,20 +290,20 @@ fn strangers_are_turned_away_and_the_group_still_forms() {
         refused((1, 0), id(2), "world size");
         refused((1, 1), id(3), "does not exist");
         refused((3, 0), id(4), "world size");
-        let _one = Tcp::connect(addr, (1, 0), &id(3), LONG).unwrap();
+        let _one = Tcp::connect(addr, (1, 0), &id(3), None, LONG).unwrap();
         refused((1, 0), id(3), "taken");
-        let _two = Tcp::connect(addr, (2, 0), &id(3), LONG).unwrap();
+        let _two = Tcp::connect(addr, (2, 0), &id(3), None, LONG).unwrap();
         assert_eq!(first.join().unwrap(), Ok(3));
     });
 }
 
 #[test]
 fn a_rank_that_came_and_ended_may_come_again() {
-    let mut door = Tcp::listen("127.0.0.1:0", id(3), 2).unwrap();
+    let mut door = Tcp::listen("127.0.0.1:0", id(3), 2, None).unwrap();
     let addr = &door.local_addr().unwrap().to_string();
     let connect = |rank, link| {
         let addr = addr.clone();
-        thread::spawn(move || Tcp::connect(&addr, (rank, link), &id(3), LONG).unwrap())
+        thread::spawn(move || Tcp::connect(&addr, (rank, link), &id(3), None, LONG).unwrap())
     };
     let mut admitted = |rank, link, missing: &[usize]| {
         let joining = connect(rank, link);
@@ -329,7 +329,7 @@ fn a_rank_that_came_and_ended_may_come_again() {
 fn a_rank_that_gets_no_verdict_asks_again() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap().to_string();
-    let joining = thread::spawn(move || Tcp::connect(&addr, (1, 0), &id(2), LONG).map(drop));
+    let joining = thread::spawn(move || Tcp::connect(&addr, (1, 0), &id(2), None, LONG).map(drop));
     // As after a cut of the network: the first is closed unheard, the second was never read.
     drop(listener.accept().unwrap());
     let _silent = listener.accept().unwrap();
@@ -341,15 +341,15 @@ fn a_rank_that_gets_no_verdict_asks_again() {
 
 #[test]
 fn a_group_that_does_not_form_ends_at_its_deadline() {
-    let listen = || Tcp::listen("127.0.0.1:0", id(2), 1).unwrap();
+    let listen = || Tcp::listen("127.0.0.1:0", id(2), 1, None).unwrap();
     let late = CollectiveError::Deadline { op: "accept", rank: 1, seconds: 0 };
     assert_eq!(listen().accept(SHORT).err(), Some(late));
     assert_eq!(listen().links().err(), Some(CollectiveError::Gone { rank: 1 }));
     let nobody = listen().local_addr().unwrap().to_string();
     let late = CollectiveError::Deadline { op: "connect", rank: 0, seconds: 0 };
-    assert_eq!(Tcp::connect(&nobody, (1, 0), &id(2), SHORT).err(), Some(late));
+    assert_eq!(Tcp::connect(&nobody, (1, 0), &id(2), None, SHORT).err(), Some(late));
     for rank in [0, 2] {
-        let wrong = Tcp::connect(&nobody, (rank, 0), &id(2), SHORT).err();
+        let wrong = Tcp::connect(&nobody, (rank, 0), &id(2), None, SHORT).err();
         assert!(matches!(wrong, Some(CollectiveError::Mismatch(_))));
     }
 }

@@ -16,7 +16,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cluster::{Reign, telemetry};
+use cluster::{
+    Reign,
+    port::{HandshakeFailures, Port},
+    telemetry,
+};
 use collective::{Beats, Cut, GroupId, HostCollective, Loss, Tcp, TcpDoor};
 use engine::plan::Executor;
 use model::{Checkpoint, ModelError};
@@ -54,6 +58,9 @@ const END_LIMIT: Duration = Duration::from_secs(3);
 /// The links of each rank: what the leader says, what ranks compute, and signs of life.
 const LINKS: usize = 3;
 
+/// What ranks speak under TLS.
+const RANK_PROTOCOL: &str = "lockstep-ranks";
+
 /// The place of one rank that is a process.
 #[derive(Clone, Debug)]
 pub struct RankConfig {
@@ -68,6 +75,8 @@ pub struct RankConfig {
     pub token: String,
     /// The checkpoint on this machine; `None`: where the leader has it.
     pub model: Option<PathBuf>,
+    /// With it the links to the leader are TLS.
+    pub tls: Option<tls::Cluster>,
 }
 
 impl RankConfig {
@@ -87,8 +96,9 @@ pub fn run_rank(config: RankConfig) -> Result<(), WorkerError> {
         .spawn(end_with_parent)
         .map_err(WorkerError::io("starting the thread that watches the parent"))?;
     let (leader, id) = (config.leader.to_string(), config.id());
+    let tls = config.tls.as_ref().map(|tls| tls.client(RANK_PROTOCOL));
     let connect = |link| -> Result<Tcp, ModelError> {
-        Ok(Tcp::connect(&leader, (config.rank, link), &id, JOIN_DEADLINE)?)
+        Ok(Tcp::connect(&leader, (config.rank, link), &id, tls.as_ref(), JOIN_DEADLINE)?)
     };
     let (mut control, mut data, beats) = (connect(0)?, connect(1)?, connect(2)?);
     control.set_data_deadline(LOAD_DEADLINE);
@@ -210,14 +220,16 @@ fn open_door(config: &GroupConfig) -> Result<Opened, WorkerError> {
     };
     let failed = |source| WorkerError::Bind { addr, source };
     let id = GroupId { world_size, epoch: 0, token: token.clone() };
-    let mut door = Tcp::listen(addr, id, LINKS).map_err(failed)?;
+    let tls = config.nodes.as_ref().and_then(|nodes| nodes.tls.clone());
+    let served = tls.as_ref().map(|tls| tls.server(&[RANK_PROTOCOL]));
+    let mut door = Tcp::listen(addr, id, LINKS, served).map_err(failed)?;
     let leader = door.local_addr().map_err(failed)?;
     let reign = match &config.nodes {
         None => None,
         Some(nodes) => Some(nodes.lead((leader, token.clone()), |epoch| door.set_epoch(epoch))?),
     };
     let epoch = reign.as_ref().map_or(0, |reign| reign.epoch);
-    let place = RankConfig { rank: 0, world_size, leader, epoch, token, model: None };
+    let place = RankConfig { rank: 0, world_size, leader, epoch, token, model: None, tls };
     Ok(Opened { door, place, reign })
 }
 
@@ -229,9 +241,14 @@ fn admit(
 ) -> Result<(TcpDoor, [Tcp; LINKS]), WorkerError> {
     let (start, mut told) = (Instant::now(), Instant::now());
     let limit = if nodes.is_some() { NODES_DEADLINE } else { JOIN_DEADLINE };
+    // It tells of those who are turned away.
+    let port = Port::new("ranks", None, HandshakeFailures::default());
     while !door.admit(POLL).map_err(ModelError::from)? {
         if let Some(reason) = failures.describe(Duration::ZERO) {
             return Err(WorkerError::Group(reason));
+        }
+        if let Some((peer, fault)) = door.refused() {
+            port.refuse(peer, &fault);
         }
         let (missing, waited) = (door.missing(), start.elapsed());
         let who = || nodes.map_or_else(|| format!("ranks {missing:?}"), |of| of.named(&missing));

@@ -77,6 +77,11 @@ impl RankProcesses {
         if let Some(model) = &place.model {
             command.arg("--model").arg(model);
         }
+        if let Some(tls) = &place.tls {
+            let (identity, ca) = tls.files();
+            command.arg("--cluster-cert").arg(&identity.cert);
+            command.arg("--cluster-key").arg(&identity.key).arg("--cluster-ca").arg(ca);
+        }
         let mut child =
             command.spawn().map_err(WorkerError::io(format!("starting {}", program.display())))?;
         let stderr = child.stderr.take();

@@ -21,6 +21,7 @@ fn serve_as_rank() {
         leader: word().parse().unwrap(),
         epoch: word().parse().unwrap(),
         model: None,
+        tls: None,
         token: std::env::var(RANK_TOKEN_VARIABLE).unwrap(),
     };
     run_rank(config).unwrap();
