@@ -4,6 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
+use tls::{Cluster, Identity};
 use worker::{RANK_TOKEN_VARIABLE, RankConfig, run_rank};
 
 /// Flags of `rank`. The group's secret comes in the environment, where other users cannot see it.
@@ -21,11 +22,23 @@ pub struct RankArgs {
     /// Where the checkpoint is on this machine, if not where the leader has it
     #[arg(long)]
     model: Option<PathBuf>,
+    /// As those of `worker`, but without variables: a group on one machine needs none of them.
+    #[arg(long, requires = "cluster_key", requires = "cluster_ca")]
+    cluster_cert: Option<PathBuf>,
+    #[arg(long)]
+    cluster_key: Option<PathBuf>,
+    #[arg(long)]
+    cluster_ca: Option<PathBuf>,
 }
 
 pub fn main(args: RankArgs) -> Result<()> {
     let token = std::env::var(RANK_TOKEN_VARIABLE)
         .with_context(|| format!("{RANK_TOKEN_VARIABLE} is not set; `lockstep worker` sets it"))?;
-    let RankArgs { rank, world_size, leader, epoch, model } = args;
-    Ok(run_rank(RankConfig { rank, world_size, leader, epoch, token, model })?)
+    let RankArgs { rank, world_size, leader, epoch, model, cluster_cert, cluster_key, cluster_ca } =
+        args;
+    let tls = match (cluster_cert, cluster_key, cluster_ca) {
+        (Some(cert), Some(key), Some(ca)) => Some(Cluster::load(Identity { cert, key }, ca)?),
+        _ => None,
+    };
+    Ok(run_rank(RankConfig { rank, world_size, leader, epoch, token, model, tls })?)
 }

@@ -15,11 +15,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use incoming::incoming;
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family},
 };
-pub use incoming::incoming;
 use tls::{Fault, Reason, TLS_FIRST_BYTE};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},

@@ -48,12 +48,7 @@ pub(crate) struct Server {
 
 impl Server {
     /// HTTP/1.1, and HTTP/2 for clients that begin with its preface.
-    pub fn http(
-        app: axum::Router,
-        port: Port,
-        limits: &Limits,
-        deadlines: &Deadlines,
-    ) -> Self {
+    pub fn http(app: axum::Router, port: Port, limits: &Limits, deadlines: &Deadlines) -> Self {
         let mut protocols = auto::Builder::new(TokioExecutor::new());
         protocols
             .http1()
@@ -79,12 +74,7 @@ impl Server {
     }
 
     /// HTTP/2 alone, as gRPC speaks it.
-    pub fn grpc(
-        app: axum::Router,
-        port: Port,
-        limits: &Limits,
-        deadlines: &Deadlines,
-    ) -> Self {
+    pub fn grpc(app: axum::Router, port: Port, limits: &Limits, deadlines: &Deadlines) -> Self {
         let server = Self::http(app, port, limits, deadlines);
         Self { protocols: server.protocols.http2_only(), ..server }
     }

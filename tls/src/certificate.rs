@@ -6,11 +6,7 @@ use std::{
 };
 
 use rustls::pki_types::{CertificateDer, pem::PemObject};
-use x509_parser::{
-    extensions::GeneralName,
-    parse_x509_certificate,
-    prelude::X509Certificate,
-};
+use x509_parser::{extensions::GeneralName, parse_x509_certificate, prelude::X509Certificate};
 
 /// The facts of one certificate.
 #[derive(Clone, Debug, PartialEq, Eq)]

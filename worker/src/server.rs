@@ -221,13 +221,10 @@ async fn spawn_server(
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .add_routes(routes)
-        .serve_with_incoming_shutdown(
-            incoming(listener, port),
-            async move {
-                // A dropped sender closes as well.
-                let _closing = closed.wait_for(|&closing| closing).await;
-            },
-        );
+        .serve_with_incoming_shutdown(incoming(listener, port), async move {
+            // A dropped sender closes as well.
+            let _closing = closed.wait_for(|&closing| closing).await;
+        });
     (health, tokio::spawn(server))
 }
 
