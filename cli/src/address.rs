@@ -38,6 +38,14 @@ fn with_scheme(text: &str, schemes: &[&str]) -> Result<String, String> {
     }
 }
 
+/// A worker's address as it is reached.
+pub fn secured(address: &str, secure: bool) -> String {
+    match address.strip_prefix("http://") {
+        Some(bare) if secure => format!("https://{bare}"),
+        _ => address.to_owned(),
+    }
+}
+
 /// Whether only programs of the same machine reach an address, with or without a scheme.
 fn is_loopback(address: &str) -> bool {
     let bare = address.split_once("://").map_or(address, |(_, bare)| bare);

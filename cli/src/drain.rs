@@ -33,6 +33,7 @@ pub fn main(args: DrainArgs) -> Result<()> {
 async fn run(args: DrainArgs) -> Result<()> {
     let DrainArgs { worker, drain_seconds: seconds, tls } = args;
     let tls = tls.load()?.map(|tls| tls.client("h2"));
+    let worker = address::secured(&worker, tls.is_some());
     let connector = Connector::new(tls, CONNECT_DEADLINE);
     let nobody = || format!("no worker answers at {worker}; `lockstep status` shows addresses");
     let endpoint = Endpoint::from_shared(worker.clone()).with_context(nobody)?;

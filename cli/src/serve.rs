@@ -156,7 +156,8 @@ impl ServedArgs {
         group.step_limit = Duration::from_secs(self.step_limit_seconds);
         let mut config = WorkerConfig::new(group);
         config.listen = listen.address;
-        config.advertise = self.advertise.as_deref().map(|told| secured(told, tls.is_some()));
+        config.advertise =
+            self.advertise.as_deref().map(|told| address::secured(told, tls.is_some()));
         config.tls = tls.map(|tls| tls.server(&["h2", "http/1.1"]));
         config.host = listen.host;
         config.model_name = self.name.clone();
@@ -276,7 +277,7 @@ impl WorkersArgs {
             }
             let tls = self.etcd.tls.load()?.map(|tls| tls.client("h2"));
             let secure = tls.is_some();
-            let workers = self.workers.iter().map(|worker| secured(worker, secure));
+            let workers = self.workers.iter().map(|worker| address::secured(worker, secure));
             return Ok(Arc::new(StaticList::follow(&workers.collect::<Vec<_>>(), tls)?));
         }
         let etcd = self.etcd.connect().await?;
@@ -284,14 +285,6 @@ impl WorkersArgs {
             "nothing says where the workers are; name the cluster's etcd with \
              --etcd http://HOST:2379, or the workers with --workers http://HOST:PORT",
         )
-    }
-}
-
-/// A worker's address as it is reached.
-fn secured(address: &str, secure: bool) -> String {
-    match address.strip_prefix("http://") {
-        Some(bare) if secure => format!("https://{bare}"),
-        _ => address.to_owned(),
     }
 }
 

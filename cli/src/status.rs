@@ -29,8 +29,8 @@ pub struct StatusArgs {
 }
 
 pub fn main(args: StatusArgs) -> Result<()> {
-    let asked = timeout(DEADLINE, run(&args));
     let late = || format!("no answer of {} within {} s", args.router_http, DEADLINE.as_secs());
+    let asked = async { timeout(DEADLINE, run(&args)).await };
     crate::runtime()?.block_on(asked).with_context(late)?
 }
 

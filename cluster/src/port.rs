@@ -22,7 +22,7 @@ use prometheus_client::{
 };
 use tls::{Fault, Reason, TLS_FIRST_BYTE};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::TcpStream,
     time::timeout,
 };
@@ -32,6 +32,10 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// Between two log lines with the same reason.
 const TELL_AGAIN: Duration = Duration::from_secs(10);
+const NO_WORD: &str = "it left without a word";
+/// How long a refused client may still send, and how much.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: u64 = 64 << 10;
 /// For a client that speaks HTTP/1 where TLS is spoken.
 const USE_HTTPS: &[u8] = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: \
     text/plain; charset=utf-8\r\ncontent-length: 63\r\n\r\nthis port speaks TLS; write https:// in \
@@ -86,9 +90,15 @@ impl Port {
             return Some(Stream::Plain(Plain { inner: wrap(socket), port }));
         };
         let handshake = async {
-            greet(&socket).await?;
-            let accepted = TlsAcceptor::from(tls.config()).accept(wrap(socket)).await;
-            accepted.map_err(|error| fault(&error))
+            let socket = greet(socket).await?;
+            let accepting = TlsAcceptor::from(tls.config()).accept(wrap(socket));
+            match accepting.into_fallible().await {
+                Ok(stream) => Ok(stream),
+                Err((error, mut io)) => {
+                    linger(&mut io).await;
+                    Err(fault(&error))
+                }
+            }
         };
         let late = || {
             let seconds = HANDSHAKE_LIMIT.as_secs();
@@ -96,6 +106,11 @@ impl Port {
         };
         match timeout(HANDSHAKE_LIMIT, handshake).await.unwrap_or_else(|_| Err(late())) {
             Ok(stream) => Some(Stream::Tls(Box::new(stream))),
+            // As balancers do, to see whether somebody listens.
+            Err(fault) if fault.to_string() == NO_WORD => {
+                tracing::debug!(port = self.name, %peer, "connection without a word closed");
+                None
+            }
             Err(fault) => {
                 self.refuse(peer, &fault);
                 None
@@ -138,25 +153,35 @@ fn fault(error: &io::Error) -> Fault {
 }
 
 /// Answers whoever does not speak TLS.
-async fn greet(socket: &TcpStream) -> Result<(), Fault> {
+async fn greet(mut socket: TcpStream) -> Result<TcpStream, Fault> {
     let mut first = [0];
     let left = |error: io::Error| Fault::new(Reason::Closed, format!("it left: {error}"));
     match socket.peek(&mut first).await.map_err(left)? {
-        0 => return Err(Fault::new(Reason::Closed, "it left without a word")),
-        _ if first[0] == TLS_FIRST_BYTE => return Ok(()),
+        0 => return Err(Fault::new(Reason::Closed, NO_WORD)),
+        _ if first[0] == TLS_FIRST_BYTE => return Ok(socket),
         _ => {}
     }
     if first[0].is_ascii_alphabetic() {
-        // Whoever is gone needs no answer, and there is room for so few bytes.
-        let _sent = socket.try_write(USE_HTTPS);
-        // What it sent is taken, else it would hear of a reset in place of the answer.
-        let mut sink = [0; 4096];
-        while matches!(socket.try_read(&mut sink), Ok(1..)) {}
+        // Whoever is gone needs no answer.
+        let _sent = socket.write_all(USE_HTTPS).await;
+        linger(&mut socket).await;
     }
     Err(Fault::new(
         Reason::PlainText,
         "it does not speak TLS, which this port does; use https:// there, or a client with TLS",
     ))
+}
+
+/// Takes what a refused client still sends: closed with unread data, the socket would answer with a
+/// reset, and the client might lose what it was told.
+async fn linger<S: AsyncRead + AsyncWrite + Unpin>(socket: &mut S) {
+    let rest = async {
+        socket.shutdown().await?;
+        let mut taken = socket.take(LINGER_BYTES);
+        tokio::io::copy(&mut taken, &mut tokio::io::sink()).await
+    };
+    // Whoever still sends by then has been told for long.
+    let _passed = timeout(LINGER, rest).await;
 }
 
 /// One connection, plain or not.

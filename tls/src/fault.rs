@@ -110,6 +110,8 @@ impl From<&Error> for Fault {
                 | PeerIncompatible::Tls12NotOfferedOrEnabled
                 | PeerIncompatible::ServerDoesNotSupportTls12Or13
                 | PeerIncompatible::SupportedVersionsExtensionRequired
+                // What comes with TLS 1.2.
+                | PeerIncompatible::SignatureAlgorithmsExtensionRequired
                 | PeerIncompatible::ServerTlsVersionIsDisabledByOurConfig,
             ) => Self::new(
                 Reason::OldVersion,
