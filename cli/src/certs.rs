@@ -33,7 +33,7 @@ pub struct CertsArgs {
 enum Command {
     /// Makes a private CA: DIR/ca.crt and DIR/ca.key
     Init(InitArgs),
-    /// Issues a certificate of that CA, in place of one of the same name: DIR/NAME.crt, DIR/NAME.key
+    /// Issues a certificate of that CA, in place of one of the same name: DIR/NAME.crt and .key
     Issue(IssueArgs),
     /// Prints who a certificate is for, and until when
     Show {

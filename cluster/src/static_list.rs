@@ -47,8 +47,8 @@ pub struct StaticList {
 
 impl StaticList {
     /// Follows the workers at `addresses`, e.g. `http://10.0.0.7:7001`, for as long as the value
-    /// lives; with `tls` they are reached by that alone. None of them needs to be there yet. Must be
-    /// called within a tokio runtime.
+    /// lives; with `tls` they are reached by that alone. None of them needs to be there yet. Must
+    /// be called within a tokio runtime.
     ///
     /// # Errors
     /// `Invalid` for an empty list, one of more than 1000, or an address that is none.

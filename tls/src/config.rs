@@ -1,4 +1,5 @@
-//! rustls' configurations: one provider, two versions of TLS, no session that outlives a certificate.
+//! rustls' configurations: one provider, two versions of TLS, no session that outlives a
+//! certificate.
 
 use std::sync::Arc;
 

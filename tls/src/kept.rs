@@ -2,7 +2,7 @@
 
 use std::{
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError, RwLock, Weak},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak},
     thread,
     time::Duration,
 };
@@ -68,39 +68,44 @@ impl<T: Send + Sync + 'static> Kept<T> {
 
     /// Takes over what the files hold now; says once what is wrong with them.
     pub fn look(&self) {
-        let read = Read::all(&self.files);
-        let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
-        match read {
-            Ok(read) if read == looked.read => looked.told = None,
-            Ok(read) => {
-                let built = (self.build)(&read);
-                let certificate = read.first(&self.files);
-                *looked = Looked { read, told: None, certificate, warned_of_end: false };
-                drop(looked);
-                match built {
-                    Ok(built) => {
-                        let mut current =
-                            self.current.write().unwrap_or_else(PoisonError::into_inner);
-                        *current = Arc::new(built);
-                        drop(current);
-                        self.tell("certificate replaced");
-                    }
-                    Err(error) => kept_in_use(&error.to_string()),
-                }
-            }
+        match Read::all(&self.files) {
+            Ok(read) => self.take(read),
             Err(error) => {
                 let error = error.to_string();
-                if looked.told.as_ref() != Some(&error) {
+                let told = self.looked().told.replace(error.clone());
+                if told.as_ref() != Some(&error) {
                     kept_in_use(&error);
-                    looked.told = Some(error);
                 }
             }
         }
         self.warn_of_end();
     }
 
+    fn take(&self, read: Read) {
+        let mut looked = self.looked();
+        looked.told = None;
+        if read == looked.read {
+            return;
+        }
+        let built = (self.build)(&read);
+        let certificate = read.first(&self.files);
+        *looked = Looked { read, told: None, certificate, warned_of_end: false };
+        drop(looked);
+        match built {
+            Ok(built) => {
+                *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(built);
+                self.tell("certificate replaced");
+            }
+            Err(error) => kept_in_use(&error.to_string()),
+        }
+    }
+
+    fn looked(&self) -> MutexGuard<'_, Looked> {
+        self.looked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn tell(&self, what: &str) {
-        let looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+        let looked = self.looked();
         let file = self.files[0].display();
         match &looked.certificate {
             Some(Certificate { subject, not_after, .. }) => {
@@ -113,7 +118,7 @@ impl<T: Send + Sync + 'static> Kept<T> {
     }
 
     fn warn_of_end(&self) {
-        let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut looked = self.looked();
         let Some(certificate) = &looked.certificate else { return };
         let left = certificate.seconds_left();
         if left > ENDS_SOON_SECONDS || looked.warned_of_end {

@@ -3,8 +3,9 @@
 //! A client that closed its socket and one that only shut down its sending side look the same: the
 //! end of its data. They differ once something is sent, since a closed socket answers with a reset.
 //! Every answer of HTTP/1 begins with the same bytes, so that those can be sent ahead one by one
-//! while the answer is still being made. Under TLS there is nothing to tell apart, nor anything that
-//! could be sent beside it: a client that ends its side there, which TLS 1.2 answers in kind, left.
+//! while the answer is still being made. Under TLS there is nothing to tell apart, nor anything
+//! that could be sent beside it: a client that ends its side there, which TLS 1.2 answers in kind,
+//! left.
 
 use futures_util::{
     StreamExt,
