@@ -86,7 +86,10 @@ fn init(args: &InitArgs) -> Result<()> {
     }
     let secret = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
     let mut params = lasting(CertificateParams::default(), args.days);
-    params.distinguished_name = named("Lockstep cluster CA");
+    // A name of its own: two CAs can be told apart, and trusted side by side.
+    let key_end: String =
+        secret.public_key_raw().iter().rev().take(4).map(|byte| format!("{byte:02x}")).collect();
+    params.distinguished_name = named(&format!("Lockstep cluster CA {key_end}"));
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let made = params.self_signed(&secret)?;

@@ -94,9 +94,22 @@ pub enum Dialed {
     Tls(Box<TlsStream<TcpStream>>),
 }
 
+impl Dialed {
+    /// Where writing failed: what the other side has said before it closed, if anything.
+    fn reason(&mut self, cx: &mut Context<'_>, error: io::Error) -> io::Error {
+        let mut byte = [0];
+        match Pin::new(self).poll_read(cx, &mut ReadBuf::new(&mut byte)) {
+            Poll::Ready(Err(said)) if said.get_ref().is_some_and(|inner| inner.is::<Fault>()) => {
+                said
+            }
+            _ => error,
+        }
+    }
+}
+
 /// Either side of a match, pinned.
 macro_rules! either {
-    ($self:ident, $stream:ident => $does:expr) => {
+    ($self:expr, $stream:ident => $does:expr) => {
         match $self.get_mut() {
             Dialed::Plain($stream) => {
                 let $stream = Pin::new($stream);
@@ -131,7 +144,10 @@ impl AsyncWrite for Dialed {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        either!(self, stream => stream.poll_write(cx, bytes))
+        let stream = self.get_mut();
+        let written =
+            ready!(either!(Pin::new(&mut *stream), stream => stream.poll_write(cx, bytes)));
+        Poll::Ready(written.map_err(|error| stream.reason(cx, error)))
     }
 
     fn poll_write_vectored(
@@ -139,7 +155,11 @@ impl AsyncWrite for Dialed {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        either!(self, stream => stream.poll_write_vectored(cx, slices))
+        let stream = self.get_mut();
+        let written = ready!(
+            either!(Pin::new(&mut *stream), stream => stream.poll_write_vectored(cx, slices))
+        );
+        Poll::Ready(written.map_err(|error| stream.reason(cx, error)))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -150,7 +170,9 @@ impl AsyncWrite for Dialed {
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        either!(self, stream => stream.poll_flush(cx))
+        let stream = self.get_mut();
+        let flushed = ready!(either!(Pin::new(&mut *stream), stream => stream.poll_flush(cx)));
+        Poll::Ready(flushed.map_err(|error| stream.reason(cx, error)))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -169,7 +169,8 @@ fn of_certificate(error: &CertificateError) -> Fault {
 fn of_alert(alert: AlertDescription) -> Fault {
     use AlertDescription as A;
     let text = match alert {
-        A::UnknownCA => {
+        // Another CA of the same name, of an old key.
+        A::UnknownCA | A::DecryptError => {
             "it does not trust the CA of this side's certificate; issue both with one CA, or add \
              this one to the CAs trusted there"
         }
@@ -182,7 +183,7 @@ fn of_alert(alert: AlertDescription) -> Fault {
              that is trusted there"
         }
         A::BadCertificate | A::CertificateUnknown | A::UnsupportedCertificate => {
-            "it refuses this side's certificate; its log says why: a wrong name, mostly"
+            "it refuses this side's certificate, or wants one and was shown none; its log says why"
         }
         A::ProtocolVersion => {
             let text = "it speaks neither TLS 1.2 nor 1.3; use a newer version of it";

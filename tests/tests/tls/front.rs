@@ -77,7 +77,8 @@ fn tools_speak_tls(http: &str, grpc: &str, tls: &[String]) {
     let (well, told) = with(&["status", "--router-http", &url]);
     assert!(well && told.contains("1 of 1 workers usable"), "{told}");
     for to in [&url, &channel] {
-        let (well, told) = with(&["bench", "--url", to, "--requests", "2", "--output-tokens", "2"]);
+        let few = ["--requests", "2", "--output-tokens", "2", "--prompt-tokens", "8"];
+        let (well, told) = with(&[&["bench", "--url", to, "--vocab", "500"], &few[..]].concat());
         assert!(well, "{told}");
     }
     let (well, told) = run(&all(&[&["status", "--router-http", &url]], &[]));

@@ -75,7 +75,7 @@ fn etcd_is_reached_by_tls_with_a_certificate() {
     };
     trusting(other.flags("etcd", "node"), &["not of a CA that is trusted here"]);
     let only_ca = vec!["--etcd-ca".to_owned(), ca.path("ca.crt")];
-    trusting(only_ca, &["this side showed none"]);
+    trusting(only_ca, &["wants one and was shown none"]);
     let flags = [ca.flags("etcd", "node")];
     let (_router, _) = logged(&all(&[&["router", "--etcd", &endpoint], &crate::ANY_PORTS], &flags));
 }
