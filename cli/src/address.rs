@@ -5,14 +5,14 @@ use std::net::IpAddr;
 use anyhow::{Context, Result, bail};
 use hyper::Uri;
 
-/// `http://HOST:PORT`; the scheme may be left out.
+/// `http://HOST:PORT` or `https://HOST:PORT`; without a scheme it is HTTP.
 pub fn http(text: &str) -> Result<String, String> {
-    with_scheme(text, &["http"])
+    with_scheme(text, &["http", "https"])
 }
 
-/// `http://HOST:PORT` or `grpc://HOST:PORT`; without a scheme it is HTTP.
+/// The same, or `grpc` and `grpcs` in their place.
 pub fn http_or_grpc(text: &str) -> Result<String, String> {
-    with_scheme(text, &["http", "grpc"])
+    with_scheme(text, &["http", "https", "grpc", "grpcs"])
 }
 
 fn with_scheme(text: &str, schemes: &[&str]) -> Result<String, String> {
@@ -25,9 +25,6 @@ fn with_scheme(text: &str, schemes: &[&str]) -> Result<String, String> {
     let wrong = |why: &str| Err(format!("{text:?} {why}; write {wanted}"));
     let Ok(uri) = whole.parse::<Uri>() else { return wrong("is no address") };
     let scheme = uri.scheme_str().unwrap_or_default();
-    if scheme == "https" {
-        return Err(format!("{text:?}: https is not supported yet; write {wanted}"));
-    }
     if !schemes.contains(&scheme) {
         return wrong("has another scheme");
     }
@@ -38,6 +35,14 @@ fn with_scheme(text: &str, schemes: &[&str]) -> Result<String, String> {
         (None | Some(""), _) => wrong("names no host"),
         (Some(_), None) => wrong("names no port"),
         (Some(host), Some(port)) => Ok(format!("{scheme}://{host}:{port}")),
+    }
+}
+
+/// A worker's address as it is reached.
+pub fn secured(address: &str, secure: bool) -> String {
+    match address.strip_prefix("http://") {
+        Some(bare) if secure => format!("https://{bare}"),
+        _ => address.to_owned(),
     }
 }
 
@@ -86,7 +91,9 @@ mod tests {
         ] {
             assert_eq!(http(text).as_deref(), Ok(wanted), "{text}");
         }
+        assert_eq!(http("https://a:1").as_deref(), Ok("https://a:1"));
         assert_eq!(http_or_grpc("grpc://a:1").as_deref(), Ok("grpc://a:1"));
+        assert_eq!(http_or_grpc("grpcs://a:1").as_deref(), Ok("grpcs://a:1"));
         assert_eq!(http_or_grpc("a:1").as_deref(), Ok("http://a:1"));
     }
 
@@ -97,7 +104,6 @@ mod tests {
             ("10.0.0.7", "no port"),
             ("http://10.0.0.7", "no port"),
             (":7001", "write"),
-            ("https://a:1", "https"),
             ("grpc://a:1", "scheme"),
             ("http://a:1/v1", "path"),
             ("a b:1", "no address"),

@@ -12,7 +12,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use crate::address;
+use crate::{address, security::ToolTlsArgs};
 use load::Load;
 use request::{Prompts, Target};
 
@@ -59,6 +59,8 @@ pub struct BenchArgs {
     /// Saves the figures as JSON
     #[arg(long, env = "LOCKSTEP_JSON_OUT")]
     json_out: Option<PathBuf>,
+    #[command(flatten)]
+    tls: ToolTlsArgs,
 }
 
 /// Answer tokens of a whole run, at most: each leaves one figure in memory.
@@ -97,7 +99,7 @@ pub fn main(args: BenchArgs) -> Result<()> {
 }
 
 async fn run(args: BenchArgs) -> Result<()> {
-    let target = Target::open(&args.url, args.model.clone()).await?;
+    let target = Target::open(&args.url, args.model.clone(), &args.tls).await?;
     let prompts = Prompts {
         tokens: args.prompt_tokens,
         shared: args.shared_tokens,

@@ -10,7 +10,7 @@ use proto::v1::{
 use rustyline::{DefaultEditor, error::ReadlineError};
 use tonic::transport::Channel;
 
-use crate::{address, client};
+use crate::{address, client, security::ToolTlsArgs};
 
 /// Flags of `chat`.
 #[derive(Args)]
@@ -34,6 +34,8 @@ pub struct ChatArgs {
     /// Same seed, same answers [default: drawn by the router]
     #[arg(long, env = "LOCKSTEP_SEED")]
     seed: Option<u64>,
+    #[command(flatten)]
+    tls: ToolTlsArgs,
 }
 
 const HELP: &str = "/system TEXT sets the system prompt, /reset forgets the conversation, /quit \
@@ -44,7 +46,7 @@ pub fn main(args: ChatArgs) -> Result<()> {
 }
 
 async fn run(args: ChatArgs) -> Result<()> {
-    let mut client = client::connect(&args.router).await?;
+    let mut client = client::connect(&args.router, &args.tls).await?;
     let model = match args.model {
         Some(model) => model,
         None => only_model(&mut client).await?,

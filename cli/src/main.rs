@@ -2,11 +2,12 @@
 //! The binary `lockstep`: flags to configuration, configuration to running parts.
 //!
 //! No logic of its own beyond that and the tools (`run`, `perplexity`, `chat`, `pull`, `bench`,
-//! `plan`, `status`).
+//! `plan`, `status`, `certs`).
 
 mod address;
 mod args;
 mod bench;
+mod certs;
 mod chat;
 mod client;
 mod config;
@@ -26,6 +27,7 @@ mod rank;
 mod router;
 mod run;
 mod sampling;
+mod security;
 mod serve;
 mod source;
 mod status;
@@ -89,6 +91,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// What a model takes of cards, and how fast it will be there; needs neither weights nor cards
     Plan(plan::PlanArgs),
+    /// A private CA, and certificates of it for the processes of a cluster
+    Certs(certs::CertsArgs),
     /// Prints the completions of a shell
     Completions(generated::CompletionsArgs),
     /// Writes the man pages to a folder
@@ -136,6 +140,7 @@ fn dispatch(cli: Cli) -> Result<()> {
         Command::Status(args) => status::main(args),
         Command::Bench(args) => bench::main(args),
         Command::Plan(args) => plan::main(args),
+        Command::Certs(args) => certs::main(args),
         Command::Completions(args) => generated::completions(args),
         Command::Man(args) => generated::man(args),
     }

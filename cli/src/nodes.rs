@@ -7,7 +7,7 @@ use clap::Args;
 use cluster::GroupKey;
 use worker::Nodes;
 
-use crate::serve::EtcdArgs;
+use crate::serve::ClusterArgs;
 
 /// What LeaderWorkerSet tells a pod of its group.
 const LWS_LEADER: &str = "LWS_LEADER_ADDRESS";
@@ -49,14 +49,14 @@ pub struct Group {
 
 impl NodesArgs {
     /// `None` where the whole group is on this machine.
-    pub fn resolve(&self, etcd: &EtcdArgs, ranks: usize) -> Result<Option<Group>> {
+    pub fn resolve(&self, etcd: &ClusterArgs, ranks: usize) -> Result<Option<Group>> {
         self.resolve_in(|name| std::env::var(name).ok(), etcd, ranks)
     }
 
     fn resolve_in(
         &self,
         variable: impl Fn(&str) -> Option<String>,
-        etcd: &EtcdArgs,
+        etcd: &ClusterArgs,
         ranks: usize,
     ) -> Result<Option<Group>> {
         let told = match (variable(LWS_INDEX), variable(LWS_SIZE)) {
@@ -86,7 +86,8 @@ impl NodesArgs {
         let key = GroupKey::new(options, group)?;
         let ranks = self.ranks(nodes, ranks)?;
         let version = env!("LOCKSTEP_VERSION").to_owned();
-        let nodes = Nodes { key, ranks, listen: self.rank_listen, version };
+        let tls = etcd.tls.load()?;
+        let nodes = Nodes { key, ranks, listen: self.rank_listen, version, tls };
         Ok(Some(Group { node, nodes }))
     }
 
@@ -136,7 +137,7 @@ mod tests {
     #[derive(Parser)]
     struct Line {
         #[command(flatten)]
-        etcd: EtcdArgs,
+        etcd: ClusterArgs,
         #[command(flatten)]
         nodes: NodesArgs,
     }

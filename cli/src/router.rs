@@ -33,7 +33,8 @@ pub fn main(args: RouterArgs) -> Result<()> {
 async fn run(args: RouterArgs) -> Result<()> {
     load::log_machine();
     let mut stop = shutdown::signals().context("cannot listen for signals")?;
-    let mut config = args.front.resolve(args.drain_seconds)?;
+    let mut config = args.front.resolve(args.drain_seconds, &args.workers.etcd)?;
+    let secure = config.tls.is_some();
     config.deadlines.grace = Duration::from_secs(args.grace_seconds);
     let membership = tokio::select! {
         membership = args.workers.connect() => membership?,
@@ -41,7 +42,9 @@ async fn run(args: RouterArgs) -> Result<()> {
     };
     let router = Router::start(config, membership, stop.clone()).await?;
     if let (Some(http), Some(grpc)) = (router.http(), router.grpc()) {
-        telemetry::ready(&[("http", format!("http://{http}")), ("grpc", format!("http://{grpc}"))]);
+        let scheme = if secure { "https" } else { "http" };
+        let url = |address| format!("{scheme}://{address}");
+        telemetry::ready(&[("http", url(http)), ("grpc", url(grpc))]);
     }
     shutdown::requested(&mut stop).await;
     router.join().await;

@@ -18,12 +18,16 @@ use worker::{GroupConfig, WorkerConfig};
 use crate::{
     address,
     deadlines::{DeadlineArgs, seconds},
+    security::{Clear, ClusterTlsArgs, FrontTlsArgs, pair},
 };
 
 /// How long a process that starts waits for etcd. One that ends instead, on a machine that is cut
 /// off, is started again later and later by what watches over it, long after the network is back.
 const ETCD_PATIENCE: Duration = Duration::from_secs(60);
 const ETCD_PAUSE: Duration = Duration::from_millis(500);
+
+/// What gives a port within the cluster TLS.
+pub const CLUSTER_REMEDY: &str = "--cluster-cert, --cluster-key and --cluster-ca";
 
 /// The router's side of `up` and `router`.
 #[derive(Args, Debug)]
@@ -48,12 +52,21 @@ pub struct FrontArgs {
     cors_origin: Vec<String>,
     #[command(flatten)]
     deadlines: DeadlineArgs,
+    #[command(flatten)]
+    tls: FrontTlsArgs,
 }
 
 impl FrontArgs {
-    pub fn resolve(&self, drain_seconds: u64) -> Result<RouterConfig> {
+    pub fn resolve(&self, drain_seconds: u64, cluster: &ClusterArgs) -> Result<RouterConfig> {
         if self.body_bytes == 0 {
             bail!("--body-bytes must be at least 1");
+        }
+        let tls = self.tls.server()?;
+        if tls.is_none() {
+            let remedy = "--tls-cert and --tls-key";
+            for (flag, address) in [("--http", self.http), ("--grpc", self.grpc)] {
+                Clear { flag, address, remedy }.check(cluster.insecure)?;
+            }
         }
         let mut config = RouterConfig::new(Some(self.http), Some(self.grpc));
         self.deadlines.apply(&mut config);
@@ -61,6 +74,8 @@ impl FrontArgs {
         config.deadlines.drain = Duration::from_secs(drain_seconds);
         config.aliases = aliases(&self.alias)?;
         config.cors_origins = self.cors_origin.clone();
+        config.tls = tls;
+        config.worker_tls = cluster.tls.load()?.map(|tls| tls.client("h2"));
         Ok(config)
     }
 }
@@ -100,7 +115,7 @@ pub struct Listen {
 impl Listen {
     /// Where nothing is `given`: on loopback, or where etcd is elsewhere at the address by which
     /// this machine reaches it.
-    pub fn new(flag: &'static str, given: Option<SocketAddr>, etcd: &EtcdArgs) -> Result<Self> {
+    pub fn new(flag: &'static str, given: Option<SocketAddr>, etcd: &ClusterArgs) -> Result<Self> {
         let route = address::route(&etcd.etcd).with_context(|| {
             format!("say with {flag} HOST:PORT where routers reach this worker")
         })?;
@@ -112,8 +127,11 @@ impl Listen {
 
 impl ServedArgs {
     /// Checks, before minutes are spent on loading, that routers can reach what is announced.
-    pub fn check(&self, at: Listen, etcd: &EtcdArgs) -> Result<()> {
+    pub fn check(&self, at: Listen, etcd: &ClusterArgs) -> Result<()> {
         let Listen { flag, address, host } = at;
+        if etcd.tls.load()?.is_none() {
+            Clear { flag, address, remedy: CLUSTER_REMEDY }.check(etcd.insecure)?;
+        }
         if self.name.as_ref().is_some_and(String::is_empty) {
             bail!("--name is empty; give a name, or leave it out for the checkpoint's");
         }
@@ -133,11 +151,14 @@ impl ServedArgs {
         mut group: GroupConfig,
         listen: Listen,
         drain_seconds: u64,
+        tls: Option<tls::Cluster>,
     ) -> WorkerConfig {
         group.step_limit = Duration::from_secs(self.step_limit_seconds);
         let mut config = WorkerConfig::new(group);
         config.listen = listen.address;
-        config.advertise = self.advertise.clone();
+        config.advertise =
+            self.advertise.as_deref().map(|told| address::secured(told, tls.is_some()));
+        config.tls = tls.map(|tls| tls.server(&["h2", "http/1.1"]));
         config.host = listen.host;
         config.model_name = self.name.clone();
         config.waiting_max = self.queue;
@@ -146,9 +167,9 @@ impl ServedArgs {
     }
 }
 
-/// The registry.
+/// How the processes of a cluster find each other, and by what they trust each other.
 #[derive(Args, Debug)]
-pub struct EtcdArgs {
+pub struct ClusterArgs {
     /// etcd members, e.g. http://10.0.0.1:2379,http://10.0.0.2:2379
     #[arg(long, value_delimiter = ',', env = "LOCKSTEP_ETCD")]
     pub etcd: Vec<String>,
@@ -158,9 +179,23 @@ pub struct EtcdArgs {
     /// A file with user:password for etcd
     #[arg(long, env = "LOCKSTEP_ETCD_CREDENTIALS")]
     etcd_credentials: Option<PathBuf>,
+    /// The CA of etcd's certificates; TLS then [default: --cluster-ca]
+    #[arg(long, value_name = "FILE", env = "LOCKSTEP_ETCD_CA")]
+    etcd_ca: Option<PathBuf>,
+    /// A certificate to show to etcd [default: --cluster-cert]
+    #[arg(long, value_name = "FILE", env = "LOCKSTEP_ETCD_CERT")]
+    etcd_cert: Option<PathBuf>,
+    /// The key of that certificate [default: --cluster-key]
+    #[arg(long, value_name = "FILE", env = "LOCKSTEP_ETCD_KEY")]
+    etcd_key: Option<PathBuf>,
+    #[command(flatten)]
+    pub tls: ClusterTlsArgs,
+    /// Lets ports without TLS be reached from other machines, for networks that are trusted
+    #[arg(long, env = "LOCKSTEP_INSECURE")]
+    pub insecure: bool,
 }
 
-impl EtcdArgs {
+impl ClusterArgs {
     /// `None` where no members are named.
     pub fn options(&self) -> Result<Option<EtcdOptions>> {
         if self.etcd.is_empty() {
@@ -175,7 +210,25 @@ impl EtcdArgs {
             };
             options.user = Some((user.to_owned(), password.to_owned()));
         }
+        options.tls = self.etcd_tls()?;
         Ok(Some(options))
+    }
+
+    /// `None` for clear text. What is not said for etcd is the cluster's, where etcd speaks TLS.
+    fn etcd_tls(&self) -> Result<Option<tls::Client>> {
+        let own = pair(("--etcd-cert", &self.etcd_cert), ("--etcd-key", &self.etcd_key))?;
+        let secure = self.etcd.iter().any(|member| member.starts_with("https://"));
+        if !secure && self.etcd_ca.is_none() && own.is_none() {
+            return Ok(None);
+        }
+        let cluster = self.tls.load()?;
+        let files = cluster.as_ref().map(tls::Cluster::files);
+        let ca = self.etcd_ca.as_ref().or(files.map(|(_, ca)| ca));
+        let own = own.or_else(|| files.map(|(identity, _)| identity.clone()));
+        let Some(ca) = ca else {
+            bail!("etcd speaks TLS: name the CA of its certificates with --etcd-ca");
+        };
+        Ok(Some(tls::Client::load(Some(ca.clone()), own, "h2")?))
     }
 
     /// Connects, where members are named; waits a while for one that answers.
@@ -209,7 +262,7 @@ impl EtcdArgs {
 #[derive(Args, Debug)]
 pub struct WorkersArgs {
     #[command(flatten)]
-    etcd: EtcdArgs,
+    pub etcd: ClusterArgs,
     /// Workers at fixed addresses in place of etcd, e.g. http://10.0.0.7:7001,http://10.0.0.8:7001
     #[arg(long, value_parser = address::http, value_delimiter = ',', env = "LOCKSTEP_WORKERS")]
     workers: Vec<String>,
@@ -222,7 +275,10 @@ impl WorkersArgs {
             if !self.etcd.etcd.is_empty() {
                 bail!("--etcd and --workers both say where the workers are; give one of them");
             }
-            return Ok(Arc::new(StaticList::follow(&self.workers)?));
+            let tls = self.etcd.tls.load()?.map(|tls| tls.client("h2"));
+            let secure = tls.is_some();
+            let workers = self.workers.iter().map(|worker| address::secured(worker, secure));
+            return Ok(Arc::new(StaticList::follow(&workers.collect::<Vec<_>>(), tls)?));
         }
         let etcd = self.etcd.connect().await?;
         etcd.context(
@@ -282,7 +338,10 @@ mod tests {
 
     #[test]
     fn aliases_have_one_meaning_and_lead_to_models() {
-        let resolved = |words| line(words).expect(words).front.resolve(1);
+        let resolved = |words| {
+            let line = line(words).expect(words);
+            line.front.resolve(1, &line.workers.etcd)
+        };
         let config = resolved("--alias a=m --alias b=m,c=n").unwrap();
         let wanted = [("a", "m"), ("b", "m"), ("c", "n")];
         assert_eq!(config.aliases, wanted.map(|(a, b)| (a.to_owned(), b.to_owned())).into());
@@ -307,7 +366,7 @@ mod tests {
             let listen = Listen { flag: "--listen", address: listen.parse().unwrap(), host: None };
             line.served.check(listen, &line.workers.etcd).map_err(|error| error.to_string())
         };
-        let far = "--etcd http://10.0.0.5:2379";
+        let far = "--insecure --etcd http://10.0.0.5:2379";
         assert_eq!(check("", "127.0.0.1:0"), Ok(()));
         assert_eq!(check("--etcd 127.0.0.1:2379", "127.0.0.1:0"), Ok(()));
         assert_eq!(check(far, "10.0.0.7:7001"), Ok(()));
@@ -316,7 +375,9 @@ mod tests {
         let hidden = format!("{far} --advertise localhost:7001");
         for (words, listen, part) in [
             (far, "127.0.0.1:0", "--listen HOST:PORT"),
-            ("", "0.0.0.0:7001", "--advertise http://HOST:PORT"),
+            ("--insecure", "0.0.0.0:7001", "--advertise http://HOST:PORT"),
+            ("", "10.0.0.7:7001", "--cluster-cert"),
+            ("", "10.0.0.7:7001", "--insecure"),
             (&hidden, "10.0.0.7:7001", "--advertise HOST:PORT"),
         ] {
             let error = check(words, listen).unwrap_err();
@@ -329,7 +390,7 @@ mod tests {
         for (words, part) in [
             ("", "--workers"),
             ("--etcd http://a:1 --workers b:1", "give one"),
-            ("--etcd https://a:1", "https"),
+            ("--etcd https://a:1", "--etcd-ca"),
         ] {
             let error = line(words).expect(words).workers.connect().await.err().expect(words);
             assert!(error.to_string().contains(part), "{words}: {error}");

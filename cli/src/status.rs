@@ -2,12 +2,13 @@
 
 use std::{fmt::Write, time::Duration};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
+use http_body_util::BodyExt;
 use router::{Status, WorkerStatus};
-use ureq::Agent;
+use tokio::time::timeout;
 
-use crate::address;
+use crate::{address, client, security::ToolTlsArgs};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 /// Digits of a fingerprint that people compare.
@@ -23,16 +24,29 @@ pub struct StatusArgs {
     /// Prints one JSON object
     #[arg(long, env = "LOCKSTEP_JSON")]
     json: bool,
+    #[command(flatten)]
+    tls: ToolTlsArgs,
 }
 
 pub fn main(args: StatusArgs) -> Result<()> {
-    let agent: Agent = Agent::config_builder().timeout_global(Some(DEADLINE)).build().into();
+    let late = || format!("no answer of {} within {} s", args.router_http, DEADLINE.as_secs());
+    let asked = async { timeout(DEADLINE, run(&args)).await };
+    crate::runtime()?.block_on(asked).with_context(late)?
+}
+
+async fn run(args: &StatusArgs) -> Result<()> {
     let url = format!("{}/status", args.router_http);
     let nobody = || {
         format!("no router's HTTP interface at {}; name it with --router-http", args.router_http)
     };
-    let mut answer = agent.get(&url).call().with_context(nobody)?;
-    let text = answer.body_mut().read_to_string().with_context(nobody)?;
+    let client = client::http(&args.router_http, &args.tls)?;
+    let answer = client.get(url.parse()?).await.with_context(nobody)?;
+    let code = answer.status();
+    let bytes = answer.into_body().collect().await.with_context(nobody)?.to_bytes();
+    if !code.is_success() {
+        bail!("{url} answers {code}: {}", String::from_utf8_lossy(&bytes).trim_end());
+    }
+    let text = String::from_utf8(bytes.into()).with_context(nobody)?;
     if args.json {
         return crate::print(text);
     }

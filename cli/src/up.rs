@@ -11,7 +11,7 @@ use worker::{ModelInfo, RankMode, Worker, WorkerHandle};
 
 use crate::args::GroupArgs;
 use crate::load;
-use crate::serve::{EtcdArgs, FrontArgs, Listen, ServedArgs};
+use crate::serve::{ClusterArgs, FrontArgs, Listen, ServedArgs};
 
 /// For router and worker of one process to meet.
 const MEET_DEADLINE: Duration = Duration::from_secs(10);
@@ -30,7 +30,7 @@ pub struct UpArgs {
     #[arg(long, env = "LOCKSTEP_WORKER_LISTEN")]
     worker_listen: Option<SocketAddr>,
     #[command(flatten)]
-    etcd: EtcdArgs,
+    etcd: ClusterArgs,
     /// Seconds that running answers may take to finish after Ctrl-C
     #[arg(long, default_value_t = 5, env = "LOCKSTEP_DRAIN_SECONDS")]
     drain_seconds: u64,
@@ -63,7 +63,7 @@ struct Up {
 async fn start(args: &UpArgs, stop: watch::Receiver<bool>) -> Result<Up> {
     let at = Listen::new("--worker-listen", args.worker_listen, &args.etcd)?;
     args.served.check(at, &args.etcd)?;
-    let front = args.front.resolve(args.drain_seconds)?;
+    let front = args.front.resolve(args.drain_seconds, &args.etcd)?;
     // A taken port is told before minutes are spent on loading.
     let (http, grpc) = (args.front.http, args.front.grpc);
     for (flag, address) in [("--http", http), ("--grpc", grpc), (at.flag, at.address)] {
@@ -71,17 +71,18 @@ async fn start(args: &UpArgs, stop: watch::Receiver<bool>) -> Result<Up> {
     }
     let membership = args.etcd.connect_or_alone().await?;
     let group = load::resolve(&args.group, RankMode::Threads).await?;
-    let config = args.served.resolve(group, at, args.drain_seconds);
+    let config = args.served.resolve(group, at, args.drain_seconds, args.etcd.tls.load()?);
     let (sender, ended) = watch::channel(*stop.borrow());
     let progress = Box::new(load::shown());
     let worker = Worker::start(config, membership.clone(), progress, ended.clone()).await?;
     load::log_model(worker.info());
+    let scheme = if front.tls.is_some() { "https" } else { "http" };
     let router = router::Router::start(front, membership, ended).await?;
     // Both are here: only a machine that is very busy takes longer.
     if timeout(MEET_DEADLINE, router.served()).await.is_err() {
         tracing::warn!("the router has not met its worker yet; `lockstep status` tells why");
     }
-    telemetry::ready(&facts(&router, &worker));
+    telemetry::ready(&facts(scheme, &router, &worker));
     Ok(Up { worker, router, stop: sender })
 }
 
@@ -91,15 +92,19 @@ async fn ensure_free(flag: &str, address: SocketAddr) -> Result<()> {
 }
 
 /// Where to go, and what is there.
-fn facts(router: &router::RouterHandle, worker: &WorkerHandle) -> Vec<(&'static str, String)> {
-    let address = |scheme: &str, address: Option<SocketAddr>| match address {
+fn facts(
+    scheme: &str,
+    router: &router::RouterHandle,
+    worker: &WorkerHandle,
+) -> Vec<(&'static str, String)> {
+    let address = |address: Option<SocketAddr>| match address {
         Some(address) => format!("{scheme}://{address}"),
         None => "off".to_owned(),
     };
     let ModelInfo { ranks, blocks, context_max, .. } = worker.info();
     vec![
-        ("http", address("http", router.http())),
-        ("grpc", address("http", router.grpc())),
+        ("http", address(router.http())),
+        ("grpc", address(router.grpc())),
         ("worker", worker.address()),
         ("model", worker.model_name()),
         ("ranks", ranks.to_string()),

@@ -13,7 +13,8 @@ use crate::args::GroupArgs;
 use crate::load;
 use crate::mock::EngineArgs;
 use crate::nodes::{Group, NodesArgs};
-use crate::serve::{EtcdArgs, Listen, ServedArgs};
+use crate::security::Clear;
+use crate::serve::{CLUSTER_REMEDY, ClusterArgs, Listen, ServedArgs};
 
 /// Flags of `worker`.
 #[derive(Args)]
@@ -21,7 +22,7 @@ pub struct WorkerArgs {
     #[command(flatten)]
     group: GroupArgs,
     #[command(flatten)]
-    etcd: EtcdArgs,
+    etcd: ClusterArgs,
     #[command(flatten)]
     nodes: NodesArgs,
     /// Address that routers connect to; port 0 takes any [default: 127.0.0.1:0, with etcd on
@@ -48,6 +49,14 @@ async fn run(args: WorkerArgs) -> Result<()> {
     let mut early = stop.clone();
     if let Some(group) = nodes.as_ref().filter(|group| group.node > 0) {
         return follow(&args, group, stop).await;
+    }
+    if let Some(group) = nodes.as_ref().filter(|group| group.nodes.tls.is_none()) {
+        let address = match group.nodes.listen {
+            Some(address) => address,
+            None => Listen::new("--rank-listen", None, &args.etcd)?.address,
+        };
+        let clear = Clear { flag: "--rank-listen", address, remedy: CLUSTER_REMEDY };
+        clear.check(args.etcd.insecure)?;
     }
     let at = Listen::new("--listen", args.listen, &args.etcd)?;
     args.served.check(at, &args.etcd)?;
@@ -80,6 +89,7 @@ async fn follow(args: &WorkerArgs, group: &Group, stop: watch::Receiver<bool>) -
         version: nodes.version.clone(),
         drain_limit: Duration::from_secs(args.drain_seconds),
         rank_program,
+        tls: nodes.tls.clone(),
     };
     run_node(config, stop).await?;
     tracing::info!("stopped");
@@ -98,6 +108,6 @@ async fn start(
     let mut group = load::resolve(&args.group, RankMode::Processes).await?;
     group.mock = mock;
     group.nodes = nodes.map(|group| group.nodes);
-    let config = args.served.resolve(group, at, args.drain_seconds);
+    let config = args.served.resolve(group, at, args.drain_seconds, args.etcd.tls.load()?);
     Ok(Worker::start(config, membership, Box::new(load::shown()), stop).await?)
 }

@@ -3,7 +3,7 @@
 //! etcd is trusted to say who is alive, not to be there: the roster last known stays in use while
 //! etcd is away, and a registration is renewed for as long as its owner lives. Each task speaks to
 //! one member at a time and moves on at the first doubt, because a member that is stopped or cut
-//! off keeps its connections open. Every call has a deadline. TLS to etcd is refused, not ignored.
+//! off keeps its connections open. Every call has a deadline.
 
 mod group;
 mod keeper;
@@ -35,6 +35,8 @@ pub struct EtcdOptions {
     pub cluster: String,
     /// User and password, where etcd asks for them.
     pub user: Option<(String, String)>,
+    /// With it members are reached by TLS alone, and shown a certificate where there is one.
+    pub tls: Option<tls::Client>,
     /// A dead process is out of the roster after this.
     pub lease: Duration,
     /// For each call, and for connecting.
@@ -50,6 +52,7 @@ impl EtcdOptions {
             endpoints,
             cluster: cluster.into(),
             user: None,
+            tls: None,
             lease: Duration::from_secs(10),
             call_deadline: Duration::from_secs(2),
             grace: Duration::from_secs(30),
@@ -62,12 +65,20 @@ impl EtcdOptions {
             return invalid("no etcd address given; use --etcd http://HOST:2379".into());
         }
         for endpoint in &self.endpoints {
-            let rest = endpoint.strip_prefix("http://").unwrap_or(endpoint);
-            if endpoint.starts_with("https://") {
-                return invalid(format!("etcd address {endpoint}: https is not supported yet"));
+            let rest = bare(endpoint);
+            match &self.tls {
+                None if endpoint.starts_with("https://") => {
+                    let remedy = "name the CA of its certificate with --etcd-ca";
+                    return invalid(format!("etcd address {endpoint}: {remedy}"));
+                }
+                Some(_) if endpoint.starts_with("http://") => {
+                    let remedy = "write https://, or leave --etcd-ca and --etcd-cert out";
+                    return invalid(format!("etcd address {endpoint}: no TLS there; {remedy}"));
+                }
+                _ => {}
             }
             if rest.is_empty() || rest.contains(['/', ' ', ',']) {
-                let wanted = "use http://HOST:PORT, several with commas between";
+                let wanted = "use http://HOST:PORT or https://, several with commas between";
                 return invalid(format!("etcd address {endpoint:?} is no address; {wanted}"));
             }
         }
@@ -89,6 +100,12 @@ impl EtcdOptions {
         *end.last_mut().expect("a prefix is not empty") += 1;
         (first, end)
     }
+}
+
+/// Without the scheme.
+fn bare(endpoint: &str) -> &str {
+    let cut = |scheme| endpoint.strip_prefix(scheme);
+    cut("http://").or_else(|| cut("https://")).unwrap_or(endpoint)
 }
 
 /// Names become parts of keys, so they may not contain separators.
@@ -195,7 +212,7 @@ mod option_tests {
         assert!(with("http://127.0.0.1:2379", "main").is_ok());
         assert!(with("127.0.0.1:2379", "main").is_ok());
         for (endpoint, cluster, word) in [
-            ("https://a:2379", "main", "https"),
+            ("https://a:2379", "main", "--etcd-ca"),
             ("http://", "main", "http://HOST:PORT"),
             ("http://a:1,http://b:2", "main", "commas"),
             ("http://a:1", "a/b", "cluster name"),

@@ -1,16 +1,19 @@
 #![forbid(unsafe_code)]
 //! Who is alive and what they serve: the roster, in memory, in etcd, or asked of a fixed list.
-//! Beside it what every server needs: its end by signals, its log lines, and how it tells its
-//! metrics.
+//! Beside it what every server needs: its end by signals, its log lines, how it tells its metrics,
+//! and who comes in and how others are reached, with TLS and without.
 
+mod dial;
 mod etcd;
 mod memory;
 pub mod metrics;
+pub mod port;
 mod process;
 pub mod shutdown;
 mod static_list;
 pub mod telemetry;
 
+pub use dial::{Connector, Dialed};
 pub use etcd::{Epoch, Etcd, EtcdOptions, GroupKey, Reign, route_to};
 pub use memory::InMemory;
 pub use static_list::StaticList;

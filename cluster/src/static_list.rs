@@ -24,7 +24,8 @@ use tonic::{
 };
 
 use crate::{
-    INSTANCE_BYTES_MAX, Instance, Membership, MembershipError, Registration, Roster, root_cause,
+    Connector, INSTANCE_BYTES_MAX, Instance, Membership, MembershipError, Registration, Roster,
+    root_cause,
 };
 
 /// Addresses in one list, at most.
@@ -46,11 +47,12 @@ pub struct StaticList {
 
 impl StaticList {
     /// Follows the workers at `addresses`, e.g. `http://10.0.0.7:7001`, for as long as the value
-    /// lives. None of them needs to be there yet. Must be called within a tokio runtime.
+    /// lives; with `tls` they are reached by that alone. None of them needs to be there yet. Must
+    /// be called within a tokio runtime.
     ///
     /// # Errors
     /// `Invalid` for an empty list, one of more than 1000, or an address that is none.
-    pub fn follow(addresses: &[String]) -> Result<Self, MembershipError> {
+    pub fn follow(addresses: &[String], tls: Option<tls::Client>) -> Result<Self, MembershipError> {
         let count = addresses.len();
         if !(1..=WORKERS_MAX).contains(&count) {
             let message = format!("{count} workers listed; give 1 to {WORKERS_MAX}");
@@ -71,7 +73,7 @@ impl StaticList {
                 .http2_keep_alive_interval(KEEPALIVE)
                 .keep_alive_timeout(KEEPALIVE)
                 .keep_alive_while_idle(true)
-                .connect_lazy();
+                .connect_with_connector_lazy(Connector::new(tls.clone(), CALL_DEADLINE));
             let follower = Follower { address: address.clone(), at, known: known.clone() };
             tasks.spawn(follower.run(channel));
         }
@@ -254,7 +256,7 @@ mod tests {
             (many, "1 to 1000"),
             (vec!["not an address".to_owned()], "http://HOST:PORT"),
         ] {
-            let error = StaticList::follow(&list).err().expect("refused").to_string();
+            let error = StaticList::follow(&list, None).err().expect("refused").to_string();
             assert!(error.contains(word), "{error}");
         }
     }

@@ -3,13 +3,14 @@
 //! Sums are taken by rank 0 in rank order and sent back, so every rank holds the same bits. Frames
 //! say which operation they belong to and how long they are; one that is not the expected one, or
 //! longer than its operation allows, ends the group. A failure closes every link, so that the
-//! others learn of it at once. Links carry no encryption: a shared secret keeps strangers out, not
-//! eavesdroppers.
+//! others learn of it at once. A shared secret keeps strangers out; against eavesdroppers, and on
+//! networks where secrets can be overheard, all links of a group can be TLS.
 
 mod beats;
 mod door;
 mod hello;
 mod link;
+mod pipe;
 
 use super::{CollectiveError, HostCollective, take_cols, take_share};
 pub use beats::{Beats, Cut, Loss};
@@ -35,26 +36,33 @@ pub struct Tcp {
 
 impl Tcp {
     /// Opens rank 0's address for a group whose ranks are joined by so many links each; port 0
-    /// takes a free one.
+    /// takes a free one. With `tls` they speak that alone.
     ///
     /// # Errors
     /// The address cannot be bound.
-    pub fn listen(addr: impl ToSocketAddrs, group: GroupId, links: usize) -> io::Result<TcpDoor> {
-        TcpDoor::open(addr, group, links)
+    pub fn listen(
+        addr: impl ToSocketAddrs,
+        group: GroupId,
+        links: usize,
+        tls: Option<tls::Server>,
+    ) -> io::Result<TcpDoor> {
+        TcpDoor::open(addr, group, links, tls)
     }
 
     /// Joins rank 0 at `addr` as `rank`, by the link of that number, trying again until `deadline`
     /// while nobody listens there.
     ///
-    /// # Errors `Mismatch` where rank 0 answers that this rank does not belong; `Deadline` where it
-    /// does not.
+    /// # Errors
+    /// `Mismatch` where rank 0 answers that this rank does not belong, or one of the two does not
+    /// trust the other's certificate; `Deadline` where it does not answer.
     pub fn connect(
         addr: &str,
         (rank, link): (usize, usize),
         group: &GroupId,
+        tls: Option<&tls::Client>,
         deadline: Duration,
     ) -> Result<Self, CollectiveError> {
-        door::connect(addr, (rank, link), group, deadline)
+        door::connect(addr, (rank, link), group, tls, deadline)
     }
 
     fn new(rank: usize, world_size: usize, links: Vec<Link>) -> Self {

@@ -5,6 +5,7 @@ use collective::{
 };
 use cpu::{Cpu, CpuConfig, Isa, Precision};
 use kernels::{Backend, Tensor, plain::Plain};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use std::{
     io::{ErrorKind, Read, Write},
     net::{TcpListener, TcpStream},
@@ -12,6 +13,8 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
+use tempfile::TempDir;
+use tls::{Cluster, Identity, Reason};
 
 const LONG: Duration = Duration::from_secs(20);
 const SHORT: Duration = Duration::from_millis(100);
@@ -22,12 +25,18 @@ fn id(world_size: usize) -> GroupId {
 
 /// The links of every rank, by number.
 fn tcp_links(world_size: usize, links: usize) -> Vec<Vec<Tcp>> {
+    links_by(world_size, links, None)
+}
+
+fn links_by(world_size: usize, links: usize, tls: Option<&Cluster>) -> Vec<Vec<Tcp>> {
     let group = &id(world_size);
-    let door = Tcp::listen("127.0.0.1:0", group.clone(), links).unwrap();
+    let served = tls.map(|tls| tls.server(&["ranks"]));
+    let door = Tcp::listen("127.0.0.1:0", group.clone(), links, served).unwrap();
     let addr = &door.local_addr().unwrap().to_string();
     let join = move |rank| -> Vec<Tcp> {
         // The last first: the order of arrival must not matter.
-        let link = |link| Tcp::connect(addr, (rank, link), group, LONG).unwrap();
+        let tls = tls.map(|tls| tls.client("ranks"));
+        let link = |link| Tcp::connect(addr, (rank, link), group, tls.as_ref(), LONG).unwrap();
         let mut joined: Vec<Tcp> = (0..links).rev().map(link).collect();
         joined.reverse();
         joined
@@ -270,7 +279,7 @@ fn ranks_that_disagree_are_told() {
 
 #[test]
 fn strangers_are_turned_away_and_the_group_still_forms() {
-    let door = Tcp::listen("127.0.0.1:0", id(3), 1).unwrap();
+    let door = Tcp::listen("127.0.0.1:0", id(3), 1, None).unwrap();
     let addr = &door.local_addr().unwrap().to_string();
     thread::scope(|scope| {
         let first = scope.spawn(move || door.accept(LONG).map(|links| links[0].world_size()));
@@ -280,7 +289,7 @@ fn strangers_are_turned_away_and_the_group_still_forms() {
         let _ = noise.read(&mut [0]);
         drop(TcpStream::connect(addr).unwrap());
         let refused = |(rank, link), group: GroupId, why: &str| {
-            let refused = Tcp::connect(addr, (rank, link), &group, LONG).err();
+            let refused = Tcp::connect(addr, (rank, link), &group, None, LONG).err();
             let Some(CollectiveError::Mismatch(told)) = refused else { panic!("{refused:?}") };
             assert!(told.contains(why), "{told}");
         };
@@ -290,20 +299,89 @@ fn strangers_are_turned_away_and_the_group_still_forms() {
         refused((1, 0), id(2), "world size");
         refused((1, 1), id(3), "does not exist");
         refused((3, 0), id(4), "world size");
-        let _one = Tcp::connect(addr, (1, 0), &id(3), LONG).unwrap();
+        let _one = Tcp::connect(addr, (1, 0), &id(3), None, LONG).unwrap();
         refused((1, 0), id(3), "taken");
-        let _two = Tcp::connect(addr, (2, 0), &id(3), LONG).unwrap();
+        let _two = Tcp::connect(addr, (2, 0), &id(3), None, LONG).unwrap();
         assert_eq!(first.join().unwrap(), Ok(3));
     });
 }
 
+/// What the ranks of a cluster with a CA of its own have.
+fn cluster() -> (Cluster, TempDir) {
+    let (dir, key) = (tempfile::tempdir().unwrap(), KeyPair::generate().unwrap());
+    let path = |name: &str| dir.path().join(name);
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    std::fs::write(path("ca.crt"), params.self_signed(&key).unwrap().pem()).unwrap();
+    let issuer = Issuer::new(params, key);
+    let (own, params) = (KeyPair::generate().unwrap(), [tls::CLUSTER_NAME.to_owned()]);
+    let made = CertificateParams::new(params).unwrap().signed_by(&own, &issuer).unwrap();
+    std::fs::write(path("own.crt"), made.pem()).unwrap();
+    std::fs::write(path("own.key"), own.serialize_pem()).unwrap();
+    let identity = Identity { cert: path("own.crt"), key: path("own.key") };
+    (Cluster::load(identity, path("ca.crt")).unwrap(), dir)
+}
+
+#[test]
+fn links_by_tls_carry_the_same_and_end_in_the_same_ways() {
+    let (cluster, _dir) = cluster();
+    let group = |ranks| links_by(ranks, 1, Some(&cluster)).into_iter().flatten().collect();
+    everything_agrees::<Tcp>(group(3));
+    disorder_is_found::<Tcp>(group(2));
+    // Several megabytes, which fill sockets and records both.
+    let long = all(group(2), |rank, mut member: Tcp| {
+        let mut values = numbers(rank, 0, 3 << 20);
+        member.all_reduce_sum(&mut values).unwrap();
+        values
+    });
+    let long: Vec<Vec<f32>> = long.into_iter().map(Result::unwrap).collect();
+    assert!(long[0] == long[1], "all ranks hold the same bits");
+    // Signs of life, until one side has gone.
+    let mut links: Vec<Tcp> = group(2);
+    let (of_one, of_zero) = (links.pop().unwrap(), links.pop().unwrap());
+    let (ours, lost) = told(of_zero, Duration::from_secs(2));
+    let (theirs, _) = told(of_one, Duration::from_secs(2));
+    assert_eq!(lost.recv_timeout(Duration::from_secs(3)), Err(RecvTimeoutError::Timeout));
+    drop(theirs);
+    assert_eq!(lost.recv_timeout(LONG), Ok((1, Loss::Closed)));
+    drop(ours);
+}
+
+#[test]
+fn who_is_set_up_otherwise_is_told_on_both_sides() {
+    let ((ours, _own), (others, _other)) = (cluster(), cluster());
+    let refused = |served: Option<&Cluster>, calls: Option<&Cluster>| {
+        let served = served.map(|tls| tls.server(&["ranks"]));
+        let mut door = Tcp::listen("127.0.0.1:0", id(2), 1, served).unwrap();
+        let addr = door.local_addr().unwrap().to_string();
+        let calls = calls.map(|tls| tls.client("ranks"));
+        let patience = Duration::from_secs(1);
+        let call = move || Tcp::connect(&addr, (1, 0), &id(2), calls.as_ref(), patience).map(drop);
+        let calling = thread::spawn(call);
+        let mut seen = None;
+        while !calling.is_finished() {
+            door.admit(SHORT).unwrap();
+            seen = door.refused().map(|(_, fault)| fault.reason).or(seen);
+        }
+        (seen, calling.join().unwrap().unwrap_err().to_string())
+    };
+    let (seen, told) = refused(Some(&ours), Some(&others));
+    assert!(told.contains("not of a CA that is trusted here"), "{told}");
+    assert_eq!(seen, Some(Reason::Refused));
+    let (seen, told) = refused(None, Some(&ours));
+    assert!(told.contains("it left in the TLS handshake"), "{told}");
+    assert_eq!(seen, Some(Reason::PlainText));
+    let (seen, _) = refused(Some(&ours), None);
+    assert_eq!(seen, Some(Reason::PlainText));
+}
+
 #[test]
 fn a_rank_that_came_and_ended_may_come_again() {
-    let mut door = Tcp::listen("127.0.0.1:0", id(3), 2).unwrap();
+    let mut door = Tcp::listen("127.0.0.1:0", id(3), 2, None).unwrap();
     let addr = &door.local_addr().unwrap().to_string();
     let connect = |rank, link| {
         let addr = addr.clone();
-        thread::spawn(move || Tcp::connect(&addr, (rank, link), &id(3), LONG).unwrap())
+        thread::spawn(move || Tcp::connect(&addr, (rank, link), &id(3), None, LONG).unwrap())
     };
     let mut admitted = |rank, link, missing: &[usize]| {
         let joining = connect(rank, link);
@@ -329,7 +407,7 @@ fn a_rank_that_came_and_ended_may_come_again() {
 fn a_rank_that_gets_no_verdict_asks_again() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap().to_string();
-    let joining = thread::spawn(move || Tcp::connect(&addr, (1, 0), &id(2), LONG).map(drop));
+    let joining = thread::spawn(move || Tcp::connect(&addr, (1, 0), &id(2), None, LONG).map(drop));
     // As after a cut of the network: the first is closed unheard, the second was never read.
     drop(listener.accept().unwrap());
     let _silent = listener.accept().unwrap();
@@ -341,15 +419,15 @@ fn a_rank_that_gets_no_verdict_asks_again() {
 
 #[test]
 fn a_group_that_does_not_form_ends_at_its_deadline() {
-    let listen = || Tcp::listen("127.0.0.1:0", id(2), 1).unwrap();
+    let listen = || Tcp::listen("127.0.0.1:0", id(2), 1, None).unwrap();
     let late = CollectiveError::Deadline { op: "accept", rank: 1, seconds: 0 };
     assert_eq!(listen().accept(SHORT).err(), Some(late));
     assert_eq!(listen().links().err(), Some(CollectiveError::Gone { rank: 1 }));
     let nobody = listen().local_addr().unwrap().to_string();
     let late = CollectiveError::Deadline { op: "connect", rank: 0, seconds: 0 };
-    assert_eq!(Tcp::connect(&nobody, (1, 0), &id(2), SHORT).err(), Some(late));
+    assert_eq!(Tcp::connect(&nobody, (1, 0), &id(2), None, SHORT).err(), Some(late));
     for rank in [0, 2] {
-        let wrong = Tcp::connect(&nobody, (rank, 0), &id(2), SHORT).err();
+        let wrong = Tcp::connect(&nobody, (rank, 0), &id(2), None, SHORT).err();
         assert!(matches!(wrong, Some(CollectiveError::Mismatch(_))));
     }
 }

@@ -12,6 +12,10 @@ pub struct RouterConfig {
     /// Origins of web pages that may call the HTTP interface, scheme://host[:port] each or `*` for
     /// all; pages that this machine serves may without being named.
     pub cors_origins: Vec<String>,
+    /// With it both ports speak TLS alone.
+    pub tls: Option<tls::Server>,
+    /// With it workers are reached by TLS alone.
+    pub worker_tls: Option<tls::Client>,
     pub limits: Limits,
     pub deadlines: Deadlines,
     /// Further names for models: the alias, then the model's own name.
@@ -19,11 +23,12 @@ pub struct RouterConfig {
 }
 
 impl RouterConfig {
-    /// Default limits and deadlines, no foreign web pages.
+    /// Default limits and deadlines, no foreign web pages, no TLS.
     pub fn new(http: Option<SocketAddr>, grpc: Option<SocketAddr>) -> Self {
         let (limits, deadlines) = (Limits::default(), Deadlines::default());
         let (cors_origins, aliases) = (Vec::new(), BTreeMap::new());
-        Self { http, grpc, cors_origins, limits, deadlines, aliases }
+        let (tls, worker_tls) = (None, None);
+        Self { http, grpc, cors_origins, tls, worker_tls, limits, deadlines, aliases }
     }
 }
 

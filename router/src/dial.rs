@@ -1,6 +1,6 @@
 //! How this router reaches a worker's address.
 
-use cluster::Instance;
+use cluster::{Connector, Instance};
 use std::time::Duration;
 use tonic::transport::{Channel, Endpoint, Error};
 
@@ -16,18 +16,24 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// the address is none.
 pub(crate) type Dial = Box<dyn Fn(&Instance) -> Result<Channel, Error> + Send + Sync>;
 
-/// Over TCP; a worker has `hello` to say who it is.
-pub(crate) fn tcp(hello: Duration) -> Dial {
-    Box::new(move |instance| Ok(endpoint(instance, hello)?.connect_lazy()))
+/// Over TCP, by TLS alone where there is `tls`; a worker has `hello` to say who it is.
+pub(crate) fn tcp(hello: Duration, tls: Option<tls::Client>) -> Dial {
+    let connector = Connector::new(tls, connect_limit(hello));
+    Box::new(move |instance| {
+        Ok(endpoint(instance, hello)?.connect_with_connector_lazy(connector.clone()))
+    })
 }
 
-/// What every connection to the worker keeps to, however it is made. Connecting ends before `hello`
-/// does, so that the next question begins with a packet of its own: the kernel's own next ones come
-/// after 1, 2, 4 s and more.
+/// Connecting ends before `hello` does, so that the next question begins with a packet of its own:
+/// the kernel's own next ones come after 1, 2, 4 s and more.
+fn connect_limit(hello: Duration) -> Duration {
+    hello * 3 / 4
+}
+
+/// What every connection to the worker keeps to, however it is made.
 pub(crate) fn endpoint(instance: &Instance, hello: Duration) -> Result<Endpoint, Error> {
     let endpoint = Endpoint::from_shared(instance.address.clone())?
-        .connect_timeout(hello * 3 / 4)
-        .tcp_nodelay(true)
+        .connect_timeout(connect_limit(hello))
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .keep_alive_while_idle(true)

@@ -1,5 +1,5 @@
 //! The server under both APIs: bounded connections, a deadline for each connection's first request
-//! and for headers, HTTP/1.1 and HTTP/2 in clear text, a graceful end.
+//! and for headers, HTTP/1.1 and HTTP/2, with TLS or in clear text, a graceful end.
 
 mod body;
 pub(crate) mod cors;
@@ -7,6 +7,7 @@ mod exchange;
 mod socket;
 
 use crate::{Deadlines, Limits, RouterError, raised, record::Client};
+use cluster::port::{Port, Stream};
 use exchange::Exchange;
 use hyper::service::service_fn;
 use hyper_util::{
@@ -37,6 +38,7 @@ const DISCARD_FACTOR: usize = 16;
 /// What is served on one listener, and within which bounds.
 pub(crate) struct Server {
     app: axum::Router,
+    port: Arc<Port>,
     protocols: auto::Builder<TokioExecutor>,
     connections_max: usize,
     discard_bytes_max: usize,
@@ -46,7 +48,7 @@ pub(crate) struct Server {
 
 impl Server {
     /// HTTP/1.1, and HTTP/2 for clients that begin with its preface.
-    pub fn http(app: axum::Router, limits: &Limits, deadlines: &Deadlines) -> Self {
+    pub fn http(app: axum::Router, port: Port, limits: &Limits, deadlines: &Deadlines) -> Self {
         let mut protocols = auto::Builder::new(TokioExecutor::new());
         protocols
             .http1()
@@ -62,6 +64,7 @@ impl Server {
             .max_concurrent_streams(STREAMS_MAX);
         Self {
             app,
+            port: Arc::new(port),
             protocols,
             connections_max: limits.connections_max,
             discard_bytes_max: limits.body_bytes_max.saturating_mul(DISCARD_FACTOR),
@@ -71,8 +74,8 @@ impl Server {
     }
 
     /// HTTP/2 alone, as gRPC speaks it.
-    pub fn grpc(app: axum::Router, limits: &Limits, deadlines: &Deadlines) -> Self {
-        let server = Self::http(app, limits, deadlines);
+    pub fn grpc(app: axum::Router, port: Port, limits: &Limits, deadlines: &Deadlines) -> Self {
+        let server = Self::http(app, port, limits, deadlines);
         Self { protocols: server.protocols.http2_only(), ..server }
     }
 
@@ -106,11 +109,26 @@ impl Server {
         mut drain: watch::Receiver<bool>,
         _place: OwnedSemaphorePermit,
     ) {
-        let socket = Socket::new(stream);
+        let secure = self.port.is_secure();
+        let stream = tokio::select! {
+            stream = self.port.open(stream, client.0, |tcp| Socket::new(tcp, secure)) => stream,
+            () = raised(&mut drain) => return,
+        };
+        let Some(stream) = stream else { return };
+        self.serve_connection(stream, client, drain).await;
+    }
+
+    async fn serve_connection(
+        self: Arc<Self>,
+        stream: Stream<Socket>,
+        client: Client,
+        mut drain: watch::Receiver<bool>,
+    ) {
+        let socket = stream.socket().clone();
         let exchange = Arc::new(Exchange::new(&self, socket.clone(), client));
         let begun = exchange.clone();
         let service = service_fn(move |request| exchange.clone().answer(request));
-        let connection = self.protocols.serve_connection(TokioIo::new(socket.clone()), service);
+        let connection = self.protocols.serve_connection(TokioIo::new(stream), service);
         let mut connection = std::pin::pin!(connection);
         let ended = tokio::select! {
             ended = connection.as_mut() => ended,

@@ -4,6 +4,7 @@
 //! `docs/metrics.md` lists all of it for those who read the figures.
 
 use crate::facts::Known;
+use cluster::port::HandshakeFailures;
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
@@ -82,6 +83,8 @@ pub(crate) struct Metrics {
     pub retries: Counter,
     /// Requests refused because everything is full.
     pub rejected: Counter,
+    /// Connections that did not come about: TLS or the lack of it.
+    pub handshake_failures: HandshakeFailures,
 }
 
 /// How long the parts of a request took.
@@ -142,6 +145,7 @@ impl Metrics {
             resumes: Counter::default(),
             retries: Counter::default(),
             rejected: Counter::default(),
+            handshake_failures: HandshakeFailures::default(),
         };
         metrics.registry = cluster::metrics::registry("lockstep_router", |own| {
             metrics.register_counts(own);
@@ -164,6 +168,8 @@ impl Metrics {
         r.register("prefilling", "Choices whose prompt is computed", self.prefilling.clone());
         r.register("resumes", "Broken streams that went on elsewhere", self.resumes.clone());
         r.register("retries", "Calls that a worker did not take", self.retries.clone());
+        let failures = self.handshake_failures.clone();
+        r.register("tls_handshake_failures", "Connections refused, by reason", failures);
         r.register("rejected", "Requests refused as overload", self.rejected.clone());
     }
 

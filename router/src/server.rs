@@ -16,7 +16,7 @@ use crate::{
     upstream::Upstream,
 };
 use axum::middleware;
-use cluster::Membership;
+use cluster::{Membership, port::Port};
 use proto::v1::inference_server::{InferenceServer, SERVICE_NAME};
 use std::{
     net::SocketAddr,
@@ -67,12 +67,15 @@ impl Router {
         let (limits, deadlines) = (&config.limits, &config.deadlines);
         let mut servers = JoinSet::new();
         if let Some((listener, _)) = http {
-            let server = Server::http(openai::routes(shared.clone(), cors), limits, deadlines);
+            let port = port(&config, "http", &["h2", "http/1.1"], &shared);
+            let app = openai::routes(shared.clone(), cors);
+            let server = Server::http(app, port, limits, deadlines);
             servers.spawn(server.serve(listener, shared.drain.subscribe()));
         }
         if let Some((listener, _)) = grpc {
             let (reporter, app) = grpc_app(&shared, limits.body_bytes_max)?;
-            let server = Server::grpc(app, limits, deadlines);
+            let port = port(&config, "grpc", &["h2"], &shared);
+            let server = Server::grpc(app, port, limits, deadlines);
             servers.spawn(server.serve(listener, shared.drain.subscribe()));
             servers.spawn(report_health(shared.clone(), reporter));
         }
@@ -123,13 +126,24 @@ async fn bind(
     }
 }
 
+/// A port, and how it is told of.
+fn port(
+    config: &RouterConfig,
+    name: &'static str,
+    protocols: &[&str],
+    shared: &RouterState,
+) -> Port {
+    let tls = config.tls.as_ref().map(|tls| tls.speaking(protocols));
+    Port::new(name, tls, shared.metrics.handshake_failures.clone())
+}
+
 fn shared(config: &RouterConfig, membership: &dyn Membership) -> RouterState {
     let metrics = Arc::new(Metrics::new());
     let upstream = Upstream {
         targets: Targets::follow(
             membership.roster(),
             &config.deadlines,
-            dial::tcp(config.deadlines.hello),
+            dial::tcp(config.deadlines.hello, config.worker_tls.clone()),
         ),
         policy: Box::new(PrefixAffinity::default()),
         limits: config.limits,

@@ -288,7 +288,7 @@ mod tests {
 
     fn links() -> Links {
         let deadlines = Deadlines::default();
-        Links { dial: dial::tcp(deadlines.hello), deadlines, news: News::default() }
+        Links { dial: dial::tcp(deadlines.hello, None), deadlines, news: News::default() }
     }
 
     /// Loading, so that nobody connects.

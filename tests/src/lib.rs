@@ -2,6 +2,7 @@
 //! Real processes under test: starts them, waits for their ready line, speaks HTTP to them and ends
 //! them with the value. Every wait has a deadline; what goes wrong fails the test that asked.
 
+mod certs;
 mod client;
 mod cluster;
 mod connection;
@@ -20,10 +21,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use client::client;
+pub use certs::{Ca, half};
+pub use client::{client, tls_answer, tls_client};
 pub use cluster::{Cluster, MODEL, address, metric, workers};
 pub use connection::Connection;
-pub use etcd::etcd;
+pub use etcd::{etcd, secure_etcd};
 pub use fault_table::{FaultTable, seconds};
 pub use http::{Reply, exchange, request};
 pub use load::{Load, Outcome};

@@ -145,9 +145,12 @@ impl Process {
         Self::lockstep(&[&up, flags].concat())
     }
 
-    /// `host:port` behind `name=http://` in the ready line.
+    /// `host:port` behind `name=http://` or `name=https://` in the ready line.
     pub fn address(&self, name: &str) -> &str {
-        let value = |word| str::strip_prefix(word, name)?.strip_prefix("=http://");
+        let value = |word| {
+            let url = str::strip_prefix(word, name)?;
+            url.strip_prefix("=http://").or_else(|| url.strip_prefix("=https://"))
+        };
         let found = self.ready.split_whitespace().find_map(value);
         found.unwrap_or_else(|| panic!("no {name} in {:?}", self.ready))
     }

@@ -62,7 +62,7 @@ impl Cluster {
         let wanted = one_machine(&network, tokens);
         let etcd = format!("http://{}:2379", Network::address(ETCD));
         let [http, grpc] = ports(8000);
-        let router = ["router", "--etcd", &etcd, "--http", &http, "--grpc", &grpc];
+        let router = ["router", "--insecure", "--etcd", &etcd, "--http", &http, "--grpc", &grpc];
         let router = network.lockstep(ROUTER, &router);
         let follower = node(&network, FOLLOWER, "1/2", &etcd);
         let leader = node(&network, LEADER, "0/2", &etcd);
@@ -186,8 +186,9 @@ fn ports(first: u16) -> [String; 2] {
 
 fn one_machine(network: &Network, tokens: usize) -> Vec<Answer> {
     let [http, grpc] = ports(8100);
-    let up = ["up", "--model", &model(), "--precision", "exact", "--http", &http, "--grpc", &grpc];
-    let (_up, _log) = network.lockstep(ROUTER, &up);
+    let model = ["up", "--model", &model(), "--precision", "exact"];
+    let ports = ["--insecure", "--http", &http, "--grpc", &grpc];
+    let (_up, _log) = network.lockstep(ROUTER, &[&model[..], &ports].concat());
     serving(&http, 1);
     let round = Streams::open(&http, &repeatable(MODEL, tokens)).join();
     assert!(round.answers.iter().all(|answer| answer.error.is_none()), "{round:?}");
@@ -195,7 +196,7 @@ fn one_machine(network: &Network, tokens: usize) -> Vec<Answer> {
 }
 
 fn worker(etcd: &str) -> Vec<String> {
-    let own = ["worker", "--etcd", etcd, "--model", &model(), "--precision", "exact"];
+    let own = ["worker", "--insecure", "--etcd", etcd, "--model", &model(), "--precision", "exact"];
     let all = [&own[..], &["--threads", "1", "--kv-memory", "256M"]].concat();
     all.into_iter().map(str::to_owned).collect()
 }

@@ -23,15 +23,27 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("kernels/cuda", &["kernels"]),
     ("kernels/emulate", &["cuda", "kernels"]),
     ("kernels/checks", &["cuda", "engine", "kernels", "model"]),
-    ("collective", &["cuda", "kernels"]),
+    ("collective", &["cuda", "kernels", "tls"]),
     ("model", &["collective", "engine", "formats", "kernels"]),
     ("text", &["engine", "formats"]),
-    ("cluster", &["proto"]),
+    ("tls", &[]),
+    ("cluster", &["proto", "tls"]),
     (
         "worker",
-        &["cluster", "collective", "cpu", "cuda", "engine", "formats", "kernels", "model", "proto"],
+        &[
+            "cluster",
+            "collective",
+            "cpu",
+            "cuda",
+            "engine",
+            "formats",
+            "kernels",
+            "model",
+            "proto",
+            "tls",
+        ],
     ),
-    ("router", &["cluster", "engine", "proto", "text"]),
+    ("router", &["cluster", "engine", "proto", "text", "tls"]),
 ];
 
 /// Crates that may use tokio; everything else is synchronous.

@@ -3,6 +3,7 @@
 
 use std::{borrow::Cow, fmt, sync::atomic::AtomicU64, time::Duration};
 
+use cluster::port::HandshakeFailures;
 use engine::Stats;
 use prometheus_client::{
     metrics::{
@@ -20,6 +21,8 @@ pub struct Metrics {
     counters: Counters,
     group_failures: Counter,
     step: Histogram,
+    /// Connections that did not come about: TLS or the lack of it.
+    handshake_failures: HandshakeFailures,
 }
 
 /// What is so now.
@@ -55,6 +58,7 @@ impl Metrics {
         let group_failures = Counter::default();
         // 0.25 ms to 131 s: a decode of a tiny model to a prefill of a large one.
         let step = Histogram::new(exponential_buckets(0.00025, 2.0, 20));
+        let handshake_failures = HandshakeFailures::default();
         let registry = cluster::metrics::registry("lockstep_worker", |own| {
             let label = (Cow::Borrowed("model"), Cow::Owned(model.to_owned()));
             let own = own.sub_registry_with_label(label);
@@ -62,8 +66,10 @@ impl Metrics {
             counters.register(own);
             own.register("group_failures", "Losses of the whole group", group_failures.clone());
             own.register("step_seconds", "Time of one step of the group", step.clone());
+            let failures = handshake_failures.clone();
+            own.register("tls_handshake_failures", "Connections refused, by reason", failures);
         });
-        Self { registry, gauges, counters, group_failures, step }
+        Self { registry, gauges, counters, group_failures, step, handshake_failures }
     }
 
     /// Everything, in the format that this `Accept` header asks for: its media type and the text.
@@ -72,6 +78,10 @@ impl Metrics {
     /// A figure cannot be written: a fault of the program.
     pub fn exposition(&self, accept: Option<&str>) -> Result<(&'static str, String), fmt::Error> {
         cluster::metrics::exposition(&self.registry, accept)
+    }
+
+    pub(crate) fn handshake_failures(&self) -> &HandshakeFailures {
+        &self.handshake_failures
     }
 
     pub(crate) fn step(&self, duration: Duration) {

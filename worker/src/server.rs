@@ -16,15 +16,15 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use cluster::{Membership, State};
+use cluster::{
+    Membership, State,
+    port::{Port, incoming},
+};
 use model::Loaded;
 use proto::v1::worker_server::WorkerServer;
 use task::WorkerTask;
 use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
-use tonic::{
-    service::Routes,
-    transport::{Server, server::TcpIncoming},
-};
+use tonic::{service::Routes, transport::Server};
 use tonic_health::server::HealthReporter;
 
 use crate::{
@@ -59,10 +59,13 @@ pub struct WorkerConfig {
     pub waiting_max: usize,
     /// How long running streams may take to finish once shutdown is asked for.
     pub drain_limit: Duration,
+    /// With it the port speaks TLS alone.
+    pub tls: Option<tls::Server>,
 }
 
 impl WorkerConfig {
-    /// The defaults for a group: any loopback port, 256 waiting requests, 30 s of draining.
+    /// The defaults for a group: any loopback port without TLS, 256 waiting requests, 30 s of
+    /// draining.
     pub fn new(group: GroupConfig) -> Self {
         Self {
             group,
@@ -72,6 +75,7 @@ impl WorkerConfig {
             model_name: None,
             waiting_max: 256,
             drain_limit: Duration::from_secs(30),
+            tls: None,
         }
     }
 }
@@ -143,7 +147,7 @@ impl Worker {
             closing: closed.clone(),
             streams: AtomicUsize::new(0),
         });
-        let (health, server) = spawn_server(&shared, at.listener, closed).await;
+        let (health, server) = spawn_server(&shared, (at.listener, config.tls), closed).await;
         let task = WorkerTask {
             shared: Arc::clone(&shared),
             announcement: at.announcement,
@@ -187,15 +191,16 @@ async fn announce(
     membership: &dyn Membership,
 ) -> Result<Announcement, WorkerError> {
     let model = config.model_name.clone().unwrap_or_else(|| info.name.clone());
+    let scheme = if config.tls.is_some() { "https" } else { "http" };
     let own = SocketAddr::new(config.host.unwrap_or(addr.ip()), addr.port());
-    let address = config.advertise.clone().unwrap_or_else(|| format!("http://{own}"));
+    let address = config.advertise.clone().unwrap_or_else(|| format!("{scheme}://{own}"));
     Announcement::new(membership, addr, (model, address), info).await
 }
 
 /// gRPC, health and, by HTTP/1 on the same port, `/metrics`.
 async fn spawn_server(
     shared: &Arc<ServiceState>,
-    listener: TcpListener,
+    (listener, tls): (TcpListener, Option<tls::Server>),
     mut closed: watch::Receiver<bool>,
 ) -> (HealthReporter, JoinHandle<Result<(), tonic::transport::Error>>) {
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -211,19 +216,17 @@ async fn spawn_server(
             get(move |headers: HeaderMap| async move { metrics_page(&metrics, &headers) }),
         )
         .into();
+    let port = Port::new("worker", tls, shared.metrics.handshake_failures().clone());
     let server = Server::builder()
         .accept_http1(true)
         .max_concurrent_streams(Some(STREAMS_MAX))
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .add_routes(routes)
-        .serve_with_incoming_shutdown(
-            TcpIncoming::from(listener).with_nodelay(Some(true)),
-            async move {
-                // A dropped sender closes as well.
-                let _closing = closed.wait_for(|&closing| closing).await;
-            },
-        );
+        .serve_with_incoming_shutdown(incoming(listener, port), async move {
+            // A dropped sender closes as well.
+            let _closing = closed.wait_for(|&closing| closing).await;
+        });
     (health, tokio::spawn(server))
 }
 

@@ -5,10 +5,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{Request, Response, body::Bytes, body::Incoming, header::CONTENT_TYPE};
-use hyper_util::{
-    client::legacy::{Client, connect::HttpConnector},
-    rt::TokioExecutor,
-};
 use proto::v1::{
     GenerateRequest, ListModelsRequest, Sampling, TokenIds, generate_request::Prompt,
     inference_client::InferenceClient,
@@ -16,7 +12,10 @@ use proto::v1::{
 use serde_json::{Value, json};
 use tonic::transport::Channel;
 
-use crate::client;
+use crate::{
+    client::{self, Http},
+    security::ToolTlsArgs,
+};
 
 /// Bytes of an answer that is no stream, at most.
 const BODY_BYTES_MAX: usize = 4 << 20;
@@ -107,22 +106,24 @@ pub struct Target {
 }
 
 enum Door {
-    Http { client: Client<HttpConnector, Full<Bytes>>, base: String },
+    Http { client: Http, base: String },
     Grpc(InferenceClient<Channel>),
 }
 
 impl Target {
     /// Connects and asks for the model's name where none is given.
-    pub async fn open(url: &str, model: Option<String>) -> Result<Self> {
+    pub async fn open(url: &str, model: Option<String>, tls: &ToolTlsArgs) -> Result<Self> {
         let door = match url.split_once("://") {
-            Some(("http", _)) => {
-                let mut connector = HttpConnector::new();
-                connector.set_connect_timeout(Some(Duration::from_secs(5)));
-                connector.set_nodelay(true);
-                let client = Client::builder(TokioExecutor::new()).build(connector);
+            Some(("http" | "https", _)) => {
+                let client = client::http(url, tls)?;
                 Door::Http { client, base: url.trim_end_matches('/').to_owned() }
             }
-            Some(("grpc", rest)) => Door::Grpc(client::connect(&format!("http://{rest}")).await?),
+            Some(("grpc", rest)) => {
+                Door::Grpc(client::connect(&format!("http://{rest}"), tls).await?)
+            }
+            Some(("grpcs", rest)) => {
+                Door::Grpc(client::connect(&format!("https://{rest}"), tls).await?)
+            }
             _ => bail!("--url {url} is neither http://HOST:PORT nor grpc://HOST:PORT"),
         };
         let model = match model {

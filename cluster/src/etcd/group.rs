@@ -29,7 +29,7 @@ use tokio::{
 };
 
 use super::{
-    EtcdOptions, check_name,
+    EtcdOptions, bare, check_name,
     keeper::{PAUSE, State, Trouble},
     session::{Fault, Session},
     unreachable,
@@ -59,6 +59,8 @@ pub struct Epoch {
     pub ranks: Vec<usize>,
     /// Of the program: others do not understand what the leader says.
     pub version: String,
+    /// Whether ranks come by TLS.
+    pub tls: bool,
 }
 
 /// The key of one group.
@@ -98,7 +100,7 @@ impl GroupKey {
     pub fn local_address(&self) -> Result<IpAddr, MembershipError> {
         let mut faults = Vec::new();
         for endpoint in &self.options.endpoints {
-            match route_to(endpoint.strip_prefix("http://").unwrap_or(endpoint)) {
+            match route_to(bare(endpoint)) {
                 Ok(address) => return Ok(address),
                 Err(error) => faults.push(format!("{endpoint}: {error}")),
             }
@@ -379,6 +381,7 @@ mod tests {
             token: "secret".into(),
             ranks: vec![1, 2],
             version: "1".into(),
+            tls: false,
         }
     }
 

@@ -19,7 +19,7 @@ use tonic::{
 };
 
 use super::{EtcdOptions, INSTANCES_MAX};
-use crate::root_cause;
+use crate::{Connector, root_cause};
 
 const MESSAGE_BYTES_MAX: usize = 256 << 20;
 
@@ -84,9 +84,10 @@ impl Session {
     /// Connects to endpoint number `at`, counted round and round.
     pub(super) async fn open(options: &Arc<EtcdOptions>, at: usize) -> Result<Self, Fault> {
         let endpoint = &options.endpoints[at % options.endpoints.len()];
-        let endpoint = match endpoint.starts_with("http://") {
-            true => endpoint.clone(),
-            false => format!("http://{endpoint}"),
+        let endpoint = match (endpoint.contains("://"), &options.tls) {
+            (true, _) => endpoint.clone(),
+            (false, Some(_)) => format!("https://{endpoint}"),
+            (false, None) => format!("http://{endpoint}"),
         };
         let unusable =
             |error: tonic::transport::Error| Fault::Refused(root_cause(&error).to_string());
@@ -96,7 +97,8 @@ impl Session {
         let endpoint = Endpoint::from_shared(endpoint).map_err(unusable)?.connect_timeout(wait);
         within(wait, "connect", async {
             let broken = |error| Fault::Broken(root_cause(&error).to_string());
-            let channel = endpoint.connect().await.map_err(broken)?;
+            let connector = Connector::new(options.tls.clone(), wait);
+            let channel = endpoint.connect_with_connector(connector).await.map_err(broken)?;
             let headers = Headers { token: None };
             let mut session = Self { channel, headers, options: options.clone() };
             session.authenticate().await?;

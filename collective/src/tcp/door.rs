@@ -4,14 +4,16 @@ use super::{
     Tcp,
     hello::{self, Hello},
     link::{self, Link},
+    pipe::Pipe,
 };
 use crate::CollectiveError;
 use std::{
     io,
-    net::{SocketAddr, TcpListener, ToSocketAddrs},
+    net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
     thread,
     time::{Duration, Instant},
 };
+use tls::{Fault, Reason};
 
 /// Between two attempts to reach a rank 0 that may not be up yet, or looks at an idle listener.
 const RETRY: Duration = Duration::from_millis(20);
@@ -35,6 +37,9 @@ pub struct GroupId {
 pub struct TcpDoor {
     listener: TcpListener,
     group: GroupId,
+    tls: Option<tls::Server>,
+    /// The last caller that was set up otherwise.
+    refused: Option<(SocketAddr, Fault)>,
     /// Of each rank.
     links: usize,
     /// Of each rank from 1 on, its links so far, by number.
@@ -42,11 +47,16 @@ pub struct TcpDoor {
 }
 
 impl TcpDoor {
-    pub(super) fn open(addr: impl ToSocketAddrs, group: GroupId, links: usize) -> io::Result<Self> {
+    pub(super) fn open(
+        addr: impl ToSocketAddrs,
+        group: GroupId,
+        links: usize,
+        tls: Option<tls::Server>,
+    ) -> io::Result<Self> {
         let listener = TcpListener::bind(addr)?;
         listener.set_nonblocking(true)?;
         let ranks = (1..group.world_size).map(|_| (0..links).map(|_| None).collect()).collect();
-        Ok(Self { listener, group, links, ranks })
+        Ok(Self { listener, group, tls, refused: None, links, ranks })
     }
 
     /// Where other ranks connect to.
@@ -80,12 +90,15 @@ impl TcpDoor {
         loop {
             let left = wait.saturating_sub(start.elapsed());
             match self.listener.accept() {
-                Ok((stream, _)) => {
+                Ok((stream, peer)) => {
                     self.forget_the_gone();
+                    let tls = self.tls.as_ref();
                     // A stranger, or a rank that gave up: the place stays free.
-                    let answered = hello::answer(stream, &self.group, &self.ranks);
-                    if let Some((rank, number, link)) = answered {
-                        self.ranks[rank - 1][number] = Some(link);
+                    match hello::answer(stream, &self.group, &self.ranks, tls) {
+                        Ok((rank, number, link)) => self.ranks[rank - 1][number] = Some(link),
+                        Err(fault) => {
+                            self.refused = fault.map(|fault| (peer, fault)).or(self.refused.take());
+                        }
                     }
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => thread::sleep(RETRY.min(left)),
@@ -96,6 +109,12 @@ impl TcpDoor {
                 return Ok(complete);
             }
         }
+    }
+
+    /// The last caller since this was asked that speaks TLS where this door does not, or fails in
+    /// it, and why.
+    pub fn refused(&mut self) -> Option<(SocketAddr, Fault)> {
+        self.refused.take()
     }
 
     /// Another process may take the place of a rank that came and ended.
@@ -146,6 +165,7 @@ pub(super) fn connect(
     addr: &str,
     (rank, link): (usize, usize),
     group: &GroupId,
+    tls: Option<&tls::Client>,
     deadline: Duration,
 ) -> Result<Tcp, CollectiveError> {
     let world_size = group.world_size;
@@ -153,16 +173,31 @@ pub(super) fn connect(
         let detail = format!("rank {rank} cannot join a group of {world_size}");
         return Err(CollectiveError::Mismatch(detail));
     }
-    let start = Instant::now();
+    let (start, mut fault) = (Instant::now(), None);
     loop {
         let left = deadline.saturating_sub(start.elapsed());
         if left.is_zero() {
+            if let Some(fault) = fault {
+                return Err(CollectiveError::Mismatch(format!("rank 0 at {addr}: {fault}")));
+            }
             let seconds = deadline.as_secs();
             return Err(CollectiveError::Deadline { op: "connect", rank: 0, seconds });
         }
         if let Some(stream) = link::reach(addr, left.min(REACH_LIMIT)) {
             let left = deadline.saturating_sub(start.elapsed()).min(VERDICT_LIMIT);
-            match hello::introduce(stream, &Hello { rank, link, group }, left) {
+            let pipe = match secured(stream, addr, tls, left) {
+                Ok(pipe) => pipe,
+                // It may be another one's end.
+                Err(met) if matches!(met.reason, Reason::Closed | Reason::Deadline) => {
+                    fault = Some(met);
+                    thread::sleep(RETRY.min(left));
+                    continue;
+                }
+                Err(met) => {
+                    return Err(CollectiveError::Mismatch(format!("rank 0 at {addr}: {met}")));
+                }
+            };
+            match hello::introduce(pipe, &Hello { rank, link, group }, left) {
                 Ok(link) => return Ok(Tcp::new(rank, world_size, vec![link])),
                 // What was said on the way may be lost.
                 Err(CollectiveError::Deadline { .. } | CollectiveError::Gone { .. }) => {}
@@ -170,5 +205,17 @@ pub(super) fn connect(
             }
         }
         thread::sleep(RETRY.min(left));
+    }
+}
+
+fn secured(
+    stream: TcpStream,
+    addr: &str,
+    tls: Option<&tls::Client>,
+    limit: Duration,
+) -> Result<Pipe, Fault> {
+    match tls {
+        Some(tls) => Pipe::dial(stream, addr, tls, limit),
+        None => Pipe::plain(stream).map_err(|error| Fault::new(Reason::Closed, error.to_string())),
     }
 }

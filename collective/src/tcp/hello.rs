@@ -3,12 +3,13 @@
 //! The hello is `LKSP`, then as little-endian u32: version, rank, world size, number of the link,
 //! the epoch's lower and upper half, length of the token; then the token. The verdict is one byte.
 
-use super::{door::GroupId, link::Link};
+use super::{door::GroupId, link::Link, pipe::Pipe};
 use crate::CollectiveError;
 use std::{
     net::TcpStream,
     time::{Duration, Instant},
 };
+use tls::{Fault, Reason, TLS_FIRST_BYTE};
 
 const MAGIC: [u8; 4] = *b"LKSP";
 /// Changes whenever frames do.
@@ -38,7 +39,7 @@ enum Verdict {
 
 /// Says hello and waits for the verdict.
 pub(super) fn introduce(
-    stream: TcpStream,
+    pipe: Pipe,
     hello: &Hello<'_>,
     deadline: Duration,
 ) -> Result<Link, CollectiveError> {
@@ -48,7 +49,7 @@ pub(super) fn introduce(
         let detail = format!("a token of {} bytes, at most {TOKEN_BYTES_MAX} go", token.len());
         return Err(CollectiveError::Mismatch(detail));
     }
-    let mut link = Link::new(stream, 0).map_err(|e| CollectiveError::Device(e.to_string()))?;
+    let mut link = Link::new(pipe, 0);
     let wait = (OP, Instant::now(), deadline);
     let mut bytes = MAGIC.to_vec();
     for word in [VERSION, rank as u32, *world_size as u32, number as u32] {
@@ -72,16 +73,39 @@ pub(super) fn introduce(
     Err(CollectiveError::Mismatch(format!("rank 0 turned rank {rank} away: {reason}")))
 }
 
-/// Hears a caller out; its rank, number and link where this group still waits for it.
+/// What a caller is: a rank that this group still waits for, with its rank and the link's number,
+/// or nobody; with a fault where it is to be told that it, or this side, was set up otherwise.
 pub(super) fn answer(
     stream: TcpStream,
     group: &GroupId,
     ranks: &[Vec<Option<Link>>],
-) -> Option<(usize, usize, Link)> {
-    let mut link = Link::new(stream, 0).ok()?;
+    tls: Option<&tls::Server>,
+) -> Result<(usize, usize, Link), Option<Fault>> {
+    let pipe = match tls {
+        Some(tls) => Pipe::answer(stream, tls, CALLER_PATIENCE)?,
+        None => Pipe::plain(stream).map_err(|_| None)?,
+    };
+    let mut link = Link::new(pipe, 0);
     let wait = (OP, Instant::now(), CALLER_PATIENCE);
     let mut header = [0; HEADER_BYTES];
-    link.read(&mut header, wait).ok()?;
+    link.read(&mut header, wait).map_err(|_| None)?;
+    if header[0] == TLS_FIRST_BYTE {
+        let text = "it speaks TLS, which the ranks of this group do not; give this worker \
+                    --cluster-cert, --cluster-key and --cluster-ca, or take them from that one";
+        return Err(Some(Fault::new(Reason::PlainText, text)));
+    }
+    let (rank, number, verdict) = judge(&mut link, &header, group, ranks).ok_or(None)?;
+    link.write(&[verdict as u8], wait).map_err(|_| None)?;
+    if verdict == Verdict::Welcome { Ok((rank, number, link.named(rank))) } else { Err(None) }
+}
+
+/// The place that a caller claims, and whether it gets it; `None` for something else than a rank.
+fn judge(
+    link: &mut Link,
+    header: &[u8; HEADER_BYTES],
+    group: &GroupId,
+    ranks: &[Vec<Option<Link>>],
+) -> Option<(usize, usize, Verdict)> {
     let words: Vec<u32> = header.as_chunks().0.iter().map(|w| u32::from_le_bytes(*w)).collect();
     let [magic, version, rank, size, number, low, high, token_len] = words[..] else { return None };
     let (rank, number, token_len) = (rank as usize, number as usize, token_len as usize);
@@ -90,13 +114,13 @@ pub(super) fn answer(
     }
     if version != VERSION {
         // What follows is laid out as theirs.
-        return link.write(&[Verdict::Version as u8], wait).ok().and(None);
+        return Some((rank, number, Verdict::Version));
     }
     if token_len > TOKEN_BYTES_MAX {
         return None;
     }
     let mut theirs = vec![0; token_len];
-    link.read(&mut theirs, wait).ok()?;
+    link.read(&mut theirs, (OP, Instant::now(), CALLER_PATIENCE)).ok()?;
     let place = rank.checked_sub(1).and_then(|at| ranks.get(at)?.get(number));
     let verdict = if (u64::from(high) << 32 | u64::from(low)) != group.epoch {
         Verdict::Epoch
@@ -109,8 +133,7 @@ pub(super) fn answer(
     } else {
         Verdict::Welcome
     };
-    link.write(&[verdict as u8], wait).ok()?;
-    (verdict == Verdict::Welcome).then(|| (rank, number, link.named(rank)))
+    Some((rank, number, verdict))
 }
 
 /// Equality in a time that does not depend on where the two differ.

@@ -1,8 +1,12 @@
 //! One connection to another rank: frames in order, every wait bounded.
 
-use super::beats::{BEAT, Loss, exchange};
+use super::{
+    beats::{BEAT, Loss, exchange},
+    pipe::Pipe,
+};
 use crate::CollectiveError;
 use std::{
+    cell::RefCell,
     io::{self, BufReader, Read, Write},
     net::{Shutdown, TcpStream, ToSocketAddrs},
     time::{Duration, Instant},
@@ -41,7 +45,7 @@ pub(super) fn reach(addr: &str, limit: Duration) -> Option<TcpStream> {
 }
 
 pub(super) struct Link {
-    stream: BufReader<TcpStream>,
+    stream: BufReader<Pipe>,
     rank: usize,
     /// The socket's read and write timeout.
     timeout: Duration,
@@ -50,11 +54,13 @@ pub(super) struct Link {
 
 impl Link {
     /// A link to `rank`.
-    pub fn new(stream: TcpStream, rank: usize) -> io::Result<Self> {
-        stream.set_nonblocking(false)?;
-        stream.set_nodelay(true)?;
-        let stream = BufReader::with_capacity(1 << 16, stream);
-        Ok(Self { stream, rank, timeout: Duration::ZERO, frame: Vec::new() })
+    pub fn new(pipe: Pipe, rank: usize) -> Self {
+        let stream = BufReader::with_capacity(1 << 16, pipe);
+        Self { stream, rank, timeout: Duration::ZERO, frame: Vec::new() }
+    }
+
+    fn socket(&self) -> &TcpStream {
+        self.stream.get_ref().socket()
     }
 
     /// The same link, now known to lead to `rank`.
@@ -69,18 +75,18 @@ impl Link {
     /// The other side sees the end of the stream.
     pub fn close(&self) {
         // It may be gone already, which is as good.
-        let _ = self.stream.get_ref().shutdown(Shutdown::Both);
+        let _ = self.socket().shutdown(Shutdown::Both);
     }
 
     /// For [`super::Cut`].
     pub fn handle(&self) -> io::Result<TcpStream> {
-        self.stream.get_ref().try_clone()
+        self.socket().try_clone()
     }
 
     /// Whether the other side has closed its end; only for links on which nothing was read since
     /// they were made.
     pub fn is_gone(&self) -> bool {
-        let stream = self.stream.get_ref();
+        let stream = self.socket();
         let look = || {
             stream.set_nonblocking(true)?;
             let seen = stream.peek(&mut [0]);
@@ -95,17 +101,21 @@ impl Link {
 
     /// Signs of life alone, until the other side gives none for `silence`, or leaves.
     pub fn beat(&mut self, silence: Duration) -> Loss {
-        let stream = self.stream.get_ref();
-        if stream.set_write_timeout(Some(BEAT)).is_err() {
+        if self.socket().set_write_timeout(Some(BEAT)).is_err() {
             return Loss::Closed;
         }
-        let (mut to, mut from) = (stream, stream);
+        let pipe = RefCell::new(self.stream.get_mut());
         let mut heard = [0; 64];
         exchange(
             silence,
-            || to.write(&[0]).map(|_| ()),
+            || {
+                let mut to = pipe.borrow_mut();
+                to.write(&[0])?;
+                to.flush()
+            },
             |wait| {
-                stream.set_read_timeout(Some(wait))?;
+                let mut from = pipe.borrow_mut();
+                from.socket().set_read_timeout(Some(wait))?;
                 from.read(&mut heard)
             },
         )
@@ -150,6 +160,11 @@ impl Link {
             }
             if !left.is_empty() && start.elapsed() >= deadline {
                 return Err(self.late(op, deadline));
+            }
+        }
+        while let Err(e) = self.stream.get_mut().flush() {
+            if e.kind() != io::ErrorKind::Interrupted {
+                return Err(self.explain(&e, op, deadline));
             }
         }
         Ok(())
@@ -247,8 +262,8 @@ impl Link {
     fn set_timeout(&mut self, timeout: Duration) -> io::Result<()> {
         let timeout = timeout.max(Duration::from_millis(1));
         if timeout != self.timeout {
-            self.stream.get_ref().set_read_timeout(Some(timeout))?;
-            self.stream.get_ref().set_write_timeout(Some(timeout))?;
+            self.socket().set_read_timeout(Some(timeout))?;
+            self.socket().set_write_timeout(Some(timeout))?;
             self.timeout = timeout;
         }
         Ok(())
@@ -261,6 +276,10 @@ impl Link {
     fn explain(&self, e: &io::Error, op: &'static str, deadline: Duration) -> CollectiveError {
         match e.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => self.late(op, deadline),
+            // In TLS 1.3 the other side refuses a certificate after the handshake.
+            _ if let Some(fault) = tls::Fault::of(e) => {
+                CollectiveError::Mismatch(format!("rank {}: {fault}", self.rank))
+            }
             _ => CollectiveError::Gone { rank: self.rank },
         }
     }

@@ -3,7 +3,9 @@
 //! A client that closed its socket and one that only shut down its sending side look the same: the
 //! end of its data. They differ once something is sent, since a closed socket answers with a reset.
 //! Every answer of HTTP/1 begins with the same bytes, so that those can be sent ahead one by one
-//! while the answer is still being made.
+//! while the answer is still being made. Under TLS there is nothing to tell apart, nor anything
+//! that could be sent beside it: a client that ends its side there, which TLS 1.2 answers in kind,
+//! left.
 
 use futures_util::{
     StreamExt,
@@ -43,6 +45,8 @@ pub(super) struct Socket(Arc<SocketState>);
 
 struct SocketState {
     stream: TcpStream,
+    /// What is read and written is TLS.
+    secure: bool,
     /// Bytes of the next answer's status line that are sent already.
     ahead: AtomicUsize,
     /// Whether everything that hyper wrote has left.
@@ -50,9 +54,9 @@ struct SocketState {
 }
 
 impl Socket {
-    pub fn new(stream: TcpStream) -> Self {
+    pub fn new(stream: TcpStream, secure: bool) -> Self {
         let (ahead, flushed) = (AtomicUsize::new(0), AtomicBool::new(true));
-        Self(Arc::new(SocketState { stream, ahead, flushed }))
+        Self(Arc::new(SocketState { stream, secure, ahead, flushed }))
     }
 
     /// Returns once the connection is broken.
@@ -69,8 +73,12 @@ impl Socket {
         }
     }
 
-    /// Once the client sends no more, provokes the reset of a closed socket. Never ends.
+    /// Once the client sends no more, provokes the reset of a closed socket. Ends only under TLS,
+    /// where no more is needed.
     async fn probe(&self) {
+        if self.0.secure && self.half_closed().await.is_ok() {
+            return;
+        }
         let mut probes = self.clone().probes();
         while probes.next().await.is_some() {
             self.send_ahead();

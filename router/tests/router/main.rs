@@ -57,6 +57,8 @@ pub fn config() -> RouterConfig {
         http: any,
         grpc: any,
         cors_origins: Vec::new(),
+        tls: None,
+        worker_tls: None,
         limits: Limits { body_bytes_max: 64 << 10, ..Limits::default() },
         deadlines: Deadlines {
             connect: Duration::from_secs(1),

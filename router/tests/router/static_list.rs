@@ -34,7 +34,7 @@ async fn listed_workers_join_with_their_facts_and_change_and_leave() {
     // A port where nobody listens: bound once, so that it was free, and let go.
     let unused = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let list = [format!("http://{unused}"), address.clone(), address.clone()];
-    let list = Arc::new(StaticList::follow(&list).unwrap());
+    let list = Arc::new(StaticList::follow(&list, None).unwrap());
     let mut roster = list.roster();
     assert!(roster.borrow().is_empty());
     let (_shutdown, receiver) = watch::channel(false);

@@ -44,6 +44,8 @@ pub struct NodeConfig {
     pub drain_limit: Duration,
     /// As `GroupConfig::rank_program`.
     pub rank_program: Option<PathBuf>,
+    /// As `Nodes::tls`: the leader has it where this machine has it, and nowhere else.
+    pub tls: Option<tls::Cluster>,
 }
 
 /// Runs this machine's ranks, epoch after epoch, until `shutdown`.
@@ -93,7 +95,7 @@ async fn blocking(
 impl NodeConfig {
     /// This machine's in `epoch`; or why it cannot take part.
     fn ranks(&self, epoch: &Epoch) -> Result<Range<usize>, String> {
-        let Self { node, nodes, version, .. } = self;
+        let Self { node, nodes, version, tls, .. } = self;
         if epoch.version != *version {
             return Err(format!(
                 "the leader's program is {}, this one {version}: run the same on every node",
@@ -104,7 +106,16 @@ impl NodeConfig {
             let others = epoch.ranks.len();
             return Err(format!("this is node {node} of {nodes}, the leader has {others} nodes"));
         }
-        Ok(ranks_of(&epoch.ranks, *node))
+        match (epoch.tls, tls) {
+            (true, None) => Err("the leader's ranks speak TLS: give this node --cluster-cert, \
+                                 --cluster-key and --cluster-ca, too"
+                .into()),
+            (false, Some(_)) => Err("the leader's ranks do not speak TLS, and this node was told \
+                                     to: give the leader --cluster-cert, --cluster-key and \
+                                     --cluster-ca, too"
+                .into()),
+            _ => Ok(ranks_of(&epoch.ranks, *node)),
+        }
     }
 }
 
@@ -202,6 +213,7 @@ impl Node {
             world_size,
             model: Some(self.config.model.clone()),
             program: self.config.rank_program.clone(),
+            tls: self.config.tls.clone(),
             failures: self.failures.clone(),
         };
         self.told = Some(*number);
@@ -231,6 +243,7 @@ mod tests {
             version: "1".into(),
             drain_limit: Duration::ZERO,
             rank_program: None,
+            tls: None,
         };
         let epoch = |version: &str| Epoch {
             epoch: 4,
@@ -238,7 +251,10 @@ mod tests {
             token: String::new(),
             ranks: vec![1, 2, 3],
             version: version.into(),
+            tls: false,
         };
+        let secret = Epoch { tls: true, ..epoch("1") };
+        assert!(config(1, 3).ranks(&secret).unwrap_err().contains("--cluster-cert"));
         assert_eq!(config(2, 3).ranks(&epoch("1")), Ok(3..6));
         assert!(config(1, 2).ranks(&epoch("1")).unwrap_err().contains("the leader has 3 nodes"));
         assert!(config(1, 3).ranks(&epoch("2")).unwrap_err().contains("run the same"));

@@ -19,6 +19,8 @@ pub struct Nodes {
     pub listen: Option<SocketAddr>,
     /// Of this program: other nodes must have the same.
     pub version: String,
+    /// With it all links between ranks are TLS.
+    pub tls: Option<tls::Cluster>,
 }
 
 /// The ranks of machine `node`.
@@ -71,7 +73,8 @@ impl Nodes {
         let runtime = Handle::try_current()
             .map_err(|error| WorkerError::Config(format!("a group over several nodes: {error}")))?;
         let (ranks, version) = (self.ranks.clone(), self.version.clone());
-        let offer = Epoch { epoch: 0, leader, token, ranks, version };
+        let tls = self.tls.is_some();
+        let offer = Epoch { epoch: 0, leader, token, ranks, version, tls };
         let reign = runtime.block_on(self.key.lead(offer, told))?;
         let (group, epoch) = (self.key.id(), reign.epoch);
         tracing::info!(group, epoch, %leader, "waiting for the ranks of all nodes");
@@ -97,7 +100,7 @@ mod tests {
     fn nodes(ranks: &[usize]) -> Nodes {
         let options = EtcdOptions::new(vec!["http://127.0.0.1:1".into()], "c");
         let key = GroupKey::new(options, "g").unwrap();
-        Nodes { key, ranks: ranks.into(), listen: None, version: String::new() }
+        Nodes { key, ranks: ranks.into(), listen: None, version: String::new(), tls: None }
     }
 
     #[test]

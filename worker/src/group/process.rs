@@ -18,7 +18,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cluster::Reign;
+use cluster::{
+    Reign,
+    port::{HandshakeFailures, Port},
+};
 use collective::{Beats, Cut, GroupId, HostCollective, Loss, Tcp, TcpDoor};
 use engine::plan::{Executor, ExecutorError, StepOutput, StepPlan};
 use model::{Checkpoint, ModelError, ModelShard};
@@ -51,6 +54,9 @@ const RANK_SILENCE: Duration = Duration::from_secs(2);
 
 /// The links of each rank: what the leader says, what ranks compute, and signs of life.
 pub(super) const LINKS: usize = 3;
+
+/// What ranks speak under TLS.
+pub(super) const RANK_PROTOCOL: &str = "lockstep-ranks";
 
 pub(super) const STOPPED: &str = "its process is stopped or its machine is cut off";
 
@@ -167,6 +173,7 @@ impl<D: Devices> Former<D> {
             world_size: config.ranks,
             model: None,
             program: config.rank_program.clone(),
+            tls: config.nodes.as_ref().and_then(|nodes| nodes.tls.clone()),
             failures: failures.clone(),
         };
         self.processes.with(|processes| {
@@ -219,7 +226,9 @@ fn open_door(config: &GroupConfig, epoch: u64) -> Result<Opened, WorkerError> {
     };
     let failed = |source| WorkerError::Bind { addr, source };
     let id = GroupId { world_size, epoch, token: token.clone() };
-    let mut door = Tcp::listen(addr, id, LINKS).map_err(failed)?;
+    let tls = config.nodes.as_ref().and_then(|nodes| nodes.tls.as_ref());
+    let served = tls.map(|tls| tls.server(&[RANK_PROTOCOL]));
+    let mut door = Tcp::listen(addr, id, LINKS, served).map_err(failed)?;
     let leader = door.local_addr().map_err(failed)?;
     let reign = match &config.nodes {
         None => None,
@@ -244,7 +253,12 @@ impl Entering<'_> {
         let Self { failures, nodes, processes, wanted } = self;
         let (start, mut told) = (Instant::now(), Instant::now());
         let limit = if nodes.is_some() { NODES_DEADLINE } else { JOIN_DEADLINE };
+        // It tells of those who are turned away.
+        let port = Port::new("ranks", None, HandshakeFailures::default());
         while !door.admit(POLL).map_err(ModelError::from)? {
+            if let Some((peer, fault)) = door.refused() {
+                port.refuse(peer, &fault);
+            }
             processes.with(RankProcesses::end_deaf);
             if let Some(reason) = failures.describe(Duration::ZERO) {
                 return Err(WorkerError::Group(reason));

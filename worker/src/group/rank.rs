@@ -18,7 +18,7 @@ use super::{
     devices::{Devices, Task, on_devices},
     follower::{LOAD_DEADLINE, RankOptions, agree, all_loaded, follow, load, open_same},
     place::{Place, Places},
-    process::{NODES_DEADLINE, STOPPED},
+    process::{NODES_DEADLINE, RANK_PROTOCOL, STOPPED},
 };
 use crate::WorkerError;
 
@@ -39,6 +39,8 @@ pub struct RankConfig {
     pub world_size: usize,
     /// The checkpoint on this machine; `None`: where the leader has it.
     pub model: Option<PathBuf>,
+    /// With it the links to the leader are TLS.
+    pub tls: Option<tls::Cluster>,
 }
 
 /// Serves as one rank until a leader says stop; blocks the calling thread. Where the group meets,
@@ -146,8 +148,10 @@ impl Joined {
         let Place { epoch, leader, token } = place;
         let leader = leader.to_string();
         let id = GroupId { world_size: config.world_size, epoch: *epoch, token: token.clone() };
+        let tls = config.tls.as_ref().map(|tls| tls.client(RANK_PROTOCOL));
         let connect = |link| -> Result<Tcp, WorkerError> {
-            let joined = Tcp::connect(&leader, (config.rank, link), &id, CONNECT_LIMIT);
+            let place = (config.rank, link);
+            let joined = Tcp::connect(&leader, place, &id, tls.as_ref(), CONNECT_LIMIT);
             let joined = joined.map_err(ModelError::from)?;
             let links = Cut::of(&[&joined]).map_err(WorkerError::io("links of the group"))?;
             places.end_links(links);

@@ -74,6 +74,8 @@ pub(super) struct Spawning {
     pub model: Option<PathBuf>,
     /// As `GroupConfig::rank_program`.
     pub program: Option<PathBuf>,
+    /// With it their links to the leader are TLS.
+    pub tls: Option<tls::Cluster>,
     /// Hear of each rank that ends.
     pub failures: RankFailures,
 }
@@ -123,7 +125,7 @@ impl RankProcesses {
 
     /// Starts a rank and watches it.
     fn spawn(&mut self, rank: usize, spawning: &Spawning) -> Result<(), WorkerError> {
-        let Spawning { world_size, model, program, failures } = spawning;
+        let Spawning { world_size, model, program, tls, failures } = spawning;
         let program = match program {
             Some(program) => program.clone(),
             None => std::env::current_exe().map_err(WorkerError::io("finding this executable"))?,
@@ -138,6 +140,11 @@ impl RankProcesses {
             .stderr(Stdio::piped());
         if let Some(model) = model {
             command.arg("--model").arg(model);
+        }
+        if let Some(tls) = tls {
+            let (identity, ca) = tls.files();
+            command.arg("--cluster-cert").arg(&identity.cert);
+            command.arg("--cluster-key").arg(&identity.key).arg("--cluster-ca").arg(ca);
         }
         let mut child =
             command.spawn().map_err(WorkerError::io(format!("starting {}", program.display())))?;

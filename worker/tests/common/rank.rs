@@ -19,6 +19,7 @@ fn serve_as_rank() {
         rank: word().parse().unwrap(),
         world_size: word().parse().unwrap(),
         model: None,
+        tls: None,
     };
     run_rank(config).unwrap();
 }
