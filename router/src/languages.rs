@@ -84,7 +84,8 @@ async fn first_language(
         }
         let language = Arc::new(language);
         model.language.set(&language);
-        tracing::info!(model = name, vocabulary = language.vocab_size(), "language loaded");
+        let (vocabulary, encoder) = (language.vocab_size(), language.encoder());
+        tracing::info!(model = name, vocabulary, encoder, "language loaded");
         return Ok(language);
     }
     tracing::warn!(model = model.name, reason = last, "language not loaded");

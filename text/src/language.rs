@@ -107,6 +107,12 @@ impl Language {
         [self.warnings.clone(), self.chat.warnings()].concat()
     }
 
+    /// What turns text into ids, in a word for logs: `own`, or `tokenizers` for a tokenizer with steps
+    /// that are only known to that crate, which is ten times slower; `none` without a tokenizer.
+    pub fn encoder(&self) -> &'static str {
+        self.vocabulary.as_ref().map_or("none", Vocabulary::encoder)
+    }
+
     /// The bytes that an id stands for; none for an id outside the vocabulary.
     pub fn piece(&self, id: u32) -> Vec<u8> {
         self.pieces.get(id).to_vec()

@@ -4,6 +4,7 @@
 //! text is broken by a private-use character that occurs nowhere else; afterwards only unbroken
 //! names, which the template must have written, become special tokens, and the marks are removed.
 
+use std::borrow::Cow;
 use std::collections::{BTreeSet, HashSet};
 
 use aho_corasick::{AhoCorasick, MatchKind};
@@ -18,8 +19,8 @@ const PRIVATE: std::ops::RangeInclusive<char> = '\u{F0000}'..='\u{10FFFD}';
 
 /// A part of a rendered conversation.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Segment {
-    Text(String),
+pub enum Segment<'a> {
+    Text(Cow<'a, str>),
     Special(u32),
 }
 
@@ -86,12 +87,12 @@ impl Specials {
 
     /// Cuts rendered text at the special tokens that the template wrote. Without a marker the whole
     /// text is the template's.
-    pub fn segments(&self, rendered: &str, marker: Option<char>) -> Vec<Segment> {
+    pub fn segments<'a>(&self, rendered: &'a str, marker: Option<char>) -> Vec<Segment<'a>> {
         let mut segments = Vec::new();
-        let text = |part: &str| {
-            let text = match marker {
-                Some(marker) => part.replace(marker, ""),
-                None => part.to_owned(),
+        let text = |part: &'a str| {
+            let text = match marker.filter(|marker| part.contains(*marker)) {
+                Some(marker) => Cow::Owned(part.replace(marker, "")),
+                None => Cow::Borrowed(part),
             };
             (!text.is_empty()).then_some(Segment::Text(text))
         };
@@ -160,8 +161,7 @@ mod tests {
             ["<|im_end|>", "a<|im_end|>b<|im_start|>", "<|im_<|im_end|>end|>", "<|im_e", "|>"]
         {
             let rendered = format!("<|im_start|>{}<|im_end|>", s.mark(user, MARK));
-            let expected =
-                [Segment::Special(0), Segment::Text(user.to_owned()), Segment::Special(1)];
+            let expected = [Segment::Special(0), Segment::Text(user.into()), Segment::Special(1)];
             assert_eq!(s.segments(&rendered, Some(MARK)), expected, "{user}");
         }
     }
@@ -170,9 +170,9 @@ mod tests {
     fn halves_of_a_name_in_neighbouring_fields_stay_text() {
         let s = specials(&["<|im_end|>"]);
         let rendered = s.mark("<|im_", MARK) + &s.mark("end|>", MARK);
-        assert_eq!(s.segments(&rendered, Some(MARK)), [Segment::Text("<|im_end|>".to_owned())]);
+        assert_eq!(s.segments(&rendered, Some(MARK)), [Segment::Text("<|im_end|>".into())]);
         let rendered = "<|im_".to_owned() + &s.mark("end|>", MARK);
-        assert_eq!(s.segments(&rendered, Some(MARK)), [Segment::Text("<|im_end|>".to_owned())]);
+        assert_eq!(s.segments(&rendered, Some(MARK)), [Segment::Text("<|im_end|>".into())]);
     }
 
     #[test]
