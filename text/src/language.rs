@@ -84,7 +84,7 @@ impl Language {
         let Some(template) = self.chat.template(chat)? else {
             return Ok(qwen1::compose(chat, vocabulary)?.ids);
         };
-        let marker = marker::choose(chat, template.source())?;
+        let marker = marker::choose(chat, template.private())?;
         let mark = |text: &str| vocabulary.specials.mark(text, marker);
         let rendered = template.render(chat, &mark)?;
         vocabulary.encode_rendered(continuation::part(&rendered, chat, &mark)?, marker)

@@ -16,6 +16,8 @@ use crate::error::TextError;
 
 /// Characters that no standard gives a meaning: planes 15 and 16.
 const PRIVATE: std::ops::RangeInclusive<char> = '\u{F0000}'..='\u{10FFFD}';
+/// The least first byte of theirs.
+const PRIVATE_FROM: u8 = 0xf3;
 
 /// A part of a rendered conversation.
 #[derive(Debug, PartialEq, Eq)]
@@ -114,11 +116,18 @@ impl Specials {
     }
 }
 
-/// A private-use character that neither the conversation nor the template contains.
-pub fn choose(chat: &Chat, template: &str) -> Result<char, TextError> {
-    let mut used = HashSet::new();
-    let mut see = |text: &str| used.extend(text.chars().filter(|c| PRIVATE.contains(c)));
-    see(template);
+/// The private-use characters of a text.
+pub fn private(text: &str) -> impl Iterator<Item = char> {
+    // Those of the last planes begin with such a byte, and hardly any text has one.
+    let text = if text.bytes().any(|byte| byte >= PRIVATE_FROM) { text } else { "" };
+    text.chars().filter(|c| PRIVATE.contains(c))
+}
+
+/// A private-use character that neither the conversation contains nor the template, which contains
+/// those in `used`.
+pub fn choose(chat: &Chat, used: &[char]) -> Result<char, TextError> {
+    let mut used: HashSet<char> = used.iter().copied().collect();
+    let mut see = |text: &str| used.extend(private(text));
     for message in &chat.messages {
         see(&message.role);
         see(message.content.as_str());
@@ -180,6 +189,6 @@ mod tests {
         let mut chat = Chat::default();
         chat.messages.push(Message::new("user", "\u{F0000}\u{F0001}"));
         chat.args.insert("x".into(), serde_json::json!([{"\u{F0002}": 1}]));
-        assert_eq!(choose(&chat, "\u{F0003}").unwrap(), '\u{F0004}');
+        assert_eq!(choose(&chat, &['\u{F0003}']).unwrap(), '\u{F0004}');
     }
 }
