@@ -14,7 +14,7 @@ use crate::error::TextError;
 use crate::marker;
 use crate::pieces::Pieces;
 use crate::qwen1;
-use crate::tokenizer::{Vocabulary, gguf};
+use crate::tokenizer::{EncoderKind, Vocabulary, gguf};
 
 /// A model's files by name: tokenizer.json, tokenizer_config.json, vocab.json, merges.txt,
 /// added_tokens.json, special_tokens_map.json, a *.tiktoken file, chat_template.jinja,
@@ -107,10 +107,9 @@ impl Language {
         [self.warnings.clone(), self.chat.warnings()].concat()
     }
 
-    /// What turns text into ids, in a word for logs: `own`, or `tokenizers` for a tokenizer with steps
-    /// that are only known to that crate, which is ten times slower; `none` without a tokenizer.
-    pub fn encoder(&self) -> &'static str {
-        self.vocabulary.as_ref().map_or("none", Vocabulary::encoder)
+    /// Which code finds the ids of a text; `None` without a tokenizer.
+    pub fn encoder(&self) -> Option<EncoderKind> {
+        self.vocabulary.as_ref().map(Vocabulary::encoder)
     }
 
     /// The bytes that an id stands for; none for an id outside the vocabulary.

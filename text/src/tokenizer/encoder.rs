@@ -1,6 +1,6 @@
 //! Text to ids for the tokenizers of the Qwen family and its relatives: ids and nothing else.
 //!
-//! The `tokenizers` crate keeps for every byte where it came from, which costs ten times as much as
+//! The `tokenizers` crate keeps for every byte where it came from, which costs much more than
 //! finding the ids. Here words are slices of the text, and most of them are tokens as they are. The
 //! ids are those of the crate, which tests compare; tokenizers of other kinds stay with it.
 

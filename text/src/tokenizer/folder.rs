@@ -21,8 +21,8 @@ pub fn from_json(json: &[u8]) -> Result<Loaded, TextError> {
     Ok(Loaded { tokenizer, merges: merges_of(json) })
 }
 
-/// The merges of a tokenizer.json, each a pair of tokens, or both in one text in older files; `None`
-/// for other models than BPE.
+/// The merges of a tokenizer.json, each a pair of tokens, or both in one text in older files;
+/// `None` for other models than BPE.
 fn merges_of(json: &[u8]) -> Option<Vec<(String, String)>> {
     #[derive(Deserialize)]
     struct File {

@@ -24,9 +24,9 @@ pub struct Bpe {
 }
 
 impl Bpe {
-    /// Of tokens and merges, best first, in the byte-level spelling; with `whole_words`, a word that
-    /// is a token stays one whatever merging would make of it. `None` if a byte has no token, or a
-    /// merge names what is none.
+    /// Of tokens and merges, best first, in the byte-level spelling; with `whole_words`, a word
+    /// that is a token stays one whatever merging would make of it. `None` if a byte has no token,
+    /// or a merge names what is none.
     pub fn new(
         vocab: HashMap<String, u32>,
         merges: &[(String, String)],
