@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
-use text::{Files, Language};
+use text::{EncoderKind, Files, Language};
 use tokio::time::timeout;
 use tonic::Status;
 
@@ -84,7 +84,9 @@ async fn first_language(
         }
         let language = Arc::new(language);
         model.language.set(&language);
-        tracing::info!(model = name, vocabulary = language.vocab_size(), "language loaded");
+        let vocabulary = language.vocab_size();
+        let encoder = language.encoder().map_or("none", EncoderKind::as_str);
+        tracing::info!(model = name, vocabulary, encoder, "language loaded");
         return Ok(language);
     }
     tracing::warn!(model = model.name, reason = last, "language not loaded");

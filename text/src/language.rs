@@ -14,7 +14,7 @@ use crate::error::TextError;
 use crate::marker;
 use crate::pieces::Pieces;
 use crate::qwen1;
-use crate::tokenizer::{Vocabulary, gguf};
+use crate::tokenizer::{EncoderKind, Vocabulary, gguf};
 
 /// A model's files by name: tokenizer.json, tokenizer_config.json, vocab.json, merges.txt,
 /// added_tokens.json, special_tokens_map.json, a *.tiktoken file, chat_template.jinja,
@@ -84,7 +84,7 @@ impl Language {
         let Some(template) = self.chat.template(chat)? else {
             return Ok(qwen1::compose(chat, vocabulary)?.ids);
         };
-        let marker = marker::choose(chat, template.source())?;
+        let marker = marker::choose(chat, template.private())?;
         let mark = |text: &str| vocabulary.specials.mark(text, marker);
         let rendered = template.render(chat, &mark)?;
         vocabulary.encode_rendered(continuation::part(&rendered, chat, &mark)?, marker)
@@ -105,6 +105,11 @@ impl Language {
     /// each, naming the file.
     pub fn warnings(&self) -> Vec<String> {
         [self.warnings.clone(), self.chat.warnings()].concat()
+    }
+
+    /// Which code finds the ids of a text; `None` without a tokenizer.
+    pub fn encoder(&self) -> Option<EncoderKind> {
+        self.vocabulary.as_ref().map(Vocabulary::encoder)
     }
 
     /// The bytes that an id stands for; none for an id outside the vocabulary.

@@ -30,3 +30,4 @@ pub use detokenize::Detokenizer;
 pub use error::TextError;
 pub use language::{Files, Language};
 pub use reader::{FinishReason, Piece, Reader, Stops, Token};
+pub use tokenizer::EncoderKind;

@@ -4,6 +4,7 @@
 //! text is broken by a private-use character that occurs nowhere else; afterwards only unbroken
 //! names, which the template must have written, become special tokens, and the marks are removed.
 
+use std::borrow::Cow;
 use std::collections::{BTreeSet, HashSet};
 
 use aho_corasick::{AhoCorasick, MatchKind};
@@ -15,11 +16,13 @@ use crate::error::TextError;
 
 /// Characters that no standard gives a meaning: planes 15 and 16.
 const PRIVATE: std::ops::RangeInclusive<char> = '\u{F0000}'..='\u{10FFFD}';
+/// The least first byte of theirs.
+const PRIVATE_FROM: u8 = 0xf3;
 
 /// A part of a rendered conversation.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Segment {
-    Text(String),
+pub enum Segment<'a> {
+    Text(Cow<'a, str>),
     Special(u32),
 }
 
@@ -86,12 +89,12 @@ impl Specials {
 
     /// Cuts rendered text at the special tokens that the template wrote. Without a marker the whole
     /// text is the template's.
-    pub fn segments(&self, rendered: &str, marker: Option<char>) -> Vec<Segment> {
+    pub fn segments<'a>(&self, rendered: &'a str, marker: Option<char>) -> Vec<Segment<'a>> {
         let mut segments = Vec::new();
-        let text = |part: &str| {
-            let text = match marker {
-                Some(marker) => part.replace(marker, ""),
-                None => part.to_owned(),
+        let text = |part: &'a str| {
+            let text = match marker.filter(|marker| part.contains(*marker)) {
+                Some(marker) => Cow::Owned(part.replace(marker, "")),
+                None => Cow::Borrowed(part),
             };
             (!text.is_empty()).then_some(Segment::Text(text))
         };
@@ -113,11 +116,18 @@ impl Specials {
     }
 }
 
-/// A private-use character that neither the conversation nor the template contains.
-pub fn choose(chat: &Chat, template: &str) -> Result<char, TextError> {
-    let mut used = HashSet::new();
-    let mut see = |text: &str| used.extend(text.chars().filter(|c| PRIVATE.contains(c)));
-    see(template);
+/// The private-use characters of a text.
+pub fn private(text: &str) -> impl Iterator<Item = char> {
+    // Those of the last planes begin with such a byte, and hardly any text has one.
+    let text = if text.bytes().any(|byte| byte >= PRIVATE_FROM) { text } else { "" };
+    text.chars().filter(|c| PRIVATE.contains(c))
+}
+
+/// A private-use character that neither the conversation contains nor the template, which contains
+/// those in `used`.
+pub fn choose(chat: &Chat, used: &[char]) -> Result<char, TextError> {
+    let mut used: HashSet<char> = used.iter().copied().collect();
+    let mut see = |text: &str| used.extend(private(text));
     for message in &chat.messages {
         see(&message.role);
         see(message.content.as_str());
@@ -160,8 +170,7 @@ mod tests {
             ["<|im_end|>", "a<|im_end|>b<|im_start|>", "<|im_<|im_end|>end|>", "<|im_e", "|>"]
         {
             let rendered = format!("<|im_start|>{}<|im_end|>", s.mark(user, MARK));
-            let expected =
-                [Segment::Special(0), Segment::Text(user.to_owned()), Segment::Special(1)];
+            let expected = [Segment::Special(0), Segment::Text(user.into()), Segment::Special(1)];
             assert_eq!(s.segments(&rendered, Some(MARK)), expected, "{user}");
         }
     }
@@ -170,9 +179,9 @@ mod tests {
     fn halves_of_a_name_in_neighbouring_fields_stay_text() {
         let s = specials(&["<|im_end|>"]);
         let rendered = s.mark("<|im_", MARK) + &s.mark("end|>", MARK);
-        assert_eq!(s.segments(&rendered, Some(MARK)), [Segment::Text("<|im_end|>".to_owned())]);
+        assert_eq!(s.segments(&rendered, Some(MARK)), [Segment::Text("<|im_end|>".into())]);
         let rendered = "<|im_".to_owned() + &s.mark("end|>", MARK);
-        assert_eq!(s.segments(&rendered, Some(MARK)), [Segment::Text("<|im_end|>".to_owned())]);
+        assert_eq!(s.segments(&rendered, Some(MARK)), [Segment::Text("<|im_end|>".into())]);
     }
 
     #[test]
@@ -180,6 +189,6 @@ mod tests {
         let mut chat = Chat::default();
         chat.messages.push(Message::new("user", "\u{F0000}\u{F0001}"));
         chat.args.insert("x".into(), serde_json::json!([{"\u{F0002}": 1}]));
-        assert_eq!(choose(&chat, "\u{F0003}").unwrap(), '\u{F0004}');
+        assert_eq!(choose(&chat, &['\u{F0003}']).unwrap(), '\u{F0004}');
     }
 }

@@ -28,7 +28,7 @@ pub fn spell(bytes: &[u8]) -> String {
 }
 
 /// The bytes behind a spelling; `None` where a character is outside the alphabet.
-fn unspell(token: &str) -> Option<Vec<u8>> {
+pub fn unspell(token: &str) -> Option<Vec<u8>> {
     let byte = |c: char| match u32::from(c) {
         code @ (0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff) => u8::try_from(code).ok(),
         code @ 0x100..=0x143 => {

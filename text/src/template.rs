@@ -15,6 +15,7 @@ use minijinja::{Environment, Error, ErrorKind};
 
 use crate::chat::Chat;
 use crate::error::TextError;
+use crate::marker::private;
 pub use context::Arguments;
 use context::View;
 use environment::Raised;
@@ -42,7 +43,8 @@ pub type Mark<'a> = &'a dyn Fn(&str) -> String;
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
-    source: String,
+    /// Private-use characters that it contains.
+    private: Vec<char>,
     /// `bos_token`, `eos_token` … as templates know them.
     tokens: BTreeMap<String, String>,
 }
@@ -56,11 +58,11 @@ impl ChatTemplate {
         environment
             .add_template_owned(NAME, without_generation_tags(&unix))
             .map_err(|error| template_error(&error))?;
-        Ok(Self { environment, source: source.to_owned(), tokens })
+        Ok(Self { environment, private: private(source).collect(), tokens })
     }
 
-    pub fn source(&self) -> &str {
-        &self.source
+    pub fn private(&self) -> &[char] {
+        &self.private
     }
 
     /// The conversation as the model reads it.

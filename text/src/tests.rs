@@ -3,6 +3,7 @@
 mod files;
 mod goldens;
 mod properties;
+mod reference;
 mod vocabulary;
 
 /// A small generator with a fixed seed (splitmix64), so that every run tests the same.

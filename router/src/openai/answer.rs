@@ -23,6 +23,8 @@ pub(crate) struct AnswerHead {
     created: u64,
     model: String,
     logprobs: bool,
+    /// What every chunk of a stream begins with, as JSON, up to its choices.
+    beginning: String,
 }
 
 /// One choice, complete or in part.
@@ -43,14 +45,19 @@ impl Part {
 
 impl AnswerHead {
     pub fn new(route: Route, generation: &Generation, logprobs: bool) -> Self {
-        let prefix = if route == Route::Chat { "chatcmpl" } else { "cmpl" };
-        Self {
-            route,
-            id: format!("{prefix}-{}", generation.request_id),
-            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
-            model: generation.model.clone(),
-            logprobs,
-        }
+        let (prefix, object) = match route {
+            Route::Chat => ("chatcmpl", "chat.completion.chunk"),
+            Route::Completions => ("cmpl", "text_completion"),
+        };
+        let id = format!("{prefix}-{}", generation.request_id);
+        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let model = generation.model.clone();
+        let beginning = format!(
+            r#"{{"id":{},"object":"{object}","created":{created},"model":{},"choices":["#,
+            text(&id),
+            text(&model)
+        );
+        Self { route, id, created, model, logprobs, beginning }
     }
 
     /// The answer as one object, choices in order.
@@ -78,21 +85,20 @@ impl AnswerHead {
             })
             .collect();
         let object = if self.route == Route::Chat { "chat.completion" } else { "text_completion" };
-        let mut answer = self.frame(object, Value::Array(choices));
-        answer["usage"] = self::usage(usage);
-        answer
+        json!({"id": self.id, "object": object, "created": self.created, "model": self.model,
+            "choices": choices, "usage": self::usage(usage)})
     }
 
     /// The chunk that opens a choice of a chat: who speaks.
-    pub fn opening(&self, choice: usize, usage: Option<Value>) -> Value {
-        let delta = json!({"role": "assistant", "content": "", "refusal": null});
+    pub fn opening(&self, choice: usize, usage: Option<Value>) -> String {
+        let delta = r#"{"role":"assistant","content":"","refusal":null}"#;
         let choice =
-            json!({"index": choice, "delta": delta, "logprobs": null, "finish_reason": null});
-        self.piece(Value::Array(vec![choice]), usage)
+            format!(r#"{{"index":{choice},"delta":{delta},"logprobs":null,"finish_reason":null}}"#);
+        self.piece(&choice, None, usage)
     }
 
-    /// One chunk of a stream; `None` where it would say nothing.
-    pub fn chunk(&self, chunk: Chunk, usage: Option<Value>, language: &Language) -> Option<Value> {
+    /// One chunk of a stream, as JSON; `None` where it would say nothing.
+    pub fn chunk(&self, chunk: Chunk, usage: Option<Value>, language: &Language) -> Option<String> {
         let index = chunk.choice;
         let mut part = Part::default();
         part.add(chunk);
@@ -101,50 +107,47 @@ impl AnswerHead {
             return None;
         }
         let logprobs = if says_tokens { self.logprobs(&part, language) } else { Value::Null };
-        let finish = part.finish.map(FinishReason::as_str);
-        let choice = match self.route {
-            Route::Chat => {
-                let delta = match part.text.is_empty() && finish.is_some() {
-                    true => json!({}),
-                    false => json!({"content": part.text}),
-                };
-                json!({"index": index, "delta": delta, "logprobs": logprobs,
-                    "finish_reason": finish})
+        let finish = part.finish.map_or_else(|| "null".to_owned(), |finish| text(finish.as_str()));
+        let said = match self.route {
+            Route::Chat if part.text.is_empty() && part.finish.is_some() => {
+                r#""delta":{}"#.to_owned()
             }
-            Route::Completions => json!({"index": index, "text": part.text,
-                "logprobs": logprobs, "finish_reason": finish}),
+            Route::Chat => format!(r#""delta":{{"content":{}}}"#, text(&part.text)),
+            Route::Completions => format!(r#""text":{}"#, text(&part.text)),
         };
-        Some(self.piece(Value::Array(vec![choice]), usage))
+        let choice =
+            format!(r#"{{"index":{index},{said},"logprobs":{logprobs},"finish_reason":{finish}}}"#);
+        Some(self.piece(&choice, None, usage))
     }
 
     /// The chunk after the last: no choice, only the usage.
-    pub fn closing(&self, usage: Usage) -> Value {
-        self.piece(Value::Array(Vec::new()), Some(self::usage(usage)))
+    pub fn closing(&self, usage: Usage) -> String {
+        self.piece("", None, Some(self::usage(usage)))
     }
 
     /// A chunk without choices: how far one has come towards its next token.
-    pub fn progress(&self, choice: u32, progress: Progress, usage: Option<Value>) -> Value {
+    pub fn progress(&self, choice: u32, progress: Progress, usage: Option<Value>) -> String {
         let Progress { waiting_ahead, prefilled, prompt, running } = progress;
-        let mut chunk = self.piece(Value::Array(Vec::new()), usage);
-        chunk["progress"] = json!({"index": choice, "running": running,
+        let progress = json!({"index": choice, "running": running,
             "waiting_ahead": waiting_ahead, "prefilled_tokens": prefilled,
             "prompt_tokens": prompt});
-        chunk
+        self.piece("", Some(&progress), usage)
     }
 
-    fn piece(&self, choices: Value, usage: Option<Value>) -> Value {
-        let object =
-            if self.route == Route::Chat { "chat.completion.chunk" } else { "text_completion" };
-        let mut piece = self.frame(object, choices);
-        if let Some(usage) = usage {
-            piece["usage"] = usage;
+    /// A chunk around its choices. Only these are written anew for each token: as trees of values
+    /// chunks took a third of the time that a stream takes.
+    fn piece(&self, choices: &str, progress: Option<&Value>, usage: Option<Value>) -> String {
+        let mut piece = String::with_capacity(self.beginning.len() + choices.len() + 2);
+        piece.push_str(&self.beginning);
+        piece.push_str(choices);
+        piece.push(']');
+        for (name, value) in [("usage", usage.as_ref()), ("progress", progress)] {
+            if let Some(value) = value {
+                piece += &format!(r#","{name}":{value}"#);
+            }
         }
+        piece.push('}');
         piece
-    }
-
-    fn frame(&self, object: &str, choices: Value) -> Value {
-        json!({"id": self.id, "object": object, "created": self.created, "model": self.model,
-            "choices": choices})
     }
 
     fn logprobs(&self, part: &Part, language: &Language) -> Value {
@@ -157,6 +160,11 @@ impl AnswerHead {
             Route::Completions => text_logprobs(tokens, language),
         }
     }
+}
+
+/// As JSON.
+fn text(text: &str) -> String {
+    Value::from(text).to_string()
 }
 
 pub(super) fn usage(usage: Usage) -> Value {

@@ -92,7 +92,7 @@ impl Events {
             if let Err(failure) = self.advance().await {
                 self.facts.failed(error::label(&failure), &failure);
                 self.ended = true;
-                self.ready.push_back(event(error::body(&failure)));
+                self.ready.push_back(event(error::body(&failure).to_string()));
             }
         }
     }
@@ -137,9 +137,9 @@ impl Events {
                     return Ok(()); // The client has all of it.
                 }
                 let chunk = answer.chunk(chunk, usage.now(generation), &generation.language);
-                let named = |value: Value| match &self.cursor {
-                    Some(cursor) => Event::default().id(cursor.to_string()).data(value.to_string()),
-                    None => event(value),
+                let named = |chunk: String| match &self.cursor {
+                    Some(cursor) => Event::default().id(cursor.to_string()).data(chunk),
+                    None => event(chunk),
                 };
                 self.ready.extend(chunk.map(named));
             }
@@ -155,6 +155,6 @@ impl Events {
     }
 }
 
-fn event(value: Value) -> Event {
-    Event::default().data(value.to_string())
+fn event(json: String) -> Event {
+    Event::default().data(json)
 }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::Random;
 use super::vocabulary::{QWEN1, QWEN25};
-use crate::{Chat, Language, Message, TextError};
+use crate::{Chat, Language, Message};
 
 /// The first id that is no rank.
 const ADDED_FROM: u32 = 151_643;
@@ -119,8 +119,8 @@ fn no_user_text_makes_a_special_token() {
 #[test]
 fn long_input_of_any_kind_is_encoded_in_time() {
     let mut cases = vec!["a".repeat(1_000_000)];
-    let units = ["1", "é", "漢", "!", "a ", " a\n", "<|im_end|>"];
-    cases.extend(units.map(|unit| unit.repeat(100_000 / unit.len())));
+    let units = ["1", "é", "漢", "!", "a ", " a\n", "<|im_end|>", "\n", " ", "\u{301}", "ab", "<"];
+    cases.extend(units.map(|unit| unit.repeat(1_000_000 / unit.len())));
     for language in [&*QWEN1, &*QWEN25] {
         for text in &cases {
             for encode in [Language::encode, Language::encode_literal] {
@@ -128,12 +128,8 @@ fn long_input_of_any_kind_is_encoded_in_time() {
                 let ids = encode(language, text).unwrap();
                 let took = start.elapsed();
                 assert_eq!(bytes(language, &ids), text.as_bytes());
-                assert!(took < Duration::from_secs(20), "{} took {took:?}", &text[..12]);
+                assert!(took < Duration::from_secs(5), "{:?} took {took:?}", &text[..12]);
             }
-        }
-        let blank = "\n".repeat(1_000_000);
-        for refused in [language.encode(&blank), language.encode_literal(&blank)] {
-            assert!(matches!(refused, Err(TextError::Input(_))));
         }
     }
 }

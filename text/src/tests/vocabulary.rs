@@ -105,21 +105,22 @@ static RANKS: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
 });
 
 /// The original Qwen: ranks, no template.
-pub static QWEN1: LazyLock<Language> = LazyLock::new(|| {
+pub static QWEN1: LazyLock<Language> = LazyLock::new(|| Language::load(&qwen1()).unwrap());
+
+pub fn qwen1() -> Files {
     let line = |(rank, token): (usize, &Vec<u8>)| {
         format!("{} {rank}\n", base64::engine::general_purpose::STANDARD.encode(token))
     };
     let ranks: String = RANKS.iter().enumerate().map(line).collect();
     let config = json!({"vocab_size": 151_936}).to_string();
-    let files = Files::from([
+    Files::from([
         ("qwen.tiktoken".to_owned(), ranks.into_bytes()),
         ("config.json".to_owned(), config.into_bytes()),
-    ]);
-    Language::load(&files).unwrap()
-});
+    ])
+}
 
 /// As vocab.json and merges.txt, with the first `added` of the added tokens and a template.
-fn qwen2(added: usize, template: &str) -> Language {
+pub fn qwen2(added: usize, template: &str) -> Files {
     let vocab: HashMap<String, usize> =
         RANKS.iter().enumerate().map(|(rank, token)| (spell(token), rank)).collect();
     let merges = derive_merges(&RANKS);
@@ -130,17 +131,33 @@ fn qwen2(added: usize, template: &str) -> Language {
     };
     let added: serde_json::Map<_, _> = ADDED[..added].iter().enumerate().map(token).collect();
     let config = json!({"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added});
-    let files = Files::from([
+    Files::from([
         ("vocab.json".to_owned(), serde_json::to_vec(&vocab).unwrap()),
         ("merges.txt".to_owned(), format!("#version: 0.2\n{merges}").into_bytes()),
         ("tokenizer_config.json".to_owned(), config.to_string().into_bytes()),
         ("chat_template.jinja".to_owned(), golden(&format!("chat/templates/{template}"))),
-    ]);
-    Language::load(&files).unwrap()
+    ])
 }
 
-pub static QWEN25: LazyLock<Language> = LazyLock::new(|| qwen2(22, "qwen2.5-7b-instruct.jinja"));
-pub static QWEN3: LazyLock<Language> = LazyLock::new(|| qwen2(26, "qwen3-0.6b.jinja"));
+pub static QWEN25: LazyLock<Language> =
+    LazyLock::new(|| Language::load(&qwen2(22, "qwen2.5-7b-instruct.jinja")).unwrap());
+pub static QWEN3: LazyLock<Language> =
+    LazyLock::new(|| Language::load(&qwen2(26, "qwen3-0.6b.jinja")).unwrap());
+
+/// The vocabulary with the ids turned round, so that they say nothing of ranks, and without every
+/// tenth merge, so that some tokens cannot be reached by merging; words cut as `pre` does it.
+pub fn turned_round(pre: &str) -> Files {
+    let merges = derive_merges(&RANKS);
+    let merges = merges.iter().enumerate().filter(|(at, _)| at % 10 != 0);
+    let metadata = gguf(&[
+        ("tokenizer.ggml.model", json!("gpt2")),
+        ("tokenizer.ggml.pre", json!(pre)),
+        ("tokenizer.ggml.tokens", RANKS.iter().rev().map(|token| json!(spell(token))).collect()),
+        ("tokenizer.ggml.merges", merges.map(|(_, (l, r))| json!(format!("{l} {r}"))).collect()),
+        ("tokenizer.ggml.add_bos_token", json!(false)),
+    ]);
+    Files::from([("metadata.gguf".to_owned(), metadata)])
+}
 
 /// The vocabulary of Qwen2.5 as converters write it: names between bars are control tokens.
 pub static QWEN25_GGUF: LazyLock<Language> = LazyLock::new(|| {

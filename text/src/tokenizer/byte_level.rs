@@ -21,7 +21,8 @@ pub enum Split {
 }
 
 impl Split {
-    fn pre_tokenizer(self) -> Value {
+    /// As a tokenizer.json has it.
+    pub fn pre_tokenizer(self) -> Value {
         let words = |digits: &str| {
             let pattern = format!(
                 "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{{L}}\\p{{N}}]?\\p{{L}}+|{digits}|\
@@ -44,6 +45,14 @@ impl Split {
     }
 }
 
+/// A tokenizer of the `tokenizers` crate as it was read.
+#[derive(Debug)]
+pub struct Loaded {
+    pub tokenizer: Tokenizer,
+    /// Best first, in the byte-level spelling; `None` where the files have them in no known form.
+    pub merges: Option<Vec<(String, String)>>,
+}
+
 /// Everything that makes such a tokenizer.
 #[derive(Debug)]
 pub struct Recipe {
@@ -61,9 +70,9 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    pub fn build(self) -> Result<Tokenizer, TextError> {
+    pub fn build(self) -> Result<Loaded, TextError> {
         let model = BPE::builder()
-            .vocab_and_merges(self.vocab.into_iter().collect::<Vocab>(), self.merges)
+            .vocab_and_merges(self.vocab.into_iter().collect::<Vocab>(), self.merges.clone())
             .ignore_merges(self.whole_words)
             .build()
             .map_err(error)?;
@@ -88,7 +97,7 @@ impl Recipe {
             tokenizer.with_post_processor(Some(bos));
         }
         tokenizer.add_tokens(&self.added);
-        Ok(tokenizer)
+        Ok(Loaded { tokenizer, merges: Some(self.merges) })
     }
 }
 

@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use serde::Deserialize;
 use serde_json::{Map, Value};
 use tokenizers::{AddedToken, Tokenizer};
 
-use super::byte_level::{self, Recipe, Split};
+use super::byte_level::{self, Loaded, Recipe, Split};
 use crate::error::TextError;
 use crate::language::{Files, json};
 
@@ -14,8 +15,37 @@ const SPECIALS: &str = "special_tokens_map.json";
 const ADDED: &str = "added_tokens.json";
 
 /// The whole tokenizer in one file.
-pub fn from_json(json: &[u8]) -> Result<Tokenizer, TextError> {
-    Tokenizer::from_bytes(json).map_err(|error| TextError::file("tokenizer.json", error))
+pub fn from_json(json: &[u8]) -> Result<Loaded, TextError> {
+    let tokenizer = Tokenizer::from_bytes(json);
+    let tokenizer = tokenizer.map_err(|error| TextError::file("tokenizer.json", error))?;
+    Ok(Loaded { tokenizer, merges: merges_of(json) })
+}
+
+/// The merges of a tokenizer.json, each a pair of tokens, or both in one text in older files;
+/// `None` for other models than BPE.
+fn merges_of(json: &[u8]) -> Option<Vec<(String, String)>> {
+    #[derive(Deserialize)]
+    struct File {
+        model: Model,
+    }
+    #[derive(Deserialize)]
+    struct Model {
+        merges: Vec<Merge>,
+    }
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Merge {
+        Pair(String, String),
+        Line(String),
+    }
+    let file: File = serde_json::from_slice(json).ok()?;
+    let lines = file.model.merges.into_iter();
+    let merges = lines.filter(|m| !matches!(m, Merge::Line(line) if line.starts_with("#version")));
+    let pair = |merge_of: Merge| match merge_of {
+        Merge::Pair(left, right) => Some((left, right)),
+        Merge::Line(line) => merge(&line),
+    };
+    merges.map(pair).collect()
 }
 
 /// The older pair of files. Added tokens are in tokenizer_config.json, or before that in
@@ -24,7 +54,7 @@ pub fn from_vocab_and_merges(
     vocab: &[u8],
     merges: &[u8],
     files: &Files,
-) -> Result<Tokenizer, TextError> {
+) -> Result<Loaded, TextError> {
     let vocab: HashMap<String, u32> =
         formats::json::parse(vocab).map_err(|reason| TextError::file("vocab.json", reason))?;
     let config: Map<String, Value> = json(files, CONFIG)?.unwrap_or_default();

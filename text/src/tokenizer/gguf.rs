@@ -1,9 +1,9 @@
 //! The vocabulary inside a GGUF file's metadata.
 
 use formats::gguf::Metadata;
-use tokenizers::{AddedToken, Tokenizer};
+use tokenizers::AddedToken;
 
-use super::byte_level::{self, Recipe, Split};
+use super::byte_level::{self, Loaded, Recipe, Split};
 use super::folder;
 use crate::error::TextError;
 
@@ -13,7 +13,7 @@ const USER_DEFINED: u64 = 4;
 const UNUSED: u64 = 5;
 
 /// `None` if the file has no vocabulary.
-pub fn load(metadata: &[u8]) -> Result<Option<Tokenizer>, TextError> {
+pub fn load(metadata: &[u8]) -> Result<Option<Loaded>, TextError> {
     let metadata = parse(metadata)?;
     let Some(model) = metadata.string("tokenizer.ggml.model").map_err(byte_level::error)? else {
         return Ok(None);

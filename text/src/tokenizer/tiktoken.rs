@@ -8,9 +8,9 @@ use std::collections::HashMap;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
-use tokenizers::{AddedToken, Tokenizer};
+use tokenizers::AddedToken;
 
-use super::byte_level::{Recipe, Split};
+use super::byte_level::{Loaded, Recipe, Split};
 use crate::error::TextError;
 use crate::language::{Files, json};
 use crate::pieces::spell;
@@ -32,7 +32,7 @@ struct Config {
 }
 
 /// Special tokens follow the ranks; those beyond the model's own vocabulary are left out.
-pub fn load(name: &str, data: &[u8], files: &Files) -> Result<Tokenizer, TextError> {
+pub fn load(name: &str, data: &[u8], files: &Files) -> Result<Loaded, TextError> {
     let tokens = parse(name, data)?;
     let config: Option<Config> = json(files, "config.json")?;
     let limit = config.and_then(|config| config.vocab_size).unwrap_or(usize::MAX);
