@@ -1,13 +1,13 @@
 -- wrk over kept connections: chats of 200 different words, or of one long text, whole or streamed.
 -- usage: wrk -t 1 -c 32 -d 5s -s benches/router.lua URL -- MODEL WORDS TOKENS [stream]
--- The last line says requests a second, half of the requests' milliseconds, and failures.
+-- The last line says requests a second, p50 and p99 in milliseconds, requests, failures.
 
 local json = { ["Content-Type"] = "application/json" }
 local words = {
-   "the", "model", "serves", "a", "cluster", "of", "machines", "and", "answers", "every", "question",
-   "about", "Router", "latency", "throughput", "tokenizer", "is", "measured", "with", "many", "words,",
-   "in", "plain", "English.", "What", "does", "it", "cost", "to", "read", "them?", "It's", "2026",
-   "für", "naïve", "(see", "below)", "42%", "e.g.", "request",
+   "the", "model", "serves", "a", "cluster", "of", "machines", "and", "answers", "every",
+   "question", "about", "Router", "latency", "throughput", "tokenizer", "is", "measured", "with",
+   "many", "words,", "in", "plain", "English.", "What", "does", "it", "cost", "to", "read",
+   "them?", "It's", "2026", "für", "naïve", "(see", "below)", "42%", "e.g.", "request",
 }
 local bodies, at = {}, 0
 
