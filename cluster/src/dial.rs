@@ -7,8 +7,9 @@ use std::{
     error::Error,
     io,
     pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll, ready},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use http::Uri;
@@ -29,6 +30,23 @@ use tower_service::Service;
 pub struct Connector {
     tcp: HttpConnector,
     tls: Option<tls::Client>,
+    told: Told,
+}
+
+/// When a refusal was last told: whoever waits for an answer often hears only that the connection
+/// was closed.
+#[derive(Clone, Debug, Default)]
+struct Told(Arc<Mutex<Option<Instant>>>);
+
+impl Told {
+    fn tell(&self, address: &str, fault: &Fault) {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.is_none_or(|last| last.elapsed() >= TELL_AGAIN) {
+            *last = Some(Instant::now());
+            let reason = fault.reason.label();
+            tracing::warn!(address, reason, "connection refused by the other side: {fault}");
+        }
+    }
 }
 
 impl Connector {
@@ -38,9 +56,12 @@ impl Connector {
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
         tcp.set_connect_timeout(Some(limit));
-        Self { tcp, tls }
+        Self { tcp, tls, told: Told::default() }
     }
 }
+
+/// Between two lines about refusals.
+const TELL_AGAIN: Duration = Duration::from_secs(10);
 
 type Failure = Box<dyn Error + Send + Sync>;
 
@@ -56,6 +77,7 @@ impl Service<Uri> for Connector {
     fn call(&mut self, address: Uri) -> Self::Future {
         let secure = address.scheme_str() == Some("https");
         let host = address.host().unwrap_or_default().to_owned();
+        let (authority, told) = (address.authority().map(ToString::to_string), self.told.clone());
         let connecting = self.tcp.call(address);
         let tls = self.tls.clone();
         Box::pin(async move {
@@ -71,7 +93,8 @@ impl Service<Uri> for Connector {
             let socket = connecting.await?.into_inner();
             let connected = TlsConnector::from(tls.config()).connect(name, socket).await;
             let stream = connected.map_err(explained)?;
-            Ok(TokioIo::new(Dialed::Tls(Box::new(stream))))
+            let address = authority.unwrap_or_default();
+            Ok(TokioIo::new(Dialed::Tls(Box::new(Secure { stream, address, told }))))
         })
     }
 }
@@ -91,7 +114,13 @@ fn explained(error: io::Error) -> io::Error {
 /// A connection that this process has made.
 pub enum Dialed {
     Plain(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
+    Tls(Box<Secure>),
+}
+
+pub struct Secure {
+    stream: TlsStream<TcpStream>,
+    address: String,
+    told: Told,
 }
 
 impl Dialed {
@@ -116,7 +145,7 @@ macro_rules! either {
                 $does
             }
             Dialed::Tls($stream) => {
-                let $stream = Pin::new(&mut **$stream);
+                let $stream = Pin::new(&mut $stream.stream);
                 $does
             }
         }
@@ -130,10 +159,14 @@ impl AsyncRead for Dialed {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let read = ready!(either!(self, stream => stream.poll_read(cx, buffer)));
-        Poll::Ready(read.map_err(|error| match Fault::of(&error) {
-            Some(fault) => io::Error::new(error.kind(), fault),
-            None => error,
+        let dialed = self.get_mut();
+        let read = ready!(either!(Pin::new(&mut *dialed), stream => stream.poll_read(cx, buffer)));
+        Poll::Ready(read.map_err(|error| match (Fault::of(&error), dialed) {
+            (Some(fault), Self::Tls(secure)) => {
+                secure.told.tell(&secure.address, &fault);
+                io::Error::new(error.kind(), fault)
+            }
+            _ => error,
         }))
     }
 }
@@ -165,7 +198,7 @@ impl AsyncWrite for Dialed {
     fn is_write_vectored(&self) -> bool {
         match self {
             Self::Plain(stream) => stream.is_write_vectored(),
-            Self::Tls(stream) => stream.is_write_vectored(),
+            Self::Tls(secure) => secure.stream.is_write_vectored(),
         }
     }
 

@@ -106,7 +106,7 @@ pub struct Target {
 }
 
 enum Door {
-    Http { client: Http, base: String },
+    Http { client: Box<Http>, base: String },
     Grpc(InferenceClient<Channel>),
 }
 
@@ -115,7 +115,7 @@ impl Target {
     pub async fn open(url: &str, model: Option<String>, tls: &ToolTlsArgs) -> Result<Self> {
         let door = match url.split_once("://") {
             Some(("http" | "https", _)) => {
-                let client = client::http(url, tls)?;
+                let client = Box::new(client::http(url, tls)?);
                 Door::Http { client, base: url.trim_end_matches('/').to_owned() }
             }
             Some(("grpc", rest)) => {

@@ -110,7 +110,8 @@ impl Link {
             silence,
             || {
                 let mut to = pipe.borrow_mut();
-                to.write(&[0])?;
+                // Whether it had room does not matter: the next one says the same.
+                let _taken = to.write(&[0])?;
                 to.flush()
             },
             |wait| {
