@@ -69,6 +69,10 @@ struct Told {
 impl Port {
     /// Without `tls` the port is plain.
     pub fn new(name: &'static str, tls: Option<tls::Server>, failures: HandshakeFailures) -> Self {
+        // There from the start, so that the first failure is seen as a change.
+        for reason in Reason::ALL {
+            drop(failures.get_or_create(&ReasonLabels { reason: reason.label() }));
+        }
         Self { name, tls, failures, told: Mutex::default() }
     }
 
