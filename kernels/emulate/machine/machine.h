@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -127,17 +128,14 @@ struct Device {
     std::mutex mutex;
     Allocations memory;
     size_t used = 0;
-    // The first failure, which all later calls get.
-    int error = SUCCESS;
+    // The first failure, which all later calls get. Streams look at it while they are locked.
+    std::atomic<int> error = SUCCESS;
     std::vector<struct Stream*> streams;
 
-    int failed() {
-        const std::lock_guard lock(mutex);
-        return error;
-    }
+    int failed() const { return error; }
     void fail(int code) {
-        const std::lock_guard lock(mutex);
-        if (error == SUCCESS) error = code;
+        int none = SUCCESS;
+        error.compare_exchange_strong(none, code);
     }
     bool holds(Address at, size_t bytes) {
         const std::lock_guard lock(mutex);
