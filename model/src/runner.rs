@@ -107,20 +107,21 @@ pub struct ModelShard<B: Backend> {
 }
 
 impl<B: Backend> ModelShard<B> {
-    /// Loads the part of rank `rank` of `world_size`, for sequences of up to `context_max` tokens;
-    /// `progress` hears how far that is.
+    /// Loads the part of rank `rank` of `world_size`, for a runner with these options; `progress`
+    /// hears how far that is.
     ///
     /// # Errors
-    /// What the checkpoint or the device refuses.
+    /// `Options` for sizes that cannot be indexed, and what the checkpoint or the device refuses.
     pub fn load(
         device: B,
         (rank, world_size): (usize, usize),
         checkpoint: &Checkpoint,
-        context_max: usize,
+        options: &RunnerOptions,
         progress: &mut dyn FnMut(Loaded),
     ) -> Result<Self, ModelError> {
-        let config = checkpoint.config();
+        let (config, context_max) = (checkpoint.config(), options.context_max);
         let tables = RopeTables::new(&config.rope, context_max);
+        check_options(options, &tables)?;
         let shard = checkpoint.shard(rank, world_size)?.joined_by(device.join(), config);
         let decoder = Decoder::load(&device, checkpoint, &shard, &tables, progress)?;
         Ok(Self { device, decoder, shard, tables, context_max })
@@ -202,9 +203,7 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         progress: &mut dyn FnMut(Loaded),
     ) -> Result<Self, ModelError> {
         let place = (group.rank(), group.world_size());
-        // Before the weights, which take long.
-        check_options(&options, &RopeTables::new(&checkpoint.config().rope, options.context_max))?;
-        let model = ModelShard::load(device, place, checkpoint, options.context_max, progress)?;
+        let model = ModelShard::load(device, place, checkpoint, &options, progress)?;
         Self::new(model, group, checkpoint.config(), options)
     }
 

@@ -67,8 +67,7 @@ pub(super) fn load<D: Devices, H: HostCollective>(
     let elements_max = options.runner.step_tokens_max * checkpoint.config().hidden;
     let link =
         |device: &D::Backend| devices.link(device, data, options.step_deadline, elements_max);
-    held.take_if(|shard| !shard.fits(place, context_max));
-    let (link, shard) = match held.take() {
+    let (link, shard) = match held.take().filter(|shard| shard.fits(place, context_max)) {
         Some(shard) => {
             let link = link(shard.device());
             // Another rank may be what is wrong with the link.
@@ -83,7 +82,7 @@ pub(super) fn load<D: Devices, H: HostCollective>(
         None => {
             let device = devices.open(place.0, options.step_deadline)?;
             let link = link(&device)?;
-            let shard = ModelShard::load(device, place, checkpoint, context_max, progress)?;
+            let shard = ModelShard::load(device, place, checkpoint, &options.runner, progress)?;
             (link, shard)
         }
     };
